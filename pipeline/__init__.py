@@ -1,0 +1,1 @@
+"""What a person drives: the command line, progress, inspection, export, evaluation, demo."""

@@ -1,0 +1,1 @@
+"""What is on disk and what a user may set. Needs neither torch nor zarr."""
