@@ -1,0 +1,91 @@
+"""commits/000017.json: one record for each finished shard. A shard without one does not exist."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import read_sealed, sealed_bytes
+from dflash_offline.schemas.manifest import COMMITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFileRecord:
+    """What a reader compares before it trusts one shard file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    index_crc32c: int
+    """Of the trailing shard index; ties the file to its record when it is opened."""
+    first_chunk_crc32c: int
+    """Of the first inner chunk; shards of equal-sized chunks have equal indexes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """Of one captured layer over the tokens of one shard."""
+
+    layer_id: int
+    mean: float
+    std: float
+    max_abs: float
+    zeros: float
+    """Share of values that are exactly zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """One finished shard."""
+
+    shard: int
+    manifest: str
+    """Checksum of the manifest it belongs to."""
+    num_samples: int
+    num_tokens: int
+    files: dict[str, ShardFileRecord]
+    """By path within the cache."""
+    layers: list[LayerStatistics]
+    worker: str
+    started: str
+    finished: str
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the record's file."""
+        return sealed_bytes(asdict(self))
+
+
+def commit_path(cache: Path, shard: int) -> Path:
+    """Return where a shard's record lies."""
+    return cache / COMMITS / f"{shard:06d}.json"
+
+
+def read_commit(cache: Path, shard: int, manifest_checksum: str) -> Commit | None:
+    """Return a shard's record, or None if there is none; `CacheError` if it is damaged or of another cache."""
+    path = commit_path(cache, shard)
+    if not path.exists():
+        return None
+    document: dict[str, Any] = read_sealed(path)
+    del document["checksum"]
+    if document["manifest"] != manifest_checksum or document["shard"] != shard:
+        raise CacheError(
+            f"{path} belongs to shard {document['shard']} of the cache with manifest {document['manifest']}; "
+            f"expected shard {shard} of {manifest_checksum}. Remove it and run `dflash extract` again."
+        )
+    files = {name: ShardFileRecord(**record) for name, record in document.pop("files").items()}
+    layers = [LayerStatistics(**record) for record in document.pop("layers")]
+    return Commit(files=files, layers=layers, **document)
+
+
+def read_commits(cache: Path, num_shards: int, manifest_checksum: str) -> tuple[dict[int, Commit], list[str]]:
+    """Return the valid records by shard, and one line for each record that is not valid."""
+    commits, faults = {}, []
+    for shard in range(num_shards):
+        try:
+            commit = read_commit(cache, shard, manifest_checksum)
+        except CacheError as error:
+            faults.append(str(error))
+            continue
+        if commit is not None:
+            commits[shard] = commit
+    return commits, faults

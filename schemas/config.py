@@ -1,0 +1,175 @@
+"""What a user may set for the two stages. Each default exists here and nowhere else."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.schemas.errors import DflashError
+
+
+def _refuse(what: str, problems: list[str]) -> None:
+    if problems:
+        raise DflashError(f"These settings of `dflash {what}` cannot be used:\n  " + "\n  ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Settings of `dflash extract`."""
+
+    data: tuple[Path, ...]
+    """JSONL files of {"messages": [{"role": ..., "content": ...}, ...]}."""
+    target: str
+    """Hugging Face model: a folder, or a hub id."""
+    out: Path
+    """Cache folder; continued if it already holds the same cache."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    layers: tuple[int, ...] | None = None
+    """Captured layers; None for `num_layers` spread over the target."""
+    num_layers: int | None = None
+    """Number of captured layers; None for five, or as many as a small target has room for."""
+    block_size: int = 16
+    """K; a sample without one supervised position with K - 1 tokens after it is left out."""
+    mask_token_id: int | None = None
+    """Token that fills the slots to be drafted; None to find a reserved one."""
+    max_length: int = 3072
+    """Tokens kept of each conversation."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template."""
+    skip_bad_rows: bool = False
+    """Leave unusable rows out, counted and listed in rejects.parquet, instead of stopping."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto is float32 on the CPU and the checkpoint's own on a GPU."""
+    attn_implementation: str = "sdpa"
+    """As transformers names it."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    batch_tokens: int = 8192
+    """Padded tokens of one forward."""
+    shard_mib: int = 512
+    """MiB of raw features in one shard: the unit of work, of resuming and of loss."""
+    chunk_tokens: int = 128
+    """Tokens of one compressed chunk."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, low in (("block_size", 2), ("max_length", 2), ("batch_tokens", 1), ("shard_mib", 1)):
+            if getattr(self, name) < low:
+                problems.append(f"{name} is {getattr(self, name)}; expected at least {low}.")
+        if self.chunk_tokens < 1:
+            problems.append(f"chunk_tokens is {self.chunk_tokens}; expected at least 1.")
+        if self.max_length < self.block_size:
+            problems.append(f"max_length {self.max_length} is shorter than one block of {self.block_size}.")
+        if self.layers is not None and self.num_layers is not None:
+            problems.append("Both layers and num_layers are given; name one of them.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
+        if not self.data:
+            problems.append("No data file is given.")
+        _refuse("extract", problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `dflash train`."""
+
+    cache: Path
+    """Feature cache made by `dflash extract`."""
+    out: Path
+    """Run folder; continued if it already holds the same run."""
+    epochs: float = 6.0
+    """Passes over the training samples."""
+    steps: int | None = None
+    """Optimizer steps; given, it replaces `epochs`."""
+    batch_size: int = 8
+    """Samples in one micro-batch."""
+    accumulation: int = 1
+    """Micro-batches in one optimizer step; the loss is averaged exactly over them."""
+    learning_rate: float = 6e-4
+    """Peak; reached after the warm-up, then a cosine to zero."""
+    warmup_ratio: float = 0.04
+    """Share of the steps that warm up."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    num_anchors: int = 512
+    """Blocks drawn from each sample and step, at most."""
+    block_size: int | None = None
+    """K; None for the one the cache was planned with, which is also the largest it allows."""
+    loss: str = "dflash"
+    """dflash (weights fall with the slot) or dpace (weights follow the draft's own confidence)."""
+    gamma: float | None = None
+    """Decay of the dflash loss; None for the recommended one: 7, 5, 4 at K = 16, 10, 8."""
+    draft_layers: int | None = None
+    """Draft layers; None for the number of captured layers."""
+    draft_heads: int | None = None
+    """Query heads; None for the target's."""
+    draft_kv_heads: int | None = None
+    """Key and value heads; None for the target's."""
+    draft_head_dim: int | None = None
+    """Width of one head; None for the target's."""
+    draft_intermediate_size: int | None = None
+    """Width of the feed-forward layers; None for the target's."""
+    layers: tuple[int, ...] | None = None
+    """Captured layers the draft reads; None for all in the cache."""
+    seed: int = 0
+    """Of the initial weights, the order of samples, and the anchors."""
+    val_samples: int = 128
+    """Samples held out of training, at most; never more than a tenth."""
+    val_every: int = 200
+    """Steps between two validations."""
+    save_every: int = 200
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best."""
+    attention_backend: str = "auto"
+    """flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on the CPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    dtype: str = "auto"
+    """Autocast: bfloat16 or float32; auto is bfloat16 on a GPU. Masters and optimizer are always float32."""
+    loader_threads: int = 2
+    """Threads that read and decode samples ahead of the step."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        at_least_one = (
+            "batch_size",
+            "accumulation",
+            "num_anchors",
+            "val_every",
+            "save_every",
+            "keep",
+            "loader_threads",
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} is {getattr(self, name)}; expected more than 0.")
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps is {self.steps}; expected at least 1.")
+        if not self.epochs > 0:
+            problems.append(f"epochs is {self.epochs}; expected more than 0.")
+        if not 0 <= self.warmup_ratio < 1:
+            problems.append(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1.")
+        if self.val_samples < 0:
+            problems.append(f"val_samples is {self.val_samples}; expected 0 or more.")
+        if self.loss not in ("dflash", "dpace"):
+            problems.append(f"loss is {self.loss!r}; expected dflash or dpace.")
+        if self.attention_backend not in ("auto", "flex_attention", "sdpa", "eager"):
+            problems.append(
+                f"attention_backend is {self.attention_backend!r}; expected auto, flex_attention, sdpa or eager."
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            problems.append(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16.")
+        _refuse("train", problems)
+
+
+def recommended_gamma(block_size: int) -> float:
+    """Return the loss decay published for blocks of 8, 10 and 16 (4, 5 and 7), on straight lines through them."""
+    return block_size / 2 if block_size <= 10 else 5 + (block_size - 10) / 3

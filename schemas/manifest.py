@@ -1,0 +1,131 @@
+"""manifest.json: what made a cache and how it is laid out; written once, before the first shard."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
+from dflash_offline.schemas.files import read_sealed, sha256_file
+
+FORMAT_VERSION = 1
+CAPTURE_RULE = "output of decoder layer i, before any final norm"
+MANIFEST = "manifest.json"
+SAMPLES = "samples.parquet"
+REJECTS = "rejects.parquet"
+FEATURES = "features.zarr"
+COMMITS = "commits"
+TARGET = "target"
+TMP = "tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where features lie in the zarr arrays."""
+
+    num_shards: int
+    shard_tokens: int
+    """Token slots of one shard; a multiple of `chunk_tokens`."""
+    chunk_tokens: int
+    """Token slots of one inner chunk; samples start on chunk boundaries."""
+    num_layers: int
+    """L, captured target layers."""
+    hidden_size: int
+    """H."""
+
+    @property
+    def num_slots(self) -> int:
+        """T, the length of each array."""
+        return self.num_shards * self.shard_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The identity and the layout of one cache."""
+
+    identity: dict[str, Any]
+    """Every field that decides content; compared on resume."""
+    origin: dict[str, Any]
+    """Names, paths and software versions; recorded and shown, never compared."""
+    layout: Layout
+    plan: dict[str, Any]
+    """Totals (samples, tokens, supervised, anchors, rejects by reason) and the mask token that was chosen."""
+    files: dict[str, dict[str, Any]]
+    """Size and sha256 of every static file, by path within the cache."""
+    checksum: str = ""
+    """Of the canonical content; commit records name it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document without its checksum."""
+        document = asdict(self)
+        del document["checksum"]
+        return {"format": "dflash-cache", "format_version": FORMAT_VERSION, **document}
+
+    @classmethod
+    def read(cls, cache: Path) -> "Manifest":
+        """Return the manifest of a cache folder; `CacheError` if the folder is no cache or the file is damaged."""
+        path = cache / MANIFEST
+        if not path.is_file():
+            found = "is not a folder" if not cache.is_dir() else f"has no {MANIFEST}"
+            raise CacheError(f"{cache} is not a feature cache: it {found}. Make one with `dflash extract`.")
+        document = read_sealed(path)
+        version = document.get("format_version")
+        if document.get("format") != "dflash-cache" or version != FORMAT_VERSION:
+            raise CacheError(
+                f"{path} has format {document.get('format')!r} version {version!r}; this program reads "
+                f"'dflash-cache' version {FORMAT_VERSION}. Extract again, or use the version that wrote it."
+            )
+        return cls(
+            identity=document["identity"],
+            origin=document["origin"],
+            layout=Layout(**document["layout"]),
+            plan=document["plan"],
+            files=document["files"],
+            checksum=document["checksum"],
+        )
+
+    def check_static_files(self, cache: Path) -> None:
+        """Raise `CacheError` naming every static file whose size or sha256 is not the manifest's."""
+        faults = []
+        for name, want in self.files.items():
+            path = cache / name
+            if not path.is_file():
+                faults.append(f"{name} is missing")
+            elif path.stat().st_size != want["size"]:
+                faults.append(f"{name} has {path.stat().st_size} bytes, expected {want['size']}")
+            elif sha256_file(path) != want["sha256"]:
+                faults.append(f"{name} has another sha256 than when it was written")
+        if faults:
+            raise CacheError(f"{cache} is damaged: {'; '.join(faults)}. Restore it from a copy, or extract again.")
+
+
+def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, object, object]]:
+    """Return (dotted field, value in `have`, value in `want`) wherever two documents differ."""
+    left, right = flatten(have), flatten(want)
+    names = [*left, *(name for name in right if name not in left)]
+    return [
+        (name, left.get(name, "(absent)"), right.get(name, "(absent)"))
+        for name in names
+        if left.get(name, "(absent)") != right.get(name, "(absent)")
+    ]
+
+
+def refuse_other_identity(cache: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+    """Raise `MismatchError` with a table of fields if a cache was made from something else than is asked for."""
+    rows = differences(have, want)
+    if rows:
+        raise MismatchError(
+            f"{cache} was made with other settings or other input than this command's:\n"
+            f"{mismatch_table(rows, found='cache', asked='now')}\n"
+            f"Repeat the command that made it to go on with it, or name a new --out."
+        )

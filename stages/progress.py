@@ -1,0 +1,35 @@
+"""How a stage reports what it does; the command line shows it, a library user may ignore it."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives what a long piece of work says of itself."""
+
+    def say(self, text: str) -> None:
+        """Take one line for the user."""
+
+    def start(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
+        """Begin a piece of work of `total` units, `done` of which were finished before."""
+
+    def advance(self, amount: int, **figures: str) -> None:
+        """Note that `amount` more units are finished; figures are shown beside the bar."""
+
+    def finish(self) -> None:
+        """End the piece of work."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Drop the line."""
+
+    def start(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
+        """Show nothing."""
+
+    def advance(self, amount: int, **figures: str) -> None:
+        """Show nothing."""
+
+    def finish(self) -> None:
+        """Show nothing."""

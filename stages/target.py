@@ -1,0 +1,318 @@
+"""The frozen target: finding it, checking it, loading it, and catching the outputs of its layers.
+
+Axes: B rows, S positions, L captured layers, H hidden size.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
+from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
+
+_WEIGHT_ENDINGS = (".safetensors", ".bin")
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device a setting stands for; auto is a GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DflashError(f"device is {device!r}, but torch sees no GPU. Use --device cpu, or install a CUDA build.")
+    return torch.device(device)
+
+
+def target_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder that holds a target: the one named, or a hub id's files in the hub's cache."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DflashError(f"{folder} is not a model: it has no config.json. Name a Hugging Face model folder.")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DflashError(f"The target {name} is not a folder. Name a Hugging Face model folder, or a hub id.")
+    from huggingface_hub import snapshot_download  # type: ignore[import-not-found, unused-ignore]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "*.pth", "original/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DflashError(
+            f"The target {name!r} is neither a folder here nor a model that can be fetched from the hub: "
+            f"{str(error).splitlines()[0]}. Check the name, or give a folder."
+        ) from error
+
+
+def default_layer_ids(num_target_layers: int, num_layers: int | None) -> tuple[int, ...]:
+    """Return `num_layers` layer ids spread over the target, or as many as fit up to five if None.
+
+    One layer gives T // 2, more give round(1 + i (T - 4) / (n - 1)): the rule of z-lab's reference client.
+    """
+
+    def spread(n: int) -> list[int]:
+        if n == 1:
+            return [num_target_layers // 2]
+        return [round(1 + i * (num_target_layers - 4) / (n - 1)) for i in range(n)]
+
+    def usable(n: int) -> bool:
+        ids = spread(n)
+        return ids == sorted(set(ids)) and ids[-1] <= num_target_layers - 2
+
+    largest = max((n for n in range(1, num_target_layers) if usable(n)), default=0)
+    if largest == 0:
+        raise UnsupportedTargetError(
+            f"The target has {num_target_layers} layers; a draft needs one that is not the last. Use a larger target."
+        )
+    n = min(5, largest) if num_layers is None else num_layers
+    if n < 1 or not usable(n):
+        raise DflashError(
+            f"{n} layers cannot be spread over a target of {num_target_layers} layers without repeating one. "
+            f"The largest usable number is {largest}; or name them, as in --layers 1,3,5."
+        )
+    return tuple(spread(n))
+
+
+def check_layer_ids(ids: Sequence[int], num_target_layers: int) -> tuple[int, ...]:
+    """Return the ids if they are unique, ascending and captured before the final norm."""
+    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_target_layers - 2:
+        raise DflashError(
+            f"The layers {list(ids)} cannot be captured from a target of {num_target_layers} layers: expected unique "
+            f"ascending ids from 0 to {num_target_layers - 2} (the last layer's output is never captured)."
+        )
+    return tuple(ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFiles:
+    """A target on disk, before any weight is loaded."""
+
+    folder: Path
+    name: str
+    config: Any
+    """The transformers config."""
+    tokenizer: Any
+    """A fast tokenizer with a chat template."""
+    template: str
+    """The chat template's text."""
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that describes the decoder."""
+        return self.config.get_text_config()
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.text_config.num_hidden_layers)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the hashes that say which target this is: config, weights, tokenizer and chat template."""
+        weights = sorted(p for p in self.folder.iterdir() if p.name.endswith(_WEIGHT_ENDINGS))
+        if not weights:
+            raise DflashError(f"{self.folder} holds no weights (*.safetensors or *.bin). Name a complete model folder.")
+        return {
+            "config_sha256": sha256_file(self.folder / "config.json"),
+            "weights_sha256": {path.name: _cached_sha256(path) for path in weights},
+            "quantization": _plain(getattr(self.config, "quantization_config", None)),
+            "tokenizer_sha256": sha256_bytes(
+                self.tokenizer.backend_tokenizer.to_str().encode(),
+                canonical_json({k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}),
+            ),
+            "chat_template_sha256": sha256_bytes(self.template.encode()),
+        }
+
+
+def open_target(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TargetFiles:
+    """Return a target's config and tokenizer; `DflashError` if either is missing or cannot be used here."""
+    folder = target_folder(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever the files provoke
+        hint = (
+            "" if trust_remote_code else " If the model brings its own code and you trust it, add --trust-remote-code."
+        )
+        raise DflashError(
+            f"transformers cannot open the model in {folder}: {str(error).strip().splitlines()[0]}.{hint}"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedTargetError(
+            f"The tokenizer of {folder} has no fast version (tokenizer.json), which the loss mask needs. "
+            f"Convert it with transformers and save it beside the model."
+        )
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DflashError(
+            f"The tokenizer of {folder} has no chat template. Put the model's chat_template.jinja beside it."
+        ) from error
+    return TargetFiles(folder=folder, name=name, config=config, tokenizer=tokenizer, template=template)
+
+
+def resolve_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """Return the dtype the target runs in: auto is float32 on the CPU and the checkpoint's own on a GPU."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":
+        return torch.float32
+    own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.bfloat16
+
+
+def load_model(
+    files: TargetFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return the target's weights as a frozen causal language model in evaluation mode."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise DflashError(
+            f"transformers cannot load the model in {files.folder} as a causal language model: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """Return the target's decoder layers, in order."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    expected = model.config.get_text_config().num_hidden_layers
+    if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} keeps no list of {expected} decoder layers where transformers' decoders do; "
+            f"its hidden states cannot be captured."
+        )
+    return layers
+
+
+class _Captured(Exception):
+    """Raised by the last hook: nothing after that layer is needed."""
+
+
+@contextmanager
+def capture(model: Any, layer_ids: Sequence[int], *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """Catch the outputs of the chosen decoder layers, before any final norm.
+
+    The list holds, after each forward, one [B, S, H] tensor for each id in order. With `stop`, a forward ends
+    after the last of them; call it through `run_captured`.
+    """
+    layers = decoder_layers(model)
+    caught: list[Tensor] = []
+
+    def hook(index: int, output: Any) -> None:
+        if index == 0:
+            caught.clear()
+        caught.append(output[0] if isinstance(output, tuple) else output)
+        if stop and index == len(layer_ids) - 1:
+            raise _Captured
+
+    handles = [
+        layers[layer].register_forward_hook(lambda _m, _i, output, index=index: hook(index, output))
+        for index, layer in enumerate(layer_ids)
+    ]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def run_captured(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> list[Tensor]:
+    """Return the outputs of the chosen layers for right-padded rows, L tensors of [B, S, H].
+
+    No mask is passed: every position sees only what stands before it, so padding on the right changes no real one.
+    The forward ends after the last chosen layer; no logits are computed.
+    """
+    with capture(model, layer_ids, stop=True) as caught:
+        try:
+            model.get_decoder()(input_ids=input_ids, use_cache=False)
+        except _Captured:
+            return list(caught)
+    raise AssertionError("the forward ended before the last captured layer")
+
+
+@torch.inference_mode()
+def check_plain_embeddings(model: Any, name: str) -> None:
+    """Refuse a target whose decoder does not start from raw embedding rows and end in a plain linear head.
+
+    A draft borrows the raw table and the head, as the clients serve it; a scaled embedding (Gemma), learned
+    positions or capped logits would be lost silently.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None]
+    entered: list[Tensor] = []
+
+    def note_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(note_input, with_kwargs=True)
+    try:
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    finally:
+        handle.remove()
+    raw = nn.functional.embedding(ids, model.get_input_embeddings().weight)
+    if not torch.equal(entered[0], raw.to(entered[0].dtype)):
+        raise UnsupportedTargetError(
+            f"{name} ({type(model).__name__}) does not feed raw embedding rows to its first layer (scaled embeddings "
+            f"or learned positions); a DFlash draft borrows the raw rows. Not supported."
+        )
+    logits = model.get_output_embeddings()(output.hidden_states[-1])
+    if not torch.allclose(output.logits.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise UnsupportedTargetError(
+            f"{name} ({type(model).__name__}) scales or caps its logits after the head; a DFlash draft is trained "
+            f"through the plain head and would be served another one. Not supported."
+        )
+
+
+def embedding_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the embedding table and, unless it is the same matrix, the head: all a draft borrows of its target."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tensors = {"embed_tokens.weight": table.detach().cpu().contiguous()}
+    if head.weight.data_ptr() != table.data_ptr():
+        tensors["lm_head.weight"] = head.weight.detach().cpu().contiguous()
+    if getattr(head, "bias", None) is not None:
+        tensors["lm_head.bias"] = head.bias.detach().cpu().contiguous()
+    return tensors
+
+
+def _plain(config: Any) -> Any:
+    if config is None:
+        return None
+    document = config if isinstance(config, dict) else config.to_dict()
+    return json.loads(json.dumps(document, default=str))
+
+
+def _cached_sha256(path: Path) -> str:
+    """Return a weight file's sha256, remembered by path, size and modification time."""
+    stat = path.stat()
+    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dflash" / "sha256"
+    note = root / hashlib.sha256(key.encode()).hexdigest()
+    if note.is_file() and len(known := note.read_text()) == 64:
+        return known
+    digest = sha256_file(path)
+    try:  # only a shortcut: an unwritable home costs the hashing again
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.replace(note)
+    except OSError:
+        pass
+    return digest
