@@ -1,9 +1,11 @@
 """Whole-file writes that survive a crash, checksums, and sealed JSON documents."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,22 @@ def read_sealed(path: Path) -> dict[str, Any]:
             f"{path} is damaged: its checksum says {claimed}, its content gives {actual}. Restore it from a copy."
         )
     return document
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)

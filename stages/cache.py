@@ -3,7 +3,6 @@
 Axes: T token slots, L captured layers, H hidden size.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -31,7 +30,7 @@ from dflash_offline.schemas.commits import (
     read_commits,
 )
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import publish, sealed_bytes, sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.files import locked, publish, sealed_bytes, sha256_file, sync_folder, write_synced
 from dflash_offline.schemas.manifest import CAPTURE_RULE, COMMITS, FEATURES, MANIFEST, SAMPLES, TMP, Layout, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.shards import BLOSC, ShardFile, encode_shard
@@ -90,35 +89,16 @@ def building_folder(cache: Path) -> Iterator[Path]:
     prefix = f".{cache.name}.building-"
     cache.parent.mkdir(parents=True, exist_ok=True)
     for leftover in cache.parent.glob(f"{prefix}*"):
-        with _locked(leftover, wait=False) as free:
+        with locked(leftover, wait=False) as free:
             if free:
                 shutil.rmtree(leftover, ignore_errors=True)
     folder = cache.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
     folder.mkdir()
     try:
-        with _locked(folder, wait=False):
+        with locked(folder, wait=False):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def publish_cache(folder: Path, cache: Path, **manifest: Any) -> bool:
@@ -179,7 +159,7 @@ class ShardWriter:
         """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
         lock = self.cache / TMP / f"{shard:06d}.lock"
         lock.touch()
-        with _locked(lock, wait=wait) as free:
+        with locked(lock, wait=wait) as free:
             yield free and not self.is_done(shard)
 
     def commit(self, shard: int, hidden: NDArray[np.uint16], started: float) -> int:

@@ -1,0 +1,72 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH ?= 2.13.0
+CONSTRAINTS ?= constraints.txt
+CLIENTS = .clients
+OLDEST = .venv-oldest
+
+# The editable install links every file; when files come or go, the list's checksum changes and the links are renewed.
+FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+LINKED = $(VENV)/linked-$(FILES)
+
+.PHONY: help install demo check lint types test test-slow check-clients check-oldest target format
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
+
+install: $(LINKED) ## set up .venv with everything pinned in constraints.txt
+
+demo: $(LINKED) ## set up, then run the whole pipeline on the target that ships with the package
+	$(BIN)/dflash demo --out demo
+
+check: lint types test ## what CI runs: lint, types, tests; no GPU, no network beyond the set-up
+
+lint: $(LINKED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(LINKED)
+	$(BIN)/mypy
+
+test: $(LINKED)
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not clients"
+
+test-slow: $(LINKED) ## the tests that take minutes
+	$(BIN)/pytest -m "slow and not gpu and not clients"
+
+format: $(LINKED) ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check-clients: $(LINKED) $(CLIENTS)/dflash ## compare with z-lab's reference client, run in processes of its own
+	DFLASH_ZLAB=$(CLIENTS) $(BIN)/pytest -m clients
+
+$(CLIENTS)/dflash: | $(LINKED)
+	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
+	$(BIN)/python -m zipfile -e $(CLIENTS)/dflash-0.1.0-py3-none-any.whl $(CLIENTS)
+
+check-oldest: ## run the tests on the oldest torch and transformers that are supported
+	$(MAKE) test VENV=$(OLDEST) TORCH=2.11.0 CONSTRAINTS=constraints-oldest.txt
+
+target: $(LINKED) ## train the embedded target and its conversations again (about an hour)
+	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run
+
+# Without a GPU a CPU build of torch is taken wherever one can be had: from pip's own sources, or by uv, which knows
+# where PyTorch keeps them; only failing both, the default build with its CUDA packages.
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')" 2>/dev/null \
+	  || if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q torch==$(TORCH); else \
+	    $(BIN)/pip install -q torch==$(TORCH)+cpu 2>/dev/null \
+	    || { $(BIN)/pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH); } \
+	    || $(BIN)/pip install -q torch==$(TORCH); fi
+	$(BIN)/pip install -q -c $(CONSTRAINTS) setuptools wheel
+	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(LINKED): $(VENV)/installed
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	rm -f $(VENV)/linked-*
+	touch $@

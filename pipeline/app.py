@@ -1,0 +1,421 @@
+"""The command line: each command converts its arguments, calls one function and prints what it made."""
+
+import errno
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from dflash_offline.pipeline.progress import TerminalProgress
+from dflash_offline.schemas.config import ExtractConfig, TrainConfig
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.evaluation import EvalConfig
+
+app = typer.Typer(
+    name="dflash",
+    help="Train DFlash drafters offline: cache a target's hidden states once, then train from the cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+TemplateKwargs = Annotated[
+    str, typer.Option(metavar="JSON", help="""Passed to the chat template, e.g. '{"enable_thinking": false}'.""")
+]
+Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+
+
+@contextmanager
+def _reported(go_on: str = "") -> Iterator[None]:
+    """Turn a user's errors into one message and exit 1, and Ctrl-C into exit 130; a bug keeps its traceback."""
+    try:
+        yield
+    except DflashError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt as error:
+        said = f"{error} " if str(error) else "Stopped. "
+        _fail(f"{said}{go_on}".rstrip(), 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EPERM):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror}. What was finished is intact. {go_on}".rstrip(), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"dflash: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _ids(text: str | None, flag: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise DflashError(f"{flag} is {text!r}; expected numbers with commas between, as in {flag} 1,9,17.") from None
+
+
+def _object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DflashError(
+            f"{flag} is not JSON ({error}): {text!r}. Give an object, as in '{{\"a\": true}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise DflashError(f"{flag} is a JSON {type(value).__name__}; expected an object, as in '{{\"a\": true}}'.")
+    return value
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' own bars and notices off the terminal; its errors still arrive as exceptions."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dflash-offline {version('dflash-offline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Example: dflash extract chats.jsonl --target Qwen/Qwen3-8B --out cache. "
+    "The same command again goes on where it stopped."
+)
+def extract(
+    data: Annotated[list[Path], typer.Argument(help='JSONL files of {"messages": [{"role", "content"}, ...]}.')],
+    target: Target,
+    out: Annotated[Path, typer.Option(help="Cache folder; continued if it already holds the same cache.")],
+    layers: Annotated[
+        str | None, typer.Option(metavar="IDS", help="Captured layers, as in 1,9,17; id i is layer i's output.")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Number of captured layers, spread over the target. [default: 5, if it has room]")
+    ] = None,
+    block_size: Annotated[
+        int, typer.Option(help="Longest block that drafts of this cache may have: an anchor and the drafted tokens.")
+    ] = ExtractConfig.block_size,
+    mask_token_id: Annotated[
+        int | None, typer.Option(help="Token that fills the slots to be drafted. [default: a reserved one]")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of each conversation.")] = ExtractConfig.max_length,
+    chat_template_kwargs: TemplateKwargs = "{}",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.")
+    ] = ExtractConfig.dtype,
+    attn_implementation: Annotated[
+        str, typer.Option(help="As transformers names it.")
+    ] = ExtractConfig.attn_implementation,
+    device: Device = ExtractConfig.device,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of one forward.")] = ExtractConfig.batch_tokens,
+    shard_mib: Annotated[
+        int, typer.Option(help="MiB of raw features in one shard, the unit of resuming.")
+    ] = ExtractConfig.shard_mib,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens of one compressed chunk.")] = ExtractConfig.chunk_tokens,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a target over conversations once and cache its hidden states."""
+    with _reported("Finished shards are kept; repeat the command to go on."):
+        config = ExtractConfig(
+            data=tuple(data),
+            target=target,
+            out=out,
+            revision=revision,
+            layers=_ids(layers, "--layers"),
+            num_layers=num_layers,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            max_length=max_length,
+            chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
+            skip_bad_rows=skip_bad_rows,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            batch_tokens=batch_tokens,
+            shard_mib=shard_mib,
+            chunk_tokens=chunk_tokens,
+        )
+        _quiet_libraries()
+        from dflash_offline.stages.extract import extract as run
+
+        done = run(config, TerminalProgress(quiet=quiet))
+        if json_:
+            from dflash_offline.pipeline.inspect import overview, print_json
+
+            print_json(overview(out))
+            return
+        print(
+            f"{out} is complete: {done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
+            f" ({done.shards_written} written now, {_size(done.bytes_written)}, {done.seconds:.0f} s)."
+        )
+        print(f"Next: dflash train {out} --out RUN        Look: dflash inspect {out}")
+
+
+@app.command(epilog="Example: dflash inspect cache --sample 0")
+def inspect(
+    cache: Annotated[Path, typer.Argument(help="Cache folder.")],
+    sample: Annotated[int | None, typer.Option(help="Print this sample's text, the supervised part marked.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show what a cache holds, without reading a feature."""
+    with _reported():
+        from dflash_offline.pipeline import inspect as view
+
+        if sample is None:
+            found = view.overview(cache)
+            view.print_json(found) if json_ else view.print_overview(found)
+        else:
+            one = view.sample_view(cache, sample)
+            view.print_json(one) if json_ else view.print_sample(one)
+
+
+@app.command(
+    epilog="Example: dflash train cache --out run --epochs 6. The same command again goes on from its last checkpoint."
+)
+def train(
+    cache: Annotated[Path, typer.Argument(help="Cache folder made by `dflash extract`.")],
+    out: Annotated[Path, typer.Option(help="Run folder; continued if it already holds the same run.")],
+    epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = TrainConfig.epochs,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one micro-batch.")] = TrainConfig.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches in one step.")] = TrainConfig.accumulation,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="Peak of the schedule.")
+    ] = TrainConfig.learning_rate,
+    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = TrainConfig.warmup_ratio,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = TrainConfig.weight_decay,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
+    num_anchors: Annotated[
+        int, typer.Option(help="Blocks drawn from each sample and step, at most.")
+    ] = TrainConfig.num_anchors,
+    block_size: Annotated[int | None, typer.Option(help="Block size. [default: the cache's]")] = None,
+    loss: Annotated[str, typer.Option(help="dflash or dpace.")] = TrainConfig.loss,
+    gamma: Annotated[
+        float | None, typer.Option(help="Decay of the dflash loss. [default: 7, 5, 4 for blocks of 16, 10, 8]")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(metavar="IDS", help="Target layers to read. [default: all]")] = None,
+    draft_layers: Annotated[
+        int | None, typer.Option(help="Draft layers. [default: as many as target layers are read]")
+    ] = None,
+    draft_heads: Annotated[int | None, typer.Option(help="Query heads. [default: the target's]")] = None,
+    draft_kv_heads: Annotated[int | None, typer.Option(help="Key-value heads. [default: the target's]")] = None,
+    draft_head_dim: Annotated[int | None, typer.Option(help="Width of a head. [default: the target's]")] = None,
+    draft_intermediate_size: Annotated[
+        int | None, typer.Option(help="Feed-forward width. [default: the target's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and anchors.")] = TrainConfig.seed,
+    val_samples: Annotated[
+        int, typer.Option(help="Samples held out, at most; never over a tenth.")
+    ] = TrainConfig.val_samples,
+    val_every: Annotated[int, typer.Option(help="Steps between validations.")] = TrainConfig.val_every,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = TrainConfig.save_every,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints kept, beside the best.")] = TrainConfig.keep,
+    attention_backend: Annotated[
+        str, typer.Option(help="flex_attention, sdpa or eager; auto is flex on a GPU, else sdpa.")
+    ] = TrainConfig.attention_backend,
+    dtype: Annotated[
+        str, typer.Option(help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.")
+    ] = TrainConfig.dtype,
+    device: Device = TrainConfig.device,
+    loader_threads: Annotated[int, typer.Option(help="Threads that read ahead.")] = TrainConfig.loader_threads,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a draft from a cache; the target is not loaded."""
+    with _reported("Repeat the command to go on from the last checkpoint."):
+        config = TrainConfig(
+            cache=cache,
+            out=out,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            warmup_ratio=warmup_ratio,
+            weight_decay=weight_decay,
+            clip=clip,
+            num_anchors=num_anchors,
+            block_size=block_size,
+            loss=loss,
+            gamma=gamma,
+            layers=_ids(layers, "--layers"),
+            draft_layers=draft_layers,
+            draft_heads=draft_heads,
+            draft_kv_heads=draft_kv_heads,
+            draft_head_dim=draft_head_dim,
+            draft_intermediate_size=draft_intermediate_size,
+            seed=seed,
+            val_samples=val_samples,
+            val_every=val_every,
+            save_every=save_every,
+            keep=keep,
+            attention_backend=attention_backend,
+            dtype=dtype,
+            device=device,
+            loader_threads=loader_threads,
+        )
+        from dflash_offline.stages.train import train as run
+
+        done = run(config, TerminalProgress(quiet=quiet))
+        if json_:
+            print(
+                json.dumps(
+                    {
+                        "run": str(done.run),
+                        "step": done.state.step,
+                        "parameters": done.parameters,
+                        "train_samples": done.num_train,
+                        "held_out_samples": done.num_held_out,
+                        "best_step": done.state.best_step,
+                        "best_serving_walk": done.state.best_walk,
+                        "seconds": done.seconds,
+                    },
+                    indent=1,
+                )
+            )
+            return
+        print(
+            f"{out} is trained: {done.state.step:,} steps over {done.num_train:,} samples, {done.parameters:,} "
+            f"parameters, {done.seconds:.0f} s."
+        )
+        if done.state.best_step:
+            print(
+                f"Best acceptance length in the serving walk over {done.num_held_out} held-out samples: "
+                f"{done.state.best_walk:.2f} (step {done.state.best_step})."
+            )
+        print(f"Next: dflash export {out} --out DRAFT        Curves: tensorboard --logdir {out}")
+
+
+@app.command(epilog="Example: dflash export run --out draft")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder made by `dflash train`.")],
+    out: Annotated[Path, typer.Option(help="Draft folder to write.")],
+    checkpoint: Annotated[str, typer.Option(help="best (by the serving walk) or last.", metavar="best|last")] = "best",
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint as the folder that z-lab's client, vLLM and SGLang load."""
+    with _reported():
+        if checkpoint not in ("best", "last"):
+            raise DflashError(f"--checkpoint is {checkpoint!r}; expected best or last.")
+        from dflash_offline.pipeline.export import export as write
+
+        done = write(run, out, checkpoint)
+        if json_:
+            fields = {"draft": str(done.draft), "step": done.step}
+            print(json.dumps({**fields, "parameters": done.num_parameters, "bytes": done.num_bytes}, indent=1))
+            return
+        print(
+            f"{out} holds the draft of step {done.step}: {done.num_parameters:,} parameters, {_size(done.num_bytes)}."
+        )
+        print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
+
+
+@app.command(name="eval", epilog="Example: dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl")
+def evaluate(
+    draft: Annotated[Path, typer.Argument(help="Draft folder made by `dflash export`, or another DFlash draft.")],
+    target: Target,
+    prompts: Annotated[Path, typer.Option(help='JSONL of {"messages": [...]} or {"prompt": "..."}.')],
+    limit: Annotated[int | None, typer.Option(help="Prompts read from the top of the file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer, at most.")] = EvalConfig.max_new_tokens,
+    prompt_lookup: Annotated[
+        bool, typer.Option("--prompt-lookup", help="Also decode with prompt lookup, for comparison.")
+    ] = EvalConfig.prompt_lookup,
+    chat_template_kwargs: TemplateKwargs = "{}",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.")
+    ] = EvalConfig.dtype,
+    device: Device = EvalConfig.device,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: torch's choice]")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decode prompts by the target alone and with the draft; exit 1 if an answer changes."""
+    with _reported():
+        config = EvalConfig(
+            draft=draft,
+            target=target,
+            prompts=prompts,
+            revision=revision,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            prompt_lookup=prompt_lookup,
+            chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            threads=threads,
+        )
+        _quiet_libraries()
+        from dflash_offline.pipeline import evaluate as evaluation
+
+        result = evaluation.evaluate_folder(config, TerminalProgress(quiet=quiet))
+        text = json.dumps(result.to_json(), indent=1)
+        if save is not None:
+            save.parent.mkdir(parents=True, exist_ok=True)
+            save.write_text(text + "\n")
+        print(text) if json_ else evaluation.print_report(result)
+        if not result.lossless:
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: dflash demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for cache, run and draft.")] = Path("dflash-demo"),
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: torch's choice]")] = None,
+) -> None:
+    """Run extract, inspect, train, export and eval on the target that ships with the package."""
+    with _reported("Repeat the command to go on."):
+        from dflash_offline.pipeline.demo import run_demo
+
+        run_demo(out, threads)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

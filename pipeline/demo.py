@@ -1,0 +1,69 @@
+"""`dflash demo`: the whole pipeline on the target that ships with the package, each command printed before it runs."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.pipeline.embedded import CONVERSATIONS, PROMPTS, TARGET
+from dflash_offline.schemas.errors import DflashError
+
+BLOCK_SIZE = 8
+
+
+def demo_commands(out: Path) -> list[list[str]]:
+    """Return the five commands, without the program's name."""
+    cache, run, draft = (str(out / name) for name in ("cache", "run", "draft"))
+    target, data, prompts = str(TARGET), str(CONVERSATIONS), str(PROMPTS)
+    block = ["--block-size", str(BLOCK_SIZE)]
+    extract = ["extract", data, "--target", target, "--out", cache, *block, "--shard-mib", "64"]
+    train = ["train", cache, "--out", run, "--steps", "600", "--lr", "2e-3", "--draft-layers", "3"]
+    train += ["--num-anchors", "32", "--val-samples", "64"]
+    return [
+        extract,
+        ["inspect", cache],
+        train,
+        ["export", run, "--out", draft],
+        ["eval", draft, "--target", target, "--prompts", prompts, "--prompt-lookup", "--save", str(out / "eval.json")],
+    ]
+
+
+def run_demo(out: Path, threads: int | None) -> None:
+    """Run the five commands as a user would and close with a table of what came out."""
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    spent: list[tuple[str, float]] = []
+    for command in demo_commands(out):
+        print(f"\n$ {shlex.join(['dflash', *command])}", flush=True)
+        began = time.perf_counter()
+        code = subprocess.run(
+            [sys.executable, "-m", "dflash_offline.pipeline.app", *command], env=environment
+        ).returncode
+        spent.append((command[0], time.perf_counter() - began))
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise DflashError(f"`dflash {command[0]}` ended with exit code {code}; its message stands above.")
+    _print_table(json.loads((out / "eval.json").read_text()), spent)
+
+
+def _print_table(result: dict[str, Any], spent: list[tuple[str, float]]) -> None:
+    acceptance = result["acceptance"]
+    rows = [
+        ("held-out prompts", f"{acceptance['prompts']}"),
+        ("acceptance length", f"{acceptance['pooled']:.2f} (mean of prompts {acceptance['mean']:.2f})"),
+        ("  block size, the most it could be", f"{result['block_size']}"),
+        ("tokens per target call, draft", f"{result['tokens_per_call']:.2f}"),
+        ("tokens per target call, prompt lookup", f"{result['prompt_lookup_tokens_per_call']:.2f}"),
+        ("answers identical to the target's", f"{result['identical']} of {acceptance['prompts']}"),
+        ("tokens/s, target alone", f"{result['plain_tokens_per_s']:.0f}"),
+        ("tokens/s, with the draft", f"{result['speculative_tokens_per_s']:.0f} ({result['speedup']:.2f} times)"),
+        ("target's NLL of its answers", f"{result['nll']:.3f} nats per token"),
+        ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent)),
+    ]
+    print("\nThe draft on the target's own greedy decoding")
+    for name, value in rows:
+        print(f"  {name:<38} {value}")

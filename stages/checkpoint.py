@@ -1,0 +1,111 @@
+"""Checkpoints of a run: one folder each, written whole and renamed; nothing in it executes when read."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dflash_offline.schemas.draft import DraftConfig
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.files import read_sealed, sealed_bytes, sha256_file, sync_folder, write_synced
+from dflash_offline.stages.drafter import DraftModel, draft_state_dict
+
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands after a step. Data order and anchors follow from the step, so no generator is kept."""
+
+    step: int
+    """Finished optimizer steps."""
+    best_step: int = 0
+    """Step of the best validation so far; 0 for none."""
+    best_walk: float = 0.0
+    """Its serving-walk acceptance length."""
+    tokens: int = 0
+    """Training tokens seen."""
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def save_checkpoint(run: Path, state: TrainState, draft: DraftModel, optimizer: torch.optim.Optimizer) -> Path:
+    """Write masters, optimizer and state whole, then rename the folder into place; returns it."""
+    folder = checkpoint_folder(run, state.step)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    save_file(draft_state_dict(draft, draft.config), temporary / WEIGHTS)
+    save_file(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
+    write_synced(temporary / "config.json", [json.dumps(draft.config.to_json(), indent=1).encode()])
+    hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, OPTIMIZER, "config.json")}
+    write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
+    for name in (WEIGHTS, OPTIMIZER):
+        with (temporary / name).open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    return folder
+
+
+def read_state(folder: Path) -> TrainState:
+    """Return a checkpoint's state after checking every file's sha256."""
+    document = read_sealed(folder / STATE)
+    del document["checksum"]
+    for name, digest in document.pop("files").items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise DflashError(
+                f"{folder / name} is missing or damaged. Remove {folder} to go on from the checkpoint before it."
+            )
+    return TrainState(**document)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def prune_checkpoints(run: Path, keep: int, best_step: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    best = checkpoint_folder(run, best_step)
+    for folder in list_checkpoints(run)[:-keep]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+def restore(folder: Path, draft: DraftModel, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load a checkpoint into draft and optimizer; returns its state."""
+    state = read_state(folder)
+    config = DraftConfig.read(folder)
+    assert config == draft.config, "the run's settings were compared before"
+    draft.load_state_dict(load_file(folder / WEIGHTS))
+    tensors = load_file(folder / OPTIMIZER)
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
+                for key, value in moments.items()
+            }
+    return state
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": value.detach().cpu().contiguous()
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
