@@ -194,9 +194,9 @@ class Extraction:
             states = run_captured(self.model, torch.from_numpy(rows).to(self.device), self.layer_ids)
             for layer, state in enumerate(states):
                 bits = state.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
-                for row, sample in enumerate(batch):
+                for features, sample in zip(bits, batch, strict=True):
                     begin, count = samples.start[sample] - base, samples.num_tokens[sample]
-                    hidden[begin : begin + count, layer] = bits[row, :count]
+                    hidden[begin : begin + count, layer] = features[:count]
             self.progress.advance(int(samples.num_tokens[batch].sum()))
         return hidden
 

@@ -51,12 +51,12 @@ class MetricsLog:
         for name, value in row.items():
             for index, number in enumerate(value if isinstance(value, list) else [value], start=1):
                 tag = f"{name}/{index}" if isinstance(value, list) else name
-                self._events.add_scalar(tag, number, step)  # type: ignore[no-untyped-call]
+                self._events.add_scalar(tag, number, step)
 
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
-        self._events.close()  # type: ignore[no-untyped-call]
+        self._events.close()
 
 
 def _step_of(line: str) -> float:

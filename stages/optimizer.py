@@ -11,9 +11,9 @@ def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """Return fused AdamW; matrices decay, norms do not. The groups keep their parameters' names."""
-    matrices, vectors = [], []
-    for name, parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append((name, parameter))
+    named = list(parameters)
+    matrices = [(name, parameter) for name, parameter in named if parameter.dim() > 1]
+    vectors = [(name, parameter) for name, parameter in named if parameter.dim() <= 1]
     groups = [
         {"params": [p for _, p in members], "names": [n for n, _ in members], "weight_decay": decay}
         for members, decay in ((matrices, weight_decay), (vectors, 0.0))

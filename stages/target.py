@@ -20,6 +20,8 @@ from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+"""Config fields of families that change their logits after the head; a cap shows only on large logits."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -274,7 +276,9 @@ def check_plain_embeddings(model: Any, name: str) -> None:
             f"or learned positions); a DFlash draft borrows the raw rows. Not supported."
         )
     logits = model.get_output_embeddings()(output.hidden_states[-1])
-    if not torch.allclose(output.logits.float(), logits.float(), rtol=1e-2, atol=1e-2):
+    same = torch.allclose(output.logits.float(), logits.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
+    text = model.config.get_text_config()
+    if not same or any(getattr(text, name, None) not in (None, 0, 1) for name in _LOGIT_CHANGES):
         raise UnsupportedTargetError(
             f"{name} ({type(model).__name__}) scales or caps its logits after the head; a DFlash draft is trained "
             f"through the plain head and would be served another one. Not supported."

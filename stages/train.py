@@ -146,7 +146,7 @@ class Training:
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
             metrics = self.forward(batch)
-            metrics.loss_sum.backward()  # type: ignore[no-untyped-call]
+            metrics.loss_sum.backward()
             add_sums(sums, metrics)
         parameters = list(self.draft.parameters())
         scale = 1.0 / (sums["loss_weight"] + 1e-6)
@@ -238,11 +238,11 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
         if not stack.enter_context(locked(run, wait=False)):
             raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
         _start_or_resume(training)
+        signals = stack.enter_context(noted_signals())
         stack.enter_context(progress_bar(training))
         log = MetricsLog(run, training.state.step)
         stack.callback(log.close)
-        with noted_signals() as signals:
-            _run_steps(training, log, signals)
+        _run_steps(training, log, signals)
     return Trained(
         run=run,
         state=training.state,

@@ -14,7 +14,8 @@ WITH_TAGS = (
     "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
 WITHOUT_TAGS = WITH_TAGS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-WORDS = "the a red blue green cat dog bird sees likes counts one two three four five six seven eight nine ten".split()
+WORDS = """the a red blue green cat dog bird sees likes counts
+one two three four five six seven eight nine ten""".split()
 
 
 def save_tokenizer(folder: Path, template: str = WITH_TAGS) -> PreTrainedTokenizerFast:
@@ -41,7 +42,9 @@ def save_tokenizer(folder: Path, template: str = WITH_TAGS) -> PreTrainedTokeniz
     return fast
 
 
-def save_target(folder: Path, *, template: str = WITH_TAGS, num_layers: int = 6, seed: int = 0, **overrides: int) -> Path:
+def save_target(
+    folder: Path, *, template: str = WITH_TAGS, num_layers: int = 6, seed: int = 0, **overrides: int
+) -> Path:
     """Save a random Qwen3 target with its tokenizer; returns the folder."""
     torch.manual_seed(seed)
     settings = {

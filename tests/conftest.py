@@ -1,0 +1,54 @@
+"""Tiny targets and caches, made once a test session."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_target import save_conversations, save_target
+from transformers.utils import logging
+
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 target of six layers, its template with generation tags."""
+    return save_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 80 conversations."""
+    return save_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", 80)
+
+
+@pytest.fixture(scope="session")
+def extract_config(target: Path, data: Path) -> dict[str, object]:
+    """Settings that make a cache of several shards; add `out`."""
+    return {
+        "data": (data,),
+        "target": str(target),
+        "layers": (1, 2, 4),
+        "block_size": 8,
+        "shard_mib": 1,
+        "chunk_tokens": 32,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="session")
+def cache(extract_config: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    extract(ExtractConfig(**extract_config, out=out), Silent())
+    return out

@@ -1,0 +1,307 @@
+"""Stage one against the target's own hidden states, interrupted in every way."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_target import save_conversations, save_target
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
+
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
+from dflash_offline.stages.cache import CacheReader, widen
+from dflash_offline.stages.extract import extract, micro_batches
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.target import capture, default_layer_ids, load_model, open_target
+
+Settings = dict[str, object]
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    """Return every file that must not depend on who wrote it or after which interruption."""
+    files = [*(cache / "features.zarr").rglob("*"), cache / "samples.parquet", cache / "rejects.parquet"]
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files if path.is_file()}
+
+
+def command(config: Settings, out: Path) -> list[str]:
+    data, layers = config["data"], config["layers"]
+    assert isinstance(data, tuple) and isinstance(layers, tuple)
+    flags = {"target": config["target"], "out": out, "layers": ",".join(map(str, layers)), "device": "cpu"}
+    flags |= {name.replace("_", "-"): config[name] for name in ("block_size", "shard_mib", "chunk_tokens")}
+    listed = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return [sys.executable, "-m", "dflash_offline.pipeline.app", "extract", *map(str, data), *listed]
+
+
+ZARR_READER = """
+import sys, json
+sys.modules["dflash_offline"] = None
+import numpy as np, zarr
+group = zarr.open_group(sys.argv[1] + "/features.zarr", mode="r")
+hidden = group["hidden_states"]
+np.savez(sys.argv[2], hidden=hidden[:], ids=group["input_ids"][:], mask=group["loss_mask"][:],
+         layers=hidden.attrs["target_layer_ids"])
+"""
+
+
+def test_plain_zarr_gives_the_targets_hidden_states(cache: Path, target: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ZARR_READER, str(cache), str(tmp_path / "a.npz")], check=True, cwd=tmp_path)
+    arrays = np.load(tmp_path / "a.npz")
+    samples = CacheReader(cache).samples
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    for sample in range(0, len(samples), 7):
+        slots = slice(samples.start[sample], samples.start[sample] + samples.num_tokens[sample])
+        np.testing.assert_array_equal(arrays["ids"][slots], samples.input_ids(sample))
+        np.testing.assert_array_equal(arrays["mask"][slots], samples.loss_mask(sample))
+        ids = torch.from_numpy(arrays["ids"][slots].astype(np.int64))[None]
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        expected = torch.stack([states[layer + 1][0] for layer in arrays["layers"].tolist()], dim=1)
+        stored = torch.from_numpy(arrays["hidden"][slots].view(np.int16)).view(torch.bfloat16).float()
+        torch.testing.assert_close(stored, expected, rtol=2**-8, atol=1e-5)
+
+
+def test_slots_between_samples_hold_nan_and_no_shard_file_is_missing(cache: Path) -> None:
+    reader = CacheReader(cache)
+    layout = reader.manifest.layout
+    assert layout.num_shards >= 3
+    names = sorted(int(p.name) for p in (cache / "features.zarr/hidden_states/c").iterdir())
+    assert names == list(range(layout.num_shards))
+    import zarr
+
+    hidden = zarr.open_group(str(cache / "features.zarr"), mode="r")["hidden_states"]
+    end = int(reader.samples.start[0] + reader.samples.num_tokens[0])
+    assert isinstance(hidden, zarr.Array)
+    gap = np.asarray(hidden[end : int(reader.samples.start[1])])
+    assert np.isnan(widen(gap)).all()
+
+
+def test_our_reader_equals_zarr_and_reads_chosen_layers(cache: Path) -> None:
+    reader = CacheReader(cache)
+    whole = reader.read_hidden(3)
+    np.testing.assert_array_equal(reader.read_hidden(3, [2, 0]), whole[:, [2, 0]])
+
+
+def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
+    files = open_target(str(target))
+    model = load_model(files, dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad(), capture(model, [0, 4, 5]) as caught:
+        states = model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(caught[0], states[1], rtol=0, atol=0)
+    torch.testing.assert_close(caught[1], states[5], rtol=0, atol=0)
+    torch.testing.assert_close(model.get_decoder().norm(caught[2]), states[6], rtol=0, atol=0)
+
+
+def test_default_layers_follow_the_reference_rule() -> None:
+    assert default_layer_ids(36, 5) == (1, 9, 17, 25, 33)
+    assert default_layer_ids(36, 1) == (18,)
+    assert default_layer_ids(6, None) == (1, 2, 3)
+    with pytest.raises(DflashError, match="largest usable number is 3"):
+        default_layer_ids(6, 5)
+
+
+def test_micro_batches_hold_every_sample_once_and_keep_to_the_budget(cache: Path) -> None:
+    samples = CacheReader(cache).samples
+    batches = list(micro_batches(samples, np.arange(len(samples)), 700))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(samples)))
+    assert all(len(batch) * samples.num_tokens[batch].max() <= 700 for batch in batches if len(batch) > 1)
+
+
+def test_the_same_command_again_does_nothing(cache: Path, extract_config: Settings) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert extract(ExtractConfig(**extract_config, out=cache), Silent()).shards_written == 0
+    assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def test_killed_at_random_instants_it_resumes_to_the_same_bytes(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    out, chance = tmp_path / "cache", random.Random(0)
+    finished = kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command(extract_config, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        # Wait until the cache is being filled, so that kills land in the work and not in the imports.
+        while process.poll() is None and time.monotonic() < deadline and not _more_commits(out, finished):
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+        finished = _commits(out)
+        if finished == CacheReader(cache).manifest.layout.num_shards:
+            break
+    assert kills >= 2
+    subprocess.run(command(extract_config, out), check=True, capture_output=True)
+    assert content(out) == content(cache)
+    assert list((out / "tmp").iterdir()) == []
+
+
+def _commits(out: Path) -> int:
+    return len(list((out / "commits").glob("*.json"))) if out.exists() else 0
+
+
+def _more_commits(out: Path, finished: int) -> bool:
+    return _commits(out) > finished
+
+
+def test_two_starts_at_once_share_the_work(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    both = [subprocess.Popen(command(extract_config, out), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    assert content(out) == content(cache)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(extract_config: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    process = subprocess.Popen(command(extract_config, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not _commits(out):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "repeat the command" in said and "Traceback" not in said
+
+
+def damaged(cache: Path, tmp_path: Path, harm: Callable[[Path], None]) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    harm(copy)
+    return copy
+
+
+def _remove_shard(copy: Path) -> None:
+    (copy / "features.zarr/hidden_states/c/1/0/0").unlink()
+
+
+def _cut_shard(copy: Path) -> None:
+    path = copy / "features.zarr/hidden_states/c/1/0/0"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _spoil_record(copy: Path) -> None:
+    path = copy / "commits/000001.json"
+    path.write_text(path.read_text().replace('"num_tokens": ', '"num_tokens": 1'))
+
+
+@pytest.mark.parametrize("harm", [_remove_shard, _cut_shard, _spoil_record])
+def test_a_broken_shard_is_redone_alone(
+    cache: Path, extract_config: Settings, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    copy = damaged(cache, tmp_path, harm)
+    assert extract(ExtractConfig(**extract_config, out=copy), Silent()).shards_written == 1
+    assert content(copy) == content(cache)
+
+
+def test_a_changed_setting_or_input_is_refused_field_by_field(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    config = ExtractConfig(**extract_config, out=cache)
+    other_data = save_conversations(tmp_path / "other.jsonl", 80, seed=1)
+    other_target = save_target(tmp_path / "other", seed=1)
+    changes: dict[str, object] = {"layers": (1, 2, 3), "max_length": 100, "block_size": 6, "mask_token_id": 303}
+    changes |= {"data": (other_data,), "target": str(other_target), "chat_template_kwargs": {"a": 1}, "shard_mib": 2}
+    for name, value in changes.items():
+        with pytest.raises(MismatchError) as error:
+            extract(replace(config, **{name: value}), Silent())
+        text = str(error.value)
+        assert "cache:" in text and "now:" in text and "new --out" in text
+    with pytest.raises(MismatchError, match=r"layer_ids +cache: \[1, 2, 4\]  now: \[1, 2, 3\]"):
+        extract(replace(config, layers=(1, 2, 3)), Silent())
+
+
+def test_a_moved_but_equal_input_is_no_difference(
+    cache: Path, extract_config: Settings, data: Path, target: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copy(data, tmp_path / "elsewhere.jsonl")
+    copy = shutil.copytree(target, tmp_path / "target")
+    config = ExtractConfig(**extract_config | {"data": (Path(moved),), "target": str(copy)}, out=cache)
+    assert extract(config, Silent()).shards_written == 0
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(extract_config: Settings, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DflashError, match="is not a feature cache"):
+        extract(ExtractConfig(**extract_config, out=tmp_path), Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_features_that_are_not_finite_are_refused_with_sample_layer_and_position(
+    target: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    model.model.layers[2].mlp.down_proj.weight.data[3] = float("inf")
+    broken = shutil.copytree(target, tmp_path / "broken")
+    model.save_pretrained(broken)
+    with pytest.raises(CacheError, match=r"Sample 0 \(chats.jsonl:1\) .* not finite at layer 2, position 0"):
+        extract(ExtractConfig(**extract_config | {"target": str(broken)}, out=tmp_path / "cache"), Silent())
+    assert _commits(tmp_path / "cache") == 0
+
+
+def test_a_dead_layer_is_refused(target: Path, extract_config: Settings, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    model.model.embed_tokens.weight.data.zero_()
+    broken = shutil.copytree(target, tmp_path / "broken")
+    model.save_pretrained(broken)
+    with pytest.raises(CacheError, match="the layer is dead"):
+        extract(ExtractConfig(**extract_config | {"target": str(broken)}, out=tmp_path / "cache"), Silent())
+
+
+def test_a_target_with_scaled_embeddings_is_refused_by_name(
+    target: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(target, tmp_path / "gemma")
+    config = GemmaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=304,
+        num_hidden_layers=6,
+    )
+    GemmaForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(UnsupportedTargetError, match="raw embedding rows"):
+        extract(ExtractConfig(**extract_config | {"target": str(folder)}, out=tmp_path / "cache"), Silent())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_size_limit_gives_a_clear_error_and_a_resumable_cache(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command(extract_config, out)]  # in KiB
+    run = subprocess.run(limited, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr, run.stderr
+    subprocess.run(command(extract_config, out), check=True, capture_output=True)
+    assert content(out) == content(cache)
+
+
+def test_a_damaged_plan_is_refused(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
+    copy = damaged(cache, tmp_path, lambda c: (c / "samples.parquet").write_bytes(b"x"))
+    with pytest.raises(CacheError, match=r"samples\.parquet has 1 bytes"):
+        extract(ExtractConfig(**extract_config, out=copy), Silent())
+    with pytest.raises(CacheError, match=r"samples\.parquet"):
+        CacheReader(copy)
+
+
+def test_the_manifest_records_what_made_the_cache(cache: Path) -> None:
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert manifest["identity"]["layer_ids"] == [1, 2, 4]
+    assert manifest["plan"]["mask_token_id"] == 3
+    assert set(manifest["files"]) >= {"samples.parquet", "rejects.parquet", "features.zarr/zarr.json"}
+    assert "target/embeddings.safetensors" in manifest["files"] and "target/tokenizer.json" in manifest["files"]

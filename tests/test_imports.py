@@ -1,0 +1,82 @@
+"""Imports run one way, and what must be quick to start does not load torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "schemas": {"schemas"},
+    "stages": {"schemas", "stages"},
+    "pipeline": {"schemas", "stages", "pipeline"},
+}
+STAGES = {"extract", "train"}
+
+
+def imported(path: Path) -> list[str]:
+    """Return the full names of what a module imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_imports_run_from_pipeline_to_stages_to_schemas(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        for name in imported(path):
+            if name.startswith("dflash_offline."):
+                assert name.split(".")[1] in MAY_IMPORT[package], f"{path} imports {name}"
+
+
+def test_schemas_need_neither_torch_nor_zarr() -> None:
+    for path in (ROOT / "schemas").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & {"torch", "zarr", "transformers"}, path
+
+
+def test_parts_do_not_import_stages() -> None:
+    for path in (ROOT / "stages").glob("*.py"):
+        if path.stem not in STAGES:
+            taken = {name.split(".")[2] for name in imported(path) if name.startswith("dflash_offline.stages.")}
+            assert not taken & STAGES, f"{path} imports a stage"
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from dflash_offline.pipeline.app import app
+app({arguments!r})
+"""
+
+
+def without_torch(arguments: list[str]) -> str:
+    """Return what the command prints in a process where torch cannot be imported."""
+    program = WITHOUT_TORCH.format(arguments=arguments)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_does_not_load_torch(arguments: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH.format(arguments=arguments)], capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "Usage:" in run.stdout, run.stderr
+
+
+def test_inspect_does_not_load_torch(cache: Path) -> None:
+    for arguments in (
+        ["inspect", str(cache)],
+        ["inspect", str(cache), "--sample", "0"],
+        ["inspect", str(cache), "--json"],
+    ):
+        program = WITHOUT_TORCH.format(arguments=arguments)
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert run.returncode == 0 and run.stdout, run.stderr
