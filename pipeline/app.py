@@ -250,7 +250,7 @@ def train(
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = TrainConfig.save_every,
     keep: Annotated[int, typer.Option(help="Newest checkpoints kept, beside the best.")] = TrainConfig.keep,
     attention_backend: Annotated[
-        str, typer.Option(help="flex_attention, sdpa or eager; auto is flex on a GPU, else sdpa.")
+        str, typer.Option(help="sdpa, eager or flex_attention.")
     ] = TrainConfig.attention_backend,
     dtype: Annotated[
         str, typer.Option(help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.")

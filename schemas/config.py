@@ -125,8 +125,8 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep: int = 2
     """Newest checkpoints kept, beside the best."""
-    attention_backend: str = "auto"
-    """flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on the CPU."""
+    attention_backend: str = "sdpa"
+    """sdpa, eager or flex_attention."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     dtype: str = "auto"
@@ -161,10 +161,8 @@ class TrainConfig:
             problems.append(f"val_samples is {self.val_samples}; expected 0 or more.")
         if self.loss not in ("dflash", "dpace"):
             problems.append(f"loss is {self.loss!r}; expected dflash or dpace.")
-        if self.attention_backend not in ("auto", "flex_attention", "sdpa", "eager"):
-            problems.append(
-                f"attention_backend is {self.attention_backend!r}; expected auto, flex_attention, sdpa or eager."
-            )
+        if self.attention_backend not in ("sdpa", "eager", "flex_attention"):
+            problems.append(f"attention_backend is {self.attention_backend!r}; expected sdpa, eager or flex_attention.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16.")
         _refuse("train", problems)

@@ -87,9 +87,7 @@ class Training:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
     def _module(self) -> DFlashTrainerModule:
-        config, backend = self.config, self.config.attention_backend
-        if backend == "auto":
-            backend = "flex_attention" if self.device.type == "cuda" else "sdpa"
+        config = self.config
         head, table = borrowed_parts(self.reader, self.device)
         return DFlashTrainerModule(
             self.draft,
@@ -97,7 +95,7 @@ class Training:
             table,
             self.shape.mask_token_id,
             block_size=self.shape.block_size,
-            attention_backend=backend,
+            attention_backend=config.attention_backend,
             num_anchors=config.num_anchors,
             loss_decay_gamma=config.gamma or recommended_gamma(self.shape.block_size),
             loss_type=config.loss,

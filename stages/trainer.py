@@ -1,0 +1,289 @@
+"""The training step of a DFlash draft: anchors, block inputs, one draft pass, the loss and its exact sums."""
+
+# Axes: B rows, S positions, N anchors, K block size, H hidden size, L captured target layers, V vocabulary.
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
+from dflash_offline.stages.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
+from dflash_offline.stages.attention import dense_mask, flex_mask
+from dflash_offline.stages.drafter import ATTENTION_BACKENDS, DraftModel, Mask
+from dflash_offline.stages.objective import (
+    LOSS_TYPES,
+    accepted_prefix,
+    dpace_weights,
+    head_cross_entropy,
+    slot_weights,
+    supervised_slots,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DFlashStepMetrics:
+    """What one step computed. Over micro-batches and ranks, add the sums and divide once; never average the means.
+
+    Only `loss` and `loss_sum` carry a gradient. Counts are int64, the rest float32.
+    """
+
+    loss: Tensor
+    """loss_sum / (loss_weight + 1e-6)."""
+    accuracy: Tensor
+    """correct_tokens / valid_tokens; 0 without a supervised slot."""
+    valid_tokens: Tensor
+    """Number of supervised slots."""
+    loss_sum: Tensor
+    """Sum of weight * cross-entropy over supervised slots."""
+    loss_weight: Tensor
+    """Sum of the weights of supervised slots."""
+    correct_tokens: Tensor
+    """Supervised slots whose greedy token is the label."""
+    accept_len: Tensor
+    """accept_len_sum / valid_blocks over all anchors, which is not what serving sees; 0 without a valid block."""
+    accept_len_sum: Tensor
+    """Sum over valid blocks of 1 + number of leading correct slots."""
+    valid_blocks: Tensor
+    """Blocks with at least one supervised slot."""
+    correct_by_slot: Tensor
+    """correct_tokens of slots 1..K-1, [K-1]."""
+    valid_by_slot: Tensor
+    """valid_tokens of slots 1..K-1, [K-1]."""
+
+
+class DFlashTrainerModule(nn.Module):
+    """Computes the DFlash loss of a draft against a frozen target's head and embeddings.
+
+    `draft_model` is called as the reference client's is; either can be trained. Head and embeddings are frozen in
+    place. On a CPU, where flex attention has no backward, a step with gradients uses sdpa. The cross-entropy forms
+    at most `head_chunk_slots` rows of logits at a time.
+    """
+
+    def __init__(
+        self,
+        draft_model: nn.Module,
+        target_lm_head: nn.Linear,
+        target_embed_tokens: nn.Embedding,
+        mask_token_id: int,
+        block_size: int = 16,
+        attention_backend: str = "flex_attention",
+        num_anchors: int = 512,
+        loss_decay_gamma: float | None = None,
+        *,
+        loss_type: str = "dflash",
+        dpace_alpha: float = 0.5,
+        head_chunk_slots: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.draft_model = draft_model
+        self.target_lm_head = target_lm_head.requires_grad_(False)
+        self.target_embed_tokens = target_embed_tokens.requires_grad_(False)
+        self.mask_token_id = mask_token_id
+        self.block_size = block_size
+        self.attention_backend = attention_backend
+        self.num_anchors = num_anchors
+        self.loss_decay_gamma = loss_decay_gamma
+        self.loss_type = loss_type
+        self.dpace_alpha = dpace_alpha
+        self.head_chunk_slots = head_chunk_slots
+        self._said_fallback = False
+        problems = self._setting_problems()
+        if problems:
+            raise DflashError("This trainer cannot be built:\n  " + "\n  ".join(problems))
+        if isinstance(draft_model, DraftModel):
+            draft_model.attention_backend = attention_backend
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimizer may see: the draft's parameters, never the head's or the embeddings'."""
+        yield from self.draft_model.parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        hidden_states: Tensor,
+        loss_mask: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        anchors: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DFlashStepMetrics:
+        """Return the loss and metrics of one batch.
+
+        `input_ids` is int64 [B, S], `hidden_states` [B, S, L*H], `loss_mask` [B, S] of 0 and 1. `document_ids`, int
+        [B, S] with -1 for padding, marks contiguous documents: then each document is trained as if it stood alone.
+        `anchors` int64 [B, N] with `keep_mask` bool [B, N] (all kept if None) replaces the draw; otherwise
+        `generator`, on the batch's device, makes it reproducible. Raises `NoValidAnchorsError` without any anchor.
+        """
+        seq_len = self._checked_length(input_ids, hidden_states, loss_mask)
+        if anchors is None:
+            anchors, keep = self._draw(loss_mask, document_ids, generator)
+        else:
+            keep = torch.ones_like(anchors, dtype=torch.bool) if keep_mask is None else keep_mask
+        if anchors.shape[1] == 0:
+            raise NoValidAnchorsError(
+                f"The given anchors are empty: expected at least one supervised position with a whole block after it, "
+                f"at S = {seq_len} and K = {self.block_size}."
+            )
+        hidden = self._draft(input_ids, hidden_states, document_ids, anchors, keep)
+        return self._measure(hidden, input_ids, loss_mask, document_ids, anchors, keep)
+
+    @torch.no_grad()
+    def draft_tokens(
+        self, input_ids: Tensor, hidden_states: Tensor, document_ids: Tensor | None, anchors: Tensor, keep_mask: Tensor
+    ) -> Tensor:
+        """Return the greedy tokens of slots 1..K-1 of every block, as serving would draft them, int64 [B, N, K-1]."""
+        hidden = self._draft(input_ids, hidden_states, document_ids, anchors, keep_mask)
+        chunks = hidden.flatten(0, 2).split(self.head_chunk_slots)
+        dtype = self.target_lm_head.weight.dtype
+        tokens = [self.target_lm_head(chunk.to(dtype)).argmax(dim=-1) for chunk in chunks]
+        return torch.cat(tokens).view(hidden.shape[:3])
+
+    def _sample_anchor_positions(
+        self, seq_len: int, loss_mask: Tensor, device: torch.device, generator: torch.Generator | None = None
+    ) -> Anchors:
+        """Draw anchors [B, N] and their keep mask by the bare rule of a padded batch."""
+        return sample_anchors(loss_mask.to(device), seq_len, self.block_size, self.num_anchors, generator)
+
+    def _create_position_ids(self, anchor_positions: Tensor) -> Tensor:
+        """Return the absolute positions of block tokens, int64 [B, N*K]: slot k of a block at anchor + k."""
+        slots = torch.arange(self.block_size, device=anchor_positions.device)
+        return (anchor_positions[:, :, None] + slots).flatten(1)
+
+    def _create_noise_embed(self, input_ids: Tensor, anchor_positions: Tensor, block_keep_mask: Tensor) -> Tensor:
+        """Return the embedded blocks [B, N*K, H]: the anchor's token, then MASK; all MASK where not kept."""
+        blocks = torch.full(
+            (*anchor_positions.shape, self.block_size), self.mask_token_id, dtype=torch.long, device=input_ids.device
+        )
+        tokens = input_ids.gather(1, anchor_positions)
+        blocks[:, :, 0] = torch.where(block_keep_mask, tokens, self.mask_token_id)
+        return self.target_embed_tokens(blocks.flatten(1))
+
+    def _draw(self, loss_mask: Tensor, document_ids: Tensor | None, generator: torch.Generator | None) -> Anchors:
+        if document_ids is None:
+            return self._sample_anchor_positions(loss_mask.shape[1], loss_mask, loss_mask.device, generator)
+        return sample_document_anchors(loss_mask, document_ids, self.block_size, self.num_anchors, generator)
+
+    def _draft(
+        self, input_ids: Tensor, hidden_states: Tensor, document_ids: Tensor | None, anchors: Tensor, keep: Tensor
+    ) -> Tensor:
+        """Return the draft's hidden states of slots 1..K-1, [B, N, K-1, H]."""
+        noise = self._create_noise_embed(input_ids, anchors, keep)
+        dtype = next((p.dtype for p in self.draft_model.parameters()), hidden_states.dtype)
+        if not torch.is_autocast_enabled(input_ids.device.type):
+            hidden_states = hidden_states.to(dtype)
+        hidden = self.draft_model(
+            position_ids=self._all_position_ids(input_ids, document_ids, anchors),
+            noise_embedding=noise.to(dtype),
+            target_hidden=hidden_states,
+            attention_mask=self._mask(anchors, keep, document_ids, input_ids.shape[1]),
+        )
+        return hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
+
+    def _all_position_ids(self, input_ids: Tensor, document_ids: Tensor | None, anchors: Tensor) -> Tensor:
+        """Return rotary positions [B, S + N*K] of context and blocks, counted within each document."""
+        context = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        blocks = self._create_position_ids(anchors)
+        if document_ids is not None:
+            starts = document_starts(document_ids)
+            context = context - starts
+            blocks = blocks - starts.gather(1, anchors).repeat_interleave(self.block_size, dim=1)
+        return torch.cat((context, blocks), dim=1)
+
+    def _mask(self, anchors: Tensor, keep: Tensor, document_ids: Tensor | None, seq_len: int) -> Mask:
+        flex = self.attention_backend == "flex_attention" and isinstance(self.draft_model, DraftModel)
+        if flex and anchors.is_cpu and torch.is_grad_enabled():
+            flex = False
+            if not self._said_fallback:
+                logger.warning("Flex attention has no backward on the CPU: training with sdpa instead.")
+                self._said_fallback = True
+        return (flex_mask if flex else dense_mask)(anchors, keep, document_ids, seq_len, self.block_size)
+
+    def _measure(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        document_ids: Tensor | None,
+        anchors: Tensor,
+        keep: Tensor,
+    ) -> DFlashStepMetrics:
+        """Return the metrics of slots 1..K-1 with hidden states [B, N, K-1, H]."""
+        position, supervised = supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size)
+        labels = input_ids.gather(1, position.flatten(1)).view_as(position)
+        slots = supervised.flatten().nonzero()[:, 0]
+        ce, correct = head_cross_entropy(
+            hidden.flatten(0, 2).index_select(0, slots),
+            labels.flatten()[slots],
+            self.target_lm_head,
+            self.head_chunk_slots,
+        )
+        weight = self._weights(ce.detach(), supervised).flatten()[slots]
+        loss_sum, loss_weight = (weight * ce).sum(), weight.sum()
+        correct = torch.zeros_like(supervised).masked_scatter(supervised, correct)
+        valid_tokens, correct_tokens = supervised.sum(), correct.sum()
+        valid = supervised.any(dim=-1)
+        accept_len_sum = ((1 + accepted_prefix(correct, supervised)) * valid).sum()
+        valid_blocks = valid.sum()
+        return DFlashStepMetrics(
+            loss=loss_sum / (loss_weight + 1e-6),
+            accuracy=correct_tokens / valid_tokens.clamp(min=1),
+            valid_tokens=valid_tokens,
+            loss_sum=loss_sum,
+            loss_weight=loss_weight,
+            correct_tokens=correct_tokens,
+            accept_len=accept_len_sum / valid_blocks.clamp(min=1),
+            accept_len_sum=accept_len_sum,
+            valid_blocks=valid_blocks,
+            correct_by_slot=correct.sum(dim=(0, 1)),
+            valid_by_slot=supervised.sum(dim=(0, 1)),
+        )
+
+    def _weights(self, ce: Tensor, supervised: Tensor) -> Tensor:
+        """Return the weight of every slot, float32 [B, N, K-1]; `ce` is the detached cross-entropy [M]."""
+        if self.loss_type == "dpace":
+            probability = torch.zeros(supervised.shape, device=ce.device).masked_scatter(supervised, torch.exp(-ce))
+            return dpace_weights(probability, supervised, self.dpace_alpha)
+        return slot_weights(self.block_size, self.loss_decay_gamma, ce.device).expand(supervised.shape)
+
+    def _checked_length(self, input_ids: Tensor, hidden_states: Tensor, loss_mask: Tensor) -> int:
+        if not input_ids.shape == loss_mask.shape == hidden_states.shape[:2]:
+            raise DflashError(
+                f"input_ids is {list(input_ids.shape)}, hidden_states {list(hidden_states.shape)} and loss_mask "
+                f"{list(loss_mask.shape)}; expected [B, S], [B, S, L*H] and [B, S]. Collate all three alike."
+            )
+        return input_ids.shape[1]
+
+    def _setting_problems(self) -> list[str]:
+        problems = []
+        if self.block_size < 2:
+            problems.append(f"block_size is {self.block_size}; expected at least 2 (an anchor and one slot).")
+        if self.num_anchors < 1:
+            problems.append(f"num_anchors is {self.num_anchors}; expected at least 1.")
+        if self.head_chunk_slots < 1:
+            problems.append(f"head_chunk_slots is {self.head_chunk_slots}; expected at least 1.")
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            problems.append(f"attention_backend is {self.attention_backend!r}; expected one of {ATTENTION_BACKENDS}.")
+        if self.loss_type not in LOSS_TYPES:
+            problems.append(f"loss_type is {self.loss_type!r}; expected one of {LOSS_TYPES}.")
+        if self.loss_decay_gamma is not None and not self.loss_decay_gamma > 0:
+            problems.append(f"loss_decay_gamma is {self.loss_decay_gamma}; expected more than 0, or None for no decay.")
+        if not 0 <= self.dpace_alpha <= 1:
+            problems.append(f"dpace_alpha is {self.dpace_alpha}; expected 0 to 1.")
+        rows = self.target_embed_tokens.weight.shape[0]
+        if not 0 <= self.mask_token_id < rows:
+            problems.append(f"mask_token_id is {self.mask_token_id}; expected a row of the table, 0 to {rows - 1}.")
+        if isinstance(self.draft_model, DraftModel):
+            config = self.draft_model.config
+            for name, here in (("block_size", self.block_size), ("mask_token_id", self.mask_token_id)):
+                if getattr(config, name) != here:
+                    problems.append(
+                        f"{name} is {here}, but the draft's config, which is served, says "
+                        f"{getattr(config, name)}; expected the same."
+                    )
+        return problems

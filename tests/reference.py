@@ -1,0 +1,123 @@
+"""A slow reference of the training step, written from the contract: one block at a time, full logits, no packing.
+
+It shares no code with the project. A block is computed as it is served: context strictly before the anchor, then
+the block, nothing hidden by a mask because nothing else is there.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def visible_by_brute_force(
+    anchors: list[list[int]], keep: list[list[bool]], documents: list[list[int]], block_size: int
+) -> Tensor:
+    """Return bool [B, 1, N*K, S + N*K], decided pair by pair."""
+    rows, num, seq_len = len(anchors), len(anchors[0]), len(documents[0])
+    mask = torch.zeros(rows, 1, num * block_size, seq_len + num * block_size, dtype=torch.bool)
+    for b in range(rows):
+        for query in range(num * block_size):
+            block = query // block_size
+            a = anchors[b][block]
+            for key in range(seq_len):
+                mask[b, 0, query, key] = keep[b][block] and key < a and documents[b][key] == documents[b][a]
+            for other in range(num * block_size):
+                mask[b, 0, query, seq_len + other] = other // block_size == block
+    return mask
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def _turn(x: Tensor, positions: list[int], theta: float) -> Tensor:
+    """Rotate [tokens, head_dim]: pair i is (x[i], x[i + d/2]), turned by position * theta^(-2i/d)."""
+    d = x.shape[-1]
+    angles = torch.tensor([[position * theta ** (-2 * i / d) for i in range(d // 2)] for position in positions])
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x[:, : d // 2], x[:, d // 2 :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=1)
+
+
+def draft_one_block(weights: dict[str, Tensor], config, context_features: Tensor, block: Tensor, start: int) -> Tensor:
+    """Return [K, H] of one block [K, H] at positions start.., after context features [start, L*H] at 0..start-1."""
+    eps, d = config.rms_norm_eps, config.head_dim
+    groups = config.num_attention_heads // config.num_key_value_heads
+    context = _norm(context_features @ weights["fc.weight"].T, weights["hidden_norm.weight"], eps)
+    positions = list(range(start + len(block)))
+    for i in range(config.num_hidden_layers):
+        w = {name.removeprefix(f"layers.{i}."): value for name, value in weights.items()}
+        normed = _norm(block, w["input_layernorm.weight"], eps)
+        source = torch.cat((context, normed))
+        heads = []
+        for head in range(config.num_attention_heads):
+            q_rows = slice(head * d, (head + 1) * d)
+            kv_rows = slice(head // groups * d, (head // groups + 1) * d)
+            q = _norm(normed @ w["self_attn.q_proj.weight"][q_rows].T, w["self_attn.q_norm.weight"], eps)
+            k = _norm(source @ w["self_attn.k_proj.weight"][kv_rows].T, w["self_attn.k_norm.weight"], eps)
+            v = source @ w["self_attn.v_proj.weight"][kv_rows].T
+            q, k = _turn(q, positions[start:], config.rope_theta), _turn(k, positions, config.rope_theta)
+            heads.append(torch.softmax(q @ k.T / math.sqrt(d), dim=-1) @ v)
+        block = block + torch.cat(heads, dim=-1) @ w["self_attn.o_proj.weight"].T
+        normed = _norm(block, w["post_attention_layernorm.weight"], eps)
+        gate = normed @ w["mlp.gate_proj.weight"].T
+        up = normed @ w["mlp.up_proj.weight"].T
+        block = block + (gate * torch.sigmoid(gate) * up) @ w["mlp.down_proj.weight"].T
+    return _norm(block, weights["norm.weight"], eps)
+
+
+@dataclass
+class ReferenceStep:
+    loss: Tensor
+    loss_sum: Tensor
+    loss_weight: float
+    valid_tokens: int
+    correct_tokens: int
+    accept_lens: list[int]
+    correct_by_slot: list[int]
+    valid_by_slot: list[int]
+
+
+def train_step(
+    weights: dict[str, Tensor],
+    config,
+    head,
+    embed,
+    documents: list[dict[str, Tensor]],
+    gamma: float | None = None,
+    dpace_alpha: float | None = None,
+) -> ReferenceStep:
+    """Return one step over `documents`, each with input_ids [T], hidden_states [T, L*H], loss_mask [T], anchors."""
+    K = config.block_size
+    step = ReferenceStep(torch.zeros(()), torch.zeros(()), 0.0, 0, 0, [], [0] * (K - 1), [0] * (K - 1))
+    for document in documents:
+        tokens = document["input_ids"].tolist()
+        for a in document["anchors"].tolist():
+            block = embed(torch.tensor([tokens[a]] + [config.mask_token_id] * (K - 1)))
+            hidden = draft_one_block(weights, config, document["hidden_states"][:a], block, a)
+            slots = [k for k in range(1, K) if a + k < len(tokens) and document["loss_mask"][a + k] == 1]
+            log_p = {k: torch.log_softmax(head(hidden[k]), dim=-1) for k in slots}
+            ce = {k: -log_p[k][tokens[a + k]] for k in slots}
+            for k in slots:
+                if dpace_alpha is None:
+                    w = 1.0 if gamma is None else math.exp(-(k - 1) / gamma)
+                else:
+                    w = 0.0
+                    for t in [t for t in slots if t >= k]:
+                        q = [(1 - dpace_alpha) * math.exp(-ce[i].item()) + dpace_alpha for i in slots if i <= t]
+                        w += math.prod(q)
+                step.loss_sum = step.loss_sum + w * ce[k]
+                step.loss_weight += w
+            right = {k: int(log_p[k].argmax()) == tokens[a + k] for k in slots}
+            for k in slots:
+                step.valid_tokens += 1
+                step.correct_tokens += right[k]
+                step.valid_by_slot[k - 1] += 1
+                step.correct_by_slot[k - 1] += right[k]
+            if slots:
+                first_wrong = next((n for n, k in enumerate(slots) if not right[k]), len(slots))
+                step.accept_lens.append(1 + first_wrong)
+    step.loss = step.loss_sum / (step.loss_weight + 1e-6)
+    return step
