@@ -1,0 +1,118 @@
+"""The exported folder against the table of the checkpoint contract, written out here by hand."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dflash_offline.pipeline.export import choose_checkpoint, export
+from dflash_offline.schemas.config import TrainConfig
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.train import train
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    settings = {"steps": 6, "draft_layers": 2, "num_anchors": 4, "val_every": 2, "save_every": 2, "device": "cpu"}
+    train(TrainConfig(cache=cache, out=out, **settings), Silent())
+    return out
+
+
+def test_the_weights_are_exactly_the_contracts_table(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "draft")
+    hidden, width, heads, kv_heads, inner, layers = 32, 8, 4, 2, 64, 3
+    table = {"fc.weight": [hidden, layers * hidden], "hidden_norm.weight": [hidden], "norm.weight": [hidden]}
+    for i in range(2):
+        table |= {
+            f"layers.{i}.input_layernorm.weight": [hidden],
+            f"layers.{i}.post_attention_layernorm.weight": [hidden],
+            f"layers.{i}.self_attn.q_proj.weight": [heads * width, hidden],
+            f"layers.{i}.self_attn.k_proj.weight": [kv_heads * width, hidden],
+            f"layers.{i}.self_attn.v_proj.weight": [kv_heads * width, hidden],
+            f"layers.{i}.self_attn.o_proj.weight": [hidden, heads * width],
+            f"layers.{i}.self_attn.q_norm.weight": [width],
+            f"layers.{i}.self_attn.k_norm.weight": [width],
+            f"layers.{i}.mlp.gate_proj.weight": [inner, hidden],
+            f"layers.{i}.mlp.up_proj.weight": [inner, hidden],
+            f"layers.{i}.mlp.down_proj.weight": [hidden, inner],
+        }
+    weights = load_file(tmp_path / "draft/model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in weights.items()} == table
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    with safe_open(tmp_path / "draft/model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_the_config_has_every_field_some_client_needs_and_no_other(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "draft")
+    config = json.loads((tmp_path / "draft/config.json").read_text())
+    ids, mask = [1, 2, 4], 3
+    nested = {"block_size": 8, "mask_token_id": mask, "target_layer_ids": ids, "num_target_layers": 6}
+    assert config == {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        **nested,
+        "dflash_config": {**nested, "causal": False},
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "vocab_size": 304,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "layer_types": ["full_attention", "full_attention"],
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "dtype": "bfloat16",
+    }
+
+
+def test_best_is_the_checkpoint_with_the_best_serving_walk(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    walks = {row["step"]: row["val_serving_walk"] for row in rows if "val_serving_walk" in row}
+    best = max(walks, key=lambda step: (walks[step], -step))
+    assert choose_checkpoint(run, "best").name == f"step-{best:07d}"
+    assert choose_checkpoint(run, "last").name == "step-0000006"
+
+
+def test_the_card_gives_each_server_the_number_it_counts(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "draft")
+    card = (tmp_path / "draft/README.md").read_text()
+    assert '"num_speculative_tokens": 7' in card and "--speculative-num-draft-tokens 8" in card
+
+
+def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = choose_checkpoint(copy, "last") / "model.safetensors"
+    weights = load_file(path)
+    weights["fc.weight"][0, 0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(DflashError, match="missing or damaged"):
+        export(copy, tmp_path / "draft", "last")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_an_existing_other_draft_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "draft")
+    export(run, tmp_path / "draft")
+    (tmp_path / "draft/config.json").write_text("{}")
+    with pytest.raises(DflashError, match="holds something else"):
+        export(run, tmp_path / "draft")
+    assert [path.name for path in tmp_path.iterdir()] == ["draft"]
