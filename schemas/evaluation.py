@@ -1,0 +1,129 @@
+"""What a user may set for an evaluation of a draft, and what it finds."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.schemas.errors import DflashError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Settings of `dflash eval`."""
+
+    draft: Path
+    """Folder of a draft: config.json and model.safetensors."""
+    target: str
+    """Hugging Face model: a folder, or a hub id."""
+    prompts: Path
+    """JSONL file of {"messages": [...]} or {"prompt": "..."}; an optional "kind" groups the figures."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    limit: int | None = None
+    """Prompts read from the top of the file; None for all."""
+    max_new_tokens: int = 256
+    """Tokens of one answer, at most."""
+    prompt_lookup: bool = False
+    """Also decode with prompt lookup, the comparison that needs no draft."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto is float32 on the CPU and the target's own on a GPU."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    threads: int | None = None
+    """CPU threads of torch; None for torch's own choice."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("limit", "max_new_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} is {value}; expected at least 1.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
+        if problems:
+            raise DflashError("These settings of `dflash eval` cannot be used:\n  " + "\n  ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Where the answer with the draft leaves the target's own."""
+
+    prompt: str
+    """File and line."""
+    position: int
+    """Index in the answer, from 0."""
+    plain_token: int | None
+    """The target's own; None where its answer has ended."""
+    speculative_token: int | None
+    """The one decoded with the draft; None where that answer has ended."""
+    gap: float | None
+    """Logits between the best token and the worse of these two, by one plain forward; None if an answer has ended."""
+    tolerance: float | None
+    """The gap that rounding alone can explain."""
+    tie: bool
+    """Whether rounding alone explains the difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """How many tokens the rounds of some prompts produced."""
+
+    prompts: int
+    rounds: int
+    tokens: int
+    """Tokens produced in the rounds; the first token of each answer comes from the prompt's own forward."""
+    pooled: float | None
+    """Acceptance length: tokens / rounds; None without a round."""
+    mean: float | None
+    """Mean of the prompts' own acceptance lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """What an evaluation found, with the settings it ran under."""
+
+    config: EvalConfig
+    block_size: int
+    """K: the anchor and K - 1 drafted tokens; also the most tokens one round can produce."""
+    acceptance: Acceptance
+    acceptance_by_kind: dict[str, Acceptance]
+    """Of the prompts that name a kind."""
+    rounds_by_tokens: tuple[int, ...]
+    """Rounds that produced 1, 2, ... K tokens."""
+    drafted_tokens: int
+    accepted_tokens: int
+    """Drafted tokens that are in an answer."""
+    tokens_per_call: float
+    """Tokens of the answers / forward calls of the target, prompts included; compares with prompt lookup's."""
+    prompt_lookup_tokens_per_call: float | None
+    """The same for prompt lookup with K - 1 looked-up tokens; None if it was not asked for."""
+    plain_tokens_per_s: float | None
+    """Target alone: tokens after the first of each answer / seconds after the prompt's forward, over all prompts."""
+    speculative_tokens_per_s: float | None
+    """The same with the draft."""
+    speedup: float | None
+    """speculative_tokens_per_s / plain_tokens_per_s."""
+    speedup_median: float | None
+    """Median of the prompts' own speed-ups."""
+    nll: float
+    """Mean negative log-likelihood that the target gives its own answers, in nats per token."""
+    identical: int
+    """Prompts answered with the same tokens both ways."""
+    differences: tuple[Difference, ...]
+    """The other prompts."""
+    lossless: bool
+    """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return document
