@@ -245,11 +245,14 @@ class DraftModel(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(draft: nn.Module, std: float = 0.02) -> None:
-    """Draw every linear weight from a normal of deviation `std`; set every norm to one."""
+def init_weights(draft: nn.Module) -> None:
+    """Draw every linear weight from a normal of deviation 1 / sqrt(inputs); set every norm to one.
+
+    At the widths of large models that is the customary 0.02; narrow drafts start several times faster with it.
+    """
     for module in draft.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft import DraftConfig
-from dflash_offline.stages.drafter import DraftModel, RMSNorm, init_weights
+from dflash_offline.stages.drafter import DraftModel, RMSNorm
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
 
@@ -35,9 +35,10 @@ def tiny_draft(seed: int = 0, attention_backend: str = "sdpa", **overrides: Any)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         draft = DraftModel(tiny_draft_config(**overrides), attention_backend)
-        init_weights(draft, std=0.3)
         for module in draft.modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.3)
+            elif isinstance(module, RMSNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
     return draft
 
