@@ -14,8 +14,17 @@ from tiny_decoding import fitted_draft, random_prompts, tiny_target
 from torch import nn
 from transformers import PreTrainedModel
 
+from dflash_offline.pipeline.embedded import CONVERSATIONS, PROMPTS, TARGET
+from dflash_offline.pipeline.evaluate import stop_ids
+from dflash_offline.pipeline.export import export
+from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.stages.decode import plain_decode, speculative_decode
-from dflash_offline.stages.drafter import draft_state_dict
+from dflash_offline.stages.drafter import draft_state_dict, load_draft
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.prompts import encode_prompt, read_prompts
+from dflash_offline.stages.target import load_model, open_target
+from dflash_offline.stages.train import train
 
 pytestmark = pytest.mark.clients
 SCRIPT = Path(__file__).parent / "clients" / "zlab_generate.py"
@@ -79,3 +88,29 @@ def test_the_reference_client_decodes_the_same_rounds(
         assert own.tokens == tokens == plain_decode(target, prompt, 40, stops).tokens
         assert own.produced == lengths
     assert max(length for own in ours for length in own.produced) > 2, "the draft is to be right sometimes"
+
+
+def test_an_export_of_the_embedded_target_decodes_alike_in_the_reference_client(tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
+    extract(
+        ExtractConfig(data=(data,), target=str(TARGET), out=tmp_path / "cache", block_size=8, shard_mib=64), Silent()
+    )
+    settings = {"steps": 150, "learning_rate": 3e-3, "draft_layers": 2, "num_anchors": 16, "batch_size": 16}
+    train(TrainConfig(cache=tmp_path / "cache", out=tmp_path / "run", **settings), Silent())
+    export(tmp_path / "run", tmp_path / "draft")
+
+    files = open_target(str(TARGET))
+    target = load_model(files, dtype=torch.float32, device=torch.device("cpu"))
+    draft = load_draft(tmp_path / "draft")
+    prompts = [encode_prompt(prompt, files.tokenizer, {}) for prompt in read_prompts(PROMPTS, 50)]
+    stops = sorted(stop_ids(target, files.tokenizer))
+    job = {"draft": str(tmp_path / "draft"), "target": str(TARGET), "prompts": prompts, "max_new_tokens": 256}
+    result = run_client(tmp_path, {**job, "stop_ids": stops})
+    assert (result["missing_keys"], result["unexpected_keys"]) == ([], [])
+    ours = [speculative_decode(target, draft, prompt, 256, stops) for prompt in prompts]
+    for prompt, tokens, lengths, own in zip(prompts, result["tokens"], result["acceptance_lengths"], ours, strict=True):
+        assert own.tokens == tokens == plain_decode(target, prompt, 256, stops).tokens
+        assert own.produced == lengths
+    produced = [length for own in ours for length in own.produced]
+    assert sum(produced) / len(produced) > 1.5, "the draft is to have learned something"
