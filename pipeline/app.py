@@ -208,6 +208,36 @@ def inspect(
             view.print_json(one) if json_ else view.print_sample(one)
 
 
+@app.command(epilog="Example: dflash verify cache --target Qwen/Qwen3-8B --samples 8")
+def verify(
+    cache: Annotated[Path, typer.Argument(help="Cache folder.")],
+    target: Annotated[
+        str | None, typer.Option(help="Also run this target again on some samples and compare each layer.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples to run the target on.")] = 8,
+    seed: Annotated[int, typer.Option(help="Draws those samples.")] = 0,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Forget faulty shards, so that `dflash extract` redoes just those.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check every file, chunk, token and statistic of a cache; exit 1 if anything is wrong."""
+    with _reported():
+        from dflash_offline.pipeline.verify import print_report, to_json
+        from dflash_offline.stages.verify import compare_with_target, verify_cache
+        from dflash_offline.stages.verify import repair as forget
+
+        progress = TerminalProgress(quiet=quiet)
+        faults = verify_cache(cache, progress)
+        _quiet_libraries()
+        fits = compare_with_target(cache, target, samples, seed, progress) if target is not None else []
+        forgotten = forget(cache, faults) if repair else []
+        print(to_json(faults, fits, forgotten)) if json_ else print_report(cache, faults, fits, forgotten)
+        if faults or any(fit.fault for fit in fits):
+            raise typer.Exit(1)
+
+
 @app.command(
     epilog="Example: dflash train cache --out run --epochs 6. The same command again goes on from its last checkpoint."
 )
@@ -241,6 +271,11 @@ def train(
     draft_head_dim: Annotated[int | None, typer.Option(help="Width of a head. [default: the target's]")] = None,
     draft_intermediate_size: Annotated[
         int | None, typer.Option(help="Feed-forward width. [default: the target's]")
+    ] = None,
+    draft_rope_theta: Annotated[float | None, typer.Option(help="Rotary base. [default: the target's]")] = None,
+    draft_rms_norm_eps: Annotated[float | None, typer.Option(help="Norms' epsilon. [default: the target's]")] = None,
+    draft_max_position_embeddings: Annotated[
+        int | None, typer.Option(help="Longest text it is declared for. [default: the target's]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and anchors.")] = TrainConfig.seed,
     val_samples: Annotated[
@@ -283,6 +318,9 @@ def train(
             draft_kv_heads=draft_kv_heads,
             draft_head_dim=draft_head_dim,
             draft_intermediate_size=draft_intermediate_size,
+            draft_rope_theta=draft_rope_theta,
+            draft_rms_norm_eps=draft_rms_norm_eps,
+            draft_max_position_embeddings=draft_max_position_embeddings,
             seed=seed,
             val_samples=val_samples,
             val_every=val_every,

@@ -3,9 +3,11 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,16 @@ def run_demo(out: Path, threads: int | None) -> None:
         if code:
             raise DflashError(f"`dflash {command[0]}` ended with exit code {code}; its message stands above.")
     _print_table(json.loads((out / "eval.json").read_text()), spent)
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> int:
+    """Return the exit code of a command; Ctrl-C is the command's to handle, so that it may save what it has."""
+    process = subprocess.Popen(command, env=environment)
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _print_table(result: dict[str, Any], spent: list[tuple[str, float]]) -> None:

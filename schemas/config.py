@@ -113,6 +113,12 @@ class TrainConfig:
     """Width of one head; None for the target's."""
     draft_intermediate_size: int | None = None
     """Width of the feed-forward layers; None for the target's."""
+    draft_rope_theta: float | None = None
+    """Base of the rotary embedding; None for the target's."""
+    draft_rms_norm_eps: float | None = None
+    """Added under the root of each norm; None for the target's."""
+    draft_max_position_embeddings: int | None = None
+    """Longest text the draft is declared for; None for the target's."""
     layers: tuple[int, ...] | None = None
     """Captured layers the draft reads; None for all in the cache."""
     seed: int = 0

@@ -83,19 +83,25 @@ class Manifest:
             checksum=document["checksum"],
         )
 
-    def check_static_files(self, cache: Path) -> None:
-        """Raise `CacheError` naming every static file whose size or sha256 is not the manifest's."""
+    def static_faults(self, cache: Path) -> list[tuple[str, str]]:
+        """Return (file, what is wrong) for every static file whose size or sha256 is not the manifest's."""
         faults = []
         for name, want in self.files.items():
             path = cache / name
             if not path.is_file():
-                faults.append(f"{name} is missing")
+                faults.append((name, "is missing"))
             elif path.stat().st_size != want["size"]:
-                faults.append(f"{name} has {path.stat().st_size} bytes, expected {want['size']}")
+                faults.append((name, f"has {path.stat().st_size} bytes, expected {want['size']}"))
             elif sha256_file(path) != want["sha256"]:
-                faults.append(f"{name} has another sha256 than when it was written")
+                faults.append((name, "has another sha256 than when it was written"))
+        return faults
+
+    def check_static_files(self, cache: Path) -> None:
+        """Raise `CacheError` naming every faulty static file."""
+        faults = self.static_faults(cache)
         if faults:
-            raise CacheError(f"{cache} is damaged: {'; '.join(faults)}. Restore it from a copy, or extract again.")
+            listed = "; ".join(f"{name} {what}" for name, what in faults)
+            raise CacheError(f"{cache} is damaged: {listed}. Restore it from a copy, or extract again.")
 
 
 def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -76,6 +76,10 @@ class SampleTable:
         """Return which tokens are supervised, [num_tokens] bool."""
         return self.flat_mask[self.offsets[sample] : self.offsets[sample + 1]]
 
+    def place(self, sample: int) -> str:
+        """Return the sample and the input row it came from, as messages name them."""
+        return f"Sample {sample} ({self.source[sample]}:{self.row[sample]})"
+
     def samples_of_shard(self, shard: int) -> NDArray[np.int64]:
         """Return the samples that lie in a shard, in order."""
         low, high = np.searchsorted(self.shard, [shard, shard + 1])

@@ -9,7 +9,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -168,9 +168,10 @@ class ShardWriter:
         `hidden` is [shard_tokens, L, H] uint16 (bfloat16 bits); slots between samples hold NaN.
         """
         members = self.samples.samples_of_shard(shard)
-        layers = self._checked_statistics(shard, members, hidden)
         layout = self.manifest.layout
         base = shard * layout.shard_tokens
+        spans = (slice(begin := self.samples.start[i] - base, begin + self.samples.num_tokens[i]) for i in members)
+        layers = layer_statistics(self.samples, members, (hidden[span] for span in spans), self.layer_ids)
         ids, mask = np.zeros(layout.shard_tokens, np.uint32), np.zeros(layout.shard_tokens, np.bool_)
         for sample in members:
             where = slice(self.samples.start[sample] - base, None)
@@ -202,52 +203,55 @@ class ShardWriter:
         publish([record.to_bytes()], temporary=temporary, path=commit_path(self.cache, shard))
         return sum(file.size for file in files.values())
 
-    def _checked_statistics(
-        self, shard: int, members: NDArray[np.int64], hidden: NDArray[np.uint16]
-    ) -> list[LayerStatistics]:
-        base = shard * self.manifest.layout.shard_tokens
-        num_layers = hidden.shape[1]
-        total, squares, zeros, largest = (np.zeros(num_layers) for _ in range(4))
-        count = 0
-        for sample in members:
-            begin = self.samples.start[sample] - base
-            bits = hidden[begin : begin + self.samples.num_tokens[sample]]
-            self._refuse_bad_features(sample, bits)
-            values = widen(bits)
-            total += values.sum(axis=(0, 2), dtype=np.float64)
-            squares += np.square(values).sum(axis=(0, 2), dtype=np.float64)
-            zeros += (values == 0).sum(axis=(0, 2))
-            largest = np.maximum(largest, np.abs(values).max(axis=(0, 2)))
-            count += values.shape[0] * values.shape[2]
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return [
-            LayerStatistics(
-                layer_id=layer_id,
-                mean=float(mean[i]),
-                std=float(std[i]),
-                max_abs=float(largest[i]),
-                zeros=float(zeros[i] / count),
-            )
-            for i, layer_id in enumerate(self.layer_ids)
-        ]
 
-    def _refuse_bad_features(self, sample: int, bits: NDArray[np.uint16]) -> None:
-        place = f"Sample {sample} ({self.samples.source[sample]}:{self.samples.row[sample]})"
-        advice = "The shard was not written. Check the target's dtype and attention implementation."
-        infinite = (bits & 0x7F80) == 0x7F80
-        if infinite.any():
-            token, layer, _ = (int(axis[0]) for axis in np.nonzero(infinite))
-            raise CacheError(
-                f"{place} has a feature that is not finite at layer {self.layer_ids[layer]}, position {token}. {advice}"
-            )
-        constant = (bits == bits[:1, :, :1]).all(axis=(0, 2))
-        if constant.any():
-            layer = int(np.flatnonzero(constant)[0])
-            raise CacheError(
-                f"{place} has the same feature value everywhere at layer {self.layer_ids[layer]}, positions 0 to "
-                f"{len(bits) - 1}: the layer is dead. {advice}"
-            )
+def layer_statistics(
+    samples: SampleTable, members: NDArray[np.int64], features: Iterable[NDArray[np.uint16]], layer_ids: Sequence[int]
+) -> list[LayerStatistics]:
+    """Return each layer's statistics over some samples' features, [tokens, L, H] uint16 each.
+
+    Raises `CacheError` naming sample, layer and position for a value that is not finite or a layer that is constant.
+    """
+    num_layers = len(layer_ids)
+    total, squares, zeros, largest = (np.zeros(num_layers) for _ in range(4))
+    count = 0
+    for sample, bits in zip(members.tolist(), features, strict=True):
+        _refuse_bad_features(samples, sample, bits, layer_ids)
+        values = widen(bits)
+        total += values.sum(axis=(0, 2), dtype=np.float64)
+        squares += np.square(values).sum(axis=(0, 2), dtype=np.float64)
+        zeros += (values == 0).sum(axis=(0, 2))
+        largest = np.maximum(largest, np.abs(values).max(axis=(0, 2)))
+        count += values.shape[0] * values.shape[2]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return [
+        LayerStatistics(
+            layer_id=layer_id,
+            mean=float(mean[i]),
+            std=float(std[i]),
+            max_abs=float(largest[i]),
+            zeros=float(zeros[i] / count),
+        )
+        for i, layer_id in enumerate(layer_ids)
+    ]
+
+
+def _refuse_bad_features(samples: SampleTable, sample: int, bits: NDArray[np.uint16], layer_ids: Sequence[int]) -> None:
+    advice = "Check the target's dtype and attention implementation."
+    infinite = (bits & 0x7F80) == 0x7F80
+    if infinite.any():
+        token, layer, _ = (int(axis[0]) for axis in np.nonzero(infinite))
+        raise CacheError(
+            f"{samples.place(sample)} has a feature that is not finite at layer {layer_ids[layer]}, position {token}. "
+            f"{advice}"
+        )
+    constant = (bits == bits[:1, :, :1]).all(axis=(0, 2))
+    if constant.any():
+        layer = int(np.flatnonzero(constant)[0])
+        raise CacheError(
+            f"{samples.place(sample)} has the same feature value everywhere at layer {layer_ids[layer]}, positions 0 "
+            f"to {len(bits) - 1}: the layer is dead. {advice}"
+        )
 
 
 def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -45,9 +45,10 @@ def draft_shape(config: TrainConfig, reader: CacheReader) -> DraftConfig:
         num_target_layers=int(text["num_hidden_layers"]),
         block_size=block_size,
         mask_token_id=int(reader.manifest.plan["mask_token_id"]),
-        rms_norm_eps=float(text.get("rms_norm_eps", DraftConfig.rms_norm_eps)),
-        rope_theta=float(rope.get("rope_theta", DraftConfig.rope_theta)),
-        max_position_embeddings=int(text.get("max_position_embeddings", DraftConfig.max_position_embeddings)),
+        rms_norm_eps=config.draft_rms_norm_eps or float(text.get("rms_norm_eps", DraftConfig.rms_norm_eps)),
+        rope_theta=config.draft_rope_theta or float(rope.get("rope_theta", DraftConfig.rope_theta)),
+        max_position_embeddings=config.draft_max_position_embeddings
+        or int(text.get("max_position_embeddings", DraftConfig.max_position_embeddings)),
     )
 
 

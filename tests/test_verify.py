@@ -1,0 +1,161 @@
+"""Every kind of damage is found, named, and redone alone."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_target import save_target
+from typer.testing import CliRunner
+
+from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import CacheError, MismatchError
+from dflash_offline.schemas.files import sealed_bytes
+from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.verify import compare_with_target, repair, verify_cache
+
+HIDDEN = "features.zarr/hidden_states/c/{}/0/0"
+
+
+@pytest.fixture
+def copy(cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache, tmp_path / "copy"))
+
+
+def test_a_sound_cache_has_no_fault(cache: Path) -> None:
+    assert verify_cache(cache, Silent()) == []
+
+
+def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
+    chance = random.Random(0)
+    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for position in chance.sample(range(len(content)), min(3, len(content))):
+            broken = bytearray(content)
+            broken[position] ^= 1 << chance.randrange(8)
+            path.write_bytes(broken)
+            assert verify_cache(copy, Silent()), f"{path}, byte {position} of {len(content)}"
+        path.write_bytes(content)
+    assert verify_cache(copy, Silent()) == []
+
+
+def test_a_reader_never_decodes_a_flipped_byte_silently(copy: Path) -> None:
+    chance, path = random.Random(1), copy / HIDDEN.format(0)
+    content = path.read_bytes()
+    members = CacheReader(copy).samples.samples_of_shard(0).tolist()
+    sound = [CacheReader(copy).read_hidden(sample) for sample in members]
+    for position in chance.sample(range(len(content)), 100):
+        broken = bytearray(content)
+        broken[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(broken)
+        refused = 0
+        reader = CacheReader(copy)
+        for sample, before in zip(members, sound, strict=True):
+            try:
+                np.testing.assert_array_equal(reader.read_hidden(sample), before)
+            except CacheError:
+                refused += 1
+        assert refused or _in_padding(reader, position)
+
+
+def _in_padding(reader: CacheReader, position: int) -> bool:
+    """Say whether a byte lies in a chunk that no sample uses."""
+    layout = reader.manifest.layout
+    shard = reader._shard(0)
+    chunk = int(np.searchsorted(shard._index[:, 0], position, "right")) - 1
+    slot = chunk // layout.num_layers * layout.chunk_tokens
+    members = reader.samples.samples_of_shard(0)
+    last = members[-1]
+    return bool(slot >= reader.samples.start[last] + reader.samples.num_tokens[last])
+
+
+def _swap(copy: Path) -> None:
+    a, b = (copy / HIDDEN.format(shard) for shard in (0, 1))
+    a.rename(copy / "x")
+    b.rename(a)
+    (copy / "x").rename(b)
+
+
+def _truncate(copy: Path) -> None:
+    path = copy / HIDDEN.format(1)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _drop_record(copy: Path) -> None:
+    (copy / "commits/000001.json").unlink()
+
+
+def _drop_file(copy: Path) -> None:
+    (copy / "features.zarr/loss_mask/c/1").unlink()
+
+
+def _lie_about_statistics(copy: Path) -> None:
+    path = copy / "commits/000001.json"
+    record = json.loads(path.read_text())
+    del record["checksum"]
+    record["layers"][0]["mean"] += 0.5
+    path.write_bytes(sealed_bytes(record))
+
+
+@pytest.mark.parametrize("harm", [_swap, _truncate, _drop_record, _drop_file, _lie_about_statistics])
+def test_repair_and_extract_redo_just_the_faulty_shards(
+    cache: Path, copy: Path, extract_config: dict[str, object], harm: Callable[[Path], None]
+) -> None:
+    harm(copy)
+    faults = verify_cache(copy, Silent())
+    shards = repair(copy, faults)
+    assert shards == ([0, 1] if harm is _swap else [1])
+    assert extract(ExtractConfig(**extract_config, out=copy), Silent()).shards_written == len(shards)
+    assert verify_cache(copy, Silent()) == []
+    assert (copy / HIDDEN.format(1)).read_bytes() == (cache / HIDDEN.format(1)).read_bytes()
+
+
+def test_a_damaged_chunk_is_named_with_shard_and_sample(copy: Path) -> None:
+    path = copy / HIDDEN.format(1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (fault,) = verify_cache(copy, Silent())
+    assert fault.shard == 1 and fault.place == HIDDEN.format(1)
+    assert "Sample " in fault.what and "chats.jsonl:" in fault.what and "layer" in fault.what
+
+
+def test_the_target_run_again_fits_every_layer(cache: Path, target: Path) -> None:
+    fits = compare_with_target(cache, str(target), 4, 0, Silent())
+    assert [fit.layer_id for fit in fits] == [1, 2, 4]
+    assert all(fit.error < 0.004 and not fit.fault for fit in fits)
+
+
+def test_a_layer_that_is_off_by_one_is_said_to_be(
+    target: Path, extract_config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dflash_offline.stages import extract as stage
+
+    right = stage.run_captured
+    monkeypatch.setattr(stage, "run_captured", lambda model, ids, layers: right(model, ids, [i + 1 for i in layers]))
+    out = tmp_path / "cache"
+    extract(ExtractConfig(**extract_config, out=out), Silent())
+    assert verify_cache(out, Silent()) == []
+    faults = [fit.fault for fit in compare_with_target(out, str(target), 4, 0, Silent())]
+    assert all("off by +1" in fault for fault in faults)
+
+
+def test_another_target_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"target\.weights_sha256"):
+        compare_with_target(cache, str(save_target(tmp_path / "other", seed=3)), 2, 0, Silent())
+
+
+def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) -> None:
+    sound = CliRunner().invoke(app, ["verify", str(copy)])
+    assert sound.exit_code == 0 and "is sound" in sound.stdout
+    _drop_file(copy)
+    broken = CliRunner().invoke(app, ["verify", str(copy), "--json"])
+    assert broken.exit_code == 1
+    (fault,) = json.loads(broken.stdout)["faults"]
+    assert fault == {"place": "features.zarr/loss_mask/c/1", "what": "is missing", "shard": 1}
