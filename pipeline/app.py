@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from dflash_offline.pipeline.cores import limit_threads
 from dflash_offline.pipeline.progress import TerminalProgress
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
@@ -404,7 +405,7 @@ def evaluate(
     device: Device = EvalConfig.device,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: torch's choice]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one a core]")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -441,17 +442,17 @@ def evaluate(
 @app.command(epilog="Example: dflash demo --out demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for cache, run and draft.")] = Path("dflash-demo"),
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: torch's choice]")] = None,
 ) -> None:
     """Run extract, inspect, train, export and eval on the target that ships with the package."""
     with _reported("Repeat the command to go on."):
         from dflash_offline.pipeline.demo import run_demo
 
-        run_demo(out, threads)
+        run_demo(out)
 
 
 def main() -> None:
     """Run the command line."""
+    limit_threads()
     app()
 
 

@@ -1,13 +1,11 @@
 """`dflash demo`: the whole pipeline on the target that ships with the package, each command printed before it runs."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,13 @@ def demo_commands(out: Path) -> list[list[str]]:
     ]
 
 
-def run_demo(out: Path, threads: int | None) -> None:
+def run_demo(out: Path) -> None:
     """Run the five commands as a user would and close with a table of what came out."""
-    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     spent: list[tuple[str, float]] = []
     for command in demo_commands(out):
         print(f"\n$ {shlex.join(['dflash', *command])}", flush=True)
         began = time.perf_counter()
-        code = subprocess.run(
-            [sys.executable, "-m", "dflash_offline.pipeline.app", *command], env=environment
-        ).returncode
+        code = _run([sys.executable, "-m", "dflash_offline.pipeline.app", *command])
         spent.append((command[0], time.perf_counter() - began))
         if code == 130:
             raise KeyboardInterrupt
@@ -52,9 +47,9 @@ def run_demo(out: Path, threads: int | None) -> None:
     _print_table(json.loads((out / "eval.json").read_text()), spent)
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> int:
+def _run(command: list[str]) -> int:
     """Return the exit code of a command; Ctrl-C is the command's to handle, so that it may save what it has."""
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command)
     before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
     try:
         return process.wait()

@@ -1,0 +1,21 @@
+"""How many cores this process may use; libraries that count the machine's instead crawl in a container."""
+
+import os
+from pathlib import Path
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores() -> int:
+    """Return the cores of this process's affinity mask, or fewer if its control group has a quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or no quota ("max")
+        return cores
+
+
+def limit_threads() -> None:
+    """Have numeric libraries that are loaded from now on use no more threads than that, unless the user says."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
