@@ -249,11 +249,14 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples in one micro-batch.")] = TrainConfig.batch_size,
     accumulation: Annotated[int, typer.Option(help="Micro-batches in one step.")] = TrainConfig.accumulation,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, as published; or muon, which needs fewer steps.")
+    ] = TrainConfig.optimizer,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="Peak of the schedule.")
     ] = TrainConfig.learning_rate,
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = TrainConfig.warmup_ratio,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = TrainConfig.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="On matrices; norms do not decay.")] = TrainConfig.weight_decay,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
     num_anchors: Annotated[
         int, typer.Option(help="Blocks drawn from each sample and step, at most.")
@@ -305,6 +308,7 @@ def train(
             steps=steps,
             batch_size=batch_size,
             accumulation=accumulation,
+            optimizer=optimizer,
             learning_rate=learning_rate,
             warmup_ratio=warmup_ratio,
             weight_decay=weight_decay,

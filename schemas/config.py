@@ -87,12 +87,14 @@ class TrainConfig:
     """Samples in one micro-batch."""
     accumulation: int = 1
     """Micro-batches in one optimizer step; the loss is averaged exactly over them."""
+    optimizer: str = "adamw"
+    """adamw, the published recipe; or muon, which needs fewer steps where steps are few."""
     learning_rate: float = 6e-4
     """Peak; reached after the warm-up, then a cosine to zero."""
     warmup_ratio: float = 0.04
     """Share of the steps that warm up."""
     weight_decay: float = 0.01
-    """AdamW's, on matrices."""
+    """On matrices; norms do not decay."""
     clip: float = 1.0
     """Largest gradient norm."""
     num_anchors: int = 512
@@ -165,6 +167,8 @@ class TrainConfig:
             problems.append(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1.")
         if self.val_samples < 0:
             problems.append(f"val_samples is {self.val_samples}; expected 0 or more.")
+        if self.optimizer not in ("adamw", "muon"):
+            problems.append(f"optimizer is {self.optimizer!r}; expected adamw or muon.")
         if self.loss not in ("dflash", "dpace"):
             problems.append(f"loss is {self.loss!r}; expected dflash or dpace.")
         if self.attention_backend not in ("sdpa", "eager", "flex_attention"):

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError
@@ -37,15 +38,15 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def save_checkpoint(run: Path, state: TrainState, draft: DraftModel, optimizer: torch.optim.Optimizer) -> Path:
-    """Write masters, optimizer and state whole, then rename the folder into place; returns it."""
+def save_checkpoint(run: Path, state: TrainState, draft: DraftModel, optimizers: list[torch.optim.Optimizer]) -> Path:
+    """Write masters, optimizers and state whole, then rename the folder into place; returns it."""
     folder = checkpoint_folder(run, state.step)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     save_file(draft_state_dict(draft, draft.config), temporary / WEIGHTS)
-    save_file(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
+    save_file(_optimizer_tensors(optimizers), temporary / OPTIMIZER)
     write_synced(temporary / "config.json", [json.dumps(draft.config.to_json(), indent=1).encode()])
     hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, OPTIMIZER, "config.json")}
     write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
@@ -85,27 +86,30 @@ def prune_checkpoints(run: Path, keep: int, best_step: int) -> None:
             shutil.rmtree(folder)
 
 
-def restore(folder: Path, draft: DraftModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load a checkpoint into draft and optimizer; returns its state."""
+def restore(folder: Path, draft: DraftModel, optimizers: list[torch.optim.Optimizer]) -> TrainState:
+    """Load a checkpoint into draft and optimizers; returns its state."""
     state = read_state(folder)
-    config = DraftConfig.read(folder)
-    assert config == draft.config, "the run's settings were compared before"
+    assert DraftConfig.read(folder) == draft.config, "the run's settings were compared before"
     draft.load_state_dict(load_file(folder / WEIGHTS))
-    tensors = load_file(folder / OPTIMIZER)
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
-                for key, value in moments.items()
-            }
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER).items():
+        kind, name = key.split(".", 1)
+        moments.setdefault(name, {})[kind] = tensor
+    for optimizer, name, parameter in _named(optimizers):
+        optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in moments[name].items()}
     return state
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     return {
-        f"{key}.{name}": value.detach().cpu().contiguous()
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for key, value in optimizer.state[parameter].items()
+        f"{kind}.{name}": value.detach().cpu().contiguous()
+        for optimizer, name, parameter in _named(optimizers)
+        for kind, value in optimizer.state[parameter].items()
     }
+
+
+def _named(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                yield optimizer, name, parameter

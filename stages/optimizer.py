@@ -1,4 +1,4 @@
-"""AdamW over float32 masters, and the learning-rate schedule."""
+"""AdamW or Muon over float32 masters, and the learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -6,19 +6,31 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+BETAS = (0.9, 0.95)
+MOMENTUM = 0.95
 
-def make_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Return fused AdamW; matrices decay, norms do not. The groups keep their parameters' names."""
+
+def make_optimizers(
+    parameters: Iterable[tuple[str, nn.Parameter]], name: str, learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that step together; each group keeps its parameters' names. Matrices decay, norms do not.
+
+    "adamw" is fused AdamW. "muon" orthogonalizes the update of every matrix (momentum, then Newton-Schulz) and leaves
+    the norms to AdamW; its updates are scaled to AdamW's size, so that learning rates carry over.
+    """
     named = list(parameters)
-    matrices = [(name, parameter) for name, parameter in named if parameter.dim() > 1]
-    vectors = [(name, parameter) for name, parameter in named if parameter.dim() <= 1]
-    groups = [
-        {"params": [p for _, p in members], "names": [n for n, _ in members], "weight_decay": decay}
-        for members, decay in ((matrices, weight_decay), (vectors, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    matrices = {n: p for n, p in named if p.dim() > 1}
+    vectors = {n: p for n, p in named if p.dim() <= 1}
+
+    def group(members: dict[str, nn.Parameter], decay: float) -> dict[str, object]:
+        return {"params": list(members.values()), "names": list(members), "weight_decay": decay}
+
+    groups = [group(vectors, 0.0)] if name == "muon" else [group(matrices, weight_decay), group(vectors, 0.0)]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    if name == "adamw":
+        return [adamw]
+    decayed = [group(matrices, weight_decay)]
+    return [torch.optim.Muon(decayed, lr=learning_rate, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float) -> float:

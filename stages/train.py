@@ -35,7 +35,7 @@ from dflash_offline.stages.checkpoint import (
 from dflash_offline.stages.drafter import DraftModel
 from dflash_offline.stages.loader import Batch, BatchLoader, epoch_batches, split_samples
 from dflash_offline.stages.metrics import MetricsLog, Window, add_sums, peak_memory
-from dflash_offline.stages.optimizer import learning_rate_at, make_optimizer
+from dflash_offline.stages.optimizer import learning_rate_at, make_optimizers
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.shape import borrowed_parts, draft_shape
 from dflash_offline.stages.target import choose_device
@@ -78,7 +78,9 @@ class Training:
         torch.manual_seed(config.seed)
         self.draft = DraftModel(self.shape).to(self.device)
         self.module = self._module()
-        self.optimizer = make_optimizer(self.draft.named_parameters(), config.learning_rate, config.weight_decay)
+        self.optimizers = make_optimizers(
+            self.draft.named_parameters(), config.optimizer, config.learning_rate, config.weight_decay
+        )
         self.train_samples, self.held_out = split_samples(reader.samples, config.val_samples)
         batches = math.ceil(len(self.train_samples) / config.batch_size)
         self.total_steps = config.steps or math.ceil(config.epochs * batches / config.accumulation)
@@ -138,9 +140,10 @@ class Training:
         the denominators.
         """
         rate = learning_rate_at(self.state.step, self.total_steps, self.config.learning_rate, self.config.warmup_ratio)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
             metrics = self.forward(batch)
@@ -154,7 +157,8 @@ class Training:
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(norm):
             self._refuse_non_finite([sample for batch in batches for sample in batch.samples])
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return sums, norm, rate
 
     def forward(self, batch: Batch) -> DFlashStepMetrics:
@@ -268,7 +272,7 @@ def _start_or_resume(training: Training) -> None:
         refuse_other_run(run, RunRecord.read(run).identity, identity)
         saved = list_checkpoints(run)
         if saved:
-            training.state = restore(saved[-1], training.draft, training.optimizer)
+            training.state = restore(saved[-1], training.draft, training.optimizers)
             training.progress.say(f"Going on from {saved[-1]}.")
         return
     origin = {
@@ -306,7 +310,7 @@ def _run_steps(training: Training, log: MetricsLog, signals: list[int]) -> None:
             improved = _validate(training, log)
             window = Window()
         if step % config.save_every == 0 or last or improved or signals:
-            save_checkpoint(config.out, training.state, training.draft, training.optimizer)
+            save_checkpoint(config.out, training.state, training.draft, training.optimizers)
             prune_checkpoints(config.out, config.keep, training.state.best_step)
         if signals and not last:
             raise Interrupted(f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")

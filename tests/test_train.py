@@ -27,6 +27,7 @@ from dflash_offline.stages.train import Training, train
 
 SETTINGS: dict[str, object] = {
     "steps": 24,
+    "optimizer": "muon",
     "learning_rate": 2e-3,
     "draft_layers": 1,
     "num_anchors": 8,
@@ -127,7 +128,14 @@ def test_training_learns(run: Path) -> None:
 def test_a_resume_with_other_settings_or_another_cache_is_refused_field_by_field(
     cache: Path, run: Path, tmp_path: Path
 ) -> None:
-    for name, value in {"learning_rate": 1e-3, "block_size": 6, "num_anchors": 4, "loss": "dpace", "seed": 1}.items():
+    for name, value in {
+        "learning_rate": 1e-3,
+        "optimizer": "adamw",
+        "block_size": 6,
+        "num_anchors": 4,
+        "loss": "dpace",
+        "seed": 1,
+    }.items():
         with pytest.raises(MismatchError, match=rf"settings\.{name} +run: .* now: {value}"):
             train(config(cache, run, **{name: value}), Silent())
     copy = shutil.copytree(cache, tmp_path / "copy")
@@ -170,6 +178,16 @@ def test_a_checkpoint_with_a_flipped_byte_is_refused(cache: Path, run: Path, tmp
     path.write_bytes(content)
     with pytest.raises(DflashError, match=r"optimizer.safetensors is missing or damaged"):
         train(config(cache, copy), Silent())
+
+
+def test_adamw_too_goes_on_to_the_same_weights(cache: Path, tmp_path: Path) -> None:
+    whole, halves = (config(cache, tmp_path / name, optimizer="adamw", steps=8, save_every=4) for name in "ab")
+    train(whole, Silent())
+    train(halves, Silent())
+    shutil.rmtree(tmp_path / "b/checkpoints/step-0000008")
+    assert train(halves, Silent()).state.step == 8
+    first, second = (tmp_path / name / "checkpoints/step-0000008/model.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_accumulation_equals_one_large_batch(cache: Path, tmp_path: Path) -> None:
