@@ -5,9 +5,10 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -16,6 +17,7 @@ from dflash_offline.pipeline.progress import TerminalProgress
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
+from dflash_offline.stages.progress import readable_bytes
 
 app = typer.Typer(
     name="dflash",
@@ -26,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
@@ -35,6 +38,12 @@ TemplateKwargs = Annotated[
 ]
 Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+
+
+_OUTSIDE_FAULTS = {
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
+}
+"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name."""
 
 
 @contextmanager
@@ -48,7 +57,7 @@ def _reported(go_on: str = "") -> Iterator[None]:
         said = f"{error} " if str(error) else "Stopped. "
         _fail(f"{said}{go_on}".rstrip(), 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.EPERM):
+        if error.errno not in _OUTSIDE_FAULTS:
             raise
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror}. What was finished is intact. {go_on}".rstrip(), 1)
@@ -80,12 +89,10 @@ def _object(text: str, flag: str) -> dict[str, Any]:
     return value
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+def _settings(kind: type[Config], given: dict[str, Any], **converted: Any) -> Config:
+    """Return a command's settings: its arguments by name, some of them converted first."""
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in given.items() if name in names} | converted)
 
 
 def _quiet_libraries() -> None:
@@ -154,26 +161,14 @@ def extract(
     quiet: Quiet = False,
 ) -> None:
     """Run a target over conversations once and cache its hidden states."""
+    given = locals()
     with _reported("Finished shards are kept; repeat the command to go on."):
-        config = ExtractConfig(
+        config = _settings(
+            ExtractConfig,
+            given,
             data=tuple(data),
-            target=target,
-            out=out,
-            revision=revision,
             layers=_ids(layers, "--layers"),
-            num_layers=num_layers,
-            block_size=block_size,
-            mask_token_id=mask_token_id,
-            max_length=max_length,
             chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
-            skip_bad_rows=skip_bad_rows,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            batch_tokens=batch_tokens,
-            shard_mib=shard_mib,
-            chunk_tokens=chunk_tokens,
         )
         _quiet_libraries()
         from dflash_offline.stages.extract import extract as run
@@ -186,7 +181,7 @@ def extract(
             return
         print(
             f"{out} is complete: {done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
-            f" ({done.shards_written} written now, {_size(done.bytes_written)}, {done.seconds:.0f} s)."
+            f" ({done.shards_written} written now, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s)."
         )
         print(f"Next: dflash train {out} --out RUN        Look: dflash inspect {out}")
 
@@ -300,42 +295,9 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a draft from a cache; the target is not loaded."""
+    given = locals()
     with _reported("Repeat the command to go on from the last checkpoint."):
-        config = TrainConfig(
-            cache=cache,
-            out=out,
-            epochs=epochs,
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            warmup_ratio=warmup_ratio,
-            weight_decay=weight_decay,
-            clip=clip,
-            num_anchors=num_anchors,
-            block_size=block_size,
-            loss=loss,
-            gamma=gamma,
-            layers=_ids(layers, "--layers"),
-            draft_layers=draft_layers,
-            draft_heads=draft_heads,
-            draft_kv_heads=draft_kv_heads,
-            draft_head_dim=draft_head_dim,
-            draft_intermediate_size=draft_intermediate_size,
-            draft_rope_theta=draft_rope_theta,
-            draft_rms_norm_eps=draft_rms_norm_eps,
-            draft_max_position_embeddings=draft_max_position_embeddings,
-            seed=seed,
-            val_samples=val_samples,
-            val_every=val_every,
-            save_every=save_every,
-            keep=keep,
-            attention_backend=attention_backend,
-            dtype=dtype,
-            device=device,
-            loader_threads=loader_threads,
-        )
+        config = _settings(TrainConfig, given, layers=_ids(layers, "--layers"))
         from dflash_offline.stages.train import train as run
 
         done = run(config, TerminalProgress(quiet=quiet))
@@ -376,19 +338,18 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a checkpoint as the folder that z-lab's client, vLLM and SGLang load."""
-    with _reported():
+    with _reported("Repeat the command."):
         if checkpoint not in ("best", "last"):
             raise DflashError(f"--checkpoint is {checkpoint!r}; expected best or last.")
         from dflash_offline.pipeline.export import export as write
 
         done = write(run, out, checkpoint)
         if json_:
-            fields = {"draft": str(done.draft), "step": done.step}
-            print(json.dumps({**fields, "parameters": done.num_parameters, "bytes": done.num_bytes}, indent=1))
+            written = {"draft": str(done.draft), "step": done.step}
+            print(json.dumps({**written, "parameters": done.num_parameters, "bytes": done.num_bytes}, indent=1))
             return
-        print(
-            f"{out} holds the draft of step {done.step}: {done.num_parameters:,} parameters, {_size(done.num_bytes)}."
-        )
+        size = f"{done.num_parameters:,} parameters, {readable_bytes(done.num_bytes)}"
+        print(f"{out} holds the draft of step {done.step}: {size}.")
         print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
 
 
@@ -415,30 +376,21 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Decode prompts by the target alone and with the draft; exit 1 if an answer changes."""
-    with _reported():
-        config = EvalConfig(
-            draft=draft,
-            target=target,
-            prompts=prompts,
-            revision=revision,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            prompt_lookup=prompt_lookup,
-            chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            threads=threads,
+    given = locals()
+    with _reported("Repeat the command."):
+        if save is not None and (save.is_dir() or not save.resolve().parent.is_dir()):
+            raise DflashError(f"--save {save} is not a file in an existing folder. Name one, as in --save eval.json.")
+        config = _settings(
+            EvalConfig, given, chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs")
         )
         _quiet_libraries()
         from dflash_offline.pipeline import evaluate as evaluation
 
         result = evaluation.evaluate_folder(config, TerminalProgress(quiet=quiet))
         text = json.dumps(result.to_json(), indent=1)
-        if save is not None:
-            save.parent.mkdir(parents=True, exist_ok=True)
-            save.write_text(text + "\n")
         print(text) if json_ else evaluation.print_report(result)
+        if save is not None:
+            save.write_text(text + "\n")
         if not result.lossless:
             raise typer.Exit(1)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import sha256_file, sync_folder
+from dflash_offline.schemas.files import building_folder, output_folder, sha256_file, sync_folder
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.stages.checkpoint import TrainState, checkpoint_folder, list_checkpoints, read_state
 from dflash_offline.stages.drafter import check_draft_weights
@@ -59,6 +58,7 @@ def export(run: Path, out: Path, which: str = "best") -> Exported:
     The same checkpoint exported again to the same folder changes nothing; a folder that holds anything else is
     refused.
     """
+    out = output_folder(out, marker="config.json", kind="draft", renamed=True)
     record = RunRecord.read(run)
     checkpoint = choose_checkpoint(run, which)
     state = read_state(checkpoint)
@@ -68,16 +68,12 @@ def export(run: Path, out: Path, which: str = "best") -> Exported:
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise DflashError(f"{checkpoint} holds values that are not finite in {', '.join(broken)}. Train again.")
-    temporary = out.parent / f".{out.name}.exporting-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
+    with building_folder(out) as temporary:
         halved = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
         save_file(halved, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
         (temporary / "README.md").write_text(_card(record, config, state))
         _publish(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Exported(
         draft=out,
         step=state.step,
@@ -88,8 +84,8 @@ def export(run: Path, out: Path, which: str = "best") -> Exported:
 
 def _publish(temporary: Path, out: Path) -> None:
     names = sorted(path.name for path in temporary.iterdir())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        same = out.is_dir() and all(
+    if (out / "config.json").is_file():
+        same = all(
             (out / name).is_file() and sha256_file(out / name) == sha256_file(temporary / name) for name in names
         )
         if not same:

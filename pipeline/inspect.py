@@ -14,6 +14,7 @@ from dflash_offline.schemas.commits import Commit, read_commits
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.manifest import SAMPLES, TARGET, Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.progress import readable_bytes
 
 _BYTES_A_VALUE = 2
 
@@ -117,7 +118,7 @@ def print_overview(found: dict[str, Any]) -> None:
         print(f"            damaged: {fault}")
     for name, size in found["bytes"].items():
         note = f", {found['compression']:.3f} of raw" if name == "hidden_states" else ""
-        print(f"Bytes       {name}: {size / 2**20:.1f} MiB{note}")
+        print(f"Bytes       {name}: {readable_bytes(size)}{note}")
     if found["layers"]:
         print("Layer         mean        std    largest    zeros")
         for row in found["layers"]:

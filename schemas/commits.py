@@ -77,12 +77,29 @@ def read_commit(cache: Path, shard: int, manifest_checksum: str) -> Commit | Non
     return Commit(files=files, layers=layers, **document)
 
 
+def read_finished(cache: Path, shard: int, manifest_checksum: str) -> Commit | None:
+    """Return a shard's record if its files are there, None without one; `CacheError` if either is damaged.
+
+    Files are compared by size: quick on any cache. `dflash verify` reads them.
+    """
+    commit = read_commit(cache, shard, manifest_checksum)
+    if commit is not None:
+        for name, record in commit.files.items():
+            path = cache / name
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+            if found != f"{record.size} bytes":
+                raise CacheError(
+                    f"{path}: {found}, expected {record.size} bytes. Repeat the `dflash extract` that made the cache."
+                )
+    return commit
+
+
 def read_commits(cache: Path, num_shards: int, manifest_checksum: str) -> tuple[dict[int, Commit], list[str]]:
-    """Return the valid records by shard, and one line for each record that is not valid."""
+    """Return the finished shards' records, and one line for each record that is damaged or lacks its files."""
     commits, faults = {}, []
     for shard in range(num_shards):
         try:
-            commit = read_commit(cache, shard, manifest_checksum)
+            commit = read_finished(cache, shard, manifest_checksum)
         except CacheError as error:
             faults.append(str(error))
             continue

@@ -1,5 +1,6 @@
 """What a user may set for the two stages. Each default exists here and nowhere else."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from dflash_offline.schemas.errors import DflashError
 def _refuse(what: str, problems: list[str]) -> None:
     if problems:
         raise DflashError(f"These settings of `dflash {what}` cannot be used:\n  " + "\n  ".join(problems))
+
+
+RESERVED_TEMPLATE_KWARGS = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"}
+
+
+def template_problems(kwargs: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a user's arguments to the chat template: those that this program sets itself."""
+    taken = sorted(name for name in kwargs if name in RESERVED_TEMPLATE_KWARGS or name.startswith("return_"))
+    return [f"chat_template_kwargs holds {', '.join(taken)}, which this program sets itself."] if taken else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,7 @@ class ExtractConfig:
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
         if not self.data:
             problems.append("No data file is given.")
-        _refuse("extract", problems)
+        _refuse("extract", problems + template_problems(self.chat_template_kwargs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,29 +154,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        at_least_one = (
-            "batch_size",
-            "accumulation",
-            "num_anchors",
-            "val_every",
-            "save_every",
-            "keep",
-            "loader_threads",
-        )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} is {getattr(self, name)}; expected more than 0.")
-        if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}; expected at least 1.")
-        if not self.epochs > 0:
-            problems.append(f"epochs is {self.epochs}; expected more than 0.")
+        for names, expected, holds in _BOUNDS:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    problems.append(f"{name} is {value}; expected {expected}.")
         if not 0 <= self.warmup_ratio < 1:
             problems.append(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1.")
-        if self.val_samples < 0:
-            problems.append(f"val_samples is {self.val_samples}; expected 0 or more.")
         if self.optimizer not in ("adamw", "muon"):
             problems.append(f"optimizer is {self.optimizer!r}; expected adamw or muon.")
         if self.loss not in ("dflash", "dpace"):
@@ -176,6 +170,19 @@ class TrainConfig:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16.")
         _refuse("train", problems)
+
+
+_BOUNDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    (
+        "batch_size accumulation num_anchors val_every save_every keep loader_threads steps draft_layers draft_heads "
+        "draft_kv_heads draft_head_dim draft_intermediate_size draft_max_position_embeddings",
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    ("learning_rate clip epochs gamma draft_rope_theta draft_rms_norm_eps", "more than 0", lambda value: value > 0),
+    ("weight_decay seed val_samples", "0 or more", lambda value: value >= 0),
+    ("block_size", "at least 2", lambda value: value >= 2),
+)
 
 
 def recommended_gamma(block_size: int) -> float:

@@ -112,7 +112,7 @@ class DraftConfig:
         """Return the draft described by a config.json; `where` names the file in errors."""
         nested = config.get("dflash_config") or {}
         rope = config.get("rope_parameters") or {}
-        merged = {**config, **{k: v for k, v in nested.items() if k != "causal"}}
+        merged = {**config, **nested}
         if "rope_theta" not in merged and "rope_theta" in rope:
             merged["rope_theta"] = rope["rope_theta"]
         required = [n for n, f in cls.__dataclass_fields__.items() if n not in merged and n not in cls.__dict__]
@@ -127,6 +127,13 @@ class DraftConfig:
                 f"{where} has layer_types {sorted(types)}; this version reads drafts with full attention only."
             )
         fields = {name: merged[name] for name in cls.__dataclass_fields__ if name in merged}
+        wrong = [
+            f"{name} is {value!r}; expected {expected}"
+            for name, value in fields.items()
+            if (expected := _fault_of_type(name, value))
+        ]
+        if wrong:
+            raise DflashError(f"{where} is not a DFlash draft's config: {'; '.join(wrong)}.")
         fields["target_layer_ids"] = tuple(fields["target_layer_ids"])
         return cls(**fields)
 
@@ -136,4 +143,25 @@ class DraftConfig:
         path = folder / "config.json"
         if not path.is_file():
             raise DflashError(f"{path} does not exist, so {folder} is not a draft. Make one with `dflash export`.")
-        return cls.from_json(json.loads(path.read_text()), str(path))
+        try:
+            document = json.loads(path.read_text())
+        except ValueError as error:
+            raise DflashError(f"{path} is not JSON ({error}). Export the draft again.") from error
+        if not isinstance(document, dict):
+            raise DflashError(
+                f"{path} is a JSON {type(document).__name__}; expected an object. Export the draft again."
+            )
+        return cls.from_json(document, str(path))
+
+
+def _fault_of_type(name: str, value: object) -> str:
+    """Return what a field's value should have been, or an empty string if it is that."""
+
+    def whole(number: object) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool)
+
+    if name == "target_layer_ids":
+        return "" if isinstance(value, list) and all(map(whole, value)) else "a list of whole numbers"
+    if name in ("rms_norm_eps", "rope_theta"):
+        return "" if whole(value) or isinstance(value, float) else "a number"
+    return "" if whole(value) else "a whole number"

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dflash_offline.schemas.config import template_problems
 from dflash_offline.schemas.errors import DflashError
 
 
@@ -45,6 +46,7 @@ class EvalConfig:
                 problems.append(f"{name} is {value}; expected at least 1.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
+        problems += template_problems(self.chat_template_kwargs)
         if problems:
             raise DflashError("These settings of `dflash eval` cannot be used:\n  " + "\n  ".join(problems))
 

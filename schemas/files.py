@@ -4,12 +4,14 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.errors import CacheError, DflashError
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,3 +103,54 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
+    """Return the real path of an output folder; `DflashError` if it cannot become one.
+
+    It may be absent, empty, or hold `marker`, which says that it is a `kind` already. A folder that will be put in
+    place by a rename can be neither a mount point nor the working directory.
+    """
+    folder = path.resolve()
+    parent = next(p for p in folder.parents if p.exists())
+    if not parent.is_dir():
+        raise DflashError(f"{path} lies inside {parent}, which is not a folder. Name another --out.")
+    if not folder.exists() or (folder / marker).is_file():
+        return folder
+    if not folder.is_dir() or any(entry.name != f".{marker}" for entry in folder.iterdir()):
+        raise DflashError(f"{path} exists and is not a {kind}. Name a new folder, or empty it.")
+    if renamed and (os.path.ismount(folder) or folder == Path.cwd()):
+        raise DflashError(
+            f"{path} is a mount point or the working directory, and a {kind} is put in place by a rename. Name a "
+            f"folder inside it, as in --out {path / 'new'}."
+        )
+    return folder
+
+
+@contextmanager
+def building_folder(final: Path) -> Iterator[Path]:
+    """Give a locked folder of this process's own beside `final`; leftovers of dead processes are removed first."""
+    prefix = f".{final.name}.building-"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.iterdir():
+        if leftover.name.startswith(prefix):
+            with locked(leftover, wait=False) as free:
+                if free:
+                    shutil.rmtree(leftover, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+        with locked(folder, wait=False) as held:
+            if not held or not folder.exists():  # another process took it for a leftover before it was locked
+                continue
+            folder.chmod(0o777 & ~_umask())
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

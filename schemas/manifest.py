@@ -15,6 +15,7 @@ REJECTS = "rejects.parquet"
 FEATURES = "features.zarr"
 COMMITS = "commits"
 TARGET = "target"
+EMBEDDINGS = "embeddings.safetensors"
 TMP = "tmp"
 
 
@@ -46,6 +47,8 @@ class Manifest:
     """Every field that decides content; compared on resume."""
     origin: dict[str, Any]
     """Names, paths and software versions; recorded and shown, never compared."""
+    decoder: dict[str, Any]
+    """Numbers of the target's decoder that a draft's shape follows."""
     layout: Layout
     plan: dict[str, Any]
     """Totals (samples, tokens, supervised, anchors, rejects by reason) and the mask token that was chosen."""
@@ -77,6 +80,7 @@ class Manifest:
         return cls(
             identity=document["identity"],
             origin=document["origin"],
+            decoder=document["decoder"],
             layout=Layout(**document["layout"]),
             plan=document["plan"],
             files=document["files"],

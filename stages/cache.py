@@ -3,9 +3,7 @@
 Axes: T token slots, L captured layers, H hidden size.
 """
 
-import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -26,8 +24,8 @@ from dflash_offline.schemas.commits import (
     LayerStatistics,
     ShardFileRecord,
     commit_path,
-    read_commit,
     read_commits,
+    read_finished,
 )
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import locked, publish, sealed_bytes, sha256_file, sync_folder, write_synced
@@ -83,24 +81,6 @@ def create_arrays(folder: Path, layout: Layout, layer_ids: list[int]) -> None:
     create(MASK, "bool", (), (layout.shard_tokens,), 0, description="true where the token is supervised")
 
 
-@contextmanager
-def building_folder(cache: Path) -> Iterator[Path]:
-    """Give a folder of this process's own beside the cache; leftovers of dead processes are removed first."""
-    prefix = f".{cache.name}.building-"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in cache.parent.glob(f"{prefix}*"):
-        with locked(leftover, wait=False) as free:
-            if free:
-                shutil.rmtree(leftover, ignore_errors=True)
-    folder = cache.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
-    folder.mkdir()
-    try:
-        with locked(folder, wait=False):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def publish_cache(folder: Path, cache: Path, **manifest: Any) -> bool:
     """Seal the static files in `folder` with a manifest and rename it to `cache`.
 
@@ -121,7 +101,7 @@ def publish_cache(folder: Path, cache: Path, **manifest: Any) -> bool:
     sync_folder(folder)
     try:
         folder.rename(cache)
-    except OSError:
+    except OSError:  # not empty: somebody was first
         if (cache / MANIFEST).exists():
             return False
         raise
@@ -147,11 +127,8 @@ class ShardWriter:
     def is_done(self, shard: int) -> bool:
         """Say whether the shard has a valid commit record and files of the recorded sizes."""
         try:
-            commit = read_commit(self.cache, shard, self.manifest.checksum)
-            return commit is not None and all(
-                (self.cache / name).stat().st_size == record.size for name, record in commit.files.items()
-            )
-        except (CacheError, FileNotFoundError):
+            return read_finished(self.cache, shard, self.manifest.checksum) is not None
+        except CacheError:
             return False
 
     @contextmanager
@@ -281,11 +258,6 @@ class CacheReader:
                 f"{self.cache} is not complete: {missing} of {self.manifest.layout.num_shards} shards are not extracted"
                 f"{f' ({self.faults[0]})' if self.faults else ''}. Repeat the `dflash extract` that made it to go on."
             )
-
-    def target_config(self) -> dict[str, Any]:
-        """Return the target's config.json."""
-        document: dict[str, Any] = json.loads((self.cache / "target" / "config.json").read_text())
-        return document
 
     def _shard(self, shard: int) -> ShardFile:
         with self._lock:

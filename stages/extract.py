@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import sha256_file
+from dflash_offline.schemas.files import building_folder, output_folder, sha256_file
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
+    EMBEDDINGS,
     FEATURES,
     MANIFEST,
     REJECTS,
@@ -35,9 +36,9 @@ from dflash_offline.schemas.manifest import (
     refuse_other_identity,
 )
 from dflash_offline.schemas.samples import SampleTable, write_rejects
-from dflash_offline.stages.cache import ShardWriter, building_folder, create_arrays, publish_cache
-from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.samples import Masker, Plan, choose_mask_token, make_plan
+from dflash_offline.stages.cache import ShardWriter, create_arrays, publish_cache
+from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.samples import Masker, Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.shards import BLOSC
 from dflash_offline.stages.target import (
     TargetFiles,
@@ -66,18 +67,17 @@ class Extracted:
     bytes_written: int
     seconds: float
     """Spent on the shards."""
-    plan: dict[str, Any]
 
 
 class Extraction:
     """One call of `dflash extract`: the target's files, what is captured, and, once needed, the loaded model."""
 
     def __init__(self, config: ExtractConfig, progress: Progress) -> None:
-        self.config = config
         self.progress = progress
         self.files: TargetFiles = open_target(
             config.target, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        self.config = self._within_positions(config)
         self.layer_ids = (
             check_layer_ids(config.layers, self.files.num_layers)
             if config.layers is not None
@@ -87,6 +87,13 @@ class Extraction:
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
         self.masker = Masker(self.files, config.chat_template_kwargs)
         self._model: Any = None
+
+    def _within_positions(self, config: ExtractConfig) -> ExtractConfig:
+        most = self.files.decoder()["max_position_embeddings"]
+        if config.max_length <= most:
+            return config
+        self.progress.say(f"The target has {most} positions; longer conversations are cut there.")
+        return replace(config, max_length=most)
 
     def identity(self) -> dict[str, Any]:
         """Return every field that decides the cache's content."""
@@ -135,10 +142,12 @@ class Extraction:
 
     def create(self, identity: dict[str, Any]) -> None:
         """Plan the samples and publish the cache's static files; another process may have been first."""
+        _ = self.model  # a target that cannot be drafted for is refused before any other work
         hidden_size = int(self.files.text_config.hidden_size)
         self.progress.start("Tokenizing", None, "rows")
         plan = make_plan(self.config, self.masker, 2 * len(self.layer_ids) * hidden_size, self.progress.advance)
         self.progress.finish()
+        refuse_ids_beyond_table(self.files, plan.samples)
         mask_token_id = choose_mask_token(self.files, plan.samples, self.config.mask_token_id)
         _say_plan(self.progress, plan)
         layout = Layout(
@@ -158,6 +167,7 @@ class Extraction:
                 self.config.out,
                 identity=identity,
                 origin=self._origin(),
+                decoder=self.files.decoder(),
                 layout=layout,
                 plan={**plan.counts(), "mask_token_id": mask_token_id, "block_size": self.config.block_size},
             )
@@ -168,7 +178,7 @@ class Extraction:
             if (self.files.folder / name).is_file():
                 shutil.copyfile(self.files.folder / name, folder / name)
         self.files.tokenizer.save_pretrained(folder)
-        save_file(embedding_tensors(self.model), folder / "embeddings.safetensors")
+        save_file(embedding_tensors(self.model), folder / EMBEDDINGS)
 
     def _origin(self) -> dict[str, Any]:
         return {
@@ -215,11 +225,11 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
 
     Raises `MismatchError` if the folder holds a cache of something else, and `DflashError` for unusable input.
     """
-    work = Extraction(config, progress)
+    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    work = Extraction(replace(config, out=out), progress)
+    config = work.config
     identity = work.identity()
     if not (config.out / MANIFEST).exists():
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-            raise DflashError(f"{config.out} exists and is not a feature cache. Name a new folder, or empty it.")
         work.create(identity)
     manifest = Manifest.read(config.out)
     refuse_other_identity(config.out, manifest.identity, identity)
@@ -238,7 +248,6 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         shards_written=shards,
         bytes_written=size,
         seconds=time.perf_counter() - began,
-        plan=manifest.plan,
     )
 
 
@@ -262,7 +271,9 @@ def _run_shards(work: Extraction, writer: ShardWriter) -> tuple[int, int]:
     def write(shard: int, hidden: NDArray[np.uint16], started: float, claim: ExitStack) -> None:
         with claim:
             written.append(writer.commit(shard, hidden, started))
-            work.progress.advance(0, shards=f"{len(done) + len(written)}/{num_shards}", written=_mib(sum(written)))
+            work.progress.advance(
+                0, shards=f"{len(done) + len(written)}/{num_shards}", written=readable_bytes(sum(written))
+            )
 
     pending: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
@@ -294,7 +305,3 @@ def _say_plan(progress: Progress, plan: Plan) -> None:
         progress.say(f"  {plan.num_truncated:,} samples were cut at the maximum length.")
     for reason, count in counts["rejects"].items():
         progress.say(f"  left out: {count:,} rows: {reason}.")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

@@ -4,7 +4,7 @@ Axes: B samples, S positions, N anchors, L captured layers, H hidden size.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -60,10 +60,17 @@ class Batch:
 
 
 def split_samples(samples: SampleTable, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (training, held-out) samples. A function of content: the same tokens always fall on the same side."""
+    """Return (training, held-out) samples: at most `num_held_out`, and at most a tenth, are held out.
+
+    A function of content: the same tokens always fall on the same side, so repeated conversations do not leak.
+    """
     digests = [sha256_bytes(samples.input_ids(i).tobytes()) for i in range(len(samples))]
-    count = min(num_held_out, len(samples) // 10)
-    held_out = set(sorted(set(digests))[:count])
+    room = min(num_held_out, len(samples) // 10)
+    held_out = set()
+    for digest, copies in sorted(Counter(digests).items()):
+        if copies <= room:
+            held_out.add(digest)
+            room -= copies
     is_held_out = np.array([digest in held_out for digest in digests], np.bool_)
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 

@@ -42,7 +42,7 @@ class MetricsLog:
             rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             publish(["".join(f"{row}\n" for row in rows).encode()], temporary=run / f".{METRICS}", path=path)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(run / EVENTS), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(str(run / EVENTS), purge_step=step + 1)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Add one row."""

@@ -19,6 +19,15 @@ class Progress(Protocol):
         """End the piece of work."""
 
 
+def readable_bytes(count: float) -> str:
+    """Return a number of bytes as people write it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 class Silent:
     """Shows nothing."""
 

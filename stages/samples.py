@@ -68,14 +68,16 @@ class Masker:
             if re.search(r"\{%-?\s*generation\s*-?%\}", target.template)
             else "assistant, from rendering turn by turn"
         )
-        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids = np.array(sorted(special | set(self.tokenizer.all_special_ids)), dtype=np.uint32)
+        self.end_ids = np.array(sorted(target.end_ids()), np.uint32)
 
     def tokenize(self, messages: list[dict[str, Any]]) -> Tokenized:
         """Return tokens and mask; `_Unmaskable` or jinja2's `TemplateError` if this conversation has none."""
         tagged = "tags" in self.rule
         ids, mask = self._from_tags(messages) if tagged else self._from_prefixes(messages)
-        return Tokenized(ids, close_turns(ids, mask, self.end_ids))
+        return Tokenized(ids, close_turns(ids, mask, self.end_ids, self._is_blank))
+
+    def _is_blank(self, ids: NDArray[np.uint32]) -> bool:
+        return not self.tokenizer.decode(ids.tolist()).strip()
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -98,6 +100,8 @@ class Masker:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if turn == 0:
+                raise _Unmaskable("begins with an assistant turn", "its first token cannot be told without a prompt")
             before = self._render(messages[:turn], prompt=True)
             through = self._render(messages[: turn + 1])
             if not through.startswith(before) or not text.startswith(through):
@@ -106,20 +110,30 @@ class Masker:
         return ids, mask
 
 
-def close_turns(ids: NDArray[np.uint32], mask: NDArray[np.bool_], end_ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Return the mask with every supervised run ending at its end-of-turn token.
+def close_turns(
+    ids: NDArray[np.uint32],
+    mask: NDArray[np.bool_],
+    end_ids: NDArray[np.uint32],
+    is_blank: Callable[[NDArray[np.uint32]], bool],
+) -> NDArray[np.bool_]:
+    """Return the mask with every supervised run ending at the token at which serving ends an answer.
 
-    What the template writes after that token is not supervised; an end-of-turn token just after a run that lacks
-    one is.
+    A run that holds such a token is cut after the last one; a run that lacks it takes it if it comes next; blanks
+    that the template writes at the end of any other run are not supervised.
     """
     closed = mask.copy()
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     for begin, end in edges.reshape(-1, 2):
-        special = np.flatnonzero(np.isin(ids[begin:end], end_ids))
-        if len(special):
-            closed[begin + special[-1] + 1 : end] = False
+        ends = np.flatnonzero(np.isin(ids[begin:end], end_ids))
+        if len(ends):
+            closed[begin + ends[-1] + 1 : end] = False
         elif end < len(ids) and ids[end] in end_ids:
             closed[end] = True
+        else:
+            last = end
+            while last > begin and is_blank(ids[last - 1 : last]):
+                last -= 1
+            closed[last:end] = False
     return closed
 
 
@@ -153,7 +167,7 @@ def make_plan(config: ExtractConfig, masker: Masker, slot_bytes: int, progress: 
             if not fault:
                 try:
                     sample = masker.tokenize(row.value["messages"])
-                except TemplateError as error:
+                except (TemplateError, ValueError, TypeError) as error:
                     fault = f"is refused by the chat template ({error})"
                 except _Unmaskable as unmaskable:
                     reject(row, *unmaskable.args)
@@ -215,6 +229,18 @@ def _place(
         flat_mask=np.concatenate([sample.loss_mask for _, sample, _ in kept]),
     )
     return Plan(samples, rejects, num_truncated, current + 1, shard_tokens)
+
+
+def refuse_ids_beyond_table(target: TargetFiles, samples: SampleTable) -> None:
+    """Raise `DflashError` if the tokenizer wrote a token that the target has no embedding for."""
+    num_rows = int(target.text_config.vocab_size)
+    beyond = np.flatnonzero(samples.flat_ids >= num_rows)
+    if len(beyond):
+        sample = int(np.searchsorted(samples.offsets, beyond[0], "right")) - 1
+        raise DflashError(
+            f"{samples.place(sample)} holds token {samples.flat_ids[beyond[0]]}, but the target's embedding table has "
+            f"{num_rows} rows. The tokenizer in {target.folder} belongs to another model; put the right one there."
+        )
 
 
 def choose_mask_token(target: TargetFiles, samples: SampleTable, wanted: int | None) -> int:

@@ -1,5 +1,7 @@
 """What a draft takes from its cache: its shape, and the frozen embedding table and head that it borrows."""
 
+from typing import Any
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import MismatchError
+from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET
 from dflash_offline.stages.cache import CacheReader
 
 
@@ -15,10 +18,9 @@ def draft_shape(config: TrainConfig, reader: CacheReader) -> DraftConfig:
 
     Raises `MismatchError` if a block is longer than the cache was planned for, or a layer is not in the cache.
     """
-    target = reader.target_config()
-    text = target.get("text_config") or target
+    target = reader.manifest.decoder
     planned = int(reader.manifest.plan["block_size"])
-    block_size = config.block_size or planned
+    block_size = planned if config.block_size is None else config.block_size
     if block_size > planned:
         raise MismatchError(
             f"{reader.cache} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
@@ -30,31 +32,30 @@ def draft_shape(config: TrainConfig, reader: CacheReader) -> DraftConfig:
             f"{reader.cache} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
             f"again with --layers {','.join(map(str, layers))} into a new folder, or train with layers it holds."
         )
-    heads = config.draft_heads or int(text["num_attention_heads"])
-    hidden_size = reader.manifest.layout.hidden_size
-    rope = text.get("rope_parameters") or text
+    asked: dict[str, Any] = {
+        "num_attention_heads": config.draft_heads,
+        "num_key_value_heads": config.draft_kv_heads,
+        "head_dim": config.draft_head_dim,
+        "intermediate_size": config.draft_intermediate_size,
+        "rope_theta": config.draft_rope_theta,
+        "rms_norm_eps": config.draft_rms_norm_eps,
+        "max_position_embeddings": config.draft_max_position_embeddings,
+    }
     return DraftConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=config.draft_layers or len(layers),
-        num_attention_heads=heads,
-        num_key_value_heads=config.draft_kv_heads or int(text.get("num_key_value_heads") or heads),
-        head_dim=config.draft_head_dim or int(text.get("head_dim") or hidden_size // heads),
-        intermediate_size=config.draft_intermediate_size or int(text.get("intermediate_size") or 4 * hidden_size),
-        vocab_size=int(text["vocab_size"]),
+        hidden_size=target["hidden_size"],
+        vocab_size=target["vocab_size"],
+        num_target_layers=target["num_hidden_layers"],
+        num_hidden_layers=len(layers) if config.draft_layers is None else config.draft_layers,
         target_layer_ids=tuple(layers),
-        num_target_layers=int(text["num_hidden_layers"]),
         block_size=block_size,
         mask_token_id=int(reader.manifest.plan["mask_token_id"]),
-        rms_norm_eps=config.draft_rms_norm_eps or float(text.get("rms_norm_eps", DraftConfig.rms_norm_eps)),
-        rope_theta=config.draft_rope_theta or float(rope.get("rope_theta", DraftConfig.rope_theta)),
-        max_position_embeddings=config.draft_max_position_embeddings
-        or int(text.get("max_position_embeddings", DraftConfig.max_position_embeddings)),
+        **{name: target[name] if value is None else value for name, value in asked.items()},
     )
 
 
 def borrowed_parts(reader: CacheReader, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
     """Return the target's head and embedding table from the cache; float32 on the CPU, as stored on a GPU."""
-    tensors = load_file(reader.cache / "target" / "embeddings.safetensors", device=str(device))
+    tensors = load_file(reader.cache / TARGET / EMBEDDINGS, device=str(device))
     if device.type == "cpu":
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
     table = tensors["embed_tokens.weight"]

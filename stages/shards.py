@@ -28,6 +28,7 @@ from dflash_offline.schemas.files import sha256_bytes
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
 """The codec's settings; the block size decides the ratio: left to Blosc it costs a sixth."""
 _CRC_BYTES = 4
+REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
 
 
 @lru_cache
@@ -52,7 +53,7 @@ def decode_chunk(data: bytes, out: NDArray[Any], place: str) -> None:
     """Fill a contiguous array with one chunk's values; `CacheError` naming `place` if its crc32c does not hold."""
     body = data[:-_CRC_BYTES]
     if _crc32c(body) != data[-_CRC_BYTES:]:
-        raise CacheError(f"{place} is damaged: its checksum does not hold. Run `dflash extract` again to redo it.")
+        raise CacheError(f"{place} is damaged: its checksum does not hold. {REDO}")
     _codec().decode(body, out=out)
 
 
@@ -106,9 +107,7 @@ class ShardFile:
         try:
             return self.path.open("rb", buffering=0)
         except OSError as error:
-            raise CacheError(
-                f"{self.path} cannot be opened: {error.strerror}. Run `dflash extract` again to redo this shard."
-            ) from error
+            raise CacheError(f"{self.path} cannot be opened: {error.strerror}. {REDO}") from error
 
     def _checked_index(self, file: int, record: ShardFileRecord, num_chunks: int) -> NDArray[np.uint64]:
         size = os.fstat(file).st_size
@@ -119,15 +118,13 @@ class ShardFile:
         if size != record.size or not intact or stored != record.index_crc32c:
             raise CacheError(
                 f"{self.path} is not the file its commit record describes ({size} bytes, expected {record.size}; "
-                f"index checksum {stored:#010x}, expected {record.index_crc32c:#010x}). Redo this shard."
+                f"index checksum {stored:#010x}, expected {record.index_crc32c:#010x}). {REDO}"
             )
         index = np.frombuffer(tail[:-_CRC_BYTES], "<u8").reshape(num_chunks, 2)
         offset, length = (int(value) for value in index[0])
         first = int.from_bytes(os.pread(file, _CRC_BYTES, offset + length - _CRC_BYTES), "little")
         if first != record.first_chunk_crc32c:
-            raise CacheError(
-                f"{self.path} belongs to another shard or cache: its first chunk differs. Redo this shard."
-            )
+            raise CacheError(f"{self.path} belongs to another shard or cache: its first chunk differs. {REDO}")
         return index
 
     def read(self, start: int, layers: list[int], out: NDArray[np.uint16]) -> None:

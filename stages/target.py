@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
 
@@ -30,7 +32,13 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DflashError(f"device is {device!r}, but torch sees no GPU. Use --device cpu, or install a CUDA build.")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise DflashError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0.")
+    return chosen
 
 
 def target_folder(name: str, revision: str | None = None) -> Path:
@@ -116,6 +124,36 @@ class TargetFiles:
         """Number of decoder layers."""
         return int(self.text_config.num_hidden_layers)
 
+    def decoder(self) -> dict[str, Any]:
+        """Return the numbers of the decoder that a draft's shape follows, as transformers resolves the config."""
+        text = self.text_config
+        heads = int(text.num_attention_heads)
+        rope = getattr(text, "rope_parameters", None) or {}
+        return {
+            "hidden_size": int(text.hidden_size),
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(getattr(text, "num_key_value_heads", None) or heads),
+            "head_dim": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            "intermediate_size": int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+            "vocab_size": int(text.vocab_size),
+            "rms_norm_eps": float(getattr(text, "rms_norm_eps", None) or DraftConfig.rms_norm_eps),
+            "rope_theta": float(rope.get("rope_theta") or DraftConfig.rope_theta),
+            "max_position_embeddings": int(
+                getattr(text, "max_position_embeddings", None) or DraftConfig.max_position_embeddings
+            ),
+        }
+
+    def end_ids(self) -> set[int]:
+        """Return the tokens at which serving ends an answer: generation settings', config's and tokenizer's."""
+        path = self.folder / "generation_config.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        found: set[int] = set()
+        declared = getattr(self.text_config, "eos_token_id", None)
+        for ids in (settings.get("eos_token_id"), declared, self.tokenizer.eos_token_id):
+            found |= set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+        return found
+
     def identity(self) -> dict[str, Any]:
         """Return the hashes that say which target this is: config, weights, tokenizer and chat template."""
         weights = sorted(p for p in self.folder.iterdir() if p.name.endswith(_WEIGHT_ENDINGS))
@@ -180,14 +218,24 @@ def load_model(
 ) -> Any:
     """Return the target's weights as a frozen causal language model in evaluation mode."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise DflashError(
             f"transformers cannot load the model in {files.folder} as a causal language model: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
+    absent = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
+    if absent:
+        raise DflashError(
+            f"{files.folder} lacks {len(absent)} weights of {type(model).__name__}, or holds them in another shape: "
+            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}. Name a complete model folder."
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -273,7 +321,7 @@ def check_plain_embeddings(model: Any, name: str) -> None:
     if not torch.equal(entered[0], raw.to(entered[0].dtype)):
         raise UnsupportedTargetError(
             f"{name} ({type(model).__name__}) does not feed raw embedding rows to its first layer (scaled embeddings "
-            f"or learned positions); a DFlash draft borrows the raw rows. Not supported."
+            f"or learned positions); a DFlash draft borrows the raw rows. Use another target."
         )
     logits = model.get_output_embeddings()(output.hidden_states[-1])
     same = torch.allclose(output.logits.float(), logits.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
@@ -281,7 +329,7 @@ def check_plain_embeddings(model: Any, name: str) -> None:
     if not same or any(getattr(text, name, None) not in (None, 0, 1) for name in _LOGIT_CHANGES):
         raise UnsupportedTargetError(
             f"{name} ({type(model).__name__}) scales or caps its logits after the head; a DFlash draft is trained "
-            f"through the plain head and would be served another one. Not supported."
+            f"through the plain head and would be served another one. Use another target."
         )
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from dflash_offline.schemas.config import TrainConfig, recommended_gamma
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import locked, publish, sealed_bytes
+from dflash_offline.schemas.files import locked, output_folder, publish, sealed_bytes
 from dflash_offline.schemas.run import RUN, RunRecord, refuse_other_run, settings_identity
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.checkpoint import (
@@ -85,8 +85,10 @@ class Training:
         batches = math.ceil(len(self.train_samples) / config.batch_size)
         self.total_steps = config.steps or math.ceil(config.epochs * batches / config.accumulation)
         self.state = TrainState(step=0)
-        bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        if not len(self.train_samples):
+            raise DflashError(f"{reader.cache} leaves no sample to train on. Extract more conversations.")
 
     def _module(self) -> DFlashTrainerModule:
         config = self.config
@@ -99,14 +101,16 @@ class Training:
             block_size=self.shape.block_size,
             attention_backend=config.attention_backend,
             num_anchors=config.num_anchors,
-            loss_decay_gamma=config.gamma or recommended_gamma(self.shape.block_size),
+            loss_decay_gamma=recommended_gamma(self.shape.block_size) if config.gamma is None else config.gamma,
             loss_type=config.loss,
         )
 
     def identity(self) -> dict[str, Any]:
         """Return every field that decides what the run computes."""
         shape = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.shape).items()}
-        return {"settings": settings_identity(self.config), "cache": self.reader.manifest.checksum, "draft": shape}
+        settings = settings_identity(self.config)
+        settings["dtype"] = "bfloat16" if self.bfloat16 else "float32"
+        return {"settings": settings, "cache": self.reader.manifest.checksum, "draft": shape}
 
     def loader(self, seed: int) -> BatchLoader:
         """Return the loader of this draft's layers and blocks."""
@@ -210,16 +214,24 @@ class Training:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in the list instead of acting on them, so that a step is never cut in half."""
+    """Note the first SIGINT or SIGTERM in the list, so that a step is never cut in half; a second one acts at once."""
     noted: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(received: int, _frame: object) -> None:
+        noted.append(received)
+        restore()
+
     for number in before:
-        signal.signal(number, lambda received, _frame: noted.append(received))
+        signal.signal(number, note)
     try:
         yield noted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def train(config: TrainConfig, progress: Progress) -> Trained:
@@ -229,12 +241,11 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
     damaged cache, and `Interrupted` after a signal, with a checkpoint saved.
     """
     began = time.perf_counter()
+    config = replace(config, out=output_folder(config.out, marker=RUN, kind="training run", renamed=False))
     reader = CacheReader(config.cache)
     reader.require_complete()
     training = Training(config, reader, progress)
     run = config.out
-    if run.exists() and not (run / RUN).exists() and (not run.is_dir() or any(run.iterdir())):
-        raise DflashError(f"{run} exists and is not a training run. Name a new folder, or empty it.")
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if not stack.enter_context(locked(run, wait=False)):
@@ -299,14 +310,15 @@ def _run_steps(training: Training, log: MetricsLog, signals: list[int]) -> None:
         tokens = sum(batch.num_tokens for batch in batches)
         training.state = replace(training.state, step=training.state.step + 1, tokens=training.state.tokens + tokens)
         step, last = training.state.step, training.state.step == training.total_steps
-        if step % LOG_EVERY == 0 or last:
+        validates = len(training.held_out) > 0 and (step % config.val_every == 0 or last)
+        if step % LOG_EVERY == 0 or last or validates:
             row = window.row() | {"learning_rate": rate, "grad_norm": norm, **peak_memory(training.device)}
             log.write(step, row)
             window = Window()
             training.progress.advance(0, loss=f"{row['loss']:.3f}", accept=f"{row['accept_len_over_anchors']:.2f}")
         training.progress.advance(1)
         improved = False
-        if len(training.held_out) and (step % config.val_every == 0 or last):
+        if validates:
             improved = _validate(training, log)
             window = Window()
         if step % config.save_every == 0 or last or improved or signals:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_target import WITHOUT_TAGS, save_conversations, save_target, save_tokenizer
 from typer.testing import CliRunner, Result
 
@@ -166,3 +167,88 @@ def test_results_fit_eighty_columns_and_hold_no_colour_when_redirected(cache: Pa
 def test_an_unknown_option_is_a_usage_error() -> None:
     assert dflash("extract", "--no-such-option").exit_code == 2
     assert "dflash-offline" in dflash("--version").stdout
+
+
+def test_outputs_that_cannot_become_a_folder_are_refused_before_any_work(
+    data: Path, target: Path, cache: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    commands = {"extract": [data, "--target", target], "train": [cache], "export": [run]}
+    for command, arguments in commands.items():
+        refused(dflash(command, *arguments, "--out", tmp_path / "file/inside"), "is not a folder")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for command in ("extract", "export"):
+        refused(dflash(command, *commands[command], "--out", "."), "working directory", "--out new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_link_to_an_empty_folder_is_a_fine_output(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert dflash("export", run, "--out", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "real/model.safetensors").is_file()
+
+
+def test_a_target_with_damaged_or_missing_weights_is_refused(data: Path, target: Path, tmp_path: Path) -> None:
+    cut = Path(shutil.copytree(target, tmp_path / "cut"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(dflash("extract", data, "--target", cut, "--out", tmp_path / "cache"), "cannot load the model")
+    hole = Path(shutil.copytree(target, tmp_path / "hole"))
+    tensors = load_file(hole / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, hole / "model.safetensors", metadata={"format": "pt"})
+    result = dflash("extract", data, "--target", hole, "--out", tmp_path / "cache")
+    refused(result, "lacks 1 weights", "model.layers.1.mlp.down_proj.weight")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"hidden_size": 32}', None])
+def test_a_draft_with_a_broken_config_is_refused(
+    draft: Path, target: Path, data: Path, tmp_path: Path, text: str
+) -> None:
+    copy = Path(shutil.copytree(draft, tmp_path / "draft"))
+    if text is None:
+        text = json.dumps(json.loads((copy / "config.json").read_text()) | {"head_dim": "8"})
+    (copy / "config.json").write_text(text)
+    refused(dflash("eval", copy, "--target", target, "--prompts", data), str(copy / "config.json"))
+
+
+def test_a_place_where_the_result_cannot_be_saved_is_refused_first(
+    draft: Path, target: Path, data: Path, tmp_path: Path
+) -> None:
+    for place in (tmp_path, tmp_path / "none/eval.json"):
+        refused(dflash("eval", draft, "--target", target, "--prompts", data, "--save", place), "--save")
+
+
+def test_settings_out_of_range_are_refused(cache: Path, data: Path, target: Path, tmp_path: Path) -> None:
+    flags = ["--seed", -1, "--weight-decay", -1, "--gamma", 0, "--draft-layers", 0, "--block-size", 0]
+    said = ["seed is -1", "weight_decay is -1", "gamma is 0", "draft_layers is 0", "block_size is 0"]
+    refused(dflash("train", cache, "--out", tmp_path / "run", *flags), *said)
+    refused(dflash("train", cache, "--out", tmp_path / "run", "--device", "foo"), "device is 'foo'")
+    template = ["--chat-template-kwargs", '{"tokenize": true}']
+    refused(dflash("extract", data, "--target", target, "--out", tmp_path / "cache", *template), "tokenize")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repeated_conversations_never_leave_training_empty(target: Path, data: Path, tmp_path: Path) -> None:
+    repeated = tmp_path / "chats.jsonl"
+    repeated.write_text("".join(data.read_text().splitlines(keepends=True)[:4]) * 10)
+    cache = tmp_path / "cache"
+    assert dflash("extract", repeated, "--target", target, "--out", cache, "--block-size", 8).exit_code == 0
+    trained = dflash("train", cache, "--out", tmp_path / "run", "--steps", 2, "--draft-layers", 1, "--json")
+    assert json.loads(trained.stdout)["train_samples"] == 40
+
+
+def test_a_run_killed_before_its_record_was_in_place_starts_again(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / ".run.json").write_text("half of a rec")
+    assert dflash("train", cache, "--out", tmp_path, "--steps", 1, "--draft-layers", 1).exit_code == 0
+
+
+def test_conversations_are_cut_at_the_targets_positions(data: Path, tmp_path: Path) -> None:
+    short = save_target(tmp_path / "short", max_position_embeddings=100)
+    result = dflash("extract", data, "--target", short, "--out", tmp_path / "cache", "--block-size", 8)
+    assert result.exit_code == 0 and "has 100 positions" in result.stderr
+    assert json.loads(dflash("inspect", tmp_path / "cache", "--json").stdout)["length"]["most"] == 100

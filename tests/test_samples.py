@@ -10,7 +10,14 @@ from transformers import AutoTokenizer, Qwen3Config
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import BadInputError, DflashError
-from dflash_offline.stages.samples import Masker, Plan, choose_mask_token, close_turns, make_plan
+from dflash_offline.stages.samples import (
+    Masker,
+    Plan,
+    choose_mask_token,
+    close_turns,
+    make_plan,
+    refuse_ids_beyond_table,
+)
 from dflash_offline.stages.target import TargetFiles
 
 REWRITES_HISTORY = (
@@ -27,7 +34,7 @@ def target_files(folder: Path, template: str) -> TargetFiles:
     return TargetFiles(
         folder=folder,
         name="tiny",
-        config=Qwen3Config(vocab_size=304),
+        config=Qwen3Config(vocab_size=304, eos_token_id=2),
         tokenizer=AutoTokenizer.from_pretrained(folder),
         template=template,
     )
@@ -76,12 +83,42 @@ def test_a_template_that_rewrites_history_is_caught_and_counted(tmp_path: Path) 
     assert len(made.samples) == 4
 
 
-def test_a_run_ends_at_its_last_special_token_or_takes_the_one_after_it() -> None:
+@pytest.mark.parametrize(
+    ("supervised", "closed"),
+    [
+        ("0111000", "0110000"),  # holds the end: cut after it
+        ("0000100", "0000110"),  # lacks it, and it comes next: taken
+        ("0000001", "0000001"),  # neither
+        ("1100000", "1110000"),  # a special token that ends no answer (5) does not cut the run
+    ],
+)
+def test_a_run_ends_at_the_token_that_ends_an_answer(supervised: str, closed: str) -> None:
     ids, end = np.array([5, 6, 9, 7, 5, 9, 5], np.uint32), np.array([9], np.uint32)
-    mask = np.array([0, 1, 1, 1, 0, 0, 0], np.bool_)
-    assert close_turns(ids, mask, end).tolist() == [False, True, True, False, False, False, False]
-    mask = np.array([0, 0, 0, 0, 1, 0, 0], np.bool_)
-    assert close_turns(ids, mask, end).tolist() == [False, False, False, False, True, True, False]
+    mask = np.array([char == "1" for char in supervised])
+    made = close_turns(ids, mask, end, lambda _ids: False)
+    assert "".join("1" if token else "0" for token in made) == closed
+
+
+def test_blanks_after_a_run_that_has_no_end_are_not_supervised() -> None:
+    ids, mask = np.array([5, 6, 7, 7, 8], np.uint32), np.array([0, 1, 1, 1, 0], np.bool_)
+    made = close_turns(ids, mask, np.array([9], np.uint32), lambda part: part.tolist() == [7])
+    assert made.tolist() == [False, True, False, False, False]
+
+
+def test_a_conversation_that_begins_with_an_answer_is_counted_where_there_are_no_tags(tmp_path: Path) -> None:
+    backwards = {"messages": [{"role": "assistant", "content": "the cat sees " * 5}, {"role": "user", "content": "a"}]}
+    made = plan(tmp_path, [*conversations(2), backwards], WITHOUT_TAGS)
+    assert made.counts()["rejects"] == {"begins with an assistant turn": 1}
+
+
+def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    made = plan(tmp_path, conversations(3))
+    files = target_files(tmp_path / "target", WITH_TAGS)
+    refuse_ids_beyond_table(files, made.samples)
+    made.samples.flat_ids.flags.writeable = True
+    made.samples.flat_ids[7] = 304
+    with pytest.raises(DflashError, match=r"Sample 0 \(rows.jsonl:1\) holds token 304"):
+        refuse_ids_beyond_table(files, made.samples)
 
 
 def test_samples_start_on_chunks_and_never_cross_a_shard(tmp_path: Path) -> None:
