@@ -96,7 +96,7 @@ def test_an_export_of_the_embedded_target_decodes_alike_in_the_reference_client(
     extract(
         ExtractConfig(data=(data,), target=str(TARGET), out=tmp_path / "cache", block_size=8, shard_mib=64), Silent()
     )
-    settings = {"steps": 150, "learning_rate": 3e-3, "draft_layers": 2, "num_anchors": 16, "batch_size": 16}
+    settings = {"steps": 150, "optimizer": "muon", "learning_rate": 3e-3, "draft_layers": 2, "num_anchors": 16}
     train(TrainConfig(cache=tmp_path / "cache", out=tmp_path / "run", **settings), Silent())
     export(tmp_path / "run", tmp_path / "draft")
 

@@ -48,6 +48,8 @@ class Recipe:
     prompt_weight: float = 0.1
     """Loss weight of the tokens that the user and the template say; answers weigh 1."""
     tokenizer_conversations: int = 20000
+    init: Path | None = None
+    """Target folder to go on from, with its tokenizer; None starts from nothing."""
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -176,7 +178,9 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, progress: dic
     copy = build_model(tokenizer)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)
-    facts = {**asdict(recipe), "processes": dist.get_world_size(), **progress}
+    facts = {**asdict(recipe), "init": None, "processes": dist.get_world_size(), **progress}
+    if recipe.init is not None:
+        facts["init"] = json.loads((recipe.init / "recipe.json").read_text())
     (folder / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -185,6 +189,8 @@ def train(tokenizer: Any, recipe: Recipe, folder: Path, *, log_every: int = 25, 
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(recipe.seed)
     model = build_model(tokenizer).train()
+    if recipe.init is not None:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(recipe.init, dtype=torch.float32).state_dict())
     optimizers = make_optimizers(model, recipe)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     begin, tokens, smooth = time.monotonic(), 0, 0.0
@@ -223,12 +229,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the new target")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another seed brings other conversations")
+    parser.add_argument("--init", type=Path, help="target folder to go on from")
+    parser.add_argument("--rate-scale", type=float, default=1.0, help="share of the usual learning rates")
     args = parser.parse_args()
-    texts = islice(generate("train", args.seed), Recipe.tokenizer_conversations)
-    tokenizer = train_tokenizer("{role}\n{content}".format(**message) for one in texts for message in one.messages)
+    if args.init is None:
+        texts = islice(generate("train", args.seed), Recipe.tokenizer_conversations)
+        tokenizer = train_tokenizer("{role}\n{content}".format(**message) for one in texts for message in one.messages)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.init)
     tokenizer.save_pretrained(args.out)
-    recipe = Recipe(steps=args.steps, seed=args.seed)
+    recipe = Recipe(
+        steps=args.steps,
+        seed=args.seed,
+        init=args.init,
+        learning_rate=Recipe.learning_rate * args.rate_scale,
+        other_learning_rate=Recipe.other_learning_rate * args.rate_scale,
+    )
     print(recipe, flush=True)
     with tempfile.TemporaryDirectory() as meeting:
         torch.multiprocessing.spawn(work, (args.processes, f"{meeting}/group", recipe, args.out), nprocs=args.processes)

@@ -1,0 +1,37 @@
+"""What the documents say exists, exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from dflash_offline.pipeline.app import app
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "schemas/FORMAT.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def commands() -> list[list[str]]:
+    """Return the arguments of every `dflash` command line in the README."""
+    lines = re.findall(r"^dflash .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=lambda arguments: " ".join(arguments))
+def test_every_command_of_the_readme_is_understood(arguments: list[str]) -> None:
+    command = typer.main.get_command(app).commands[arguments[0]]
+    command.make_context(arguments[0], arguments[1:])  # raises on an unknown or a missing option
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        assert set(re.findall(r"\bmake ([a-z-]+)", document.read_text())) - {"it"} <= made
