@@ -50,8 +50,10 @@ $(CLIENTS)/dflash: | $(LINKED)
 check-oldest: ## run the tests on the oldest torch and transformers that are supported
 	$(MAKE) test VENV=$(OLDEST) TORCH=2.11.0 CONSTRAINTS=constraints-oldest.txt
 
-target: $(LINKED) ## train the embedded target and its conversations again (about an hour)
-	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run
+target: $(LINKED) ## train the embedded target again, into target-run/ (about an hour)
+	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/first --steps 3200 --seed 0
+	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/target --steps 2600 --seed 1 \
+	  --init target-run/first --rate-scale 0.5
 
 # Without a GPU a CPU build of torch is taken wherever one can be had: from pip's own sources, or by uv, which knows
 # where PyTorch keeps them; only failing both, the default build with its CUDA packages.

@@ -1,6 +1,9 @@
 """The text of the target's model card; measure.py fills in what it measured."""
 
 from string import Template
+from typing import Any
+
+from dflash_offline.pipeline.embedded.train_target import Recipe
 
 CARD = Template("""\
 # The embedded target
@@ -22,11 +25,11 @@ vocabularies, no text from anywhere else. One in twenty contents is held out by 
 its wording. All kinds but `letter` and `story` have one right answer.
 
 ## Recipe
-$steps steps of at most $batch_tokens tokens (padding included), $tokens tokens without padding, each conversation seen
-once. Muon at $learning_rate for the matrices of the layers (weight decay $weight_decay) and AdamW at
-$other_learning_rate for the embedding and the norms, $warmup_steps steps of warm-up and a cosine to zero; answers weigh
-1 in the loss, the rest $prompt_weight; bfloat16 autocast over float32 weights; $processes CPU processes of one thread,
-$minutes minutes. Seed $seed. `recipe.json` says the same.
+$phases
+Steps hold at most $batch_tokens tokens, padding included, and no conversation is seen twice. Muon trains the matrices
+of the layers (weight decay $weight_decay), AdamW the embedding and the norms; $warmup_steps steps of warm-up and a
+cosine to zero in each phase. Answers weigh 1 in the loss, the rest $prompt_weight; bfloat16 autocast over float32
+weights; $processes CPU processes of one thread. `recipe.json` says the same.
 
 ## Measured
 Greedy answers (float32) to $num held-out conversations, seed $measure_seed. "Well formed" is the form of the kind;
@@ -38,11 +41,31 @@ $table
 ## How to make it again
 ```bash
 cd pipeline/embedded
-python -m dflash_offline.pipeline.embedded.train_target --out target --steps $steps --processes $processes --seed $seed
+$commands
 python -m dflash_offline.pipeline.embedded.measure --num $num --seed $measure_seed --card
 python -m dflash_offline.pipeline.embedded.answer --out conversations.jsonl --num 3000 --split train --seed 1
 python -m dflash_offline.pipeline.embedded.answer --out prompts.jsonl --num 240 --split heldout --seed 2
 ```
-The same command on the same machine with the same number of processes gives the same weights; elsewhere sums are
-rounded in another order and the weights, hence some answers, differ.
+Another machine, or another number of processes, rounds sums in another order and so gives slightly other weights, and
+some other answers.
 """)
+
+_TRAIN = "python -m dflash_offline.pipeline.embedded.train_target"
+
+
+def recipe_text(recipe: dict[str, Any], out: str = "target") -> dict[str, str]:
+    """Return a recipe's phases, and the commands that repeat them, for the card."""
+    before = recipe.get("init")
+    number = 1
+    phases = commands = ""
+    scale = recipe["learning_rate"] / Recipe.learning_rate
+    flags = f"--steps {recipe['steps']} --processes {recipe['processes']} --seed {recipe['seed']}"
+    if before is not None:
+        earlier = recipe_text(before, "first-phase")
+        phases, commands = earlier["phases"] + "\n", earlier["commands"] + "\n"
+        number = phases.count("\n") + 1
+        flags += f" --init first-phase --rate-scale {scale:g}"
+    rates = f"Muon at {recipe['learning_rate']:g}, AdamW at {recipe['other_learning_rate']:g}"
+    size = f"{recipe['steps']:,} steps, {recipe['tokens']:,} tokens, seed {recipe['seed']}"
+    phases += f"{number}. {size}: {rates}; {recipe['seconds'] / 60:.0f} minutes."
+    return {"phases": phases, "commands": f"{commands}{_TRAIN} --out {out} {flags}"}

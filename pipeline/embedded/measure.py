@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dflash_offline.pipeline.embedded import TARGET
 from dflash_offline.pipeline.embedded.answer import Answered, answer, load
-from dflash_offline.pipeline.embedded.card import CARD
+from dflash_offline.pipeline.embedded.card import CARD, recipe_text
 from dflash_offline.pipeline.embedded.conversations import check, generate
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     if args.card:
         recipe = json.loads((args.target / "recipe.json").read_text())
         measured = {"table": table(counts), "num": args.num, "measure_seed": args.seed}
-        text = CARD.substitute(recipe, minutes=round(recipe["seconds"] / 60), **measured)
+        text = CARD.substitute(recipe, **recipe_text(recipe), **measured)
         (args.target / "README.md").write_text(text)
 
 
