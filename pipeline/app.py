@@ -60,7 +60,7 @@ def _reported(go_on: str = "") -> Iterator[None]:
         if error.errno not in _OUTSIDE_FAULTS:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror}. What was finished is intact. {go_on}".rstrip(), 1)
+        _fail(f"{place}{error.strerror}. {go_on}".rstrip(), 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:

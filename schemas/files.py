@@ -25,11 +25,15 @@ def sync_folder(folder: Path) -> None:
 
 def write_synced(path: Path, parts: Iterable[bytes]) -> None:
     """Write a new file's parts and make its content durable; the file may be left half-written by a crash."""
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say which file it was
+        raise
 
 
 def publish(parts: Iterable[bytes], *, temporary: Path, path: Path) -> None:

@@ -286,7 +286,12 @@ def test_a_file_size_limit_gives_a_clear_error_and_a_resumable_cache(
     out = tmp_path / "cache"
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command(extract_config, out)]  # in KiB
     run = subprocess.run(limited, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert (
+        run.returncode == 1
+        and f"{out}/tmp/" in run.stderr
+        and "File too large" in run.stderr
+        and "Traceback" not in run.stderr
+    ), run.stderr
     subprocess.run(command(extract_config, out), check=True, capture_output=True)
     assert content(out) == content(cache)
 
