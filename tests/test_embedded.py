@@ -162,7 +162,7 @@ def test_shipped_answers_are_the_greedy_ones(loaded: tuple[Any, Any], shipped: d
 def test_target_answers_held_out_prompts_in_form_and_often_right(loaded: tuple[Any, Any]) -> None:
     counts = tally(answer(*loaded, drawn("heldout", 56)))
     total = counts["all"]
-    assert total.well_formed >= 0.9 * total.answers and total.correct >= 0.4 * total.answers, table(counts)
+    assert total.well_formed >= 0.9 * total.answers and total.correct >= 0.7 * total.answers, table(counts)
     assert sum(counts[kind].answers for kind in counts if kind != "all") == total.answers
 
 
