@@ -27,10 +27,10 @@ its wording. All kinds but `letter` and `story` have one right answer.
 ## Recipe
 $phases
 
-Steps hold at most $batch_tokens tokens, padding included, and no conversation is seen twice in a phase. Muon trains the matrices
-of the layers (weight decay $weight_decay), AdamW the embedding and the norms; $warmup_steps steps of warm-up and a
-cosine to zero in each phase. Answers weigh 1 in the loss, the rest $prompt_weight; bfloat16 autocast over float32
-weights; $processes CPU processes of one thread. `recipe.json` says the same.
+Steps hold at most $batch_tokens tokens, padding included, and no conversation is seen twice in a phase. Muon trains
+the matrices of the layers (weight decay $weight_decay), AdamW the embedding and the norms; $warmup_steps steps of
+warm-up and a cosine to zero in each phase. Answers weigh 1 in the loss, the rest $prompt_weight; bfloat16 autocast
+over float32 weights; $processes CPU processes of one thread. `recipe.json` says the same.
 
 ## Measured
 Greedy answers (float32) to $num held-out conversations, seed $measure_seed. "Well formed" is the form of the kind;
