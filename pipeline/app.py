@@ -12,11 +12,11 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from dflash_offline.pipeline.cores import limit_threads
 from dflash_offline.pipeline.progress import TerminalProgress
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
+from dflash_offline.stages.cores import limit_threads
 from dflash_offline.stages.progress import readable_bytes
 
 app = typer.Typer(
@@ -119,8 +119,8 @@ def _main(
 
 
 @app.command(
-    epilog="Example: dflash extract chats.jsonl --target Qwen/Qwen3-8B --out cache. "
-    "The same command again goes on where it stopped."
+    epilog="Example: dflash extract chats.jsonl --target Qwen/Qwen3-8B --out cache --plan, then without --plan. "
+    "The same command again goes on where it stopped, with any number of --workers."
 )
 def extract(
     data: Annotated[list[Path], typer.Argument(help='JSONL files of {"messages": [{"role", "content"}, ...]}.')],
@@ -157,6 +157,32 @@ def extract(
         int, typer.Option(help="MiB of raw features in one shard, the unit of resuming.")
     ] = ExtractConfig.shard_mib,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens of one compressed chunk.")] = ExtractConfig.chunk_tokens,
+    features: Annotated[
+        str, typer.Option(help="lossless, rounded or scaled: about 0.68, 0.49 and 0.33 of raw bfloat16 on disk.")
+    ] = ExtractConfig.features,
+    mantissa_bits: Annotated[
+        int, typer.Option(help="Mantissa bits that rounded features keep, of 7.")
+    ] = ExtractConfig.mantissa_bits,
+    step: Annotated[
+        float, typer.Option(help="Step of scaled features, in standard deviations of the channel.")
+    ] = ExtractConfig.step,
+    on_bad_features: Annotated[
+        str, typer.Option(help="refuse a sample whose features are not finite or dead, or skip it, recorded.")
+    ] = ExtractConfig.on_bad_features,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a target that is larger than one GPU over all of them.")
+    ] = ExtractConfig.device_map,
+    workers: Annotated[
+        int, typer.Option(help="Processes on this machine, dealt to its GPUs in turn.")
+    ] = ExtractConfig.workers,
+    rank: Annotated[int, typer.Option(help="Which share is this command's, in an array job.")] = ExtractConfig.rank,
+    world_size: Annotated[int, typer.Option(help="Commands of the array job.")] = ExtractConfig.world_size,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it would make: samples, shards, disk, time. Writes nothing.")
+    ] = False,
+    ignore_free_space: Annotated[
+        bool, typer.Option("--ignore-free-space", help="Start although the disk cannot hold the cache.")
+    ] = ExtractConfig.ignore_free_space,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -171,19 +197,15 @@ def extract(
             chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
         )
         _quiet_libraries()
+        from dflash_offline.pipeline.extract import print_done, print_plan
         from dflash_offline.stages.extract import extract as run
+        from dflash_offline.stages.extract import plan_only
 
-        done = run(config, TerminalProgress(quiet=quiet))
-        if json_:
-            from dflash_offline.pipeline.inspect import overview, print_json
-
-            print_json(overview(out))
-            return
-        print(
-            f"{out} is complete: {done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
-            f" ({done.shards_written} written now, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s)."
-        )
-        print(f"Next: dflash train {out} --out RUN        Look: dflash inspect {out}")
+        progress = TerminalProgress(quiet=quiet)
+        if plan:
+            print_plan(config, *plan_only(config, progress), as_json=json_)
+        else:
+            print_done(run(config, progress), as_json=json_)
 
 
 @app.command(epilog="Example: dflash inspect cache --sample 0")

@@ -35,7 +35,7 @@ def overview(cache: Path) -> dict[str, Any]:
         "target": manifest.origin["target"],
         "layer_ids": manifest.identity["layer_ids"],
         "hidden_size": layout.hidden_size,
-        "features": manifest.identity["layout"]["features"],
+        "features": str(layout.features),
         "mask_rule": manifest.identity["mask_rule"],
         "mask_token_id": manifest.plan["mask_token_id"],
         "block_size": manifest.plan["block_size"],
@@ -50,6 +50,7 @@ def overview(cache: Path) -> dict[str, Any]:
         "shards": layout.num_shards,
         "shards_done": len(commits),
         "shards_left": layout.num_shards - len(commits),
+        "skipped": sum(len(commit.skipped) for commit in commits.values()),
         "damaged_records": faults,
         "bytes": stored,
         "raw_feature_bytes": raw,
@@ -114,6 +115,8 @@ def print_overview(found: dict[str, Any]) -> None:
         f"{anchors['most']} a sample, median {anchors['median']:.0f}"
     )
     print(f"Shards      {found['shards_done']:,} of {found['shards']:,} done, {found['shards_left']:,} left")
+    if found["skipped"]:
+        print(f"            left out: {found['skipped']:,} samples whose features were bad")
     for fault in found["damaged_records"]:
         print(f"            damaged: {fault}")
     for name, size in found["bytes"].items():

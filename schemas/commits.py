@@ -35,6 +35,16 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkippedSample:
+    """A sample without features: the target's own were bad and the user asked to go on without it."""
+
+    sample: int
+    reason: str
+    layer_id: int
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Commit:
     """One finished shard."""
 
@@ -42,7 +52,9 @@ class Commit:
     manifest: str
     """Checksum of the manifest it belongs to."""
     num_samples: int
+    """With features; the skipped ones are not counted."""
     num_tokens: int
+    skipped: list[SkippedSample]
     files: dict[str, ShardFileRecord]
     """By path within the cache."""
     layers: list[LayerStatistics]
@@ -74,7 +86,8 @@ def read_commit(cache: Path, shard: int, manifest_checksum: str) -> Commit | Non
         )
     files = {name: ShardFileRecord(**record) for name, record in document.pop("files").items()}
     layers = [LayerStatistics(**record) for record in document.pop("layers")]
-    return Commit(files=files, layers=layers, **document)
+    skipped = [SkippedSample(**record) for record in document.pop("skipped")]
+    return Commit(files=files, layers=layers, skipped=skipped, **document)
 
 
 def read_finished(cache: Path, shard: int, manifest_checksum: str) -> Commit | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
 
 
 def _refuse(what: str, problems: list[str]) -> None:
@@ -62,10 +63,42 @@ class ExtractConfig:
     """MiB of raw features in one shard: the unit of work, of resuming and of loss."""
     chunk_tokens: int = 128
     """Tokens of one compressed chunk."""
+    features: str = "lossless"
+    """lossless (bfloat16), rounded (bfloat16 with fewer mantissa bits) or scaled (steps of each layer and channel)."""
+    mantissa_bits: int = 4
+    """Mantissa bits that rounded features keep, of 7."""
+    step: float = 1 / 8
+    """Step of scaled features, in standard deviations of the channel."""
+    on_bad_features: str = "refuse"
+    """What to do with a sample whose features are not finite or whose layer is dead: refuse, or skip it, recorded."""
+    device_map: str | None = None
+    """Spread a target over several devices as transformers does, e.g. auto; None for one device."""
+    workers: int = 1
+    """Processes on this machine, dealt to its GPUs in turn."""
+    rank: int = 0
+    """Which share of the shards is this command's, in an array job; rank 0 makes the plan."""
+    world_size: int = 1
+    """Commands of the array job."""
+    ignore_free_space: bool = False
+    """Start although the disk cannot hold the cache."""
+
+    @property
+    def feature_layout(self) -> FeatureLayout:
+        """How features are stored."""
+        return self.feature_layout_of(self.features)
+
+    def feature_layout_of(self, kind: str) -> FeatureLayout:
+        """Return how features of a kind would be stored."""
+        return FeatureLayout(
+            kind=kind,
+            mantissa_bits=self.mantissa_bits if kind == "rounded" else None,
+            step=self.step if kind == "scaled" else None,
+        )
 
     def __post_init__(self) -> None:
         problems = []
-        for name, low in (("block_size", 2), ("max_length", 2), ("batch_tokens", 1), ("shard_mib", 1)):
+        lows = (("block_size", 2), ("max_length", 2), ("batch_tokens", 1), ("shard_mib", 1), ("workers", 1))
+        for name, low in (*lows, ("world_size", 1)):
             if getattr(self, name) < low:
                 problems.append(f"{name} is {getattr(self, name)}; expected at least {low}.")
         if self.chunk_tokens < 1:
@@ -78,6 +111,18 @@ class ExtractConfig:
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
         if not self.data:
             problems.append("No data file is given.")
+        if self.features not in FEATURE_KINDS:
+            problems.append(f"features is {self.features!r}; expected {', '.join(FEATURE_KINDS)}.")
+        if not 1 <= self.mantissa_bits <= 7:
+            problems.append(f"mantissa_bits is {self.mantissa_bits}; expected 1 to 7.")
+        if not 0 < self.step <= 1:
+            problems.append(f"step is {self.step}; expected more than 0 and at most 1 standard deviation.")
+        if self.on_bad_features not in ("refuse", "skip"):
+            problems.append(f"on_bad_features is {self.on_bad_features!r}; expected refuse or skip.")
+        if not 0 <= self.rank < self.world_size:
+            problems.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
+        if self.device_map is not None and self.workers > 1:
+            problems.append("device_map spreads one target over all devices; it cannot be used with several workers.")
         _refuse("extract", problems + template_problems(self.chat_template_kwargs))
 
 

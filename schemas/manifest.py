@@ -7,7 +7,7 @@ from typing import Any
 from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import read_sealed, sha256_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CAPTURE_RULE = "output of decoder layer i, before any final norm"
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
@@ -17,6 +17,34 @@ COMMITS = "commits"
 TARGET = "target"
 EMBEDDINGS = "embeddings.safetensors"
 TMP = "tmp"
+
+
+FEATURE_KINDS = ("lossless", "rounded", "scaled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLayout:
+    """How one feature is stored in sixteen bits."""
+
+    kind: str = "lossless"
+    """lossless (bfloat16), rounded (bfloat16 with fewer mantissa bits) or scaled (steps of each layer and channel)."""
+    mantissa_bits: int | None = None
+    """Mantissa bits kept, of rounded features."""
+    step: float | None = None
+    """Step in standard deviations of the channel, of scaled features."""
+
+    @property
+    def expected_error(self) -> float:
+        """Relative L2 error that the layout itself causes on normal values."""
+        if self.kind == "scaled":
+            return (self.step or 0) / 12**0.5
+        return 0.0 if self.mantissa_bits is None else 2.0 ** -(self.mantissa_bits + 1) / 2
+
+    def __str__(self) -> str:
+        """Return the layout with its one number."""
+        if self.kind == "scaled":
+            return f"scaled, step {self.step:g} of a channel's standard deviation"
+        return "lossless bfloat16" if self.mantissa_bits is None else f"bfloat16, {self.mantissa_bits} mantissa bits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +60,12 @@ class Layout:
     """L, captured target layers."""
     hidden_size: int
     """H."""
+    features: FeatureLayout = FeatureLayout()
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token's features before compression."""
+        return 2 * self.num_layers * self.hidden_size
 
     @property
     def num_slots(self) -> int:
@@ -81,7 +115,9 @@ class Manifest:
             identity=document["identity"],
             origin=document["origin"],
             decoder=document["decoder"],
-            layout=Layout(**document["layout"]),
+            layout=Layout(
+                **document["layout"] | {"features": FeatureLayout(**document["layout"]["features"])},
+            ),
             plan=document["plan"],
             files=document["files"],
             checksum=document["checksum"],

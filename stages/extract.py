@@ -1,15 +1,12 @@
 """Stage one: run the frozen target over conversations once and keep the hidden states of chosen layers.
 
-Axes: B rows, S positions, L captured layers, H hidden size.
+Axes: L captured layers, H hidden size.
 """
 
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import building_folder, output_folder, sha256_file
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
@@ -31,15 +28,20 @@ from dflash_offline.schemas.manifest import (
     SAMPLES,
     TARGET,
     TMP,
+    FeatureLayout,
     Layout,
     Manifest,
     refuse_other_identity,
 )
 from dflash_offline.schemas.samples import SampleTable, write_rejects
-from dflash_offline.stages.cache import ShardWriter, create_arrays, publish_cache
-from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
+from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
+from dflash_offline.stages.encoding import FeatureEncoder, calibrate
+from dflash_offline.stages.features import FeatureCodec
+from dflash_offline.stages.forecast import Forecast, measure, refuse_too_large
+from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.samples import Masker, Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
-from dflash_offline.stages.shards import BLOSC
+from dflash_offline.stages.shards import CODEC
 from dflash_offline.stages.target import (
     TargetFiles,
     check_layer_ids,
@@ -50,8 +52,13 @@ from dflash_offline.stages.target import (
     load_model,
     open_target,
     resolve_dtype,
-    run_captured,
 )
+from dflash_offline.stages.workers import Work, run_shards, run_workers
+from dflash_offline.stages.writer import ShardWriter
+
+CALIBRATION_TOKENS = 16_384
+"""Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
+PLAN_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,10 @@ class Extracted:
     num_samples: int
     num_tokens: int
     num_shards: int
+    shards_left: int
+    """To other ranks of an array job."""
+    num_skipped: int
+    """Samples without features because the target's own were bad."""
     shards_written: int
     """By this call; the rest was there before, or another worker's."""
     bytes_written: int
@@ -106,6 +117,7 @@ class Extraction:
                 **self.files.identity(),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "attn_implementation": config.attn_implementation,
+                "device_map": config.device_map,
             },
             "layer_ids": list(self.layer_ids),
             "capture": CAPTURE_RULE,
@@ -117,8 +129,8 @@ class Extraction:
             "block_size": config.block_size,
             "skip_bad_rows": config.skip_bad_rows,
             "layout": {
-                "features": "bfloat16",
-                "codec": BLOSC,
+                "features": asdict(config.feature_layout),
+                "codec": CODEC,
                 "shard_mib": config.shard_mib,
                 "chunk_tokens": config.chunk_tokens,
                 "batch_tokens": config.batch_tokens,
@@ -129,38 +141,70 @@ class Extraction:
     def model(self) -> Any:
         """The loaded target, checked to be one that a draft can be served with."""
         if self._model is None:
-            self.progress.say(f"Loading {self.files.folder} ({self.dtype}, {self.device}).")
+            config = self.config
+            self.progress.say(f"Loading {self.files.folder} ({self.dtype}, {config.device_map or self.device}).")
             self._model = load_model(
                 self.files,
                 dtype=self.dtype,
                 device=self.device,
-                attn_implementation=self.config.attn_implementation,
-                trust_remote_code=self.config.trust_remote_code,
+                attn_implementation=config.attn_implementation,
+                device_map=config.device_map,
+                trust_remote_code=config.trust_remote_code,
             )
             check_plain_embeddings(self._model, self.files.name)
         return self._model
 
-    def create(self, identity: dict[str, Any]) -> None:
-        """Plan the samples and publish the cache's static files; another process may have been first."""
+    def unload(self) -> None:
+        """Drop the model, so that worker processes have its memory."""
+        self._model = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def plan(self) -> Plan:
+        """Tokenize the data and say what came of it."""
         _ = self.model  # a target that cannot be drafted for is refused before any other work
-        hidden_size = int(self.files.text_config.hidden_size)
         self.progress.start("Tokenizing", None, "rows")
-        plan = make_plan(self.config, self.masker, 2 * len(self.layer_ids) * hidden_size, self.progress.advance)
+        plan = make_plan(self.config, self.masker, self.layout().slot_bytes, self.progress.advance)
         self.progress.finish()
         refuse_ids_beyond_table(self.files, plan.samples)
-        mask_token_id = choose_mask_token(self.files, plan.samples, self.config.mask_token_id)
-        _say_plan(self.progress, plan)
-        layout = Layout(
-            num_shards=plan.num_shards,
-            shard_tokens=plan.shard_tokens,
+        return plan
+
+    def layout(self, num_shards: int = 0, shard_tokens: int = 0) -> Layout:
+        """Return where the features of a plan lie."""
+        return Layout(
+            num_shards=num_shards,
+            shard_tokens=shard_tokens,
             chunk_tokens=self.config.chunk_tokens,
             num_layers=len(self.layer_ids),
-            hidden_size=hidden_size,
+            hidden_size=int(self.files.text_config.hidden_size),
+            features=self.config.feature_layout,
         )
+
+    def capturer(self) -> Capturer:
+        """Return what runs the loaded target."""
+        return Capturer(self.model, self.device, list(self.layer_ids), self.config.batch_tokens)
+
+    def forecast(self, plan: Plan) -> Forecast:
+        """Return what extracting the plan will cost on this machine, measured on a few of its micro-batches."""
+        self.progress.start("Measuring", None, "batches")
+        found = measure(self.config, self.capturer(), plan.samples, self.layout(), self.progress.advance)
+        self.progress.finish()
+        return found
+
+    def create(self, identity: dict[str, Any]) -> None:
+        """Plan the samples and publish the cache's static files; another process may have been first."""
+        plan = self.plan()
+        mask_token_id = choose_mask_token(self.files, plan.samples, self.config.mask_token_id)
+        _say_plan(self.progress, plan)
+        forecast = self.forecast(plan)
+        self.progress.say(f"Forecast: {forecast}.")
+        if not self.config.ignore_free_space:
+            refuse_too_large(self.config.out, forecast.num_bytes, forecast.free_bytes)
+        layout = self.layout(plan.num_shards, plan.shard_tokens)
         with building_folder(self.config.out) as folder:
             plan.samples.write(folder / SAMPLES)
             write_rejects(folder / REJECTS, plan.rejects)
-            create_arrays(folder / FEATURES, layout, list(self.layer_ids))
+            create_arrays(folder / FEATURES, layout, list(self.layer_ids), self._scales(plan.samples))
             self._write_target(folder / TARGET)
             publish_cache(
                 folder,
@@ -169,8 +213,40 @@ class Extraction:
                 origin=self._origin(),
                 decoder=self.files.decoder(),
                 layout=layout,
-                plan={**plan.counts(), "mask_token_id": mask_token_id, "block_size": self.config.block_size},
+                plan={
+                    **plan.counts(),
+                    "mask_token_id": mask_token_id,
+                    "block_size": self.config.block_size,
+                    "cpu_threads": max(1, torch.get_num_threads() // self.config.workers),
+                },
             )
+
+    def _scales(self, samples: SampleTable) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return center and step of each layer and channel, float32 [L, H], if the layout needs them."""
+        features = self.config.feature_layout
+        if features.step is None:
+            return None
+        members = spread_out(samples, np.arange(len(samples)), CALIBRATION_TOKENS)
+        lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
+        capturer = self.capturer()
+        self.progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
+        parts = []
+        for batch in micro_batches(samples, members, self.config.batch_tokens):
+            parts.append(capturer.run(samples, batch, lossless)[0])
+            self.progress.advance(int(samples.num_tokens[batch].sum()))
+        self.progress.finish()
+        states = torch.cat(parts)
+        scales = []
+        for column, layer_id in enumerate(self.layer_ids):
+            values = lossless.widen(states[:, column], [column])
+            if not values.isfinite().all() or bool((values == values[0, 0]).all()):
+                raise CacheError(
+                    f"Layer {layer_id} of {self.files.name} is constant or not finite over {len(states)} tokens that "
+                    f"were to calibrate it. Check the target's dtype and attention implementation."
+                )
+            scales.append(calibrate(values, features.step))
+        centers, steps = zip(*scales, strict=True)
+        return np.stack(centers), np.stack(steps)
 
     def _write_target(self, folder: Path) -> None:
         folder.mkdir()
@@ -191,108 +267,99 @@ class Extraction:
             },
         }
 
-    def run_shard(self, writer: ShardWriter, shard: int) -> NDArray[np.uint16]:
-        """Return one shard's features, [shard_tokens, L, H] uint16; depends on the plan and the target alone."""
-        samples = writer.samples
-        base = shard * writer.manifest.layout.shard_tokens
-        hidden = writer.empty()
-        for batch in micro_batches(samples, samples.samples_of_shard(shard), self.config.batch_tokens):
-            longest = int(samples.num_tokens[batch].max())
-            rows = np.zeros((len(batch), longest), np.int64)
-            for row, sample in zip(rows, batch, strict=True):
-                row[: samples.num_tokens[sample]] = samples.input_ids(sample)
-            states = run_captured(self.model, torch.from_numpy(rows).to(self.device), self.layer_ids)
-            for layer, state in enumerate(states):
-                bits = state.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
-                for features, sample in zip(bits, batch, strict=True):
-                    begin, count = samples.start[sample] - base, samples.num_tokens[sample]
-                    hidden[begin : begin + count, layer] = features[:count]
-            self.progress.advance(int(samples.num_tokens[batch].sum()))
-        return hidden
-
-
-def micro_batches(samples: SampleTable, members: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
-    """Yield a shard's samples in length-sorted groups of at most `batch_tokens` padded tokens (or one sample)."""
-    ordered = members[np.argsort(-samples.num_tokens[members], kind="stable")]
-    while len(ordered):
-        count = max(1, batch_tokens // int(samples.num_tokens[ordered[0]]))
-        yield ordered[:count]
-        ordered = ordered[count:]
+    def open_work(self, manifest: Manifest, samples: SampleTable) -> Work:
+        """Return what runs the cache's shards in this process."""
+        codec = open_codec(self.config.out, manifest)
+        if self.device.type == "cpu":
+            torch.set_num_threads(manifest.plan["cpu_threads"])  # the last bits of a product depend on their number
+        return Work(
+            writer=ShardWriter(self.config.out, manifest, samples, codec),
+            capturer=self.capturer,
+            encoder=FeatureEncoder(codec),
+            on_bad_features=self.config.on_bad_features,
+        )
 
 
 def extract(config: ExtractConfig, progress: Progress) -> Extracted:
-    """Make the cache complete, or go on with it, and return what it holds.
+    """Make the cache complete, or this rank's share of it, going on with what is there; returns what it holds.
 
     Raises `MismatchError` if the folder holds a cache of something else, and `DflashError` for unusable input.
     """
     out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
-    work = Extraction(replace(config, out=out), progress)
-    config = work.config
-    identity = work.identity()
-    if not (config.out / MANIFEST).exists():
-        work.create(identity)
-    manifest = Manifest.read(config.out)
-    refuse_other_identity(config.out, manifest.identity, identity)
-    manifest.check_static_files(config.out)
-    samples = SampleTable.read(config.out / SAMPLES)
-    writer = ShardWriter(config.out, manifest, samples, work.layer_ids)
+    extraction = Extraction(replace(config, out=out), progress)
+    config = extraction.config
+    identity = extraction.identity()
+    if not (out / MANIFEST).exists():
+        if config.rank:
+            _wait_for_plan(out, progress)
+        else:
+            extraction.create(identity)
+    manifest = Manifest.read(out)
+    refuse_other_identity(out, manifest.identity, identity)
+    manifest.check_static_files(out)
+    samples = SampleTable.read(out / SAMPLES)
     began = time.perf_counter()
-    shards, size = _run_shards(work, writer)
-    for leftover in (config.out / TMP).iterdir():
-        leftover.unlink(missing_ok=True)
+    work = extraction.open_work(manifest, samples)
+    share = range(manifest.layout.num_shards)[config.rank :: config.world_size]
+    left = [shard for shard in share if not work.writer.is_done(shard)]
+    if len(left) < len(share):
+        progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
+    _refuse_if_rest_is_too_large(work.writer, left, config)
+    if left:
+        done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
+        if config.workers > 1:
+            extraction.unload()
+            written = run_workers(open_worker, config, left, samples, progress, done)
+        else:
+            written = run_shards(work, left, samples, progress, done)
+    else:
+        written = []
+    finished = {shard: work.writer.finished(shard) for shard in range(manifest.layout.num_shards)}
+    missing = [shard for shard, commit in finished.items() if commit is None]
+    if not missing:
+        for leftover in (out / TMP).iterdir():
+            leftover.unlink(missing_ok=True)
     return Extracted(
-        cache=config.out,
+        cache=out,
         num_samples=len(samples),
         num_tokens=int(samples.num_tokens.sum()),
         num_shards=manifest.layout.num_shards,
-        shards_written=shards,
-        bytes_written=size,
+        shards_left=len(missing),
+        num_skipped=sum(len(commit.skipped) for commit in finished.values() if commit is not None),
+        shards_written=len(written),
+        bytes_written=sum(written),
         seconds=time.perf_counter() - began,
     )
 
 
-def _run_shards(work: Extraction, writer: ShardWriter) -> tuple[int, int]:
-    """Do every shard that is left, writing one while the next is computed; returns shards and bytes written.
+def open_worker(config: ExtractConfig) -> Work:
+    """Return the work of an existing cache, in a worker process."""
+    manifest = Manifest.read(config.out)
+    return Extraction(config, Silent()).open_work(manifest, SampleTable.read(config.out / SAMPLES))
 
-    Memory: one shard being filled and one being written. Shards that another worker holds are waited for at the
-    end, and done here if that worker died.
-    """
-    samples, num_shards = writer.samples, writer.manifest.layout.num_shards
-    done = [shard for shard in range(num_shards) if writer.is_done(shard)]
-    finished = int(samples.num_tokens[np.isin(samples.shard, done)].sum())
-    if done:
-        work.progress.say(f"{len(done)} of {num_shards} shards are already done.")
-    if len(done) == num_shards:
-        return 0, 0
-    _ = work.model  # loading is not part of the rate shown
-    work.progress.start("Extracting", int(samples.num_tokens.sum()), "tokens", done=finished)
-    written: list[int] = []
 
-    def write(shard: int, hidden: NDArray[np.uint16], started: float, claim: ExitStack) -> None:
-        with claim:
-            written.append(writer.commit(shard, hidden, started))
-            work.progress.advance(
-                0, shards=f"{len(done) + len(written)}/{num_shards}", written=readable_bytes(sum(written))
-            )
+def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
+    """Return what `extract` would do and what it would cost, without writing anything."""
+    extraction = Extraction(replace(config, out=config.out.resolve()), progress)
+    extraction.identity()  # refuses what `extract` would refuse
+    plan = extraction.plan()
+    choose_mask_token(extraction.files, plan.samples, config.mask_token_id)
+    return plan, extraction.layout(plan.num_shards, plan.shard_tokens), extraction.forecast(plan)
 
-    pending: Future[None] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
-        for wait in (False, True):
-            for shard in range(num_shards):
-                if writer.is_done(shard):
-                    continue
-                started = time.time()
-                with ExitStack() as claim:
-                    if not claim.enter_context(writer.claim(shard, wait=wait)):
-                        continue
-                    hidden = work.run_shard(writer, shard)
-                    if pending is not None:
-                        pending.result()
-                    pending = background.submit(write, shard, hidden, started, claim.pop_all())
-            if pending is not None:
-                pending.result()
-    work.progress.finish()
-    return len(written), sum(written)
+
+def _wait_for_plan(out: Path, progress: Progress) -> None:
+    progress.say(f"Waiting for rank 0 to plan {out}.")
+    while not (out / MANIFEST).exists():
+        time.sleep(PLAN_POLL_S)
+
+
+def _refuse_if_rest_is_too_large(writer: ShardWriter, left: list[int], config: ExtractConfig) -> None:
+    """Raise `DflashError` if the disk cannot hold the shards left, judged by those that are finished."""
+    finished = [commit for shard in range(writer.manifest.layout.num_shards) if (commit := writer.finished(shard))]
+    if finished and left and not config.ignore_free_space:
+        sizes = [sum(file.size for file in commit.files.values()) for commit in finished]
+        needed = len(left) * sum(sizes) // len(sizes)
+        refuse_too_large(config.out, needed, shutil.disk_usage(config.out).free)
 
 
 def _say_plan(progress: Progress, plan: Plan) -> None:

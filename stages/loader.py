@@ -19,6 +19,7 @@ from dflash_offline.schemas.files import sha256_bytes
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.encoding import FeatureEncoder
 
 BUCKET = 32
 """Batches whose samples are sorted by length together, so that rows of a batch are padded little."""
@@ -100,6 +101,7 @@ class BatchLoader:
         self, reader: CacheReader, *, columns: list[int], block_size: int, num_anchors: int, seed: int, pinned: bool
     ) -> None:
         self.reader = reader
+        self.encoder = FeatureEncoder(reader.codec)
         self.columns = columns
         self.block_size = block_size
         self.num_anchors = num_anchors
@@ -111,13 +113,13 @@ class BatchLoader:
         samples, width = self.reader.samples, self.reader.manifest.layout.hidden_size
         lengths = samples.num_tokens[members]
         shape = (len(members), int(lengths.max()))
-        hidden = torch.zeros((*shape, len(self.columns), width), dtype=torch.bfloat16, pin_memory=self.pinned)
-        bits = hidden.view(torch.int16).numpy().view(np.uint16)
+        codes = torch.zeros((*shape, len(self.columns), width), dtype=torch.int16, pin_memory=self.pinned)
+        bits = codes.numpy().view(np.uint16)
         ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
         anchors = []
         for row, sample in enumerate(members.tolist()):
             count = lengths[row]
-            self.reader.read_hidden(sample, self.columns, out=bits[row, :count])
+            self.reader.read_codes(sample, self.columns, out=bits[row, :count])
             ids[row, :count] = samples.input_ids(sample)
             mask[row, :count] = samples.loss_mask(sample)
             anchors.append(
@@ -127,7 +129,7 @@ class BatchLoader:
         return Batch(
             samples=members.tolist(),
             input_ids=torch.from_numpy(ids),
-            hidden_states=hidden.flatten(2),
+            hidden_states=self.encoder.widen(codes, self.columns).flatten(2),
             loss_mask=torch.from_numpy(mask),
             document_ids=torch.from_numpy(np.where(np.arange(shape[1]) < lengths[:, None], 0, -1)),
             anchors=positions,

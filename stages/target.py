@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -214,14 +215,27 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     attn_implementation: str = "sdpa",
+    device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Return the target's weights as a frozen causal language model in evaluation mode."""
+    """Return the target's weights as a frozen causal language model in evaluation mode.
+
+    With a `device_map` (auto, balanced, ...) transformers spreads it over all devices; without one it goes to
+    `device`. A quantized checkpoint is put in place as it loads, since it cannot be moved afterwards.
+    """
+    quantized = getattr(files.config, "quantization_config", None) is not None
+    placement = device_map or ({"": device} if quantized else None)
+    if placement is not None and find_spec("accelerate") is None:
+        raise DflashError(
+            f"Loading {files.folder} {'quantized' if quantized else 'over several devices'} needs the accelerate "
+            f"package. Install it: pip install 'dflash-offline[large]'."
+        )
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             files.folder,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            device_map=placement,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -236,7 +250,15 @@ def load_model(
             f"{files.folder} lacks {len(absent)} weights of {type(model).__name__}, or holds them in another shape: "
             f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}. Name a complete model folder."
         )
-    return model.to(device).eval().requires_grad_(False)
+    if placement is None:
+        model.to(device)
+    offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if offloaded:
+        raise DflashError(
+            f"{files.folder} does not fit these devices: {len(offloaded)} weights, {offloaded[0]} first, would be "
+            f"kept elsewhere and fetched for each forward. Use more or larger GPUs, or a quantized checkpoint."
+        )
+    return model.eval().requires_grad_(False)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -323,8 +345,11 @@ def check_plain_embeddings(model: Any, name: str) -> None:
             f"{name} ({type(model).__name__}) does not feed raw embedding rows to its first layer (scaled embeddings "
             f"or learned positions); a DFlash draft borrows the raw rows. Use another target."
         )
-    logits = model.get_output_embeddings()(output.hidden_states[-1])
-    same = torch.allclose(output.logits.float(), logits.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
+    head = model.get_output_embeddings()
+    logits = head(output.hidden_states[-1].to(head.weight.device))
+    same = torch.allclose(
+        output.logits.float(), logits.float().to(output.logits.device), rtol=1e-2, atol=1e-2, equal_nan=True
+    )
     text = model.config.get_text_config()
     if not same or any(getattr(text, name, None) not in (None, 0, 1) for name in _LOGIT_CHANGES):
         raise UnsupportedTargetError(

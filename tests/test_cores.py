@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_offline.pipeline import cores
+from dflash_offline.stages import cores
 
 
 def test_a_quota_of_the_control_group_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

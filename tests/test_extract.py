@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
-from dflash_offline.stages.cache import CacheReader, widen
-from dflash_offline.stages.extract import extract, micro_batches
+from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.capture import micro_batches
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.features import NAN
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target import capture, default_layer_ids, load_model, open_target
 
@@ -83,13 +85,13 @@ def test_slots_between_samples_hold_nan_and_no_shard_file_is_missing(cache: Path
     end = int(reader.samples.start[0] + reader.samples.num_tokens[0])
     assert isinstance(hidden, zarr.Array)
     gap = np.asarray(hidden[end : int(reader.samples.start[1])])
-    assert np.isnan(widen(gap)).all()
+    assert (gap == NAN).all()
 
 
 def test_our_reader_equals_zarr_and_reads_chosen_layers(cache: Path) -> None:
     reader = CacheReader(cache)
-    whole = reader.read_hidden(3)
-    np.testing.assert_array_equal(reader.read_hidden(3, [2, 0]), whole[:, [2, 0]])
+    whole = reader.read_codes(3)
+    np.testing.assert_array_equal(reader.read_codes(3, [2, 0]), whole[:, [2, 0]])
 
 
 def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
@@ -247,7 +249,7 @@ def test_features_that_are_not_finite_are_refused_with_sample_layer_and_position
     model.model.layers[2].mlp.down_proj.weight.data[3] = float("inf")
     broken = shutil.copytree(target, tmp_path / "broken")
     model.save_pretrained(broken)
-    with pytest.raises(CacheError, match=r"Sample 0 \(chats.jsonl:1\) .* not finite at layer 2, position 0"):
+    with pytest.raises(CacheError, match=r"Sample 0 \(chats.jsonl:1\): .* not finite at layer 2, position 0"):
         extract(ExtractConfig(**extract_config | {"target": str(broken)}, out=tmp_path / "cache"), Silent())
     assert _commits(tmp_path / "cache") == 0
 

@@ -12,7 +12,7 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import publish
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.stages.cache import HIDDEN, create_arrays
-from dflash_offline.stages.shards import EncodedShard, ShardFile, encode_shard
+from dflash_offline.stages.shards import EncodedShard, ShardFile, chunk_slices, encode_chunk, join_chunks
 
 WIDTHS = [32, 1000, 4096]
 
@@ -25,6 +25,10 @@ def features(num_tokens: int, num_layers: int, width: int, seed: int = 0) -> NDA
 
 def layout(width: int, num_shards: int = 2, num_layers: int = 3) -> Layout:
     return Layout(num_shards=num_shards, shard_tokens=256, chunk_tokens=64, num_layers=num_layers, hidden_size=width)
+
+
+def encode_shard(values: NDArray[np.uint16], chunk: tuple[int, ...], pool: ThreadPoolExecutor) -> EncodedShard:
+    return join_chunks(list(pool.map(lambda where: encode_chunk(values[where]), chunk_slices(values.shape, chunk))))
 
 
 def write(folder: Path, shape: Layout, shard: int, values: NDArray[np.uint16]) -> tuple[Path, EncodedShard]:

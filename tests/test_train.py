@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dflash_offline.schemas.config import TrainConfig, recommended_gamma
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
-from dflash_offline.stages.cache import CacheReader, widen
+from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.checkpoint import list_checkpoints
 from dflash_offline.stages.loader import BatchLoader, epoch_batches, split_samples
 from dflash_offline.stages.optimizer import learning_rate_at
@@ -219,7 +219,7 @@ def test_a_batch_holds_the_caches_features_tokens_and_mask(cache: Path) -> None:
     batch = loader(cache).load(members, 0)
     for row, sample in enumerate(members.tolist()):
         count = int(reader.samples.num_tokens[sample])
-        expected = torch.from_numpy(widen(reader.read_hidden(sample)[:, [0, 2]])).flatten(1)
+        expected = torch.from_numpy(reader.read_values(sample, [0, 2])).flatten(1)
         torch.testing.assert_close(batch.hidden_states[row, :count].float(), expected, rtol=0, atol=0)
         assert batch.input_ids[row, :count].tolist() == reader.samples.input_ids(sample).tolist()
         assert batch.loss_mask[row, :count].tolist() == reader.samples.loss_mask(sample).tolist()

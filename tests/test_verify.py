@@ -49,7 +49,7 @@ def test_a_reader_never_decodes_a_flipped_byte_silently(copy: Path) -> None:
     chance, path = random.Random(1), copy / HIDDEN.format(0)
     content = path.read_bytes()
     members = CacheReader(copy).samples.samples_of_shard(0).tolist()
-    sound = [CacheReader(copy).read_hidden(sample) for sample in members]
+    sound = [CacheReader(copy).read_codes(sample) for sample in members]
     for position in chance.sample(range(len(content)), 100):
         broken = bytearray(content)
         broken[position] ^= 1 << chance.randrange(8)
@@ -58,7 +58,7 @@ def test_a_reader_never_decodes_a_flipped_byte_silently(copy: Path) -> None:
         reader = CacheReader(copy)
         for sample, before in zip(members, sound, strict=True):
             try:
-                np.testing.assert_array_equal(reader.read_hidden(sample), before)
+                np.testing.assert_array_equal(reader.read_codes(sample), before)
             except CacheError:
                 refused += 1
         assert refused or _in_padding(reader, position)
@@ -135,7 +135,7 @@ def test_the_target_run_again_fits_every_layer(cache: Path, target: Path) -> Non
 def test_a_layer_that_is_off_by_one_is_said_to_be(
     target: Path, extract_config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dflash_offline.stages import extract as stage
+    from dflash_offline.stages import capture as stage
 
     right = stage.run_captured
     monkeypatch.setattr(stage, "run_captured", lambda model, ids, layers: right(model, ids, [i + 1 for i in layers]))

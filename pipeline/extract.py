@@ -1,0 +1,66 @@
+"""What `dflash extract` prints."""
+
+from dataclasses import asdict
+from typing import Any
+
+from dflash_offline.pipeline.inspect import overview, print_json
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
+from dflash_offline.stages.extract import Extracted
+from dflash_offline.stages.forecast import Forecast, readable_seconds
+from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.samples import Plan
+
+
+def print_done(done: Extracted, *, as_json: bool) -> None:
+    """Print what the cache holds now and what to do next."""
+    if as_json:
+        print_json(overview(done.cache))
+        return
+    written = f"{done.shards_written} written now, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s"
+    samples = f"{done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
+    if done.shards_left:
+        print(f"{done.cache}: this share is done ({written}). {done.shards_left} of {samples} are left to other ranks.")
+        return
+    skipped = f" {done.num_skipped} samples with bad features were left out." if done.num_skipped else ""
+    print(f"{done.cache} is complete: {samples} ({written}).{skipped}")
+    print(f"Next: dflash train {done.cache} --out RUN        Look: dflash inspect {done.cache}")
+
+
+def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Forecast, *, as_json: bool) -> None:
+    """Print what extracting would make and cost."""
+    counts = plan.counts()
+    if as_json:
+        print_json(_document(plan, layout, forecast))
+        return
+    mean = counts["tokens"] / counts["samples"]
+    print(f"Samples     {counts['samples']:,}, {mean:,.0f} tokens each on average; {counts['truncated']:,} cut")
+    for reason, count in counts["rejects"].items():
+        print(f"            left out: {count:,} rows: {reason}")
+    supervised = counts["supervised"] / counts["tokens"]
+    print(f"Tokens      {counts['tokens']:,}; supervised {supervised:.0%}; {counts['anchors']:,} anchors")
+    print(f"Shards      {plan.num_shards:,} of {readable_bytes(layout.shard_tokens * layout.slot_bytes)} raw")
+    for kind in FEATURE_KINDS:
+        chosen = "   <- asked for" if kind == config.features else ""
+        size = readable_bytes(forecast.bytes_by_kind[kind])
+        print(f"Disk        {kind:<9} {size:>10}, {forecast.ratios[kind]:.2f} of raw bfloat16{chosen}")
+    fits = "" if forecast.num_bytes <= forecast.free_bytes else ": NOT ENOUGH"
+    print(f"Free        {readable_bytes(forecast.free_bytes)}{fits}")
+    print(
+        f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
+    )
+
+
+def _document(plan: Plan, layout: Layout, forecast: Forecast) -> dict[str, Any]:
+    return {
+        **plan.counts(),
+        "shards": plan.num_shards,
+        "shard_bytes_raw": layout.shard_tokens * layout.slot_bytes,
+        "features": asdict(forecast.features),
+        "ratios": forecast.ratios,
+        "bytes": forecast.bytes_by_kind,
+        "free_bytes": forecast.free_bytes,
+        "fits": forecast.num_bytes <= forecast.free_bytes,
+        "tokens_per_s": forecast.tokens_per_s,
+        "seconds": forecast.seconds,
+    }

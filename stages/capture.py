@@ -1,0 +1,181 @@
+"""One shard's features, from the target's forward to a buffer of codes in host memory.
+
+Axes: B rows, S positions, N real tokens of a micro-batch, T token slots, L captured layers, H hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.manifest import Layout
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.encoding import FeatureEncoder
+from dflash_offline.stages.target import run_captured
+
+NOT_FINITE, CONSTANT, TOO_LARGE = "a feature is not finite", "the layer is dead", "a feature is too large"
+
+
+def micro_batches(samples: SampleTable, members: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Yield a shard's samples in length-sorted groups of at most `batch_tokens` padded tokens (or one sample)."""
+    ordered = members[np.argsort(-samples.num_tokens[members], kind="stable")]
+    while len(ordered):
+        count = max(1, batch_tokens // int(samples.num_tokens[ordered[0]]))
+        yield ordered[:count]
+        ordered = ordered[count:]
+
+
+def pad_rows(samples: SampleTable, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the samples' tokens, [B, S], padded on the right with zeros."""
+    rows = np.zeros((len(batch), int(samples.num_tokens[batch].max())), np.int64)
+    for row, sample in zip(rows, batch.tolist(), strict=True):
+        row[: samples.num_tokens[sample]] = samples.input_ids(sample)
+    return rows
+
+
+def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int) -> NDArray[np.int64]:
+    """Return members evenly spread over the plan that hold about `num_tokens` tokens, or all of them."""
+    count = int(np.ceil(num_tokens / max(samples.num_tokens[members].mean(), 1)))
+    return members[np.unique(np.linspace(0, len(members) - 1, min(count, len(members))).round().astype(np.int64))]
+
+
+@dataclass
+class ShardBuffer:
+    """Room for one shard's codes, all fill until a capture writes into it; pinned where a GPU copies to it."""
+
+    codes: Tensor
+    """[T, L, H] int16 that hold uint16 bits."""
+    fill: int
+
+    @classmethod
+    def empty(cls, layout: Layout, fill: int, *, pinned: bool) -> "ShardBuffer":
+        """Return a buffer for the shards of a cache."""
+        shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
+        buffer = cls(torch.empty(shape, dtype=torch.int16, pin_memory=pinned), fill)
+        buffer.clear()
+        return buffer
+
+    @property
+    def array(self) -> NDArray[np.uint16]:
+        """The codes as uint16."""
+        return self.codes.numpy().view(np.uint16)
+
+    def clear(self) -> None:
+        """Make every slot fill again."""
+        self.array.fill(self.fill)
+
+
+@dataclass
+class Capture:
+    """A shard whose forwards are queued; `wait` until its codes are in the buffer."""
+
+    buffer: ShardBuffer
+    samples: SampleTable
+    layer_ids: list[int]
+    marks: list[tuple[NDArray[np.int64], Tensor]]
+    """For each micro-batch its samples and, for each real token and layer, least, largest and storable: [N, L, 3]."""
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> list[SkippedSample]:
+        """Wait for the copies; returns the samples with bad features, their slots filled again."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        bad = [fault for batch, marks in self.marks for fault in self._faults(batch, marks.numpy())]
+        for fault in bad:
+            begin = int(self.samples.start[fault.sample]) % len(self.buffer.codes)
+            self.buffer.array[begin : begin + int(self.samples.num_tokens[fault.sample])] = self.buffer.fill
+        return sorted(bad, key=lambda fault: fault.sample)
+
+    def _faults(self, batch: NDArray[np.int64], marks: NDArray[np.float32]) -> Iterator[SkippedSample]:
+        """Yield the first fault of every sample that has one."""
+        ends = np.cumsum(self.samples.num_tokens[batch])
+        for sample, low, high in zip(batch.tolist(), ends - self.samples.num_tokens[batch], ends, strict=True):
+            least, largest, storable = np.moveaxis(marks[low:high], -1, 0)
+            finite = np.isfinite(least) & np.isfinite(largest)
+            for reason, is_bad in (
+                (NOT_FINITE, ~finite),
+                (CONSTANT, np.broadcast_to(least.min(axis=0) == largest.max(axis=0), finite.shape)),
+                (TOO_LARGE, storable == 0),
+            ):
+                if is_bad.any():
+                    position, layer = (int(axis[0]) for axis in np.nonzero(is_bad))
+                    yield SkippedSample(sample=sample, reason=reason, layer_id=self.layer_ids[layer], position=position)
+                    break
+
+
+class Capturer:
+    """Runs the target over samples; on a GPU the copies to the host go on a stream of their own."""
+
+    def __init__(self, model: Any, device: torch.device, layer_ids: list[int], batch_tokens: int) -> None:
+        self.model = model
+        self.device = device
+        self.layer_ids = layer_ids
+        self.batch_tokens = batch_tokens
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def buffer(self, layout: Layout, fill: int) -> ShardBuffer:
+        """Return a new shard buffer."""
+        return ShardBuffer.empty(layout, fill, pinned=self._stream is not None)
+
+    def capture(
+        self,
+        samples: SampleTable,
+        members: NDArray[np.int64],
+        encoder: FeatureEncoder,
+        buffer: ShardBuffer,
+        progress: Callable[[int], None],
+    ) -> Capture:
+        """Queue the forwards of a shard's samples; the result depends on the plan and the target alone.
+
+        `progress` is called with the tokens of each micro-batch.
+        """
+        marks = []
+        for batch in micro_batches(samples, members, self.batch_tokens):
+            codes, found = self.run(samples, batch, encoder)
+            marks.append((batch, self._copy(samples, batch, codes, found, buffer)))
+            progress(int(samples.num_tokens[batch].sum()))
+        copied = None if self._stream is None else self._stream.record_event()
+        return Capture(buffer, samples, self.layer_ids, marks, copied)
+
+    @torch.inference_mode()
+    def run(self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
+        """Return one micro-batch's codes, int16 [N, L, H], and marks, float32 [N, L, 3]: of the real tokens of its
+        samples in order, on the device."""
+        rows = torch.from_numpy(pad_rows(samples, batch))
+        lengths = samples.num_tokens[batch]
+        real = torch.from_numpy(np.flatnonzero(np.arange(rows.shape[1]) < lengths[:, None]))
+        states = run_captured(self.model, rows.to(self.device, non_blocking=True), self.layer_ids)
+        shape = (len(real), len(states), states[0].shape[-1])
+        codes = torch.empty(shape, dtype=torch.int16, device=self.device)
+        marks = torch.empty((*shape[:2], 3), dtype=torch.float32, device=self.device)
+        for layer, state in enumerate(states):
+            tokens = state.flatten(0, 1).index_select(0, real.to(state.device)).to(self.device)
+            codes[:, layer] = encoder.encode(tokens, layer)
+            marks[:, layer, 0], marks[:, layer, 1] = tokens.aminmax(dim=-1)
+            marks[:, layer, 2] = encoder.storable(codes[:, layer])
+        return codes, marks
+
+    def _copy(
+        self, samples: SampleTable, batch: NDArray[np.int64], codes: Tensor, marks: Tensor, buffer: ShardBuffer
+    ) -> Tensor:
+        """Copy each sample's codes to its slots; returns the marks in host memory."""
+        begins = samples.start[batch] % len(buffer.codes)
+        parts = codes.split(samples.num_tokens[batch].tolist())
+        if self._stream is None:
+            for begin, part in zip(begins.tolist(), parts, strict=True):
+                buffer.codes[begin : begin + len(part)] = part
+            return marks
+        kept = torch.empty(marks.shape, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for begin, part in zip(begins.tolist(), parts, strict=True):
+                buffer.codes[begin : begin + len(part)].copy_(part, non_blocking=True)
+            kept.copy_(marks, non_blocking=True)
+        for tensor in (codes, marks):  # their memory is the copying stream's until it is done
+            tensor.record_stream(self._stream)
+        return kept

@@ -1,0 +1,100 @@
+"""From hidden states to stored codes and back, in torch, on the device where they are.
+
+Axes: T tokens, C chosen layers, H hidden size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_offline.stages.features import ABSENT, FAR_SHIFT, LINEAR, LINEAR_BITS, STEPS, FeatureCodec
+
+_MANTISSA_BITS = 7
+_EXPONENT = 0x7F80
+
+
+class FeatureEncoder:
+    """Makes the codes of a feature layout, and bfloat16 features of codes."""
+
+    def __init__(self, codec: FeatureCodec) -> None:
+        self.codec = codec
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def encode(self, states: Tensor, layer: int) -> Tensor:
+        """Return the codes of one layer's states [..., H] in any float dtype, as int16 that hold the uint16 bits.
+
+        `layer` counts captured layers. A scaled feature that is not finite, or beyond 2**30 steps, becomes ABSENT.
+        """
+        if self.codec.layout.kind == "scaled":
+            return self._to_steps(states.float(), layer)
+        bits, kept = states.to(torch.bfloat16).view(torch.int16), self.codec.layout.mantissa_bits
+        return bits if kept is None else _round_mantissa(bits, kept)
+
+    def _to_steps(self, states: Tensor, layer: int) -> Tensor:
+        center, step, _ = self._tables(states.device)
+        steps = (states - center[layer]) / step[layer]
+        near = steps.abs()
+        far = ((near.view(torch.int32) - LINEAR_BITS + (1 << FAR_SHIFT >> 1)) >> FAR_SHIFT) + LINEAR
+        near = near.round()
+        magnitude = torch.where(near < LINEAR, near.to(torch.int32), far)
+        codes = 2 * magnitude + ((steps < 0) & (magnitude > 0))
+        return codes.masked_fill(~(states.isfinite() & (magnitude < ABSENT >> 1)), ABSENT).to(torch.int16)
+
+    def storable(self, codes: Tensor) -> Tensor:
+        """Return which tokens' codes, int16 [..., H], hold no feature that could not be stored; bool [...]."""
+        if self.codec.layout.kind == "scaled":
+            return (codes != -1).all(dim=-1)
+        return ((codes & _EXPONENT) != _EXPONENT).all(dim=-1)
+
+    def widen(self, codes: Tensor, columns: Sequence[int]) -> Tensor:
+        """Return the bfloat16 features of codes, int16 [..., C, H], of the captured layers `columns`."""
+        if self.codec.layout.kind != "scaled":
+            return codes.view(torch.bfloat16)
+        center, step, table = self._tables(codes.device)
+        features = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+        for index, column in enumerate(columns):
+            steps = table[codes[..., index, :].to(torch.int32) & 0xFFFF]
+            features[..., index, :] = torch.addcmul(center[column], steps, step[column])
+        return features
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._on_device:
+            center, step = self.codec.center, self.codec.step
+            assert center is not None and step is not None, "scaled features have scales"
+            self._on_device[device] = (
+                torch.from_numpy(center).to(device),
+                torch.from_numpy(step).to(device),
+                torch.from_numpy(STEPS).to(device),
+            )
+        return self._on_device[device]
+
+
+def _round_mantissa(bits: Tensor, kept: int) -> Tensor:
+    """Round bfloat16 bits to `kept` mantissa bits, half to even; zeros take the place of the others."""
+    dropped = _MANTISSA_BITS - kept
+    if dropped == 0:
+        return bits
+    wide = bits.to(torch.int32)
+    half = (1 << dropped - 1) - 1 + ((wide >> dropped) & 1)
+    return ((wide + half) & -(1 << dropped)).to(torch.int16)
+
+
+def calibrate(states: Tensor, step: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return each channel's center and step size, float32 [H], from one layer's states [T, H].
+
+    The center is the median, the step `step` times half the distance between the 16th and the 84th percentile, which
+    is the standard deviation of a normal channel. Both hardly move where a few tokens are thousands of times larger
+    than the rest. A channel whose percentiles coincide takes its standard deviation, one that never varies its
+    layer's median.
+    """
+    ordered = states.float().sort(dim=0).values
+    last = len(ordered) - 1
+    low, center, high = (ordered[round(share * last)] for share in (0.1587, 0.5, 0.8413))
+    spread = (high - low) / 2
+    spread = torch.where(spread > 0, spread, states.float().std(dim=0, correction=0))
+    varying = spread[spread > 0]
+    spread = torch.where(spread > 0, spread, varying.median() if len(varying) else torch.ones_like(spread))
+    return center.cpu().numpy(), (step * spread).cpu().numpy()

@@ -1,0 +1,225 @@
+"""Doing the shards that are left: in this process, or in several that share them.
+
+Memory of one process: a shard being filled, one being encoded, and its encoded chunks; never more than three shards.
+"""
+
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, cast
+
+import torch
+
+from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.capture import Capture, Capturer
+from dflash_offline.stages.encoding import FeatureEncoder
+from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.writer import ShardWriter
+
+_SHOWN_SAMPLES = 10
+_FAULT = 3
+"""Exit code of a worker that has said what went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What it takes to do a cache's shards in one process."""
+
+    writer: ShardWriter
+    capturer: Callable[[], Capturer]
+    """Loads the target when the first shard is begun."""
+    encoder: FeatureEncoder
+    on_bad_features: str
+
+
+class Report:
+    """Shows tokens, shards and bytes as they are finished, whichever process they come from."""
+
+    def __init__(self, progress: Progress, samples: SampleTable, num_shards: int, done_tokens: int) -> None:
+        self.progress = progress
+        self.num_shards = num_shards
+        self.written: list[int] = []
+        progress.start("Extracting", int(samples.num_tokens.sum()), "tokens", done=done_tokens)
+
+    def tokens(self, count: int) -> None:
+        """Note tokens whose forward is done."""
+        self.progress.advance(count)
+
+    def shard(self, num_bytes: int) -> None:
+        """Note a finished shard."""
+        self.written.append(num_bytes)
+        self.progress.advance(
+            0, shards=f"{len(self.written)}/{self.num_shards}", written=readable_bytes(sum(self.written))
+        )
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.progress.say(text)
+
+
+def run_shards(work: Work, left: Sequence[int], samples: SampleTable, progress: Progress, done: int) -> list[int]:
+    """Do the shards in this process; returns the bytes of each shard that this call wrote."""
+    capturer = work.capturer()  # loading is not part of the rate shown
+    report = Report(progress, samples, len(left), done)
+    _do_shards(work, capturer, left, report)
+    progress.finish()
+    return report.written
+
+
+def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any) -> None:
+    """Fill one buffer while the other is encoded and written.
+
+    Shards that another worker holds are waited for at the end, and done here if that worker died.
+    """
+    writer = work.writer
+    buffers = [capturer.buffer(writer.manifest.layout, work.encoder.codec.fill) for _ in range(2)]
+
+    def write(shard: int, capture: Capture, started: float, claim: ExitStack) -> None:
+        with claim:
+            bad = capture.wait()
+            if bad and work.on_bad_features == "refuse":
+                raise CacheError(_bad_features_text(bad, writer.samples, shard))
+            size = writer.commit(shard, capture.buffer.array, bad, started)
+            for one in bad:
+                report.say(f"Left out: {_place(one, writer.samples)}")
+            capture.buffer.clear()
+            report.shard(size)
+
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
+        for waiting in (False, True):
+            for shard in left:
+                if writer.is_done(shard):
+                    continue
+                started = time.time()
+                with ExitStack() as claim:
+                    if not claim.enter_context(writer.claim(shard, wait=waiting)):
+                        continue
+                    members = writer.samples.samples_of_shard(shard)
+                    capture = capturer.capture(writer.samples, members, work.encoder, buffers[0], report.tokens)
+                    if pending is not None:
+                        pending.result()
+                    pending = background.submit(write, shard, capture, started, claim.pop_all())
+                    buffers.reverse()
+            if pending is not None:
+                pending.result()
+
+
+def _place(one: SkippedSample, samples: SampleTable) -> str:
+    return f"{samples.place(one.sample)}: {one.reason} at layer {one.layer_id}, position {one.position}"
+
+
+def _bad_features_text(bad: list[SkippedSample], samples: SampleTable, shard: int) -> str:
+    listed = "\n  ".join(_place(one, samples) for one in bad[:_SHOWN_SAMPLES])
+    more = f"\n  and {len(bad) - _SHOWN_SAMPLES} more" if len(bad) > _SHOWN_SAMPLES else ""
+    return (
+        f"The target gives bad features for {len(bad)} samples of shard {shard}; nothing of it was written:\n  {listed}"
+        f"{more}\nCheck the target's dtype and attention implementation, or leave such samples out, recorded and "
+        f"counted, with --on-bad-features skip."
+    )
+
+
+def run_workers(
+    open_work: Callable[[ExtractConfig], Work],
+    config: ExtractConfig,
+    left: Sequence[int],
+    samples: SampleTable,
+    progress: Progress,
+    done: int,
+) -> list[int]:
+    """Do the shards in `config.workers` processes, one a GPU or a group of cores; returns the bytes of each written.
+
+    Each process calls `open_work` with the settings for its own device. Raises what went wrong in any of them after
+    all have ended; what they finished is kept.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, SpawnProcess] = {}
+    report = Report(progress, samples, len(left), done)
+    faults: list[str] = []
+    try:
+        for index in range(config.workers):
+            receiver, sender = context.Pipe(duplex=False)
+            own = list(left[index :: config.workers])
+            order = [*own, *(shard for shard in left if shard not in own)]
+            own_config = replace(config, device=_device(config, index))
+            process = context.Process(
+                target=_worker, args=(open_work, own_config, order, sender), name=f"Worker {index}"
+            )
+            process.start()
+            sender.close()
+            processes[receiver] = process
+        listening = set(processes)
+        while listening:
+            for receiver in cast(list[Connection], wait(listening)):
+                try:
+                    kind, value = receiver.recv()
+                except EOFError:
+                    listening.remove(receiver)
+                    continue
+                faults.append(value) if kind == "fault" else getattr(report, kind)(value)
+    finally:
+        for process in processes.values():
+            process.terminate()  # finished shards are whole; the rest is done again
+            process.join()
+    progress.finish()
+    for process in processes.values():
+        if process.exitcode not in (0, _FAULT):
+            faults.append(f"{process.name} ended with exit code {process.exitcode}. Repeat the command to go on.")
+    if faults:
+        raise DflashError("\n".join(dict.fromkeys(faults)))
+    return report.written
+
+
+class _Sender:
+    """A worker's side of `Report`; safe in threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, value: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, value))
+
+    def tokens(self, count: int) -> None:
+        self.send("tokens", count)
+
+    def shard(self, num_bytes: int) -> None:
+        self.send("shard", num_bytes)
+
+    def say(self, text: str) -> None:
+        self.send("say", text)
+
+
+def _worker(
+    open_work: Callable[[ExtractConfig], Work], config: ExtractConfig, left: list[int], connection: Connection
+) -> None:
+    """Do shards in a process of its own, first those of its own share, then what others have not begun."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to handle
+    sender = _Sender(connection)
+    try:
+        work = open_work(config)
+        _do_shards(work, work.capturer(), left, sender)
+    except BrokenPipeError:  # the command was killed; its workers must not live on unseen
+        raise SystemExit(_FAULT) from None
+    except (DflashError, OSError) as error:
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        sender.send("fault", f"{place}{getattr(error, 'strerror', None) or error}")
+        raise SystemExit(_FAULT) from None
+
+
+def _device(config: ExtractConfig, index: int) -> str:
+    """Return the worker's device: workers are dealt to the GPUs in turn."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{index % torch.cuda.device_count()}"
