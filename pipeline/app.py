@@ -95,14 +95,6 @@ def _settings(kind: type[Config], given: dict[str, Any], **converted: Any) -> Co
     return kind(**{name: value for name, value in given.items() if name in names} | converted)
 
 
-def _quiet_libraries() -> None:
-    """Keep transformers' own bars and notices off the terminal; its errors still arrive as exceptions."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"dflash-offline {version('dflash-offline')}")
@@ -196,11 +188,12 @@ def extract(
             layers=_ids(layers, "--layers"),
             chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
         )
-        _quiet_libraries()
         from dflash_offline.pipeline.extract import print_done, print_plan
         from dflash_offline.stages.extract import extract as run
         from dflash_offline.stages.extract import plan_only
+        from dflash_offline.stages.target import quiet_libraries
 
+        quiet_libraries()
         progress = TerminalProgress(quiet=quiet)
         if plan:
             print_plan(config, *plan_only(config, progress), as_json=json_)
@@ -243,12 +236,13 @@ def verify(
     """Check every file, chunk, token and statistic of a cache; exit 1 if anything is wrong."""
     with _reported():
         from dflash_offline.pipeline.verify import print_report, to_json
+        from dflash_offline.stages.target import quiet_libraries
         from dflash_offline.stages.verify import compare_with_target, verify_cache
         from dflash_offline.stages.verify import repair as forget
 
         progress = TerminalProgress(quiet=quiet)
         faults = verify_cache(cache, progress)
-        _quiet_libraries()
+        quiet_libraries()
         fits = compare_with_target(cache, target, samples, seed, progress) if target is not None else []
         forgotten = forget(cache, faults) if repair else []
         print(to_json(faults, fits, forgotten)) if json_ else print_report(cache, faults, fits, forgotten)
@@ -405,7 +399,6 @@ def evaluate(
         config = _settings(
             EvalConfig, given, chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs")
         )
-        _quiet_libraries()
         from dflash_offline.pipeline import evaluate as evaluation
 
         result = evaluation.evaluate_folder(config, TerminalProgress(quiet=quiet))

@@ -79,7 +79,8 @@ def _round_mantissa(bits: Tensor, kept: int) -> Tensor:
         return bits
     wide = bits.to(torch.int32)
     half = (1 << dropped - 1) - 1 + ((wide >> dropped) & 1)
-    return ((wide + half) & -(1 << dropped)).to(torch.int16)
+    rounded = ((wide + half) & -(1 << dropped)).to(torch.int16)
+    return torch.where((bits & _EXPONENT) == _EXPONENT, bits, rounded)  # a NaN's carry could make it a number
 
 
 def calibrate(states: Tensor, step: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

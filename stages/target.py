@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
@@ -25,6 +26,12 @@ from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_fi
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 """Config fields of families that change their logits after the head; a cap shows only on large logits."""
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and notices off the terminal; its errors still arrive as exceptions."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def choose_device(device: str) -> torch.device:

@@ -24,6 +24,7 @@ from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture import Capture, Capturer
 from dflash_offline.stages.encoding import FeatureEncoder
 from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.target import quiet_libraries
 from dflash_offline.stages.writer import ShardWriter
 
 _SHOWN_SAMPLES = 10
@@ -167,9 +168,12 @@ def run_workers(
                     listening.remove(receiver)
                     continue
                 faults.append(value) if kind == "fault" else getattr(report, kind)(value)
-    finally:
+    except BaseException:
         for process in processes.values():
             process.terminate()  # finished shards are whole; the rest is done again
+        raise
+    finally:
+        for process in processes.values():
             process.join()
     progress.finish()
     for process in processes.values():
@@ -206,6 +210,7 @@ def _worker(
 ) -> None:
     """Do shards in a process of its own, first those of its own share, then what others have not begun."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to handle
+    quiet_libraries()
     sender = _Sender(connection)
     try:
         work = open_work(config)

@@ -1,0 +1,105 @@
+"""A cache of made-up features, and a process that fills it: everything of an extraction but the target.
+
+Needs no torch, so that it starts quickly: `python tests/feature_writer.py CACHE WORKER`.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.files import building_folder
+from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
+from dflash_offline.schemas.samples import SampleTable, write_rejects
+from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
+from dflash_offline.stages.writer import ShardWriter
+
+CHUNK = 32
+
+
+def create(cache: Path, *, num_shards: int, shard_tokens: int = 256, width: int = 64, seed: int = 0) -> Manifest:
+    """Publish an empty cache of three layers, with samples of 20 to 90 tokens."""
+    rng = np.random.default_rng(seed)
+    lengths, starts, shards = [], [], []
+    for shard in range(num_shards):
+        used = 0
+        while used + CHUNK * 3 <= shard_tokens:
+            length = int(rng.integers(20, CHUNK * 3 - 5))
+            lengths.append(length)
+            starts.append(shard * shard_tokens + used)
+            shards.append(shard)
+            used += -(-length // CHUNK) * CHUNK
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    samples = SampleTable(
+        source=["made.jsonl"] * len(lengths),
+        row=np.arange(1, len(lengths) + 1),
+        num_tokens=np.array(lengths),
+        num_supervised=np.array(lengths),
+        num_anchors=np.array(lengths) - 7,
+        shard=np.array(shards),
+        start=np.array(starts),
+        offsets=offsets,
+        flat_ids=rng.integers(0, 1000, offsets[-1]).astype(np.uint32),
+        flat_mask=rng.random(offsets[-1]) < 0.8,
+    )
+    layout = Layout(
+        num_shards=num_shards,
+        shard_tokens=shard_tokens,
+        chunk_tokens=CHUNK,
+        num_layers=3,
+        hidden_size=width,
+        features=FeatureLayout(),
+    )
+    with building_folder(cache) as folder:
+        samples.write(folder / SAMPLES)
+        write_rejects(folder / REJECTS, [])
+        create_arrays(folder / FEATURES, layout, [1, 2, 4])
+        (folder / "target").mkdir()
+        (folder / "target" / "config.json").write_text('{"model_type": "none"}')
+        publish_cache(
+            folder,
+            cache,
+            identity={"layer_ids": [1, 2, 4], "seed": seed},
+            origin={},
+            decoder={},
+            layout=layout,
+            plan={"samples": len(lengths)},
+        )
+    return Manifest.read(cache)
+
+
+def features(manifest: Manifest, samples: SampleTable, shard: int, fill: int) -> NDArray[np.uint16]:
+    """Return a shard's codes; a function of the cache's seed and the sample."""
+    layout = manifest.layout
+    codes = np.full((layout.shard_tokens, layout.num_layers, layout.hidden_size), fill, np.uint16)
+    for sample in samples.samples_of_shard(shard).tolist():
+        rng = np.random.default_rng([manifest.identity["seed"], sample])
+        count = int(samples.num_tokens[sample])
+        values = rng.standard_normal((count, layout.num_layers, layout.hidden_size), dtype=np.float32)
+        begin = int(samples.start[sample]) - shard * layout.shard_tokens
+        codes[begin : begin + count] = (values.view(np.uint32) >> 16).astype(np.uint16)
+    return codes
+
+
+def fill_cache(cache: Path, worker: int = 0) -> None:
+    """Write every shard that is left, in an order of this worker's own."""
+    manifest = Manifest.read(cache)
+    samples = SampleTable.read(cache / SAMPLES)
+    codec = open_codec(cache, manifest)
+    writer = ShardWriter(cache, manifest, samples, codec)
+    order = list(range(manifest.layout.num_shards))
+    random.Random(worker).shuffle(order)
+    for wait in (False, True):
+        for shard in order:
+            if writer.is_done(shard):
+                continue
+            with writer.claim(shard, wait=wait) as ours:
+                if ours:
+                    writer.commit(shard, features(manifest, samples, shard, codec.fill))
+
+
+if __name__ == "__main__":
+    fill_cache(Path(sys.argv[1]), int(sys.argv[2]))
+    assert "torch" not in sys.modules
