@@ -21,7 +21,9 @@ from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.shards import encode_chunk
 
-_TIMED_BATCHES = 3
+_TIMED_BATCHES = 4
+_TIMED_S = 2.0
+"""Seconds after which no further batch is timed."""
 _PACKED_TOKENS = 2048
 """Tokens whose features are compressed to learn the ratio."""
 
@@ -62,16 +64,16 @@ def measure(
     `progress` is called after each batch.
     """
     lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
-    members = spread_out(samples, np.arange(len(samples)), (_TIMED_BATCHES + 1) * config.batch_tokens)
-    batches = list(micro_batches(samples, members, config.batch_tokens))[: _TIMED_BATCHES + 1]
-    tokens, seconds, codes = 0, 0.0, torch.empty(0)
-    for number, batch in enumerate(batches):
-        began = time.perf_counter()
+    members = spread_out(samples, np.arange(len(samples)), _TIMED_BATCHES * config.batch_tokens)
+    capturer.run(samples, members[:1], lossless)[0].cpu()  # warms up
+    tokens, began, codes = 0, time.perf_counter(), torch.empty(0)
+    for batch in list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]:
         codes = capturer.run(samples, batch, lossless)[0].cpu()
-        if number or len(batches) == 1:  # the first one warms up
-            seconds += time.perf_counter() - began
-            tokens += len(codes)
+        tokens += len(codes)
+        seconds = time.perf_counter() - began
         progress(1)
+        if seconds > _TIMED_S:
+            break
     ratios = {kind: _ratio(codes[:_PACKED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS}
     raw = int(samples.num_tokens.sum()) * layout.slot_bytes
     rate = tokens / seconds
