@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
@@ -173,3 +173,25 @@ def test_plain_zarr_and_numpy_decode_a_scaled_cache(extract_config: Settings, tm
         slots = slice(reader.samples.start[sample], reader.samples.start[sample] + reader.samples.num_tokens[sample])
         np.testing.assert_array_equal(values[slots], reader.read_values(sample))
     assert np.isnan(values[reader.samples.num_tokens[0]]).all()
+
+
+def test_a_target_spread_over_devices_gives_the_same_features_and_is_recorded(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    config = ExtractConfig(**extract_config, out=tmp_path / "cache", device_map="auto")
+    extract(config, Silent())
+    assert content(config.out) == content(cache)
+    assert CacheReader(config.out).manifest.identity["target"]["device_map"] == "auto"
+    with pytest.raises(MismatchError, match=r"target\.device_map +cache: auto  now: None"):
+        extract(replace(config, device_map=None), Silent())
+
+
+def test_without_accelerate_a_spread_target_is_refused_with_what_to_install(
+    extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dflash_offline.stages import target as loading
+
+    monkeypatch.setattr(loading, "find_spec", lambda _name: None)
+    config = ExtractConfig(**extract_config, out=tmp_path / "cache", device_map="auto")
+    with pytest.raises(DflashError, match=r"pip install 'dflash-offline\[large\]'"):
+        extract(config, Silent())
