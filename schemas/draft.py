@@ -4,9 +4,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dflash_offline.schemas.errors import DflashError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+CAUSAL_LAYERS = ("none", "sliding", "all")
+
+
+class AttentionRule(NamedTuple):
+    """What a token of a block may see in one kind of layer."""
+
+    window: int | None = None
+    """W: context less than W positions before the token, which counts itself; None for the whole context."""
+    causal: bool = False
+    """Whether the later tokens of its own block are hidden from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +45,24 @@ class DraftConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     max_position_embeddings: int = 40_960
+    sliding_window: int | None = None
+    """W of the sliding layers; at least a block, so that a window cuts context only. None without such layers."""
+    sliding_layers: tuple[int, ...] = ()
+    """Draft layers with a sliding window, ascending."""
+    causal_layers: str = "none"
+    """Layers in which a block's token does not see the later ones of its block: none, sliding or all."""
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The kind of every draft layer, as config.json names it."""
+        return tuple(SLIDING if i in self.sliding_layers else FULL for i in range(self.num_hidden_layers))
+
+    @property
+    def attention_rules(self) -> dict[str, AttentionRule]:
+        """The rule of every kind of layer that this draft has."""
+        causal = {FULL: self.causal_layers == "all", SLIDING: self.causal_layers != "none"}
+        windows = {FULL: None, SLIDING: self.sliding_window}
+        return {kind: AttentionRule(windows[kind], causal[kind]) for kind in sorted(set(self.layer_types))}
 
     def __post_init__(self) -> None:
         problems = self._problems()
@@ -64,13 +94,35 @@ class DraftConfig:
                 f"mask_token_id is {self.mask_token_id}; expected a row of the embedding table, "
                 f"0 to {self.vocab_size - 1}."
             )
+        return problems + self._attention_problems()
+
+    def _attention_problems(self) -> list[str]:
+        layers, window, problems = self.sliding_layers, self.sliding_window, []
+        if list(layers) != sorted(set(layers)) or any(not 0 <= i < self.num_hidden_layers for i in layers):
+            problems.append(
+                f"sliding_layers is {list(layers)}; expected unique, ascending layers of 0 to "
+                f"{self.num_hidden_layers - 1}."
+            )
+        if bool(layers) != (window is not None):
+            problems.append(
+                f"sliding_window is {window} and sliding_layers {list(layers)}; expected both or neither of them."
+            )
+        if window is not None and window < self.block_size:
+            problems.append(
+                f"sliding_window is {window}; expected at least a block of {self.block_size}: below that, clients "
+                f"differ in what a block sees of itself."
+            )
+        if self.causal_layers not in CAUSAL_LAYERS:
+            problems.append(f"causal_layers is {self.causal_layers!r}; expected one of {CAUSAL_LAYERS}.")
         return problems
 
     def to_json(self) -> dict[str, Any]:
         """Return the complete config.json; every field that some client needs, and none that a Qwen3 config lacks.
 
         Block size, layer ids and mask id stand both at the top and in `dflash_config`, and the rotary base both
-        in `rope_theta` and in `rope_parameters`: clients differ in where they look.
+        in `rope_theta` and in `rope_parameters`: clients differ in where they look. So does causality, in `is_causal`
+        and `dflash_config.causal`, except where it differs between layers: that, all clients take a config to mean
+        which says neither.
         """
         dflash = {
             "block_size": self.block_size,
@@ -78,11 +130,15 @@ class DraftConfig:
             "target_layer_ids": list(self.target_layer_ids),
             "num_target_layers": self.num_target_layers,
         }
+        causal = {rule.causal for rule in self.attention_rules.values()}
+        said = causal.pop() if len(causal) == 1 else None
+        plain = self.attention_rules == {FULL: AttentionRule()}
         return {
             "architectures": ["DFlashDraftModel"],
             "model_type": "qwen3",
             **dflash,
-            "dflash_config": {**dflash, "causal": False},
+            "dflash_config": dflash if said is None else {**dflash, "causal": said},
+            **({} if plain or said is None else {"is_causal": said}),
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
             "num_attention_heads": self.num_attention_heads,
@@ -98,9 +154,9 @@ class DraftConfig:
             "rope_theta": self.rope_theta,
             "rope_scaling": None,
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "sliding_window": None,
-            "use_sliding_window": False,
+            "layer_types": list(self.layer_types),
+            "sliding_window": self.sliding_window,
+            "use_sliding_window": bool(self.sliding_layers),
             "max_window_layers": self.num_hidden_layers,
             "tie_word_embeddings": False,
             "use_cache": True,
@@ -121,12 +177,8 @@ class DraftConfig:
                 f"{where} is not a DFlash draft's config: it lacks {', '.join(required)}. "
                 f"Name a folder written by `dflash export`, or another DFlash draft."
             )
-        types = set(config.get("layer_types") or ["full_attention"])
-        if types != {"full_attention"}:
-            raise DflashError(
-                f"{where} has layer_types {sorted(types)}; this version reads drafts with full attention only."
-            )
-        fields = {name: merged[name] for name in cls.__dataclass_fields__ if name in merged}
+        plain = [name for name in cls.__dataclass_fields__ if name not in _ATTENTION_FIELDS]
+        fields = {name: merged[name] for name in plain if name in merged}
         wrong = [
             f"{name} is {value!r}; expected {expected}"
             for name, value in fields.items()
@@ -135,7 +187,7 @@ class DraftConfig:
         if wrong:
             raise DflashError(f"{where} is not a DFlash draft's config: {'; '.join(wrong)}.")
         fields["target_layer_ids"] = tuple(fields["target_layer_ids"])
-        return cls(**fields)
+        return cls(**fields, **_attention_fields(config, where))
 
     @classmethod
     def read(cls, folder: Path) -> "DraftConfig":
@@ -152,6 +204,45 @@ class DraftConfig:
                 f"{path} is a JSON {type(document).__name__}; expected an object. Export the draft again."
             )
         return cls.from_json(document, str(path))
+
+
+_ATTENTION_FIELDS = ("sliding_window", "sliding_layers", "causal_layers")
+
+
+def _attention_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of the layers' attention. Raises where clients would not agree on what the config means.
+
+    A value of `is_causal` or `dflash_config.causal` holds for every layer; where none is given, sliding layers are
+    causal and full ones are not. z-lab's client reads only the first, older vLLM only the second.
+    """
+    nested, number = config.get("dflash_config") or {}, config["num_hidden_layers"]
+    types = config.get("layer_types") or [FULL] * number
+    problems = []
+    if not isinstance(types, list) or len(types) != number or any(kind not in (FULL, SLIDING) for kind in types):
+        raise DflashError(f"{where} has layer_types {types!r}; expected {number} of {FULL!r} or {SLIDING!r}.")
+    sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
+    window = config.get("sliding_window") if sliding else None
+    if sliding and (_fault_of_type("sliding_window", window) or config.get("use_sliding_window") is not True):
+        problems.append(
+            f"sliding_window is {window!r} and use_sliding_window {config.get('use_sliding_window')!r}; expected a "
+            f"whole number and true, since layer_types has sliding layers"
+        )
+    if nested.get("use_swa"):
+        problems.append("dflash_config.use_swa is true; expected the sliding layers to be named in layer_types")
+    said = {"is_causal": config.get("is_causal"), "dflash_config.causal": nested.get("causal")}
+    for name, value in said.items():
+        if value is not None and not isinstance(value, bool):
+            problems.append(f"{name} is {value!r}; expected true, false or nothing")
+    meanings = [tuple(kind == SLIDING if value is None else bool(value) for kind in types) for value in said.values()]
+    if meanings[0] != meanings[1]:
+        problems.append(
+            f"is_causal is {said['is_causal']!r} and dflash_config.causal {said['dflash_config.causal']!r}, which "
+            f"clients would serve differently; expected both to be what the draft was trained with"
+        )
+    if problems:
+        raise DflashError(f"{where} leaves open what its layers see: {'; '.join(problems)}.")
+    causal = "all" if all(meanings[0]) else "sliding" if any(meanings[0]) else "none"
+    return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": causal}
 
 
 def _fault_of_type(name: str, value: object) -> str:

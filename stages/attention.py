@@ -4,60 +4,95 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from dflash_offline.schemas.draft import AttentionRule
 
 
-def visible(
-    row: Tensor,
-    query: Tensor,
-    key: Tensor,
-    anchors: Tensor,
-    keep: Tensor,
-    document_ids: Tensor | None,
-    seq_len: int,
-    block_size: int,
-) -> Tensor:
+@dataclass(frozen=True)
+class Blocks:
+    """Where the blocks of a batch stand."""
+
+    anchors: Tensor
+    """int64 [B, N]."""
+    keep: Tensor
+    """bool [B, N]; a block that is not kept sees only itself."""
+    document_ids: Tensor | None
+    """int [B, S], or None for one document per row."""
+    seq_len: int
+    """S."""
+    block_size: int
+    """K."""
+
+    @property
+    def num_queries(self) -> int:
+        """N * K."""
+        return self.anchors.shape[1] * self.block_size
+
+
+def visible(row: Tensor, query: Tensor, key: Tensor, blocks: Blocks, rule: AttentionRule) -> Tensor:
     """Return whether a query sees a key; the int tensors `row`, `query` and `key` broadcast.
 
     A query of block j sees context positions strictly before anchor j and of the anchor's document, if block j is
-    kept, and every token of its own block. A block that is not kept still sees itself: a softmax over nothing is NaN.
-    `anchors` is int64 [B, N], `keep` bool [B, N], `document_ids` int [B, S] or None for one document per row.
-    Keys below `seq_len` are context positions, the others block tokens.
+    kept, and the tokens of its own block. A block that is not kept still sees itself: a softmax over nothing is NaN.
+    A window W hides context W or more positions before the query itself; a causal rule hides the later tokens of
+    the block. Keys below S are context positions, the others block tokens.
     """
-    block = query // block_size
-    anchor = anchors[row, block]
+    block, slot = query // blocks.block_size, query % blocks.block_size
+    anchor = blocks.anchors[row, block]
     # The anchor is a context position, so key < anchor also says that the key is one.
-    context = (key < anchor) & keep[row, block]
-    if document_ids is not None:
-        position = torch.where(key < seq_len, key, 0)
-        context = context & (document_ids[row, position] == document_ids[row, anchor])
-    own_block = (key >= seq_len) & ((key - seq_len) // block_size == block)
+    context = (key < anchor) & blocks.keep[row, block]
+    if rule.window is not None:
+        context = context & (anchor + slot - key < rule.window)
+    if blocks.document_ids is not None:
+        position = torch.where(key < blocks.seq_len, key, 0)
+        context = context & (blocks.document_ids[row, position] == blocks.document_ids[row, anchor])
+    own = key - blocks.seq_len
+    own_block = (own >= 0) & (own // blocks.block_size == block)
+    if rule.causal:
+        own_block = own_block & (own <= query)
     return context | own_block
 
 
-def dense_mask(anchors: Tensor, keep: Tensor, document_ids: Tensor | None, seq_len: int, block_size: int) -> Tensor:
+def dense_mask(blocks: Blocks, rule: AttentionRule) -> Tensor:
     """Return the predicate as bool [B, 1, N*K, S + N*K]; True is visible."""
-    num_rows, num_queries = anchors.shape[0], anchors.shape[1] * block_size
-    row = torch.arange(num_rows, device=anchors.device)[:, None, None, None]
-    query = torch.arange(num_queries, device=anchors.device)[:, None]
-    key = torch.arange(seq_len + num_queries, device=anchors.device)
-    return visible(row, query, key, anchors, keep, document_ids, seq_len, block_size)
+    device = blocks.anchors.device
+    row = torch.arange(blocks.anchors.shape[0], device=device)[:, None, None, None]
+    query = torch.arange(blocks.num_queries, device=device)[:, None]
+    key = torch.arange(blocks.seq_len + blocks.num_queries, device=device)
+    return visible(row, query, key, blocks, rule)
 
 
-def flex_mask(anchors: Tensor, keep: Tensor, document_ids: Tensor | None, seq_len: int, block_size: int) -> BlockMask:
+def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
     """Return the predicate as a flex `BlockMask` over N*K queries and S + N*K keys."""
-    num_rows, num_queries = anchors.shape[0], anchors.shape[1] * block_size
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(row, query, key, anchors, keep, document_ids, seq_len, block_size)
+        return visible(row, query, key, blocks, rule)
 
-    create = create_block_mask if anchors.is_cpu else _compiled_create_block_mask()
-    return create(mask_mod, B=num_rows, H=None, Q_LEN=num_queries, KV_LEN=seq_len + num_queries, device=anchors.device)
+    create = create_block_mask if blocks.anchors.is_cpu else _compiled_create_block_mask()
+    return create(
+        mask_mod,
+        B=blocks.anchors.shape[0],
+        H=None,
+        Q_LEN=blocks.num_queries,
+        KV_LEN=blocks.seq_len + blocks.num_queries,
+        device=blocks.anchors.device,
+    )
+
+
+def served_mask(num_context: int, num_slots: int, rule: AttentionRule, device: torch.device) -> Tensor | None:
+    """Return what a served block sees, bool [1, 1, Q, C + Q]; None if that is everything.
+
+    It stands after a context of `num_context` positions, none of them another document's.
+    """
+    if rule == AttentionRule():
+        return None
+    start = torch.full((1, 1), num_context, device=device)
+    return dense_mask(Blocks(start, torch.ones_like(start, dtype=torch.bool), None, num_context, num_slots), rule)
 
 
 @functools.cache

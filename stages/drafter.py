@@ -20,9 +20,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.stages.attention import served_mask
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention")
 Mask = Tensor | BlockMask | None
+Masks = Mask | Mapping[str, Mask]
+"""One for all layers, or one for every kind of layer."""
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -220,7 +223,7 @@ class DraftModel(nn.Module):
     def forward(
         self,
         position_ids: Tensor,
-        attention_mask: Mask = None,
+        attention_mask: Masks = None,
         noise_embedding: Tensor | None = None,
         target_hidden: Tensor | None = None,
         past_key_values: DraftCache | None = None,
@@ -228,20 +231,29 @@ class DraftModel(nn.Module):
         """Return the block's hidden states after the final norm, [B, Q, H].
 
         `position_ids` is int [B, C + Q] (or [1, C + Q]): the new context's positions, then the block's.
-        `noise_embedding` is [B, Q, H], `target_hidden` [B, C, L*H]. `attention_mask` is None (everything is visible,
-        as served), bool [B, 1, Q, P + C + Q] with True for visible, or a flex `BlockMask`. With `past_key_values`
-        the block also sees the P positions held there, and the cache grows by C + Q.
+        `noise_embedding` is [B, Q, H], `target_hidden` [B, C, L*H]. `attention_mask` is None (one block sees what
+        the config's rules show it, as served), bool [B, 1, Q, P + C + Q] with True for visible, a flex `BlockMask`, or
+        one of these for every kind of layer. With `past_key_values` the block also sees the P positions held there,
+        and the cache grows by C + Q.
         """
         assert noise_embedding is not None and target_hidden is not None
         context = self.hidden_norm(self.fc(target_hidden))
         inv_freq = rotary_inv_freq(self.config.head_dim, self.config.rope_theta, position_ids.device)
         rotary = rotary_table(position_ids, inv_freq, noise_embedding.dtype)
         block = noise_embedding
-        for layer in self.layers:
-            block = layer(block, context, rotary, attention_mask, past_key_values, self.attention_backend)
+        if attention_mask is None:
+            held = 0 if past_key_values is None else past_key_values.length
+            attention_mask = self._served_masks(held + context.shape[1], block)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            mask = attention_mask[kind] if isinstance(attention_mask, Mapping) else attention_mask
+            block = layer(block, context, rotary, mask, past_key_values, self.attention_backend)
         if past_key_values is not None:
             past_key_values.advance(context.shape[1] + block.shape[1])
         return self.norm(block)
+
+    def _served_masks(self, num_context: int, block: Tensor) -> dict[str, Mask]:
+        rules = self.config.attention_rules
+        return {kind: served_mask(num_context, block.shape[1], rule, block.device) for kind, rule in rules.items()}
 
 
 @torch.no_grad()

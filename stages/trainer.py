@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dflash_offline.schemas.draft import FULL, AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.stages.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
-from dflash_offline.stages.attention import dense_mask, flex_mask
-from dflash_offline.stages.drafter import ATTENTION_BACKENDS, DraftModel, Mask
+from dflash_offline.stages.attention import Blocks, dense_mask, flex_mask
+from dflash_offline.stages.drafter import ATTENTION_BACKENDS, DraftModel, Masks
 from dflash_offline.stages.objective import (
     LOSS_TYPES,
     accepted_prefix,
@@ -181,7 +182,7 @@ class DFlashTrainerModule(nn.Module):
             position_ids=self._all_position_ids(input_ids, document_ids, anchors),
             noise_embedding=noise.to(dtype),
             target_hidden=hidden_states,
-            attention_mask=self._mask(anchors, keep, document_ids, input_ids.shape[1]),
+            attention_mask=self._masks(Blocks(anchors, keep, document_ids, input_ids.shape[1], self.block_size)),
         )
         return hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
 
@@ -195,14 +196,19 @@ class DFlashTrainerModule(nn.Module):
             blocks = blocks - starts.gather(1, anchors).repeat_interleave(self.block_size, dim=1)
         return torch.cat((context, blocks), dim=1)
 
-    def _mask(self, anchors: Tensor, keep: Tensor, document_ids: Tensor | None, seq_len: int) -> Mask:
-        flex = self.attention_backend == "flex_attention" and isinstance(self.draft_model, DraftModel)
-        if flex and anchors.is_cpu and torch.is_grad_enabled():
+    def _masks(self, blocks: Blocks) -> Masks:
+        """Return the mask of all layers, or one for every kind where the draft has several."""
+        draft = self.draft_model
+        rules = draft.config.attention_rules if isinstance(draft, DraftModel) else {FULL: AttentionRule()}
+        flex = self.attention_backend == "flex_attention" and isinstance(draft, DraftModel)
+        if flex and blocks.anchors.is_cpu and torch.is_grad_enabled():
             flex = False
             if not self._said_fallback:
                 logger.warning("Flex attention has no backward on the CPU: training with sdpa instead.")
                 self._said_fallback = True
-        return (flex_mask if flex else dense_mask)(anchors, keep, document_ids, seq_len, self.block_size)
+        make = flex_mask if flex else dense_mask
+        masks = {kind: make(blocks, rule) for kind, rule in rules.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _measure(
         self,
@@ -286,4 +292,18 @@ class DFlashTrainerModule(nn.Module):
                         f"{name} is {here}, but the draft's config, which is served, says "
                         f"{getattr(config, name)}; expected the same."
                     )
+        else:
+            problems += _foreign_problems(getattr(self.draft_model, "config", None))
         return problems
+
+
+def _foreign_problems(config: object) -> list[str]:
+    """Return why another project's draft, which gets one mask for all layers, would not be trained as it is served."""
+    kinds = set(getattr(config, "layer_types", None) or [FULL])
+    if kinds == {FULL} and not getattr(config, "is_causal", False):
+        return []
+    return [
+        f"The draft's config has layer_types {sorted(kinds)} and is_causal {getattr(config, 'is_causal', None)}; "
+        f"expected full attention that is not causal. Load the folder with dflash_offline.stages.drafter.load_draft, "
+        f"which masks every layer as it is served."
+    ]

@@ -1,7 +1,7 @@
 """A slow reference of the training step, written from the contract: one block at a time, full logits, no packing.
 
 It shares no code with the project. A block is computed as it is served: context strictly before the anchor, then
-the block, nothing hidden by a mask because nothing else is there.
+the block, nothing hidden because nothing else is there, unless a layer has a window or is causal.
 """
 
 import math
@@ -12,19 +12,27 @@ from torch import Tensor
 
 
 def visible_by_brute_force(
-    anchors: list[list[int]], keep: list[list[bool]], documents: list[list[int]], block_size: int
+    anchors: list[list[int]],
+    keep: list[list[bool]],
+    documents: list[list[int]],
+    block_size: int,
+    window: int | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Return bool [B, 1, N*K, S + N*K], decided pair by pair."""
     rows, num, seq_len = len(anchors), len(anchors[0]), len(documents[0])
     mask = torch.zeros(rows, 1, num * block_size, seq_len + num * block_size, dtype=torch.bool)
     for b in range(rows):
         for query in range(num * block_size):
-            block = query // block_size
+            block, slot = divmod(query, block_size)
             a = anchors[b][block]
             for key in range(seq_len):
-                mask[b, 0, query, key] = keep[b][block] and key < a and documents[b][key] == documents[b][a]
+                near = window is None or a + slot - key < window
+                same = documents[b][key] == documents[b][a]
+                mask[b, 0, query, key] = keep[b][block] and key < a and same and near
             for other in range(num * block_size):
-                mask[b, 0, query, seq_len + other] = other // block_size == block
+                past = other <= query or not causal
+                mask[b, 0, query, seq_len + other] = other // block_size == block and past
     return mask
 
 
@@ -41,6 +49,18 @@ def _turn(x: Tensor, positions: list[int], theta: float) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=1)
 
 
+def _hidden(config, layer: int, start: int, block_size: int) -> Tensor:
+    """Return bool [K, start + K], decided pair by pair: what a layer hides from a block."""
+    sliding = layer in config.sliding_layers
+    causal = config.causal_layers == "all" or (config.causal_layers == "sliding" and sliding)
+    hidden = torch.zeros(block_size, start + block_size, dtype=torch.bool)
+    for query in range(block_size):
+        for position in range(start + block_size):
+            distance = start + query - position
+            hidden[query, position] = (sliding and distance >= config.sliding_window) or (causal and distance < 0)
+    return hidden
+
+
 def draft_one_block(weights: dict[str, Tensor], config, context_features: Tensor, block: Tensor, start: int) -> Tensor:
     """Return [K, H] of one block [K, H] at positions start.., after context features [start, L*H] at 0..start-1."""
     eps, d = config.rms_norm_eps, config.head_dim
@@ -51,7 +71,7 @@ def draft_one_block(weights: dict[str, Tensor], config, context_features: Tensor
         w = {name.removeprefix(f"layers.{i}."): value for name, value in weights.items()}
         normed = _norm(block, w["input_layernorm.weight"], eps)
         source = torch.cat((context, normed))
-        heads = []
+        heads, hidden = [], _hidden(config, i, start, len(block))
         for head in range(config.num_attention_heads):
             q_rows = slice(head * d, (head + 1) * d)
             kv_rows = slice(head // groups * d, (head // groups + 1) * d)
@@ -59,7 +79,8 @@ def draft_one_block(weights: dict[str, Tensor], config, context_features: Tensor
             k = _norm(source @ w["self_attn.k_proj.weight"][kv_rows].T, w["self_attn.k_norm.weight"], eps)
             v = source @ w["self_attn.v_proj.weight"][kv_rows].T
             q, k = _turn(q, positions[start:], config.rope_theta), _turn(k, positions, config.rope_theta)
-            heads.append(torch.softmax(q @ k.T / math.sqrt(d), dim=-1) @ v)
+            scores = (q @ k.T / math.sqrt(d)).masked_fill(hidden, -math.inf)
+            heads.append(torch.softmax(scores, dim=-1) @ v)
         block = block + torch.cat(heads, dim=-1) @ w["self_attn.o_proj.weight"].T
         normed = _norm(block, w["post_attention_layernorm.weight"], eps)
         gate = normed @ w["mlp.gate_proj.weight"].T

@@ -1,16 +1,18 @@
 """What a block may see, materialised for each backend and compared with brute force."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import visible_by_brute_force
-from tiny import TinyBatch, pack, tiny_batch, tiny_draft_config
-from torch import Tensor
+from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft_config
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
+from dflash_offline.schemas.draft import FULL, SLIDING, AttentionRule
 from dflash_offline.stages import attention
 from dflash_offline.stages.anchors import sample_document_anchors
-from dflash_offline.stages.attention import dense_mask, flex_mask
+from dflash_offline.stages.attention import Blocks, dense_mask, flex_mask, served_mask
 from dflash_offline.stages.drafter import attend
 
 
@@ -19,28 +21,65 @@ def cases() -> dict[str, TinyBatch]:
     return {"padded": padded, "packed": pack(padded, padding=4), "single": tiny_batch(tiny_draft_config(), [40])}
 
 
-def drawn(batch: TinyBatch) -> tuple[Tensor, Tensor]:
-    return sample_document_anchors(batch.loss_mask, batch.document_ids, 4, 5, torch.Generator().manual_seed(0))
+def drawn(batch: TinyBatch, num_anchors: int = 5) -> Blocks:
+    generator = torch.Generator().manual_seed(0)
+    anchors, keep = sample_document_anchors(batch.loss_mask, batch.document_ids, 4, num_anchors, generator)
+    return Blocks(anchors, keep, batch.document_ids, batch.input_ids.shape[1], 4)
 
 
+RULES = [AttentionRule(), AttentionRule(causal=True), AttentionRule(6), AttentionRule(6, causal=True)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", ["padded", "packed", "single"])
-def test_every_backends_mask_equals_brute_force(name: str) -> None:
+def test_every_backends_mask_equals_brute_force(name: str, rule: AttentionRule) -> None:
     batch = cases()[name]
-    anchors, keep = drawn(batch)
-    seq_len = batch.input_ids.shape[1]
-    expected = visible_by_brute_force(anchors.tolist(), keep.tolist(), batch.document_ids.tolist(), 4)
-    assert torch.equal(dense_mask(anchors, keep, batch.document_ids, seq_len, 4), expected)
-    flex = flex_mask(anchors, keep, batch.document_ids, seq_len, 4)
-    assert torch.equal(create_mask(flex.mask_mod, len(anchors), 1, *expected.shape[-2:], device="cpu"), expected)
+    blocks = drawn(batch)
+    expected = visible_by_brute_force(
+        blocks.anchors.tolist(), blocks.keep.tolist(), batch.document_ids.tolist(), 4, rule.window, rule.causal
+    )
+    assert torch.equal(dense_mask(blocks, rule), expected)
+    flex = flex_mask(blocks, rule)
+    assert torch.equal(create_mask(flex.mask_mod, len(expected), 1, *expected.shape[-2:], device="cpu"), expected)
     if name == "padded":  # one document a row: saying so changes nothing
-        assert torch.equal(dense_mask(anchors, keep, None, seq_len, 4), expected)
+        assert torch.equal(dense_mask(replace(blocks, document_ids=None), rule), expected)
 
 
-def test_flex_block_mask_covers_every_visible_pair() -> None:
-    batch = tiny_batch(tiny_draft_config(), [300, 150])
-    anchors, keep = sample_document_anchors(batch.loss_mask, batch.document_ids, 4, 70)
-    dense = dense_mask(anchors, keep, batch.document_ids, 300, 4)
-    flex = flex_mask(anchors, keep, batch.document_ids, 300, 4)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("context", [0, 3, 20])
+def test_served_mask_is_the_trained_one_of_a_block_after_its_context(rule: AttentionRule, context: int) -> None:
+    trained = visible_by_brute_force([[context]], [[True]], [[0] * (context + 4)], 4, rule.window, rule.causal)
+    expected = torch.cat((trained[..., :context], trained[..., context + 4 :]), dim=-1)
+    served = served_mask(context, 4, rule, torch.device("cpu"))
+    if served is None:
+        assert rule == AttentionRule() and bool(expected.all())
+    else:
+        assert torch.equal(served, expected)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_draft_has_one_rule_for_every_kind_of_layer(name: str) -> None:
+    config = tiny_draft_config(**ATTENTION[name])
+    assert list(config.attention_rules) == sorted(set(config.layer_types))
+    by_layer = [config.attention_rules[kind] for kind in config.layer_types]
+    assert (
+        by_layer
+        == {
+            "full": [AttentionRule()] * 2,
+            "causal": [AttentionRule(causal=True)] * 2,
+            "sliding": [AttentionRule(5)] * 2,
+            "causal sliding": [AttentionRule(5, causal=True)] * 2,
+            "one sliding": [AttentionRule(), AttentionRule(4)],
+            "one causal sliding": [AttentionRule(4, causal=True), AttentionRule()],
+        }[name]
+    )
+    assert config.layer_types == tuple(FULL if rule.window is None else SLIDING for rule in by_layer)
+
+
+@pytest.mark.parametrize("rule", [AttentionRule(), AttentionRule(40)], ids=str)
+def test_flex_block_mask_covers_every_visible_pair(rule: AttentionRule) -> None:
+    blocks = drawn(tiny_batch(tiny_draft_config(), [300, 150]), num_anchors=70)
+    dense, flex = dense_mask(blocks, rule), flex_mask(blocks, rule)
     tiles = flex.to_dense().bool()
     padded = torch.zeros(2, 1, tiles.shape[2] * 128, tiles.shape[3] * 128, dtype=torch.bool)
     padded[:, :, : dense.shape[2], : dense.shape[3]] = dense
@@ -50,23 +89,23 @@ def test_flex_block_mask_covers_every_visible_pair() -> None:
 
 @pytest.mark.parametrize("name", ["padded", "packed", "single"])
 def test_every_query_sees_something_even_of_a_block_that_is_not_kept(name: str) -> None:
-    batch = cases()[name]
-    anchors, keep = drawn(batch)
-    mask = dense_mask(anchors, torch.zeros_like(keep), batch.document_ids, batch.input_ids.shape[1], 4)
-    assert bool((mask.sum(dim=-1) == 4).all())
+    blocks = drawn(cases()[name])
+    nothing_kept = replace(blocks, keep=torch.zeros_like(blocks.keep))
+    assert bool((dense_mask(nothing_kept, AttentionRule(6)).sum(dim=-1) == 4).all())
+    causal = dense_mask(nothing_kept, AttentionRule(causal=True)).sum(dim=-1)
+    assert torch.equal(causal, (torch.arange(blocks.num_queries) % 4 + 1).expand_as(causal))
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_flex_attention_equals_sdpa_and_eager(kv_heads: int) -> None:
-    batch = cases()["packed"]
-    anchors, keep = drawn(batch)
-    seq_len, generator = batch.input_ids.shape[1], torch.Generator().manual_seed(0)
-    num_queries = anchors.shape[1] * 4
+def test_flex_attention_equals_sdpa_and_eager(kv_heads: int, rule: AttentionRule) -> None:
+    blocks, generator = drawn(cases()["packed"]), torch.Generator().manual_seed(0)
+    num_queries = blocks.num_queries
     q = torch.randn(1, 4, num_queries, 16, generator=generator)
-    k, v = torch.randn(2, 1, kv_heads, seq_len + num_queries, 16, generator=generator)
-    dense = dense_mask(anchors, keep, batch.document_ids, seq_len, 4)
+    k, v = torch.randn(2, 1, kv_heads, blocks.seq_len + num_queries, 16, generator=generator)
+    dense = dense_mask(blocks, rule)
     sdpa = attend(q, k, v, dense, "sdpa")
-    flex = attend(q, k, v, flex_mask(anchors, keep, batch.document_ids, seq_len, 4), "flex_attention")
+    flex = attend(q, k, v, flex_mask(blocks, rule), "flex_attention")
     torch.testing.assert_close(flex, sdpa, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(attend(q, k, v, dense, "eager"), sdpa, atol=2e-6, rtol=1e-5)
 
@@ -78,5 +117,5 @@ def test_compiled_block_mask_is_not_made_anew_for_every_row_length(monkeypatch: 
     for seq_len in range(300, 310):
         anchors, keep = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
         documents = torch.zeros(2, seq_len, dtype=torch.long)
-        flex_mask(anchors, keep, documents, seq_len, 4)
+        flex_mask(Blocks(anchors, keep, documents, seq_len, 4), AttentionRule(40))
     assert compiled.frame_count <= 2  # one for the first length, one for all others

@@ -2,20 +2,23 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from reference import ReferenceStep, train_step
-from tiny import TinyBatch, pack, tiny_batch, tiny_draft, tiny_trainer
+from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflash_offline.schemas.draft import AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.stages import trainer as trainer_module
 from dflash_offline.stages.anchors import collate_anchors, draw_anchors
-from dflash_offline.stages.attention import dense_mask
-from dflash_offline.stages.drafter import DraftCache
+from dflash_offline.stages.attention import Blocks, dense_mask
+from dflash_offline.stages.drafter import DraftCache, DraftModel
 from dflash_offline.stages.objective import supervised_slots
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 
@@ -68,7 +71,22 @@ def gradients(loss: Tensor, trainer: DFlashTrainerModule) -> dict[str, Tensor]:
     ids=["flat", "gamma", "dpace", "chunks"],
 )
 def test_step_equals_the_slow_reference(settings: dict[str, Any], backend: str, packed: bool) -> None:
-    trainer = tiny_trainer(attention_backend=backend, **settings)
+    check_step(tiny_trainer(attention_backend=backend, **settings), packed)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_step_with_windows_and_causal_layers_equals_the_slow_reference(
+    attention: str, backend: str, packed: bool
+) -> None:
+    trainer = tiny_trainer(tiny_draft(**ATTENTION[attention]), attention_backend=backend)
+    with torch.set_grad_enabled(backend != "flex_attention"):  # it has no backward on the CPU
+        check_step(trainer, packed)
+
+
+def check_step(trainer: DFlashTrainerModule, packed: bool) -> None:
+    """Fail unless loss, sums and gradients of a step are the slow reference's."""
     batch = tiny_batch(trainer.draft_model.config, LENGTHS)
     draws = document_draws(batch, LENGTHS)
     if packed:
@@ -89,6 +107,8 @@ def test_step_equals_the_slow_reference(settings: dict[str, Any], backend: str, 
     assert step.accept_len.item() == pytest.approx(sum(expected.accept_lens) / len(expected.accept_lens))
     assert step.correct_by_slot.tolist() == expected.correct_by_slot
     assert step.valid_by_slot.tolist() == expected.valid_by_slot
+    if not torch.is_grad_enabled():
+        return
     found, wanted = gradients(step.loss, trainer), gradients(expected.loss, trainer)
     for name, grad in wanted.items():
         assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
@@ -130,17 +150,19 @@ def features(layer_outputs: Tensor, ids: tuple[int, ...]) -> Tensor:
     return torch.cat([layer_outputs[i] for i in ids], dim=-1)[None]
 
 
-def served(trainer: DFlashTrainerModule, tokens: Tensor, target_hidden: Tensor, a: int, cache: bool) -> Tensor:
+def served(
+    trainer: DFlashTrainerModule, draft: DraftModel, tokens: Tensor, target_hidden: Tensor, a: int, cache: bool
+) -> Tensor:
     """Return the block's hidden states [K, H] at anchor `a`, as a client computes them."""
-    config = trainer.draft_model.config
+    config = draft.config
     block = torch.tensor([[tokens[0, a].item()] + [config.mask_token_id] * (config.block_size - 1)])
     noise = trainer.target_embed_tokens(block)
     positions = torch.arange(a + config.block_size)[None]
     if not cache:
-        return trainer.draft_model(position_ids=positions, noise_embedding=noise, target_hidden=target_hidden[:, :a])[0]
+        return draft(position_ids=positions, noise_embedding=noise, target_hidden=target_hidden[:, :a])[0]
     held, start, hidden = DraftCache(), 0, None
     for stop in sorted({a // 2, max(a - 1, 0), a}):
-        hidden = trainer.draft_model(
+        hidden = draft(
             position_ids=positions[:, start : stop + config.block_size],
             noise_embedding=noise,
             target_hidden=target_hidden[:, start:stop],
@@ -153,7 +175,9 @@ def served(trainer: DFlashTrainerModule, tokens: Tensor, target_hidden: Tensor, 
 
 
 @torch.no_grad()
-def check_training_equals_serving(trainer: DFlashTrainerModule, trained_ids: tuple[int, ...] = (1, 3)) -> None:
+def check_training_equals_serving(
+    trainer: DFlashTrainerModule, trained_ids: tuple[int, ...] = (1, 3), served_draft: DraftModel | None = None
+) -> None:
     """Fail unless, at every anchor of a row, the training forward and its loss are those of the served draft."""
     tokens, layer_outputs, loss_mask = short_row(trainer)
     length, K = tokens.shape[1], trainer.block_size
@@ -167,10 +191,11 @@ def check_training_equals_serving(trainer: DFlashTrainerModule, trained_ids: tup
     trainer(tokens, trained, loss_mask, anchors=anchors)
     hook.remove()
     packed = seen[-1][0].unflatten(0, (length, K))
-    target_hidden = features(layer_outputs, trainer.draft_model.config.target_layer_ids)
+    draft = served_draft or trainer.draft_model
+    target_hidden = features(layer_outputs, draft.config.target_layer_ids)
     for a in range(length):
         for cache in (False, True):
-            step = served(trainer, tokens, target_hidden, a, cache)
+            step = served(trainer, draft, tokens, target_hidden, a, cache)
             torch.testing.assert_close(packed[a], step, atol=1e-5, rtol=1e-5)
             labels = tokens[0, a + 1 : a + K]
             logits = trainer.target_lm_head(step[1 : 1 + len(labels)])
@@ -178,9 +203,18 @@ def check_training_equals_serving(trainer: DFlashTrainerModule, trained_ids: tup
             torch.testing.assert_close(losses[a], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
-def test_training_equals_serving_at_every_anchor(backend: str) -> None:
-    check_training_equals_serving(tiny_trainer(attention_backend=backend))
+def test_training_equals_serving_at_every_anchor(backend: str, attention: str) -> None:
+    check_training_equals_serving(tiny_trainer(tiny_draft(**ATTENTION[attention]), attention_backend=backend))
+
+
+@pytest.mark.parametrize("trained", ATTENTION)
+def test_a_draft_served_with_another_mask_fails_the_serving_check(trained: str) -> None:
+    trainer = tiny_trainer(tiny_draft(**ATTENTION[trained]))
+    for other in ATTENTION.keys() - {trained}:
+        with pytest.raises(AssertionError):
+            check_training_equals_serving(trainer, served_draft=tiny_draft(**ATTENTION[other]))
 
 
 def test_a_wrong_layer_id_fails_the_serving_check() -> None:
@@ -189,7 +223,10 @@ def test_a_wrong_layer_id_fails_the_serving_check() -> None:
 
 
 def test_a_context_that_includes_the_anchor_fails_the_serving_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "dense_mask", lambda anchors, *rest: dense_mask(anchors + 1, *rest))
+    def off_by_one(blocks: Blocks, rule: AttentionRule) -> Tensor:
+        return dense_mask(replace(blocks, anchors=blocks.anchors + 1), rule)
+
+    monkeypatch.setattr(trainer_module, "dense_mask", off_by_one)
     with pytest.raises(AssertionError):
         check_training_equals_serving(tiny_trainer())
 
@@ -340,6 +377,14 @@ def test_another_draft_is_called_as_the_reference_client_is_and_gets_a_dense_mas
         "attention_mask": (2, 1, 20, 40),
     }
     assert draft.call["attention_mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("said", [{"layer_types": ["sliding_attention"] * 2}, {"is_causal": True}])
+def test_another_draft_with_windows_or_causal_layers_is_refused(said: dict[str, Any]) -> None:
+    own, draft = tiny_trainer(), RecordingDraft()
+    draft.config = SimpleNamespace(**said)
+    with pytest.raises(DflashError, match=r"expected full attention that is not causal.*load_draft"):
+        DFlashTrainerModule(draft, own.target_lm_head, own.target_embed_tokens, 39, 4)
 
 
 def test_only_the_draft_is_trained() -> None:

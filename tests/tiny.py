@@ -10,6 +10,16 @@ from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.stages.drafter import DraftModel, RMSNorm
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
+ATTENTION: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal_layers": "all"},
+    "sliding": {"sliding_window": 5, "sliding_layers": (0, 1)},
+    "causal sliding": {"sliding_window": 5, "sliding_layers": (0, 1), "causal_layers": "all"},
+    "one sliding": {"sliding_window": 4, "sliding_layers": (1,)},
+    "one causal sliding": {"sliding_window": 4, "sliding_layers": (0,), "causal_layers": "sliding"},
+}
+"""Settings of a draft for every way in which its layers may look."""
+
 
 def tiny_draft_config(**overrides: Any) -> DraftConfig:
     """Return a draft of two layers, H = 32, K = 4, two captured layers of a six-layer target."""

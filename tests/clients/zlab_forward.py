@@ -4,8 +4,8 @@ Usage: PYTHONPATH=<folder with the package dflash> python zlab_forward.py DRAFT 
 
 Standalone: it runs in a process of its own and imports nothing of this project. DRAFT is a folder with config.json
 and model.safetensors. INPUTS holds `target_hidden` [S, L*H], `token_embedding` [S, H], `mask_embedding` [H] and
-`anchors` int64 [A], ascending; and a training call's own arguments, as `packed.` and the argument's name. OUTPUTS gets
-`step` and `cached`, float32 [A, K, H], and `packed`, [B, N*K, H].
+`anchors` int64 [A], ascending; and, if wanted, a training call's own arguments, as `packed.` and the argument's name.
+OUTPUTS gets `step` and `cached`, float32 [A, K, H], and `packed`, [B, N*K, H].
 """
 
 import sys
@@ -38,8 +38,11 @@ def main(folder: str, inputs_path: str, outputs_path: str) -> None:
         )
         _crop_to(cache, a)
         fed = a
-    packed = draft(**{name.removeprefix("packed."): x for name, x in inputs.items() if name.startswith("packed.")})
-    save_file({"step": torch.stack(step), "cached": torch.stack(cached), "packed": packed}, outputs_path)
+    outputs = {"step": torch.stack(step), "cached": torch.stack(cached)}
+    packed = {name.removeprefix("packed."): x for name, x in inputs.items() if name.startswith("packed.")}
+    if packed:
+        outputs["packed"] = draft(**packed)
+    save_file(outputs, outputs_path)
 
 
 if __name__ == "__main__":
