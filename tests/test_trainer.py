@@ -2,24 +2,18 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from reference import ReferenceStep, train_step
+from serving import MISTAKES, check_training_equals_serving, served_by_own_draft, short_rows
 from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dflash_offline.schemas.draft import AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
-from dflash_offline.stages import trainer as trainer_module
 from dflash_offline.stages.anchors import collate_anchors, draw_anchors
-from dflash_offline.stages.attention import Blocks, dense_mask
-from dflash_offline.stages.drafter import DraftCache, DraftModel
-from dflash_offline.stages.objective import supervised_slots
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 
 LENGTHS = [14, 3, 9, 20]
@@ -134,119 +128,34 @@ def test_gradients_of_the_numerator_add_up_over_micro_batches() -> None:
 
 # --- training equals serving -------------------------------------------------------------------------------------
 
-LAYERS = 6
-
-
-def short_row(trainer: DFlashTrainerModule, length: int = 13) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens [1, S], the outputs of all target layers [LAYERS, S, H], and a loss mask [1, S]."""
-    generator = torch.Generator().manual_seed(9)
-    config = trainer.draft_model.config
-    tokens = torch.randint(config.vocab_size - 1, (1, length), generator=generator)
-    layer_outputs = torch.randn(LAYERS, length, config.hidden_size, generator=generator)
-    return tokens, layer_outputs, torch.ones(1, length, dtype=torch.long)
-
-
-def features(layer_outputs: Tensor, ids: tuple[int, ...]) -> Tensor:
-    return torch.cat([layer_outputs[i] for i in ids], dim=-1)[None]
-
-
-def served(
-    trainer: DFlashTrainerModule, draft: DraftModel, tokens: Tensor, target_hidden: Tensor, a: int, cache: bool
-) -> Tensor:
-    """Return the block's hidden states [K, H] at anchor `a`, as a client computes them."""
-    config = draft.config
-    block = torch.tensor([[tokens[0, a].item()] + [config.mask_token_id] * (config.block_size - 1)])
-    noise = trainer.target_embed_tokens(block)
-    positions = torch.arange(a + config.block_size)[None]
-    if not cache:
-        return draft(position_ids=positions, noise_embedding=noise, target_hidden=target_hidden[:, :a])[0]
-    held, start, hidden = DraftCache(), 0, None
-    for stop in sorted({a // 2, max(a - 1, 0), a}):
-        hidden = draft(
-            position_ids=positions[:, start : stop + config.block_size],
-            noise_embedding=noise,
-            target_hidden=target_hidden[:, start:stop],
-            past_key_values=held,
-        )[0]
-        held.crop(stop)
-        start = stop
-    assert hidden is not None
-    return hidden
-
-
-@torch.no_grad()
-def check_training_equals_serving(
-    trainer: DFlashTrainerModule, trained_ids: tuple[int, ...] = (1, 3), served_draft: DraftModel | None = None
-) -> None:
-    """Fail unless, at every anchor of a row, the training forward and its loss are those of the served draft."""
-    tokens, layer_outputs, loss_mask = short_row(trainer)
-    length, K = tokens.shape[1], trainer.block_size
-    anchors = torch.arange(length)[None]
-    seen: list[Tensor] = []
-    hook = trainer.draft_model.register_forward_hook(lambda module, args, output: seen.append(output))
-    trained = features(layer_outputs, trained_ids)
-    losses = [
-        trainer(tokens, trained, loss_mask, anchors=anchors, keep_mask=anchors == a).loss_sum for a in range(length)
-    ]
-    trainer(tokens, trained, loss_mask, anchors=anchors)
-    hook.remove()
-    packed = seen[-1][0].unflatten(0, (length, K))
-    draft = served_draft or trainer.draft_model
-    target_hidden = features(layer_outputs, draft.config.target_layer_ids)
-    for a in range(length):
-        for cache in (False, True):
-            step = served(trainer, draft, tokens, target_hidden, a, cache)
-            torch.testing.assert_close(packed[a], step, atol=1e-5, rtol=1e-5)
-            labels = tokens[0, a + 1 : a + K]
-            logits = trainer.target_lm_head(step[1 : 1 + len(labels)])
-            expected = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else torch.zeros(())
-            torch.testing.assert_close(losses[a], expected, atol=1e-5, rtol=1e-5)
-
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
 def test_training_equals_serving_at_every_anchor(backend: str, attention: str) -> None:
-    check_training_equals_serving(tiny_trainer(tiny_draft(**ATTENTION[attention]), attention_backend=backend))
+    trainer = tiny_trainer(tiny_draft(**ATTENTION[attention]), attention_backend=backend)
+    rows = short_rows(trainer.draft_model.config)
+    check_training_equals_serving(trainer, rows, served_by_own_draft(trainer, rows))
 
 
 @pytest.mark.parametrize("trained", ATTENTION)
 def test_a_draft_served_with_another_mask_fails_the_serving_check(trained: str) -> None:
     trainer = tiny_trainer(tiny_draft(**ATTENTION[trained]))
+    rows = short_rows(trainer.draft_model.config)
     for other in ATTENTION.keys() - {trained}:
-        with pytest.raises(AssertionError):
-            check_training_equals_serving(trainer, served_draft=tiny_draft(**ATTENTION[other]))
+        served = served_by_own_draft(trainer, rows, tiny_draft(**ATTENTION[other]))
+        with pytest.raises(AssertionError, match="not close"):
+            check_training_equals_serving(trainer, rows, served)
 
 
-def test_a_wrong_layer_id_fails_the_serving_check() -> None:
-    with pytest.raises(AssertionError):
-        check_training_equals_serving(tiny_trainer(), trained_ids=(2, 4))
-
-
-def test_a_context_that_includes_the_anchor_fails_the_serving_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def off_by_one(blocks: Blocks, rule: AttentionRule) -> Tensor:
-        return dense_mask(replace(blocks, anchors=blocks.anchors + 1), rule)
-
-    monkeypatch.setattr(trainer_module, "dense_mask", off_by_one)
-    with pytest.raises(AssertionError):
-        check_training_equals_serving(tiny_trainer())
-
-
-def test_a_shifted_label_fails_the_serving_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(*args: Any) -> tuple[Tensor, Tensor]:
-        position, supervised = supervised_slots(*args)
-        return (position + 1).clamp(max=args[2].shape[1] - 1), supervised
-
-    monkeypatch.setattr(trainer_module, "supervised_slots", shifted)
-    with pytest.raises(AssertionError):
-        check_training_equals_serving(tiny_trainer())
-
-
-def test_anchor_relative_rotary_positions_fail_the_serving_check(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plant", MISTAKES)
+def test_a_planted_mistake_fails_the_serving_check(
+    plant: Callable[[DFlashTrainerModule, pytest.MonkeyPatch], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = tiny_trainer()
-    right = trainer._create_position_ids
-    monkeypatch.setattr(trainer, "_create_position_ids", lambda anchors: right(torch.zeros_like(anchors)))
-    with pytest.raises(AssertionError):
-        check_training_equals_serving(trainer)
+    rows = short_rows(trainer.draft_model.config)
+    served = served_by_own_draft(trainer, rows)
+    with pytest.raises(AssertionError, match="not close"):
+        check_training_equals_serving(trainer, rows, served, **plant(trainer, monkeypatch))
 
 
 # --- documents, draws and backends -------------------------------------------------------------------------------
