@@ -292,6 +292,15 @@ def train(
     draft_max_position_embeddings: Annotated[
         int | None, typer.Option(help="Longest text it is declared for. [default: the target's]")
     ] = None,
+    sliding_window: Annotated[
+        int | None, typer.Option(help="Context positions that draft layers see. [default: all]")
+    ] = None,
+    sliding_layers: Annotated[
+        str | None, typer.Option(metavar="IDS", help="Draft layers with that window, from 0. [default: every one]")
+    ] = None,
+    causal_layers: Annotated[
+        str, typer.Option(help="Draft layers that are causal within a block: none, sliding or all.")
+    ] = TrainConfig.causal_layers,
     seed: Annotated[int, typer.Option(help="Of weights, order and anchors.")] = TrainConfig.seed,
     val_samples: Annotated[
         int, typer.Option(help="Samples held out, at most; never over a tenth.")
@@ -313,7 +322,8 @@ def train(
     """Train a draft from a cache; the target is not loaded."""
     given = locals()
     with _reported("Repeat the command to go on from the last checkpoint."):
-        config = _settings(TrainConfig, given, layers=_ids(layers, "--layers"))
+        sliding = _ids(sliding_layers, "--sliding-layers")
+        config = _settings(TrainConfig, given, layers=_ids(layers, "--layers"), sliding_layers=sliding)
         from dflash_offline.stages.train import train as run
 
         done = run(config, TerminalProgress(quiet=quiet))

@@ -176,6 +176,12 @@ class TrainConfig:
     """Added under the root of each norm; None for the target's."""
     draft_max_position_embeddings: int | None = None
     """Longest text the draft is declared for; None for the target's."""
+    sliding_window: int | None = None
+    """W: draft layers see context less than W positions back; None for all of it."""
+    sliding_layers: tuple[int, ...] | None = None
+    """Draft layers with that window, from 0; None for every one, if there is a window."""
+    causal_layers: str = "none"
+    """Draft layers in which a token does not see the later ones of its block: none, sliding or all."""
     layers: tuple[int, ...] | None = None
     """Captured layers the draft reads; None for all in the cache."""
     seed: int = 0

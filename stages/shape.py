@@ -41,14 +41,21 @@ def draft_shape(config: TrainConfig, reader: CacheReader) -> DraftConfig:
         "rms_norm_eps": config.draft_rms_norm_eps,
         "max_position_embeddings": config.draft_max_position_embeddings,
     }
+    num_layers = len(layers) if config.draft_layers is None else config.draft_layers
+    sliding = config.sliding_layers
+    if sliding is None:
+        sliding = () if config.sliding_window is None else tuple(range(num_layers))
     return DraftConfig(
         hidden_size=target["hidden_size"],
         vocab_size=target["vocab_size"],
         num_target_layers=target["num_hidden_layers"],
-        num_hidden_layers=len(layers) if config.draft_layers is None else config.draft_layers,
+        num_hidden_layers=num_layers,
         target_layer_ids=tuple(layers),
         block_size=block_size,
         mask_token_id=int(reader.manifest.plan["mask_token_id"]),
+        sliding_window=config.sliding_window,
+        sliding_layers=sliding,
+        causal_layers=config.causal_layers,
         **{name: target[name] if value is None else value for name, value in asked.items()},
     )
 
