@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dflash_offline.schemas.draft import AttentionRule
+from dflash_offline.stages.anchors import document_starts
+
+TILE_QUERIES = 128
+"""Queries of one tile, about: enough to keep a matmul busy, few enough that neighbours see nearly the same context."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,51 @@ def dense_mask(blocks: Blocks, rule: AttentionRule) -> Tensor:
     query = torch.arange(blocks.num_queries, device=device)[:, None]
     key = torch.arange(blocks.seq_len + blocks.num_queries, device=device)
     return visible(row, query, key, blocks, rule)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Neighbouring blocks, and all that any of them can see: one stretch of the context, and themselves."""
+
+    num_queries: int
+    """Q."""
+    context: slice
+    """C positions of the row; no query of the tile sees another."""
+    mask: Tensor
+    """The predicate, bool [B, 1, Q, C + Q]."""
+
+
+@dataclass(frozen=True)
+class TiledMask:
+    """The predicate, cut into tiles of queries in order; what lies outside a tile's keys is not visible."""
+
+    seq_len: int
+    tiles: tuple[Tile, ...]
+
+
+def tiled_mask(blocks: Blocks, rule: AttentionRule) -> TiledMask:
+    """Return the predicate as tiles. Anchors ascend, so neighbours share their context, and N*K x N*K is never formed.
+
+    Exact for any order of anchors; on a GPU the host waits for them once.
+    """
+    anchors, keep, size = blocks.anchors, blocks.keep, blocks.block_size
+    first = torch.zeros_like(anchors) if blocks.document_ids is None else document_starts(blocks.document_ids)
+    if blocks.document_ids is not None:
+        first = first.gather(1, anchors)
+    if rule.window is not None:
+        first = torch.maximum(first, anchors - rule.window + 1)
+    begins = first.masked_fill(~keep, blocks.seq_len).amin(dim=0).tolist()
+    ends = anchors.masked_fill(~keep, 0).amax(dim=0).tolist()
+    row = torch.arange(len(anchors), device=anchors.device)[:, None, None, None]
+    step, tiles = max(TILE_QUERIES // size, 1), []
+    for block in range(0, len(ends), step):
+        end = max(ends[block : block + step])
+        context = slice(min(*begins[block : block + step], end), end)
+        query = torch.arange(block * size, min(block + step, len(ends)) * size, device=anchors.device)
+        position = torch.arange(context.start, context.stop, device=anchors.device)
+        mask = visible(row, query[:, None], torch.cat((position, blocks.seq_len + query)), blocks, rule)
+        tiles.append(Tile(len(query), context, mask))
+    return TiledMask(blocks.seq_len, tuple(tiles))
 
 
 def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:

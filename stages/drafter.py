@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError
-from dflash_offline.stages.attention import served_mask
+from dflash_offline.stages.attention import TiledMask, served_mask
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention")
-Mask = Tensor | BlockMask | None
+Mask = Tensor | BlockMask | TiledMask | None
 Masks = Mask | Mapping[str, Mask]
 """One for all layers, or one for every kind of layer."""
 Rotary = tuple[Tensor, Tensor]
@@ -79,7 +80,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # Autocast may lift the norm to float32; what follows it should not be lifted with it.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 def rotary_inv_freq(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
@@ -111,6 +113,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     enable_gqa = q.shape[1] != k.shape[1]
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
     if not q.is_cpu:
         return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
     with warnings.catch_warnings():
@@ -128,16 +132,42 @@ def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None and not q.is_cpu:
+        # A GPU's fused kernels take grouped heads or a mask, not both, and the plain one holds all scores.
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+@torch.compiler.disable  # tiles change from step to step
+def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask) -> Tensor:
+    sizes = [tile.num_queries for tile in mask.tiles]
+    context_k, *own_k = k.split([mask.seq_len, *sizes], dim=2)
+    context_v, *own_v = v.split([mask.seq_len, *sizes], dim=2)
+    attended = [
+        _attend_sdpa(
+            tile_q,
+            torch.cat((context_k[:, :, tile.context], tile_k), dim=2),
+            torch.cat((context_v[:, :, tile.context], tile_v), dim=2),
+            tile.mask,
+        )
+        for tile, tile_q, tile_k, tile_v in zip(mask.tiles, q.split(sizes, dim=2), own_k, own_v, strict=True)
+    ]
+    return torch.cat(attended, dim=2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tensor:
     """Return attention [B, heads, Q, head_dim] of q over k, v [B, kv heads, keys, head_dim].
 
-    A `BlockMask` always runs flex attention. Without one, "flex_attention" means `sdpa`: there is nothing to skip.
+    A `BlockMask` always runs flex attention and a `TiledMask` sdpa. Without them, "flex_attention" means `sdpa`:
+    there is nothing to skip.
     """
     if isinstance(mask, BlockMask):
         return _attend_flex(q, k, v, mask)
-    if backend == "eager":
-        return _attend_eager(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    if isinstance(mask, TiledMask):
+        return _attend_tiled(q, k, v, mask)
+    return (_attend_eager if backend == "eager" else _attend_sdpa)(q, k, v, mask)
 
 
 class DraftAttention(nn.Module):
@@ -159,10 +189,12 @@ class DraftAttention(nn.Module):
     ) -> Tensor:
         """Return [B, Q, H] of block [B, Q, H] and context [B, C, H]; `rotary` covers C + Q positions."""
         num_queries = block.shape[1]
-        source = torch.cat((context, block), dim=1)
+        # Joined after the projections: keys and values are narrower, and no layer keeps a copy of the context.
+        k = torch.cat((self.k_proj(context), self.k_proj(block)), dim=1)
+        v = torch.cat((self.v_proj(context), self.v_proj(block)), dim=1)
         q = self.q_norm(self._split(self.q_proj(block))).transpose(1, 2)
-        k = self.k_norm(self._split(self.k_proj(source))).transpose(1, 2)
-        v = self._split(self.v_proj(source)).transpose(1, 2)
+        k = self.k_norm(self._split(k)).transpose(1, 2)
+        v = self._split(v).transpose(1, 2)
         cos, sin = rotary
         q = rotate(q, (cos[:, :, -num_queries:], sin[:, :, -num_queries:]))
         k = rotate(k, rotary)
@@ -214,6 +246,8 @@ class DraftModel(nn.Module):
             raise DflashError(f"attention_backend is {attention_backend!r}; expected one of {ATTENTION_BACKENDS}.")
         self.config = config
         self.attention_backend = attention_backend
+        self.gradient_checkpointing = False
+        """Keep only each layer's input for the backward pass, which computes the rest again."""
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(config.num_hidden_layers))
@@ -232,9 +266,9 @@ class DraftModel(nn.Module):
 
         `position_ids` is int [B, C + Q] (or [1, C + Q]): the new context's positions, then the block's.
         `noise_embedding` is [B, Q, H], `target_hidden` [B, C, L*H]. `attention_mask` is None (one block sees what
-        the config's rules show it, as served), bool [B, 1, Q, P + C + Q] with True for visible, a flex `BlockMask`, or
-        one of these for every kind of layer. With `past_key_values` the block also sees the P positions held there,
-        and the cache grows by C + Q.
+        the config's rules show it, as served), bool [B, 1, Q, P + C + Q] with True for visible, a flex `BlockMask`, a
+        `TiledMask`, or one of these for every kind of layer. With `past_key_values` the block also sees the P
+        positions held there, and the cache grows by C + Q.
         """
         assert noise_embedding is not None and target_hidden is not None
         context = self.hidden_norm(self.fc(target_hidden))
@@ -246,7 +280,11 @@ class DraftModel(nn.Module):
             attention_mask = self._served_masks(held + context.shape[1], block)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             mask = attention_mask[kind] if isinstance(attention_mask, Mapping) else attention_mask
-            block = layer(block, context, rotary, mask, past_key_values, self.attention_backend)
+            inputs = (block, context, rotary, mask, past_key_values, self.attention_backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                block = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                block = layer(*inputs)
         if past_key_values is not None:
             past_key_values.advance(context.shape[1] + block.shape[1])
         return self.norm(block)

@@ -2,14 +2,17 @@
 
 # Axes: B rows, S positions, N anchors, K block size, M supervised slots, H hidden size, V vocabulary.
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 LOSS_TYPES = ("dflash", "dpace")
+HEAD_CHUNK_BYTES = {"cpu": 64 * 2**20, "gpu": 640 * 2**20}
+"""Bytes of a chunk's logits, counted in float32. A GPU's share gives 1,024 slots at a vocabulary of 151,936."""
 
 
 def slot_weights(block_size: int, gamma: float | None, device: torch.device | None = None) -> Tensor:
@@ -50,12 +53,41 @@ def supervised_slots(
     return position, supervised
 
 
+def default_chunk_slots(vocab_size: int, device: torch.device) -> int:
+    """Return how many slots to project at once: as many as keep a matmul busy, their logits bounded in bytes."""
+    slots = HEAD_CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"] // (4 * vocab_size)
+    return max(slots // 128 * 128, 128)
+
+
+def _chunk_loss(logits: Tensor, label: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a chunk's cross-entropy float32 [M, 1], whether the greedy token is the label, and the gradient [M, V].
+
+    The gradient is with respect to the logits and in their dtype; everything before it is float32. The largest
+    probability is at least 1 / V, so its logarithm is exact where that of the label's own would underflow. `out`,
+    float32 [M, V], receives the softmax.
+    """
+    top, greedy = logits.max(dim=-1, keepdim=True)
+    probability = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
+    ce = top.float() - logits.gather(1, label).float() - probability.gather(1, greedy).log()
+    less_one = (probability.gather(1, label) - 1).to(logits.dtype)
+    return ce, greedy == label, probability.to(logits.dtype).scatter_(1, label, less_one)
+
+
+@functools.cache
+def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_chunk_loss)
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """Cross-entropy through a frozen head, a chunk of slots at a time.
 
     Cross-entropy's gradient is linear in what arrives from above, one number a slot. So the forward pass forms each
     slot's gradient with respect to its hidden state while the chunk's logits exist, the logits are dropped, and the
-    backward pass only scales. Stored for it: one hidden state a slot.
+    backward pass only scales. Stored for it: one hidden state a slot. Each logit is written once by the matmul, read
+    by the softmax and the maximum, and its gradient written and read once; the buffers serve every chunk, because
+    fresh pages cost a CPU as much as the softmax. The number of slots is known to the host only after it has waited
+    for the device; against a step of hundreds of milliseconds that gap is microseconds, and projecting every slot to
+    avoid it would cost what the unsupervised ones cost.
     """
 
     @staticmethod
@@ -67,22 +99,28 @@ class _HeadCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         chunk_slots: int,
         with_grad: bool,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         ce = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
         grad = torch.empty_like(hidden) if with_grad else None
+        shape = min(chunk_slots, len(labels)), weight.shape[0]
+        logits = torch.empty(shape, dtype=weight.dtype, device=hidden.device)
+        softmax = None if compiled else torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(labels), chunk_slots):
             chunk = slice(start, start + chunk_slots)
             label = labels[chunk, None]
-            logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias)
-            correct[chunk] = logits.argmax(dim=-1) == label[:, 0]
-            logits = logits.float()
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            ce[chunk] = (log_sum - logits.gather(1, label))[:, 0]
+            rows = slice(len(label))
+            torch.mm(hidden[chunk].to(weight.dtype), weight.t(), out=logits[rows])
+            if bias is not None:
+                logits[rows] += bias
+            if softmax is None:
+                chunk_ce, hit, by_logit = _compiled_chunk_loss()(logits[rows], label)
+            else:
+                chunk_ce, hit, by_logit = _chunk_loss(logits[rows], label, softmax[rows])
+            ce[chunk], correct[chunk] = chunk_ce[:, 0], hit[:, 0]
             if grad is not None:
-                probability = logits.sub_(log_sum).exp_()
-                probability.scatter_add_(1, label, torch.full_like(label, -1, dtype=torch.float32))
-                grad[chunk] = probability.to(weight.dtype) @ weight
+                grad[chunk] = by_logit @ weight
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(correct)
@@ -92,22 +130,26 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0][:, None].to(grad.dtype), None, None, None, None, None
+        return (grad * grad_outputs[0][:, None]).to(grad.dtype), None, None, None, None, None, None
 
 
-def head_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk_slots: int) -> tuple[Tensor, Tensor]:
+def head_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: nn.Linear, chunk_slots: int | None = None, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return cross-entropy float32 [M], differentiable in `hidden`, and whether the greedy token is the label [M].
 
     `hidden` is [M, H], `labels` int64 [M]. The head gets no gradient. Logits are formed in the autocast dtype, or in
-    the head's own without autocast, `chunk_slots` slots at a time; the softmax is float32.
+    the head's own without autocast, `chunk_slots` slots at a time (by default `default_chunk_slots`); the softmax is
+    float32, and one kernel where `compiled`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     weight = head.weight.detach().to(dtype)
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     with_grad = torch.is_grad_enabled() and hidden.requires_grad
+    chunk_slots = chunk_slots or default_chunk_slots(weight.shape[0], hidden.device)
     with torch.autocast(device, enabled=False):
-        return _HeadCrossEntropy.apply(hidden, labels, weight, bias, chunk_slots, with_grad)
+        return _HeadCrossEntropy.apply(hidden, labels, weight, bias, chunk_slots, with_grad, compiled)
 
 
 def accepted_prefix(correct: Tensor, supervised: Tensor) -> Tensor:

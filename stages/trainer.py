@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from dflash_offline.schemas.draft import FULL, AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.stages.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
-from dflash_offline.stages.attention import Blocks, dense_mask, flex_mask
+from dflash_offline.stages.attention import Blocks, dense_mask, flex_mask, tiled_mask
 from dflash_offline.stages.drafter import ATTENTION_BACKENDS, DraftModel, Masks
 from dflash_offline.stages.objective import (
     LOSS_TYPES,
     accepted_prefix,
+    default_chunk_slots,
     dpace_weights,
     head_cross_entropy,
     slot_weights,
@@ -62,7 +63,9 @@ class DFlashTrainerModule(nn.Module):
 
     `draft_model` is called as the reference client's is; either can be trained. Head and embeddings are frozen in
     place. On a CPU, where flex attention has no backward, a step with gradients uses sdpa. The cross-entropy forms
-    at most `head_chunk_slots` rows of logits at a time.
+    at most `head_chunk_slots` rows of logits at a time; None leaves the number to the vocabulary and the device.
+    `compiled` runs the layers of a `DraftModel` and the softmax through `torch.compile`, which fuses the norms, rotary
+    turns and gates that otherwise go through a GPU's memory one by one; it pays where the shapes stay the same.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class DFlashTrainerModule(nn.Module):
         *,
         loss_type: str = "dflash",
         dpace_alpha: float = 0.5,
-        head_chunk_slots: int = 1024,
+        head_chunk_slots: int | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.draft_model = draft_model
@@ -92,12 +96,16 @@ class DFlashTrainerModule(nn.Module):
         self.loss_type = loss_type
         self.dpace_alpha = dpace_alpha
         self.head_chunk_slots = head_chunk_slots
+        self.compiled = compiled
         self._said_fallback = False
         problems = self._setting_problems()
         if problems:
             raise DflashError("This trainer cannot be built:\n  " + "\n  ".join(problems))
         if isinstance(draft_model, DraftModel):
             draft_model.attention_backend = attention_backend
+            if compiled:
+                for layer in draft_model.layers:
+                    layer.compile()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimizer may see: the draft's parameters, never the head's or the embeddings'."""
@@ -140,9 +148,11 @@ class DFlashTrainerModule(nn.Module):
     ) -> Tensor:
         """Return the greedy tokens of slots 1..K-1 of every block, as serving would draft them, int64 [B, N, K-1]."""
         hidden = self._draft(input_ids, hidden_states, document_ids, anchors, keep_mask)
-        chunks = hidden.flatten(0, 2).split(self.head_chunk_slots)
-        dtype = self.target_lm_head.weight.dtype
-        tokens = [self.target_lm_head(chunk.to(dtype)).argmax(dim=-1) for chunk in chunks]
+        hidden = hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
+        weight = self.target_lm_head.weight
+        chunk_slots = self.head_chunk_slots or default_chunk_slots(weight.shape[0], weight.device)
+        chunks = hidden.flatten(0, 2).split(chunk_slots)
+        tokens = [self.target_lm_head(chunk.to(weight.dtype)).argmax(dim=-1) for chunk in chunks]
         return torch.cat(tokens).view(hidden.shape[:3])
 
     def _sample_anchor_positions(
@@ -173,18 +183,19 @@ class DFlashTrainerModule(nn.Module):
     def _draft(
         self, input_ids: Tensor, hidden_states: Tensor, document_ids: Tensor | None, anchors: Tensor, keep: Tensor
     ) -> Tensor:
-        """Return the draft's hidden states of slots 1..K-1, [B, N, K-1, H]."""
+        """Return the draft's hidden states [B, N*K, H]; under autocast in its dtype, as all between the layers."""
+        device = input_ids.device.type
         noise = self._create_noise_embed(input_ids, anchors, keep)
         dtype = next((p.dtype for p in self.draft_model.parameters()), hidden_states.dtype)
-        if not torch.is_autocast_enabled(input_ids.device.type):
-            hidden_states = hidden_states.to(dtype)
-        hidden = self.draft_model(
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        hidden: Tensor = self.draft_model(
             position_ids=self._all_position_ids(input_ids, document_ids, anchors),
             noise_embedding=noise.to(dtype),
-            target_hidden=hidden_states,
+            target_hidden=hidden_states.to(dtype),
             attention_mask=self._masks(Blocks(anchors, keep, document_ids, input_ids.shape[1], self.block_size)),
         )
-        return hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
+        return hidden
 
     def _all_position_ids(self, input_ids: Tensor, document_ids: Tensor | None, anchors: Tensor) -> Tensor:
         """Return rotary positions [B, S + N*K] of context and blocks, counted within each document."""
@@ -206,7 +217,8 @@ class DFlashTrainerModule(nn.Module):
             if not self._said_fallback:
                 logger.warning("Flex attention has no backward on the CPU: training with sdpa instead.")
                 self._said_fallback = True
-        make = flex_mask if flex else dense_mask
+        tiled = self.attention_backend != "eager" and isinstance(draft, DraftModel)
+        make = flex_mask if flex else tiled_mask if tiled else dense_mask
         masks = {kind: make(blocks, rule) for kind, rule in rules.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -219,15 +231,18 @@ class DFlashTrainerModule(nn.Module):
         anchors: Tensor,
         keep: Tensor,
     ) -> DFlashStepMetrics:
-        """Return the metrics of slots 1..K-1 with hidden states [B, N, K-1, H]."""
+        """Return the metrics of slots 1..K-1, given the hidden states [B, N*K, H] of all slots."""
         position, supervised = supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size)
         labels = input_ids.gather(1, position.flatten(1)).view_as(position)
         slots = supervised.flatten().nonzero()[:, 0]
+        # Every block's K - 1 slots stand behind its anchor among the hidden states.
+        rows = slots + slots // (self.block_size - 1) + 1
         ce, correct = head_cross_entropy(
-            hidden.flatten(0, 2).index_select(0, slots),
+            hidden.flatten(0, 1).index_select(0, rows),
             labels.flatten()[slots],
             self.target_lm_head,
             self.head_chunk_slots,
+            self.compiled,
         )
         weight = self._weights(ce.detach(), supervised).flatten()[slots]
         loss_sum, loss_weight = (weight * ce).sum(), weight.sum()
@@ -271,7 +286,7 @@ class DFlashTrainerModule(nn.Module):
             problems.append(f"block_size is {self.block_size}; expected at least 2 (an anchor and one slot).")
         if self.num_anchors < 1:
             problems.append(f"num_anchors is {self.num_anchors}; expected at least 1.")
-        if self.head_chunk_slots < 1:
+        if self.head_chunk_slots is not None and self.head_chunk_slots < 1:
             problems.append(f"head_chunk_slots is {self.head_chunk_slots}; expected at least 1.")
         if self.attention_backend not in ATTENTION_BACKENDS:
             problems.append(f"attention_backend is {self.attention_backend!r}; expected one of {ATTENTION_BACKENDS}.")

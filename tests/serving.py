@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dflash_offline.schemas.draft import AttentionRule, DraftConfig
 from dflash_offline.stages import trainer as trainer_module
-from dflash_offline.stages.attention import Blocks, dense_mask
+from dflash_offline.stages.attention import Blocks, TiledMask, tiled_mask
 from dflash_offline.stages.drafter import DraftCache, DraftModel
 from dflash_offline.stages.objective import supervised_slots
 from dflash_offline.stages.trainer import DFlashTrainerModule
@@ -116,10 +116,10 @@ def plant_wrong_layer_ids(trainer: DFlashTrainerModule, monkeypatch: pytest.Monk
 
 
 def plant_context_with_the_anchor(trainer: DFlashTrainerModule, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    def off_by_one(blocks: Blocks, rule: AttentionRule) -> Tensor:
-        return dense_mask(replace(blocks, anchors=blocks.anchors + 1, document_ids=None), rule)
+    def off_by_one(blocks: Blocks, rule: AttentionRule) -> TiledMask:
+        return tiled_mask(replace(blocks, anchors=blocks.anchors + 1, document_ids=None), rule)
 
-    monkeypatch.setattr(trainer_module, "dense_mask", off_by_one)
+    monkeypatch.setattr(trainer_module, "tiled_mask", off_by_one)
     return {}
 
 

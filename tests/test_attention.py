@@ -6,13 +6,14 @@ import pytest
 import torch
 from reference import visible_by_brute_force
 from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft_config
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from dflash_offline.schemas.draft import FULL, SLIDING, AttentionRule
 from dflash_offline.stages import attention
 from dflash_offline.stages.anchors import sample_document_anchors
-from dflash_offline.stages.attention import Blocks, dense_mask, flex_mask, served_mask
+from dflash_offline.stages.attention import Blocks, TiledMask, dense_mask, flex_mask, served_mask, tiled_mask
 from dflash_offline.stages.drafter import attend
 
 
@@ -25,6 +26,35 @@ def drawn(batch: TinyBatch, num_anchors: int = 5) -> Blocks:
     generator = torch.Generator().manual_seed(0)
     anchors, keep = sample_document_anchors(batch.loss_mask, batch.document_ids, 4, num_anchors, generator)
     return Blocks(anchors, keep, batch.document_ids, batch.input_ids.shape[1], 4)
+
+
+def joined(mask: TiledMask) -> Tensor:
+    """Return the tiles as one dense mask."""
+    num_queries = sum(tile.num_queries for tile in mask.tiles)
+    shape = (len(mask.tiles[0].mask), 1, num_queries, mask.seq_len + num_queries)
+    whole, start = torch.zeros(shape, dtype=torch.bool), 0
+    for tile in mask.tiles:
+        queries = slice(start, start + tile.num_queries)
+        num_context = tile.context.stop - tile.context.start
+        whole[:, :, queries, tile.context] = tile.mask[..., :num_context]
+        whole[:, :, queries, mask.seq_len :][..., queries] = tile.mask[..., num_context:]
+        start = queries.stop
+    return whole
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give tiny batches several tiles, the last of them not full."""
+    monkeypatch.setattr(attention, "TILE_QUERIES", 11)
+
+
+def test_tiles_hold_little_more_than_what_is_visible() -> None:
+    blocks = drawn(pack(tiny_batch(tiny_draft_config(), [300, 150, 200])), num_anchors=40)
+    for rule in (AttentionRule(), AttentionRule(60)):
+        mask = tiled_mask(blocks, rule)
+        assert len(mask.tiles) == 60
+        pairs = sum(tile.mask.numel() for tile in mask.tiles)
+        assert pairs < 1.6 * dense_mask(blocks, rule).sum()
 
 
 RULES = [AttentionRule(), AttentionRule(causal=True), AttentionRule(6), AttentionRule(6, causal=True)]
@@ -41,8 +71,10 @@ def test_every_backends_mask_equals_brute_force(name: str, rule: AttentionRule) 
     assert torch.equal(dense_mask(blocks, rule), expected)
     flex = flex_mask(blocks, rule)
     assert torch.equal(create_mask(flex.mask_mod, len(expected), 1, *expected.shape[-2:], device="cpu"), expected)
+    assert torch.equal(joined(tiled_mask(blocks, rule)), expected)
     if name == "padded":  # one document a row: saying so changes nothing
         assert torch.equal(dense_mask(replace(blocks, document_ids=None), rule), expected)
+        assert torch.equal(joined(tiled_mask(replace(blocks, document_ids=None), rule)), expected)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -98,7 +130,7 @@ def test_every_query_sees_something_even_of_a_block_that_is_not_kept(name: str) 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_flex_attention_equals_sdpa_and_eager(kv_heads: int, rule: AttentionRule) -> None:
+def test_flex_attention_equals_sdpa_eager_and_tiles(kv_heads: int, rule: AttentionRule) -> None:
     blocks, generator = drawn(cases()["packed"]), torch.Generator().manual_seed(0)
     num_queries = blocks.num_queries
     q = torch.randn(1, 4, num_queries, 16, generator=generator)
@@ -108,6 +140,8 @@ def test_flex_attention_equals_sdpa_and_eager(kv_heads: int, rule: AttentionRule
     flex = attend(q, k, v, flex_mask(blocks, rule), "flex_attention")
     torch.testing.assert_close(flex, sdpa, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(attend(q, k, v, dense, "eager"), sdpa, atol=2e-6, rtol=1e-5)
+    tiled = attend(q, k, v, tiled_mask(blocks, rule), "sdpa")
+    torch.testing.assert_close(tiled, sdpa, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces

@@ -13,10 +13,17 @@ from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_traine
 from torch import Tensor, nn
 
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
+from dflash_offline.stages import attention
 from dflash_offline.stages.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 
 LENGTHS = [14, 3, 9, 20]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give tiny batches several tiles of sdpa."""
+    monkeypatch.setattr(attention, "TILE_QUERIES", 11)
 
 
 def document_draws(batch: TinyBatch, lengths: list[int], num_anchors: int = 6) -> list[Any]:
@@ -316,6 +323,46 @@ def test_a_step_under_bfloat16_autocast_is_near_the_float32_step(loss_type: str)
     rough.loss.backward()
     assert rough.loss.dtype == torch.float32
     assert rough.loss.item() == pytest.approx(exact, rel=0.05)
+
+
+def test_gradient_checkpointing_changes_nothing_but_what_is_kept() -> None:
+    kept: dict[bool, int] = {}
+    losses, grads = [], []
+    for checkpointing in (False, True):
+        trainer = tiny_trainer()
+        trainer.draft_model.gradient_checkpointing = checkpointing
+        batch = tiny_batch(trainer.draft_model.config, [40, 40])
+        kept[checkpointing] = 0
+
+        def note(x: Tensor, on: bool = checkpointing) -> Tensor:
+            kept[on] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = trainer(*arguments(batch), generator=torch.Generator().manual_seed(0)).loss
+        losses.append(loss)
+        grads.append(gradients(loss, trainer))
+    assert torch.equal(*losses) and kept[True] < 0.5 * kept[False]
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns itself while it traces, and hides that only from users
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
+def test_a_compiled_step_equals_an_uncompiled_one(backend: str) -> None:
+    steps = []
+    for compiled in (False, True):
+        trainer = tiny_trainer(attention_backend=backend, compiled=compiled, head_chunk_slots=16)
+        batch = tiny_batch(trainer.draft_model.config, LENGTHS)
+        with torch.set_grad_enabled(backend != "flex_attention"):  # it has no backward on the CPU
+            step = trainer(*arguments(batch), generator=torch.Generator().manual_seed(0))
+        steps.append((step, gradients(step.loss, trainer) if step.loss.requires_grad else {}))
+    (plain, wanted), (compiled_step, found) = steps
+    assert compiled_step.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert compiled_step.correct_by_slot.tolist() == plain.correct_by_slot.tolist()
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 def test_bfloat16_features_train_a_float32_draft() -> None:
