@@ -36,6 +36,9 @@ test: $(LINKED)
 test-slow: $(LINKED) ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu and not clients"
 
+bench-train: $(LINKED) ## time a training step and take its memory, against a straightforward implementation of it
+	$(BIN)/python tests/benchmarks/bench_train.py
+
 format: $(LINKED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
