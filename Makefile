@@ -10,7 +10,7 @@ OLDEST = .venv-oldest
 FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 LINKED = $(VENV)/linked-$(FILES)
 
-.PHONY: help install demo check lint types test test-slow check-clients check-oldest target format
+.PHONY: help install demo check lint types test test-slow check-clients check-gpu check-oldest bench-train bench-gpu target format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,9 @@ test-slow: $(LINKED) ## the tests that take minutes
 bench-train: $(LINKED) ## time a training step and take its memory, against a straightforward implementation of it
 	$(BIN)/python tests/benchmarks/bench_train.py
 
+bench-gpu: $(LINKED) ## time a training step on a GPU at the shapes of a draft for Qwen3-8B
+	$(BIN)/python tests/benchmarks/bench_gpu.py
+
 format: $(LINKED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -49,6 +52,9 @@ check-clients: $(LINKED) $(CLIENTS)/dflash ## compare with z-lab's reference cli
 $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
 	$(BIN)/python -m zipfile -e $(CLIENTS)/dflash-0.1.0-py3-none-any.whl $(CLIENTS)
+
+check-gpu: $(LINKED) ## on a GPU: flex attention's gradients, compiled steps, extract and train
+	$(BIN)/pytest -m gpu
 
 check-oldest: ## run the tests on the oldest torch and transformers that are supported
 	$(MAKE) test VENV=$(OLDEST) TORCH=2.11.0 CONSTRAINTS=constraints-oldest.txt

@@ -2,13 +2,12 @@
 
 # Axes: B rows, S context positions, N anchors, K block size; queries are N*K, keys are S + N*K.
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from dflash_offline.schemas.draft import AttentionRule
 from dflash_offline.stages.anchors import document_starts
@@ -117,20 +116,54 @@ def tiled_mask(blocks: Blocks, rule: AttentionRule) -> TiledMask:
 
 
 def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
-    """Return the predicate as a flex `BlockMask` over N*K queries and S + N*K keys."""
+    """Return the predicate as a flex `BlockMask` over N*K queries and S + N*K keys.
+
+    Which tiles of queries and keys to visit is found block by block, K times fewer pairs than token by token: of a
+    block's slots the first sees the most of the context and the last the least.
+    """
+    size, device = blocks.block_size, blocks.anchors.device
+    row = torch.arange(len(blocks.anchors), device=device)[:, None, None]
+    first_slot = torch.arange(0, blocks.num_queries, size, device=device)[:, None]
+    position = torch.arange(blocks.seq_len, device=device)
+    most = visible(row, first_slot, position, blocks, rule)
+    least = visible(row, first_slot + size - 1, position, blocks, rule)
+    key_tile = torch.arange(-(-(blocks.seq_len + blocks.num_queries) // _FLEX_TILE), device=device)
+    own = blocks.seq_len + first_slot
+    own_tiles = (key_tile >= own // _FLEX_TILE) & (key_tile <= (own + size - 1) // _FLEX_TILE)
+    seen = _by_tile(most, len(key_tile)).any(dim=-1) | own_tiles
+    whole = _by_tile(least, len(key_tile)).all(dim=-1)
+    num_tiles = -(-blocks.num_queries // _FLEX_TILE)
+    seen = _by_tile(seen.repeat_interleave(size, dim=1).mT, num_tiles).any(dim=-1).mT
+    whole = ~_by_tile(~whole.repeat_interleave(size, dim=1).mT, num_tiles).any(dim=-1).mT
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(row, query, key, blocks, rule)
 
-    create = create_block_mask if blocks.anchors.is_cpu else _compiled_create_block_mask()
-    return create(
-        mask_mod,
-        B=blocks.anchors.shape[0],
-        H=None,
-        Q_LEN=blocks.num_queries,
-        KV_LEN=blocks.seq_len + blocks.num_queries,
-        device=blocks.anchors.device,
+    return BlockMask.from_kv_blocks(
+        *_listed(seen & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=_FLEX_TILE,
+        mask_mod=mask_mod,
+        seq_lengths=(blocks.num_queries, blocks.seq_len + blocks.num_queries),
     )
+
+
+_FLEX_TILE = 128
+"""Queries and keys of a tile of flex attention."""
+
+
+def _by_tile(x: Tensor, num_tiles: int) -> Tensor:
+    """Return bool [..., n] as [..., num_tiles, tile], false beyond its end."""
+    return F.pad(x, (0, num_tiles * _FLEX_TILE - x.shape[-1])).unflatten(-1, (num_tiles, _FLEX_TILE))
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for bool [B, query tiles, key tiles], how many are true and their indices first, as flex lists them.
+
+    Contiguous: its compiled kernels take the strides for granted.
+    """
+    tiles = tiles[:, None].to(torch.int32).contiguous()
+    return tiles.sum(dim=-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 def served_mask(num_context: int, num_slots: int, rule: AttentionRule, device: torch.device) -> Tensor | None:
@@ -142,9 +175,3 @@ def served_mask(num_context: int, num_slots: int, rule: AttentionRule, device: t
         return None
     start = torch.full((1, 1), num_context, device=device)
     return dense_mask(Blocks(start, torch.ones_like(start, dtype=torch.bool), None, num_context, num_slots), rule)
-
-
-@functools.cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    """Compiled, it finds the block mask without materialising the dense one."""
-    return torch.compile(create_block_mask)

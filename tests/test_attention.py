@@ -7,8 +7,7 @@ import torch
 from reference import visible_by_brute_force
 from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft_config
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.attention.flex_attention import create_mask
 
 from dflash_offline.schemas.draft import FULL, SLIDING, AttentionRule
 from dflash_offline.stages import attention
@@ -108,15 +107,35 @@ def test_a_draft_has_one_rule_for_every_kind_of_layer(name: str) -> None:
     assert config.layer_types == tuple(FULL if rule.window is None else SLIDING for rule in by_layer)
 
 
-@pytest.mark.parametrize("rule", [AttentionRule(), AttentionRule(40)], ids=str)
-def test_flex_block_mask_covers_every_visible_pair(rule: AttentionRule) -> None:
-    blocks = drawn(tiny_batch(tiny_draft_config(), [300, 150]), num_anchors=70)
+@pytest.mark.parametrize("rule", [AttentionRule(), AttentionRule(40), AttentionRule(300, causal=True)], ids=str)
+@pytest.mark.parametrize("lengths", [[300, 150], [512, 500]])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_flex_visits_every_tile_with_a_visible_pair_and_no_other(
+    packed: bool, lengths: list[int], rule: AttentionRule
+) -> None:
+    batch = tiny_batch(tiny_draft_config(), lengths)
+    blocks = drawn(pack(batch) if packed else batch, num_anchors=140)
     dense, flex = dense_mask(blocks, rule), flex_mask(blocks, rule)
-    tiles = flex.to_dense().bool()
-    padded = torch.zeros(2, 1, tiles.shape[2] * 128, tiles.shape[3] * 128, dtype=torch.bool)
-    padded[:, :, : dense.shape[2], : dense.shape[3]] = dense
-    wanted = padded.unflatten(2, (-1, 128)).unflatten(4, (-1, 128)).any(dim=5).any(dim=3)
-    assert torch.equal(tiles, wanted)
+    by_tile = in_tiles(dense)
+    assert torch.equal(flex.to_dense().bool(), by_tile.any(dim=-1))
+    assert flex.kv_indices.is_contiguous() and flex.full_kv_indices is not None and flex.full_kv_indices.is_contiguous()
+    whole = as_tiles(flex.full_kv_num_blocks, flex.full_kv_indices)
+    assert torch.equal(whole, by_tile.all(dim=-1))
+    assert bool(whole.any()) == (rule != AttentionRule(40))
+
+
+def in_tiles(dense: Tensor) -> Tensor:
+    """Return bool [B, 1, query tiles, key tiles, pairs]; what pads the last tiles repeats the last query and key."""
+    for dim in (2, 3):
+        index = torch.arange(-(-dense.shape[dim] // 128) * 128).clamp(max=dense.shape[dim] - 1)
+        dense = dense.index_select(dim, index)
+    return dense.unflatten(2, (-1, 128)).unflatten(4, (-1, 128)).transpose(3, 4).flatten(-2)
+
+
+def as_tiles(counts: Tensor, indices: Tensor) -> Tensor:
+    """Return flex's list of tiles as bool [B, 1, query tiles, key tiles]."""
+    listed = torch.arange(indices.shape[-1]) < counts[..., None]
+    return torch.zeros_like(indices, dtype=torch.bool).scatter(-1, indices.long(), listed)
 
 
 @pytest.mark.parametrize("name", ["padded", "packed", "single"])
@@ -142,14 +161,3 @@ def test_flex_attention_equals_sdpa_eager_and_tiles(kv_heads: int, rule: Attenti
     torch.testing.assert_close(attend(q, k, v, dense, "eager"), sdpa, atol=2e-6, rtol=1e-5)
     tiled = attend(q, k, v, tiled_mask(blocks, rule), "sdpa")
     torch.testing.assert_close(tiled, sdpa, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-def test_compiled_block_mask_is_not_made_anew_for_every_row_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = CompileCounter()
-    monkeypatch.setattr(attention, "create_block_mask", torch.compile(create_block_mask, backend=compiled))
-    for seq_len in range(300, 310):
-        anchors, keep = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
-        documents = torch.zeros(2, seq_len, dtype=torch.long)
-        flex_mask(Blocks(anchors, keep, documents, seq_len, 4), AttentionRule(40))
-    assert compiled.frame_count <= 2  # one for the first length, one for all others
