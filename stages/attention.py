@@ -14,6 +14,8 @@ from dflash_offline.stages.anchors import document_starts
 
 TILE_QUERIES = 128
 """Queries of one tile, about: enough to keep a matmul busy, few enough that neighbours see nearly the same context."""
+_FLEX_TILE = 128
+"""Queries and keys of a tile of flex attention."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def tiled_mask(blocks: Blocks, rule: AttentionRule) -> TiledMask:
     Exact for any order of anchors; on a GPU the host waits for them once.
     """
     anchors, keep, size = blocks.anchors, blocks.keep, blocks.block_size
-    first = torch.zeros_like(anchors) if blocks.document_ids is None else document_starts(blocks.document_ids)
+    first = torch.zeros_like(anchors)
     if blocks.document_ids is not None:
-        first = first.gather(1, anchors)
+        first = document_starts(blocks.document_ids).gather(1, anchors)
     if rule.window is not None:
         first = torch.maximum(first, anchors - rule.window + 1)
     begins = first.masked_fill(~keep, blocks.seq_len).amin(dim=0).tolist()
@@ -146,10 +148,6 @@ def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
         mask_mod=mask_mod,
         seq_lengths=(blocks.num_queries, blocks.seq_len + blocks.num_queries),
     )
-
-
-_FLEX_TILE = 128
-"""Queries and keys of a tile of flex attention."""
 
 
 def _by_tile(x: Tensor, num_tiles: int) -> Tensor:

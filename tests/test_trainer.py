@@ -1,7 +1,9 @@
 """The training step: against the slow reference, packed against unpacked, and against the draft as it is served."""
 
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from reference import ReferenceStep, train_step
 from serving import MISTAKES, check_training_equals_serving, served_by_own_draft, short_rows
-from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_trainer
+from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_target_ends, tiny_trainer
 from torch import Tensor, nn
 
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
@@ -301,6 +303,24 @@ def test_another_draft_with_windows_or_causal_layers_is_refused(said: dict[str, 
     draft.config = SimpleNamespace(**said)
     with pytest.raises(DflashError, match=r"expected full attention that is not causal.*load_draft"):
         DFlashTrainerModule(draft, own.target_lm_head, own.target_embed_tokens, 39, 4)
+
+
+def test_the_readmes_library_example_runs_as_written() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"## As a library\n```python\n(.*?)```", readme, re.DOTALL)
+    draft = tiny_draft(block_size=16)
+    head, table = tiny_target_ends(draft.config)
+    batch = tiny_batch(draft.config, [60, 40])
+    names = {
+        "draft_model": draft,
+        "target_lm_head": head,
+        "target_embed_tokens": table,
+        "mask_token_id": draft.config.mask_token_id,
+        **{field: getattr(batch, field) for field in TinyBatch.__dataclass_fields__},
+    }
+    exec(example, names)
+    assert names["metrics"].valid_tokens > 0
+    assert all(p.grad is not None for p in draft.parameters())
 
 
 def test_only_the_draft_is_trained() -> None:
