@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dflash_offline.schemas.draft import DraftConfig
+from dflash_offline.schemas.draft_weights import expected_shapes
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.stages.attention import TiledMask, served_mask
 
@@ -305,33 +306,6 @@ def init_weights(draft: nn.Module) -> None:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-
-
-def expected_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Return the exact key set of a draft's weights with every shape, as all clients read them."""
-    hidden, head_dim, inner = config.hidden_size, config.head_dim, config.intermediate_size
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "self_attn.q_norm.weight": (head_dim,),
-        "self_attn.k_norm.weight": (head_dim,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, len(config.target_layer_ids) * hidden),
-        "hidden_norm.weight": (hidden,),
-        "norm.weight": (hidden,),
-    }
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
 
 
 def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:

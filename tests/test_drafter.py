@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tiny import ATTENTION, tiny_draft, tiny_draft_config
 from torch import Tensor, nn
 
+from dflash_offline.schemas.draft_weights import expected_shapes
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.stages import drafter
 from dflash_offline.stages.drafter import (
@@ -17,7 +18,6 @@ from dflash_offline.stages.drafter import (
     DraftModel,
     RMSNorm,
     draft_state_dict,
-    expected_shapes,
     load_draft,
     rotary_inv_freq,
     rotary_table,
