@@ -14,6 +14,7 @@ import typer
 
 from dflash_offline.pipeline.progress import TerminalProgress
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
+from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
 from dflash_offline.stages.cores import limit_threads
@@ -219,33 +220,43 @@ def inspect(
             view.print_json(one) if json_ else view.print_sample(one)
 
 
-@app.command(epilog="Example: dflash verify cache --target Qwen/Qwen3-8B --samples 8")
+@app.command(epilog="Examples: dflash verify cache --target Qwen/Qwen3-8B --samples 8; dflash verify draft")
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.")],
+    folder: Annotated[Path, typer.Argument(help="Cache folder, or draft folder.")],
     target: Annotated[
-        str | None, typer.Option(help="Also run this target again on some samples and compare each layer.")
+        str | None,
+        typer.Option(help="Also run this target again on some samples and compare each layer; a draft: compare sizes."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples to run the target on.")] = 8,
     seed: Annotated[int, typer.Option(help="Draws those samples.")] = 0,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Forget faulty shards, so that `dflash extract` redoes just those.")
+        bool, typer.Option("--repair", help="Forget a cache's faulty shards; `dflash extract` redoes just those.")
     ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check every file, chunk, token and statistic of a cache; exit 1 if anything is wrong."""
+    """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
     with _reported():
-        from dflash_offline.pipeline.verify import print_report, to_json
+        from dflash_offline.pipeline import verify as report
+        from dflash_offline.schemas.draft_lint import is_draft
+        from dflash_offline.schemas.manifest import MANIFEST
+
+        if not (folder / MANIFEST).exists() and is_draft(folder):
+            if not report.verify_draft(folder, target, as_json=json_):
+                raise typer.Exit(1)
+            return
         from dflash_offline.stages.target import quiet_libraries
         from dflash_offline.stages.verify import compare_with_target, verify_cache
         from dflash_offline.stages.verify import repair as forget
 
         progress = TerminalProgress(quiet=quiet)
-        faults = verify_cache(cache, progress)
+        faults = verify_cache(folder, progress)
         quiet_libraries()
-        fits = compare_with_target(cache, target, samples, seed, progress) if target is not None else []
-        forgotten = forget(cache, faults) if repair else []
-        print(to_json(faults, fits, forgotten)) if json_ else print_report(cache, faults, fits, forgotten)
+        fits = compare_with_target(folder, target, samples, seed, progress) if target is not None else []
+        forgotten = forget(folder, faults) if repair else []
+        print(report.to_json(faults, fits, forgotten)) if json_ else report.print_report(
+            folder, faults, fits, forgotten
+        )
         if faults or any(fit.fault for fit in fits):
             raise typer.Exit(1)
 
@@ -361,22 +372,35 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder made by `dflash train`.")],
     out: Annotated[Path, typer.Option(help="Draft folder to write.")],
     checkpoint: Annotated[str, typer.Option(help="best (by the serving walk) or last.", metavar="best|last")] = "best",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="zlab, for z-lab's client, vLLM and SGLang; or speculators; or transformers, for its own generator.",
+            metavar="|".join(FORMATS),
+        ),
+    ] = FORMATS[0],
+    eval_: Annotated[
+        Path | None,
+        typer.Option("--eval", help="Result of `dflash eval --save` for the model card. [default: RUN/eval.json]"),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Write a checkpoint as the folder that z-lab's client, vLLM and SGLang load."""
+    """Write a checkpoint as a folder that the serving clients load, checked by their rules."""
     with _reported("Repeat the command."):
         if checkpoint not in ("best", "last"):
             raise DflashError(f"--checkpoint is {checkpoint!r}; expected best or last.")
         from dflash_offline.pipeline.export import export as write
 
-        done = write(run, out, checkpoint)
+        done = write(run, out, checkpoint, format_, eval_)
         if json_:
             written = {"draft": str(done.draft), "step": done.step}
             print(json.dumps({**written, "parameters": done.num_parameters, "bytes": done.num_bytes}, indent=1))
             return
         size = f"{done.num_parameters:,} parameters, {readable_bytes(done.num_bytes)}"
         print(f"{out} holds the draft of step {done.step}: {size}.")
-        print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
+        if format_ == FORMATS[0]:
+            print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
 
 
 @app.command(name="eval", epilog="Example: dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl")

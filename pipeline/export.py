@@ -1,36 +1,29 @@
-"""`dflash export`: a checkpoint as the folder that z-lab's reference client, vLLM and SGLang load unchanged."""
+"""`dflash export`: a checkpoint as a folder that the clients load unchanged, checked by their rules beforehand."""
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from dflash_offline.pipeline.card import card
 from dflash_offline.schemas.draft import DraftConfig
-from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import building_folder, output_folder, sha256_file, sync_folder
-from dflash_offline.schemas.run import RunRecord
-from dflash_offline.stages.checkpoint import TrainState, checkpoint_folder, list_checkpoints, read_state
+from dflash_offline.schemas.draft_formats import FORMATS, ZLAB, config_json, tensor_name
+from dflash_offline.schemas.draft_lint import RECORD, DraftFault, lint_draft
+from dflash_offline.schemas.draft_weights import read_header
+from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.schemas.files import building_folder, output_folder, publish, read_sealed, sha256_file, sync_folder
+from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.run import RUN, RunRecord
+from dflash_offline.stages.checkpoint import checkpoint_folder, list_checkpoints, read_state
 from dflash_offline.stages.drafter import check_draft_weights
 
-_CARD = """# DFlash draft for {target}
-
-Trained by `dflash-offline` from cached features of the target: step {step} of the run, {layers} draft layers, target
-layers {ids}, block size {block_size}, mask token {mask_token_id}. {measured}
-
-Cache: manifest {cache}. Target: config sha256 {config_sha256}.
-
-## Serving
-A block holds one anchor and {num_drafted} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
-
-    vllm serve TARGET --speculative-config \\
-      '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {num_drafted}}}'
-
-    python -m sglang.launch_server --model-path TARGET --speculative-algorithm DFLASH \\
-      --speculative-draft-model-path THIS_FOLDER --speculative-num-draft-tokens {block_size}
-"""
+CARD, WEIGHTS = "README.md", "model.safetensors"
+ONE_CLIENTS_LIMIT = ("causality in SGLang",)
+"""Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,69 +45,120 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     return best if which == "best" and best.is_dir() else saved[-1]
 
 
-def export(run: Path, out: Path, which: str = "best") -> Exported:
+def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluation: Path | None = None) -> Exported:
     """Write the draft folder whole: config.json, model.safetensors in bfloat16, and a model card.
 
-    The same checkpoint exported again to the same folder changes nothing; a folder that holds anything else is
-    refused.
+    `kind` is one of `FORMATS`, `evaluation` a result of `dflash eval` for the card; without one, `run`/eval.json is
+    taken if it is of this checkpoint. Raises `DflashError`, and leaves nothing, if the folder would break a client's
+    rule. The same checkpoint exported again to the same folder changes nothing but the card; a folder that holds
+    anything else is refused.
     """
+    if kind not in FORMATS:
+        raise DflashError(f"The format is {kind!r}; expected one of {', '.join(FORMATS)}.")
     out = output_folder(out, marker="config.json", kind="draft", renamed=True)
     record = RunRecord.read(run)
     checkpoint = choose_checkpoint(run, which)
     state = read_state(checkpoint)
     config = DraftConfig.read(checkpoint)
-    weights = load_file(checkpoint / "model.safetensors")
+    weights = load_file(checkpoint / WEIGHTS)
     check_draft_weights(weights, config, str(checkpoint))
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise DflashError(f"{checkpoint} holds values that are not finite in {', '.join(broken)}. Train again.")
+    trained = training_record(run, record, state.step)
+    found = _evaluation(run, evaluation, trained)
+    target = _target_config(record)
+    architectures = (target or {}).get("architectures") or []
     with building_folder(out) as temporary:
-        halved = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
-        save_file(halved, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
-        (temporary / "README.md").write_text(_card(record, config, state))
+        halved = {tensor_name(name, kind): w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
+        metadata = {"format": "pt", RECORD: json.dumps(trained, sort_keys=True)}
+        save_file(halved, temporary / WEIGHTS, metadata=metadata)
+        document = config_json(config, kind, record.origin["target"], architectures)
+        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        limits = _refuse_faulty(lint_draft(temporary, target), checkpoint)
+        (temporary / CARD).write_text(card(record, config, state, kind, found, limits))
         _publish(temporary, out)
     return Exported(
         draft=out,
         step=state.step,
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
-        num_bytes=(out / "model.safetensors").stat().st_size,
+        num_bytes=(out / WEIGHTS).stat().st_size,
     )
 
 
-def _publish(temporary: Path, out: Path) -> None:
-    names = sorted(path.name for path in temporary.iterdir())
-    if (out / "config.json").is_file():
-        same = all(
-            (out / name).is_file() and sha256_file(out / name) == sha256_file(temporary / name) for name in names
+def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
+    """Return what a weight file says of its own training, from the run's sealed record and not from any config."""
+    draft, settings = record.identity["draft"], record.identity["settings"]
+    return {
+        **{name: draft[name] for name in ("target_layer_ids", "block_size", "mask_token_id")},
+        "cache": record.identity["cache"],
+        "val_samples": settings["val_samples"],
+        "run": read_sealed(run / RUN)["checksum"],
+        "step": step,
+    }
+
+
+def _refuse_faulty(faults: list[DraftFault], checkpoint: Path) -> list[str]:
+    """Raise `DflashError` naming every fault; returns those that are only one client's limit."""
+    limits = [f for f in faults if f.rule in ONE_CLIENTS_LIMIT]
+    if refused := [f"{f.place} {f.what} ({', '.join(f.breaks)}: {f.why})" for f in faults if f not in limits]:
+        listed = "\n  ".join(refused)
+        raise DflashError(
+            f"The draft of {checkpoint} would not be served as it was trained, and was not written:\n  {listed}\n"
+            f"Export another checkpoint, or train again."
         )
-        if not same:
+    return [f"{', '.join(f.breaks)}: {f.why}." for f in limits]
+
+
+def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result of `dflash eval` for this checkpoint; one that was asked for must be of it."""
+    given = path if path is not None else run / "eval.json"
+    if path is None and not given.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(given.read_text())
+        measured = found["acceptance"], found["trained"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DflashError(f"{given} is not a result of `dflash eval --save` ({error!r}). Name one.") from error
+    if any((measured[1] or {}).get(name) != trained[name] for name in ("run", "step")):
+        if path is None:
+            return None
+        raise MismatchError(
+            f"{given} was measured with another draft: {measured[1]}; expected run {trained['run']}, step "
+            f"{trained['step']}. Evaluate this checkpoint, or leave --eval out."
+        )
+    return found
+
+
+def _target_config(record: RunRecord) -> dict[str, Any] | None:
+    """Return the target's config.json as the cache keeps it, if the cache is still where it was."""
+    path = Path(record.origin["cache"]) / TARGET / "config.json"
+    if not path.is_file() or sha256_file(path) != record.origin["target_identity"]["config_sha256"]:
+        return None
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    if (out / "config.json").is_file():
+        if not _same_draft(temporary, out):
             raise DflashError(f"{out} exists and holds something else than this draft. Name a new --out.")
+        publish([(temporary / CARD).read_bytes()], temporary=out / f".{CARD}", path=out / CARD)
         return
-    for name in names:
-        with (temporary / name).open("rb") as file:
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(temporary)
     temporary.rename(out)
     sync_folder(out.parent)
 
 
-def _card(record: RunRecord, config: DraftConfig, state: TrainState) -> str:
-    measured = (
-        f"Best acceptance length in the serving walk over held-out samples: {state.best_walk:.2f} (step "
-        f"{state.best_step})."
-        if state.best_step
-        else "Its acceptance length was not measured in training."
-    )
-    return _CARD.format(
-        target=record.origin["target"],
-        step=state.step,
-        layers=config.num_hidden_layers,
-        ids=", ".join(map(str, config.target_layer_ids)),
-        block_size=config.block_size,
-        num_drafted=config.block_size - 1,
-        mask_token_id=config.mask_token_id,
-        measured=measured,
-        cache=record.identity["cache"],
-        config_sha256=record.origin["target_identity"]["config_sha256"],
-    )
+def _same_draft(one: Path, other: Path) -> bool:
+    """Say whether two folders hold the same config and weights; safetensors writes its metadata in any order."""
+    if (one / "config.json").read_bytes() != (other / "config.json").read_bytes():
+        return False
+    try:
+        (ours, said), (theirs, said_there) = (read_header(folder / WEIGHTS) for folder in (one, other))
+    except ValueError:
+        return False
+    if said != said_there or ours.keys() != theirs.keys():
+        return False
+    left, right = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    return all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)

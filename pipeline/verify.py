@@ -1,13 +1,37 @@
-"""What `dflash verify` prints."""
+"""`dflash verify`: what it prints of a cache, and the whole of it for a draft."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dflash_offline.stages.verify import Fault, LayerFit
+from dflash_offline.schemas.draft_lint import lint_draft
+from dflash_offline.schemas.errors import DflashError
+
+if TYPE_CHECKING:  # a draft is verified without torch
+    from dflash_offline.stages.verify import Fault, LayerFit
 
 
-def to_json(faults: list[Fault], fits: list[LayerFit], forgotten: list[int]) -> str:
+def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
+    """Print every fault of a draft folder with its reason and the clients it breaks; returns whether there is none."""
+    config = None
+    if target is not None:
+        path = Path(target).expanduser() / "config.json"
+        if not path.is_file():
+            raise DflashError(f"{path} does not exist. Name the target's folder to compare the draft with it.")
+        config = json.loads(path.read_text())
+    faults = lint_draft(draft, config)
+    if as_json:
+        print(json.dumps({"draft": str(draft), "faults": [asdict(fault) for fault in faults]}, indent=1))
+        return not faults
+    for fault in faults:
+        print(f"{fault.place} {fault.what}.\n    breaks {', '.join(fault.breaks)} ({fault.rule}): {fault.why}")
+    if not faults:
+        print(f"{draft} is sound.")
+    return not faults
+
+
+def to_json(faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> str:
     """Return the result for a script."""
     document = {
         "faults": [asdict(fault) for fault in faults],
@@ -17,7 +41,7 @@ def to_json(faults: list[Fault], fits: list[LayerFit], forgotten: list[int]) -> 
     return json.dumps(document, indent=1)
 
 
-def print_report(cache: Path, faults: list[Fault], fits: list[LayerFit], forgotten: list[int]) -> None:
+def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> None:
     """Print the result for a person, one line a fault."""
     for fault in faults:
         print(f"{fault.place}: {fault.what}")

@@ -1,7 +1,17 @@
 """The tensors of a draft: what they must be, and what a safetensors file says of its own."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+"""How each dtype says that a value is not finite: every bit of its exponent is set."""
+CHUNK_BYTES = 64 << 20
 
 
 class DraftShape(Protocol):
@@ -48,3 +58,52 @@ def expected_shapes(config: DraftShape) -> dict[str, tuple[int, ...]]:
     for i in range(config.num_hidden_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it is, without its values."""
+
+    path: Path
+    dtype: str
+    """As safetensors names it: BF16, F16, F32, ..."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte in the file."""
+    end: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its values can be checked to be finite, and read by every client."""
+        return self.dtype in _EXPONENTS
+
+    def count_not_finite(self) -> int:
+        """Return how many values are NaN or infinite, read in pieces; 0 for a dtype that has none."""
+        if not self.is_float:
+            return 0
+        kind, exponent = _EXPONENTS[self.dtype]
+        count = 0
+        with self.path.open("rb") as file:
+            file.seek(self.begin)
+            for begin in range(self.begin, self.end, CHUNK_BYTES):
+                bits = np.frombuffer(file.read(min(CHUNK_BYTES, self.end - begin)), kind)
+                count += int(((bits & kind(exponent)) == exponent).sum())
+        return count
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return a safetensors file's tensors by name, and its metadata; `ValueError` if it is damaged."""
+    try:
+        with safe_open(path, "numpy"):  # checks the header against the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(str(error)) from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = (8 + size + offset for offset in entry["data_offsets"])
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+    return tensors, metadata

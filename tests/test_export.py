@@ -9,9 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dflash_offline.pipeline.export import choose_checkpoint, export
+from dflash_offline.pipeline.export import choose_checkpoint, export, training_record
 from dflash_offline.schemas.config import TrainConfig
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.draft_formats import FORMATS
+from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.schemas.run import RunRecord
+from dflash_offline.stages.checkpoint import read_state
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
 
@@ -116,3 +119,87 @@ def test_an_existing_other_draft_is_not_overwritten(run: Path, tmp_path: Path) -
     with pytest.raises(DflashError, match="holds something else"):
         export(run, tmp_path / "draft")
     assert [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
+def eval_result(run: Path, **changes: object) -> dict[str, object]:
+    """Return what the card needs of a result of `dflash eval` for the run's last checkpoint."""
+    record = RunRecord.read(run)
+    trained = training_record(run, record, read_state(choose_checkpoint(run, "last")).step)
+    return {
+        "trained": trained,
+        "config": {"temperature": 0.0},
+        "acceptance": {"pooled": 3.25, "mean": 3.5, "prompts": 12},
+        "acceptance_by_kind": {"short": {"pooled": 2.125, "prompts": 4}},
+        "dtype": "float32",
+        "device": "cpu",
+        "block_size": 8,
+        "speedup": 1.75,
+        **changes,
+    }
+
+
+def test_the_card_says_what_was_measured_if_it_was_with_this_checkpoint(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (tmp_path / "eval.json").write_text(json.dumps(eval_result(copy)))
+    export(copy, tmp_path / "draft", "last", evaluation=tmp_path / "eval.json")
+    card = (tmp_path / "draft/README.md").read_text()
+    assert "3.25 tokens a round (mean of prompts 3.50) of at most 8, 1.75 times the target alone" in card
+    assert "- short: 2.12 over 4 prompts" in card
+    # Exported again without it, the card changes and the draft does not; a result in the run's folder is found.
+    export(copy, tmp_path / "draft", "last")
+    assert "3.25" not in (tmp_path / "draft/README.md").read_text()
+    (copy / "eval.json").write_text(json.dumps(eval_result(copy)))
+    export(copy, tmp_path / "draft", "last")
+    assert "3.25" in (tmp_path / "draft/README.md").read_text()
+
+
+def test_a_result_of_another_draft_is_refused_when_asked_for_and_passed_over_when_found(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for trained in (None, {"run": "0" * 64, "step": 6}):
+        (copy / "eval.json").write_text(json.dumps(eval_result(copy, trained=trained)))
+        with pytest.raises(MismatchError, match="another draft"):
+            export(copy, tmp_path / "draft", "last", evaluation=copy / "eval.json")
+        assert not (tmp_path / "draft").exists()
+    (copy / "broken.json").write_text("[]")
+    with pytest.raises(DflashError, match="is not a result of `dflash eval --save`"):
+        export(copy, tmp_path / "draft", "last", evaluation=copy / "broken.json")
+    export(copy, tmp_path / "draft", "last")
+    assert "3.25" not in (tmp_path / "draft/README.md").read_text()
+
+
+def test_the_formats_hold_the_same_weights_under_their_own_names(run: Path, tmp_path: Path) -> None:
+    for kind in FORMATS:
+        export(run, tmp_path / kind, kind=kind)
+    plain, spec, own = (load_file(tmp_path / kind / "model.safetensors") for kind in FORMATS)
+    renamed = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+    assert plain.keys() == spec.keys() and own.keys() == {renamed.get(name, name) for name in plain}
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, spec[name]) and torch.equal(tensor, own[renamed.get(name, name)])
+    config = json.loads((tmp_path / "speculators/config.json").read_text())
+    assert config["aux_hidden_state_layer_ids"] == [2, 3, 5]
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    assert config["speculators_config"]["verifier"]["architectures"] == ["Qwen3ForCausalLM"]
+    config = json.loads((tmp_path / "transformers/config.json").read_text())
+    assert (config["target_layer_ids"], config["block_size"], config["mask_token_id"]) == ([1, 2, 4], 8, 3)
+    assert config["layer_types"] == ["full_attention"] * 2
+    with pytest.raises(DflashError, match="expected one of zlab, speculators, transformers"):
+        export(run, tmp_path / "gguf", kind="gguf")
+
+
+def test_each_formats_card_gives_each_server_the_number_it_counts(run: Path, tmp_path: Path) -> None:
+    for kind in FORMATS[1:]:
+        export(run, tmp_path / kind, kind=kind)
+    card = (tmp_path / "speculators/README.md").read_text()
+    assert '"num_speculative_tokens": 7' in card and "layer ids are 2, 3, 5" in card
+    card = (tmp_path / "transformers/README.md").read_text()
+    assert "7 speculative tokens in vLLM and 8 draft tokens in SGLang" in card
+
+
+def test_the_card_names_target_cache_and_recipe(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "draft")
+    card, record = (tmp_path / "draft/README.md").read_text(), RunRecord.read(run)
+    for text in (record.identity["cache"], record.origin["target"], "steps 6", "optimizer adamw", "num_anchors 4"):
+        assert text in card
+    assert record.origin["target_identity"]["config_sha256"] in card and "epochs" not in card

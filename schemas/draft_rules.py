@@ -1,0 +1,105 @@
+"""What the clients demand of a draft folder: each rule with its reason, and which clients break without it.
+
+Read in the sources of z-lab's reference client (0.1.0), vLLM's `qwen3_dflash` model and its reader of speculators
+configs, SGLang's `dflash` model and its parser of draft configs, speculators (0.9.0) and transformers (5.23).
+"""
+
+from dataclasses import dataclass
+
+ZLAB, VLLM, SGLANG = "z-lab", "vLLM", "SGLang"
+SPECULATORS, TRANSFORMERS = "speculators", "transformers"
+EVERY = (ZLAB, VLLM, SGLANG)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One demand."""
+
+    why: str
+    """What a client does with a draft that does not meet it."""
+    breaks: tuple[str, ...]
+
+
+RULES = {
+    "config": Rule("every client builds the draft from config.json", EVERY),
+    "architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG)),
+    "model type": Rule(
+        "it chooses the config class, and only Qwen3's has the fields and the defaults that a draft is read with", EVERY
+    ),
+    "shape": Rule("a missing or impossible size falls back to a client's own default, which differs", EVERY),
+    "activation": Rule("SGLang's draft has no other; vLLM and z-lab's client would use another function", EVERY),
+    "logits": Rule(
+        "z-lab's client and SGLang apply it and vLLM does not: the served draft is then not the trained one", (VLLM,)
+    ),
+    "block size": Rule(
+        "z-lab's client and SGLang take the nested value first and older versions the other, so the draft gets blocks "
+        "it was not trained for; a user sets vLLM's number of speculative tokens by it",
+        EVERY,
+    ),
+    "layer ids": Rule(
+        "they name the hidden states the draft reads; one layer off gives right text and few accepted tokens. Where "
+        "they are absent clients fall back to a default, and SGLang and vLLM read them in different places",
+        EVERY,
+    ),
+    "last layer": Rule(
+        "the last layer's output is read after the final norm by some clients and before it by others", EVERY
+    ),
+    "layer ids as recorded": Rule(
+        "the weights were trained on the layers that their file records; with others the text is right and few tokens "
+        "are accepted",
+        EVERY,
+    ),
+    "layer ids shifted": Rule(
+        "id i is the output of decoder layer i, entry i + 1 of transformers' hidden states, and clients add that 1",
+        EVERY,
+    ),
+    "target layers": Rule("z-lab's client reads it always, and SGLang checks the layer ids against it", (ZLAB, SGLANG)),
+    "mask token": Rule(
+        "slots to be drafted are filled with its embedding: without a real row vLLM and SGLang refuse or read out of "
+        "bounds, and with another one than trained few tokens are accepted",
+        EVERY,
+    ),
+    "rotary base": Rule(
+        "vLLM, SGLang and transformers 5 read rope_parameters, older transformers and MLX rope_theta; where they "
+        "differ, clients turn keys differently",
+        EVERY,
+    ),
+    "rotary keys": Rule(
+        "left over from a target's config, it makes vLLM and transformers build another rotary table without a word",
+        (ZLAB, VLLM),
+    ),
+    "rotary scaling": Rule(
+        "older transformers read rope_scaling, newer ones rope_parameters; both must say the same", EVERY
+    ),
+    "layer types": Rule("SGLang refuses any other, and every client reads one entry for each layer", EVERY),
+    "window": Rule("vLLM and SGLang refuse sliding layers without one; z-lab's client then shows everything", EVERY),
+    "window size": Rule("below a block, clients differ in what a block sees of itself", EVERY),
+    "hidden window": Rule("vLLM makes every layer slide when it is set, the others read layer_types", EVERY),
+    "causality": Rule(
+        "z-lab's client reads is_causal alone, older vLLM dflash_config.causal alone; without either, sliding layers "
+        "are causal and full ones are not",
+        (ZLAB, VLLM),
+    ),
+    "causality in SGLang": Rule(
+        "SGLang reads neither key: sliding layers are causal there and full ones are not", (SGLANG,)
+    ),
+    "weights": Rule("the weights are read from safetensors files", EVERY),
+    "format": Rule("transformers before 5 refuses a file whose metadata does not name its format", (ZLAB,)),
+    "prefix": Rule("vLLM adds `model.` itself, and then finds no parameter of that name", (VLLM,)),
+    "missing": Rule("z-lab's client and SGLang serve random or empty values in its place; vLLM refuses", EVERY),
+    "unexpected": Rule("vLLM refuses a tensor it has no parameter for, or takes it over the target's own", (VLLM,)),
+    "tensor shape": Rule("no client can load it", EVERY),
+    "dtype": Rule("a draft is read as plain floating-point numbers", EVERY),
+    "finite": Rule("one NaN spreads through every drafted token", EVERY),
+    "target": Rule("the draft borrows the target's embeddings and head and reads its layers", EVERY),
+    "speculators config": Rule("vLLM and speculators refuse a config without it", (VLLM, SPECULATORS)),
+    "speculative tokens": Rule(
+        "vLLM takes its number of speculative tokens from it: a block without its anchor", (VLLM, SPECULATORS)
+    ),
+    "anchor": Rule("with it a client takes a token from slot 0, which was never trained", (VLLM, SPECULATORS)),
+    "window causality": Rule(
+        "its defaults differ, and vLLM takes it for every layer: not true makes full layers causal", (VLLM,)
+    ),
+    "vocabulary": Rule("a smaller draft vocabulary needs mapping tables that this format does not have", EVERY),
+    "default layers": Rule("transformers' class makes every layer slide where none are named", (TRANSFORMERS,)),
+}
