@@ -403,13 +403,34 @@ def export(
             print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
 
 
-@app.command(name="eval", epilog="Example: dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl")
+@app.command(
+    name="eval",
+    epilog="Examples: dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl; dflash eval run --cache cache",
+)
 def evaluate(
-    draft: Annotated[Path, typer.Argument(help="Draft folder made by `dflash export`, or another DFlash draft.")],
-    target: Target,
-    prompts: Annotated[Path, typer.Option(help='JSONL of {"messages": [...]} or {"prompt": "..."}.')],
-    limit: Annotated[int | None, typer.Option(help="Prompts read from the top of the file.")] = None,
+    draft: Annotated[
+        Path, typer.Argument(help="Draft folder, ours or another's; or a run folder, for its best checkpoint.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face model: a folder, or a hub id. [default: none; a cache is walked without it]"),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL of {"messages": [...]} or {"prompt": "..."}, and "kind" if wanted.')
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Cache; its held-out samples are the prompts, or walked.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts, or held-out samples, from the first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer, at most.")] = EvalConfig.max_new_tokens,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy; above, tokens are drawn, and drafted ones kept by rejection sampling.")
+    ] = EvalConfig.temperature,
+    top_p: Annotated[
+        float, typer.Option(help="When drawn: the likeliest tokens that together have this much.")
+    ] = EvalConfig.top_p,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = EvalConfig.seed,
+    repeats: Annotated[
+        int, typer.Option(help="Times each prompt is decoded each way, in turn; speeds are of the medians.")
+    ] = EvalConfig.repeats,
     prompt_lookup: Annotated[
         bool, typer.Option("--prompt-lookup", help="Also decode with prompt lookup, for comparison.")
     ] = EvalConfig.prompt_lookup,
@@ -422,25 +443,36 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one a core]")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write a PNG of acceptance by slot and of the rounds; needs matplotlib.")
+    ] = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Decode prompts by the target alone and with the draft; exit 1 if an answer changes."""
+    """Decode prompts with and without the draft, or walk a cache; exit 1 if an answer changes."""
     given = locals()
     with _reported("Repeat the command."):
-        if save is not None and (save.is_dir() or not save.resolve().parent.is_dir()):
-            raise DflashError(f"--save {save} is not a file in an existing folder. Name one, as in --save eval.json.")
+        for flag, path in (("--save", save), ("--plot", plot)):
+            if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+                raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
         config = _settings(
             EvalConfig, given, chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs")
         )
-        from dflash_offline.pipeline import evaluate as evaluation
+        from dflash_offline.pipeline import eval_report as report
+        from dflash_offline.pipeline.evaluate import evaluate_folder
+        from dflash_offline.stages.target import quiet_libraries
 
-        result = evaluation.evaluate_folder(config, TerminalProgress(quiet=quiet))
+        quiet_libraries()
+        if plot is not None:
+            report.require_matplotlib()
+        result = evaluate_folder(config, TerminalProgress(quiet=quiet))
         text = json.dumps(result.to_json(), indent=1)
-        print(text) if json_ else evaluation.print_report(result)
+        print(text) if json_ else report.print_report(result)
         if save is not None:
             save.write_text(text + "\n")
-        if not result.lossless:
+        if plot is not None:
+            report.save_plot(result, plot)
+        if result.lossless is False:
             raise typer.Exit(1)
 
 

@@ -1,15 +1,23 @@
-"""`dflash eval`: decode prompts with and without the draft, and report acceptance, speed and losslessness."""
+"""`dflash eval`: decode prompts with and without the draft, or walk a cache, and report what the rounds gave."""
 
 import platform
+import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from dflash_offline.pipeline.held_out import (
+    as_prompts,
+    check_cache_fits,
+    draft_folder,
+    held_out_samples,
+    walk_held_out,
+)
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import BadInputError, MismatchError, mismatch_table
 from dflash_offline.schemas.evaluation import Acceptance, Difference, EvalConfig, EvalResult
@@ -17,6 +25,7 @@ from dflash_offline.stages.decode import (
     LookupDecoding,
     PlainDecoding,
     SpeculativeDecoding,
+    check_rewindable,
     first_difference,
     plain_decode,
     prompt_lookup_decode,
@@ -26,9 +35,8 @@ from dflash_offline.stages.decode import (
 from dflash_offline.stages.drafter import DraftModel, load_draft
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.prompts import Prompt, encode_prompt, read_prompts
+from dflash_offline.stages.sampling import Chooser, Sampler, SamplingRule
 from dflash_offline.stages.target import check_plain_embeddings, choose_device, load_model, open_target, resolve_dtype
-
-BAR_WIDTH = 50
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,66 @@ class _Outcome:
     lookup: LookupDecoding | None
 
 
+@dataclass(frozen=True)
+class _Rounds:
+    """The rounds of one answer: tokens that each produced, proposed, and kept of those."""
+
+    kind: str | None
+    produced: list[int]
+    proposed: list[int]
+    kept: list[int]
+
+
 def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
-    """Load the target and the draft that the settings name, and return what `evaluate` finds."""
+    """Load what the settings name, and return what `evaluate`, or without a target `evaluate_offline`, finds."""
+    if config.target is None:
+        return evaluate_offline(config, progress)
     files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
     device = choose_device(config.device)
     dtype = resolve_dtype(config.dtype, device, files.config)
-    draft = load_draft(config.draft, dtype, device)
-    read_prompts(config.prompts, config.limit)  # a faulty file is named before the target's weights are read
+    folder, trained = draft_folder(config.draft)
+    draft = load_draft(folder, dtype, device)
+    if config.prompts is not None:
+        read_prompts(config.prompts, config.limit)  # a faulty file is named before the target's weights are read
     target = load_model(files, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
     check_plain_embeddings(target, files.name)
-    return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, progress=progress)
+    return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, trained=trained, progress=progress)
+
+
+def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
+    """Return the serving walk of the draft over the cache's held-out samples; no target is loaded.
+
+    Where the cached answers are the target's own greedy ones, it is what live decoding gives, but for the rounding of
+    cached features.
+    """
+    assert config.cache is not None, "the settings were checked"
+    device = choose_device(config.device)
+    folder, trained = draft_folder(config.draft)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    draft = load_draft(folder, dtype, device)
+    held = held_out_samples(config.cache, trained, config.limit)
+    check_cache_fits(held, draft, config.cache)
+    with _torch_threads(config.threads):
+        walked = walk_held_out(held, draft, progress or Silent())
+        size = draft.config.block_size
+        several = len({turn.source for turn in walked}) > 1
+        rounds = [
+            _Rounds(turn.source if several else None, turn.produced, [size - 1] * len(turn.produced), turn.kept)
+            for turn in walked
+        ]
+        return EvalResult(
+            **_figures(config, trained, size, rounds, device, dtype), offline=True, held_out=held.held_out
+        )
 
 
 def evaluate(
-    config: EvalConfig, *, target: Any, tokenizer: Any, draft: DraftModel, progress: Progress | None = None
+    config: EvalConfig,
+    *,
+    target: Any,
+    tokenizer: Any,
+    draft: DraftModel,
+    trained: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Decode every prompt by the target alone and with the draft, and return what that shows.
 
@@ -66,20 +120,27 @@ def evaluate(
     that the settings ask for. The two ways take turns at going first, after one prompt that is not counted.
     """
     check_draft_fits(draft.config, target)
-    cases = _read_cases(config, tokenizer, target)
+    check_rewindable(target, config.target or type(target).__name__)
+    cases, held_out = _read_cases(config, tokenizer, target, trained)
     stops = stop_ids(target, tokenizer)
     progress = progress or Silent()
     outcomes: list[_Outcome] = []
     with _torch_threads(config.threads):
         progress.start("decoding", len(cases), "prompts")
         try:
-            _decode(config, target, draft, cases[0], stops, plain_first=True)
+            _decode(config, target, draft, cases[0], stops, 0)
             for i, case in enumerate(cases):
-                outcomes.append(_decode(config, target, draft, case, stops, plain_first=i % 2 == 0))
-                progress.advance(1, acceptance=_number(_acceptance(outcomes).pooled, 2))
+                outcomes.append(_decode_repeatedly(config, target, draft, case, stops, i))
+                produced = [n for o in outcomes for n in o.speculative.produced]
+                progress.advance(1, acceptance=f"{sum(produced) / max(len(produced), 1):.2f}")
         finally:
             progress.finish()
-        return _summarise(config, target, draft.config.block_size, outcomes)
+        rounds = [
+            _Rounds(o.case.prompt.kind, o.speculative.produced, o.speculative.proposed, o.speculative.kept)
+            for o in outcomes
+        ]
+        figures = _figures(config, trained, draft.config.block_size, rounds, target.device, target.dtype)
+        return EvalResult(**figures, **_live_figures(config, target, outcomes), offline=False, held_out=held_out)
 
 
 def check_draft_fits(draft: DraftConfig, target: Any) -> None:
@@ -112,9 +173,17 @@ def stop_ids(target: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _read_cases(config: EvalConfig, tokenizer: Any, target: Any) -> list[_Case]:
-    prompts = read_prompts(config.prompts, config.limit)
-    cases = [_Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
+def _read_cases(
+    config: EvalConfig, tokenizer: Any, target: Any, trained: dict[str, Any] | None
+) -> tuple[list[_Case], bool | None]:
+    held_out = None
+    if config.cache is not None:
+        held = held_out_samples(config.cache, trained, config.limit)
+        cases, held_out = [_Case(*pair) for pair in as_prompts(held)], held.held_out
+    else:
+        assert config.prompts is not None, "the settings were checked"
+        prompts = read_prompts(config.prompts, config.limit)
+        cases = [_Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
     most = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for case in cases:
         if most is not None and len(case.ids) + config.max_new_tokens > most:
@@ -122,7 +191,7 @@ def _read_cases(config: EvalConfig, tokenizer: Any, target: Any) -> list[_Case]:
                 f"{case.prompt.place} is {len(case.ids)} tokens long; with {config.max_new_tokens} more it exceeds the "
                 f"target's {most} positions. Shorten the prompt, or ask for fewer tokens with --max-new-tokens."
             )
-    return cases
+    return cases, held_out
 
 
 @contextmanager
@@ -136,66 +205,119 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _chooser(config: EvalConfig, device: torch.device, way: str, index: int) -> Chooser | None:
+    """Return what draws the tokens of one decoding, its own draws for each prompt and way; None for greedy."""
+    if not config.temperature:
+        return None
+    seed = random.Random(f"{config.seed} {way} {index}").getrandbits(62)
+    return Sampler(SamplingRule(temperature=config.temperature, top_p=config.top_p), seed, device)
+
+
 def _decode(
-    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], *, plain_first: bool
+    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], turn: int
+) -> tuple[PlainDecoding, SpeculativeDecoding]:
+    """Return both decodings of a prompt; `turn` decides the draws and, by being even, that plain goes first."""
+    limit, index = config.max_new_tokens, turn // config.repeats
+
+    def plainly() -> PlainDecoding:
+        return plain_decode(target, case.ids, limit, stops, _chooser(config, target.device, "plain", index))
+
+    plain = plainly() if turn % 2 == 0 else None
+    chooser = _chooser(config, target.device, "draft", index)
+    speculative = speculative_decode(target, draft, case.ids, limit, stops, chooser)
+    return plain or plainly(), speculative
+
+
+def _decode_repeatedly(
+    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], index: int
 ) -> _Outcome:
-    limit = config.max_new_tokens
-    plain = plain_decode(target, case.ids, limit, stops) if plain_first else None
-    speculative = speculative_decode(target, draft, case.ids, limit, stops)
+    """Return a prompt's decodings; their seconds are medians over the repeats."""
+    first = index * config.repeats
+    pairs = [_decode(config, target, draft, case, stops, first + i) for i in range(config.repeats)]
+    plain, speculative = pairs[0]
     lookup = None
     if config.prompt_lookup:
-        lookup = prompt_lookup_decode(target, case.ids, limit, stops, draft.config.block_size - 1)
-    return _Outcome(case, plain or plain_decode(target, case.ids, limit, stops), speculative, lookup)
-
-
-def _summarise(config: EvalConfig, target: Any, block_size: int, outcomes: list[_Outcome]) -> EvalResult:
-    kinds = sorted({o.case.prompt.kind for o in outcomes if o.case.prompt.kind is not None})
-    produced = [count for o in outcomes for count in o.speculative.produced]
-    log_probs = [value for o in outcomes for value in o.plain.log_probs]
-    differences = [d for o in outcomes if (d := _difference(target, o)) is not None]
-    tokens = sum(len(o.speculative.tokens) for o in outcomes)
-    plain, speculative = _tokens_per_s(o.plain for o in outcomes), _tokens_per_s(o.speculative for o in outcomes)
-    ratios = [ratio for o in outcomes if (ratio := _speedup(o)) is not None]
-    lookups = [o.lookup for o in outcomes if o.lookup is not None]
-    return EvalResult(
-        config=config,
-        block_size=block_size,
-        acceptance=_acceptance(outcomes),
-        acceptance_by_kind={k: _acceptance([o for o in outcomes if o.case.prompt.kind == k]) for k in kinds},
-        rounds_by_tokens=tuple(produced.count(n) for n in range(1, block_size + 1)),
-        drafted_tokens=sum(o.speculative.drafted for o in outcomes),
-        accepted_tokens=sum(o.speculative.accepted for o in outcomes),
-        tokens_per_call=tokens / (len(produced) + len(outcomes)),
-        prompt_lookup_tokens_per_call=(
-            sum(len(o.tokens) for o in lookups) / sum(o.target_calls for o in lookups) if lookups else None
-        ),
-        plain_tokens_per_s=plain,
-        speculative_tokens_per_s=speculative,
-        speedup=speculative / plain if plain and speculative else None,
-        speedup_median=statistics.median(ratios) if ratios else None,
-        nll=-statistics.fmean(log_probs),
-        identical=len(outcomes) - len(differences),
-        differences=tuple(differences),
-        lossless=all(d.tie for d in differences),
-        device=_device_name(target.device),
-        dtype=str(target.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "dflash-offline")},
-        },
+        lookup = prompt_lookup_decode(target, case.ids, config.max_new_tokens, stops, draft.config.block_size - 1)
+    return _Outcome(
+        case,
+        replace(plain, seconds=statistics.median(p.seconds for p, _ in pairs)),
+        replace(speculative, seconds=statistics.median(s.seconds for _, s in pairs)),
+        lookup,
     )
 
 
-def _acceptance(outcomes: Sequence[_Outcome]) -> Acceptance:
-    lists = [o.speculative.produced for o in outcomes]
+def _figures(
+    config: EvalConfig,
+    trained: dict[str, Any] | None,
+    block_size: int,
+    rounds: list[_Rounds],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Return the fields of a result that the rounds and the machine give."""
+    kinds = sorted({r.kind for r in rounds if r.kind is not None})
+    produced = [n for r in rounds for n in r.produced]
+    proposed, kept = [n for r in rounds for n in r.proposed], [n for r in rounds for n in r.kept]
+    slots = range(1, block_size)
+    return {
+        "config": config,
+        "trained": trained,
+        "block_size": block_size,
+        "acceptance": _acceptance(rounds),
+        "acceptance_by_kind": {kind: _acceptance([r for r in rounds if r.kind == kind]) for kind in kinds},
+        "rounds_by_tokens": tuple(produced.count(n) for n in range(1, block_size + 1)),
+        "drafted_by_slot": tuple(sum(n >= slot for n in proposed) for slot in slots),
+        "accepted_by_slot": tuple(sum(n >= slot for n in kept) for slot in slots),
+        "drafted_tokens": sum(proposed),
+        "accepted_tokens": sum(kept),
+        "device": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "dflash-offline")},
+        },
+    }
+
+
+def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> dict[str, Any]:
+    """Return the fields of a result that need the target."""
+    log_probs = [value for o in outcomes for value in o.plain.log_probs]
+    tokens = sum(len(o.speculative.tokens) for o in outcomes)
+    calls = sum(1 + len(o.speculative.produced) for o in outcomes)
+    plain, speculative = _tokens_per_s(o.plain for o in outcomes), _tokens_per_s(o.speculative for o in outcomes)
+    ratios = [ratio for o in outcomes if (ratio := _speedup(o)) is not None]
+    lookups = [o.lookup for o in outcomes if o.lookup is not None]
+    figures = {
+        "tokens_per_call": tokens / calls,
+        "prompt_lookup_tokens_per_call": (
+            sum(len(o.tokens) for o in lookups) / sum(o.target_calls for o in lookups) if lookups else None
+        ),
+        "plain_tokens_per_s": plain,
+        "speculative_tokens_per_s": speculative,
+        "speedup": speculative / plain if plain and speculative else None,
+        "speedup_median": statistics.median(ratios) if ratios else None,
+        "nll": -statistics.fmean(log_probs),
+    }
+    if config.temperature:
+        return figures
+    differences = [d for o in outcomes if (d := _difference(target, o)) is not None]
+    return figures | {
+        "identical": len(outcomes) - len(differences),
+        "differences": tuple(differences),
+        "lossless": all(d.tie for d in differences),
+    }
+
+
+def _acceptance(rounds: Sequence[_Rounds]) -> Acceptance:
+    lists = [r.produced for r in rounds]
     means = [statistics.fmean(produced) for produced in lists if produced]
-    tokens, rounds = sum(map(sum, lists)), sum(map(len, lists))
+    tokens, number = sum(map(sum, lists)), sum(map(len, lists))
     return Acceptance(
         prompts=len(lists),
-        rounds=rounds,
+        rounds=number,
         tokens=tokens,
-        pooled=tokens / rounds if rounds else None,
+        pooled=tokens / number if number else None,
         mean=statistics.fmean(means) if means else None,
     )
 
@@ -234,70 +356,3 @@ def _difference(target: Any, outcome: _Outcome) -> Difference | None:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def print_report(result: EvalResult) -> None:
-    """Print the result to stdout, at most 80 columns wide, without colour."""
-    config, total = result.config, result.acceptance
-    print(f"draft   {config.draft}\ntarget  {config.target}")
-    print(
-        f"{_count(total.prompts, 'prompt')}, block size {result.block_size}, at most {config.max_new_tokens} new tokens"
-    )
-    print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}\n")
-    for line in _speed_lines(result) + _acceptance_lines(result) + _histogram(result) + _lossless_lines(result):
-        print(line)
-
-
-def _speed_lines(result: EvalResult) -> list[str]:
-    return [
-        "tokens/s, decoding only",
-        f"  target alone     {_number(result.plain_tokens_per_s, 1):>8}",
-        f"  with the draft   {_number(result.speculative_tokens_per_s, 1):>8}"
-        f"   {_number(result.speedup, 2)} times (median of prompts {_number(result.speedup_median, 2)})",
-        "tokens per target call, prompts included",
-        f"  with the draft   {_number(result.tokens_per_call, 2):>8}",
-        f"  prompt lookup    {_number(result.prompt_lookup_tokens_per_call, 2):>8}",
-        "",
-    ]
-
-
-def _acceptance_lines(result: EvalResult) -> list[str]:
-    share = result.accepted_tokens / max(result.drafted_tokens, 1)
-    groups = {"all prompts": result.acceptance, **result.acceptance_by_kind}
-    width = min(40, max(map(len, groups)))
-    lines = [f"acceptance length  {'':<{max(0, width - 17)}}  pooled    mean  prompts  rounds"]
-    for name, group in groups.items():
-        figures = f"{_number(group.pooled, 2):>6}  {_number(group.mean, 2):>6}  {group.prompts:>7}  {group.rounds:>6}"
-        lines.append(f"  {name[:width]:<{max(width, 17)}}  {figures}")
-    return [
-        *lines,
-        f"accepted {result.accepted_tokens} of {result.drafted_tokens} drafted tokens ({share:.1%})",
-        f"the target's own answers: {result.nll:.3f} nats per token\n",
-    ]
-
-
-def _histogram(result: EvalResult) -> list[str]:
-    rounds, most = max(result.acceptance.rounds, 1), max(result.rounds_by_tokens)
-    lines = ["tokens produced in a round"]
-    for tokens, count in enumerate(result.rounds_by_tokens, start=1):
-        bar = "#" * round(BAR_WIDTH * count / max(most, 1))
-        lines.append(f"  {tokens:>3}  {count / rounds:>6.1%}  {bar}".rstrip())
-    return [*lines, ""]
-
-
-def _lossless_lines(result: EvalResult) -> list[str]:
-    lines = [f"identical answers: {result.identical} of {result.acceptance.prompts}"]
-    for d in result.differences:
-        reason = "an answer has ended" if d.gap is None else f"gap {d.gap:.2g}, rounding {d.tolerance:.2g}"
-        lines.append(f"  {d.prompt}, token {d.position}: {'tie to rounding' if d.tie else 'NOT A TIE'} ({reason})")
-    if not result.lossless:
-        lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
-    return lines
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

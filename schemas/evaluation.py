@@ -14,17 +14,27 @@ class EvalConfig:
     """Settings of `dflash eval`."""
 
     draft: Path
-    """Folder of a draft: config.json and model.safetensors."""
-    target: str
-    """Hugging Face model: a folder, or a hub id."""
-    prompts: Path
+    """Folder of a draft (config.json and model.safetensors), or of a run, of which the best checkpoint is taken."""
+    target: str | None = None
+    """Hugging Face model: a folder, or a hub id; None for the serving walk over a cache, which needs no target."""
+    prompts: Path | None = None
     """JSONL file of {"messages": [...]} or {"prompt": "..."}; an optional "kind" groups the figures."""
+    cache: Path | None = None
+    """Cache whose held-out part gives the prompts, or is walked; instead of `prompts`."""
     revision: str | None = None
     """Revision of a hub id."""
     limit: int | None = None
-    """Prompts read from the top of the file; None for all."""
+    """Prompts read from the top of the file, or held-out samples of the cache; None for all."""
     max_new_tokens: int = 256
     """Tokens of one answer, at most."""
+    temperature: float = 0.0
+    """0 for greedy decoding; above, tokens are drawn, and drafted ones kept by rejection sampling."""
+    top_p: float = 1.0
+    """When tokens are drawn: the likeliest that together have this much; 1 for all."""
+    seed: int = 0
+    """Of the draws."""
+    repeats: int = 1
+    """Times that each prompt is decoded each way, in turn; its seconds are the median."""
     prompt_lookup: bool = False
     """Also decode with prompt lookup, the comparison that needs no draft."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -40,15 +50,32 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("limit", "max_new_tokens", "threads"):
+        for name in ("limit", "max_new_tokens", "threads", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} is {value}; expected at least 1.")
+        if self.temperature < 0:
+            problems.append(f"temperature is {self.temperature}; expected 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p is {self.top_p}; expected above 0, and at most 1.")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed is {self.seed}; expected 0 or more, below 2**63.")
+        problems += self._source_problems()
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
         problems += template_problems(self.chat_template_kwargs)
         if problems:
             raise DflashError("These settings of `dflash eval` cannot be used:\n  " + "\n  ".join(problems))
+
+    def _source_problems(self) -> list[str]:
+        if (self.prompts is None) == (self.cache is None):
+            return ["Give either --prompts FILE or --cache CACHE: one of them is what is decoded."]
+        if self.target is not None:
+            return []
+        if self.cache is None:
+            return ["No target is given. Name one with --target, or walk a cache without it, by --cache CACHE."]
+        live = {"temperature": self.temperature > 0, "prompt_lookup": self.prompt_lookup, "repeats": self.repeats > 1}
+        return [f"{name} needs --target: a cache is walked without one." for name, given in live.items() if given]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +114,15 @@ class Acceptance:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """What an evaluation found, with the settings it ran under."""
+    """What an evaluation found, with the settings it ran under; what needs the target is None without one."""
 
     config: EvalConfig
+    trained: dict[str, Any] | None
+    """What the draft's weights say of their training; None where they do not say it."""
+    offline: bool
+    """Whether cached samples were walked without the target."""
+    held_out: bool | None
+    """Whether the cache's samples were held out of this draft's training; None for prompts of a file."""
     block_size: int
     """K: the anchor and K - 1 drafted tokens; also the most tokens one round can produce."""
     acceptance: Acceptance
@@ -97,28 +130,32 @@ class EvalResult:
     """Of the prompts that name a kind."""
     rounds_by_tokens: tuple[int, ...]
     """Rounds that produced 1, 2, ... K tokens."""
+    drafted_by_slot: tuple[int, ...]
+    """Tokens drafted in slots 1, 2, ... K - 1."""
+    accepted_by_slot: tuple[int, ...]
+    """Those of them that are in an answer, and then so are all before them in their block."""
     drafted_tokens: int
     accepted_tokens: int
     """Drafted tokens that are in an answer."""
-    tokens_per_call: float
+    tokens_per_call: float | None = None
     """Tokens of the answers / forward calls of the target, prompts included; compares with prompt lookup's."""
-    prompt_lookup_tokens_per_call: float | None
+    prompt_lookup_tokens_per_call: float | None = None
     """The same for prompt lookup with K - 1 looked-up tokens; None if it was not asked for."""
-    plain_tokens_per_s: float | None
+    plain_tokens_per_s: float | None = None
     """Target alone: tokens after the first of each answer / seconds after the prompt's forward, over all prompts."""
-    speculative_tokens_per_s: float | None
+    speculative_tokens_per_s: float | None = None
     """The same with the draft."""
-    speedup: float | None
+    speedup: float | None = None
     """speculative_tokens_per_s / plain_tokens_per_s."""
-    speedup_median: float | None
+    speedup_median: float | None = None
     """Median of the prompts' own speed-ups."""
-    nll: float
+    nll: float | None = None
     """Mean negative log-likelihood that the target gives its own answers, in nats per token."""
-    identical: int
-    """Prompts answered with the same tokens both ways."""
-    differences: tuple[Difference, ...]
+    identical: int | None = None
+    """Prompts answered with the same tokens both ways; None when tokens are drawn, for two draws differ anyway."""
+    differences: tuple[Difference, ...] = ()
     """The other prompts."""
-    lossless: bool
+    lossless: bool | None = None
     """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
     device: str
     dtype: str

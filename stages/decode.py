@@ -1,4 +1,4 @@
-"""Greedy decoding of one prompt: by the target alone, with a DFlash draft, and with prompt lookup.
+"""Decoding of one prompt: by the target alone, with a DFlash draft, and with prompt lookup.
 
 The draft's rounds are those of the reference client, token for token, so that acceptance lengths agree prompt by
 prompt. All three keep a key/value cache; nothing is computed twice.
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from dflash_offline.schemas.errors import UnsupportedTargetError
 from dflash_offline.stages.drafter import DraftCache, DraftModel
+from dflash_offline.stages.sampling import Chooser, Greedy
 from dflash_offline.stages.target import capture
 
 ROWS_SCORED_AT_ONCE = 64
@@ -43,12 +45,22 @@ class SpeculativeDecoding:
     """The answer, with the stop token if one was reached."""
     produced: list[int]
     """Tokens of each round, cut at the stop token and at the limit; with the prompt's one they make up the answer."""
-    drafted: int
-    """Tokens that the draft proposed."""
-    accepted: int
-    """Proposed tokens that are in the answer; the others of a round are the target's own."""
+    proposed: list[int]
+    """Tokens that the draft proposed in each round."""
+    kept: list[int]
+    """Proposed tokens of each round that are in the answer; the others of a round are the target's own."""
     seconds: float
     """Wall time of the rounds; the prompt's forward, which gives the first token, is not in it."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that the draft proposed."""
+        return sum(self.proposed)
+
+    @property
+    def accepted(self) -> int:
+        """Proposed tokens that are in the answer."""
+        return sum(self.kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +111,9 @@ class Stopwatch:
 class _BlockDraft:
     """The draft's side of one decoding: its cache, its buffers, and what it borrows from the target."""
 
-    def __init__(self, target: PreTrainedModel, draft: DraftModel, num_positions: int) -> None:
+    def __init__(self, target: PreTrainedModel, draft: DraftModel, num_positions: int, chooser: Chooser) -> None:
         config = draft.config
+        self._chooser = chooser
         table = target.get_input_embeddings().weight
         self._draft, self._table, self._head = draft, table, target.get_output_embeddings()
         self._cache = DraftCache()
@@ -124,15 +137,23 @@ class _BlockDraft:
             past_key_values=self._cache,
         )
         self._cache.crop(start)
-        ids[:, 1:] = self._head(hidden[:, 1:]).argmax(dim=-1)
+        ids[:, 1:] = self._chooser.draft(self._head(hidden[:, 1:]))
         return ids
 
 
 @torch.inference_mode()
 def plain_decode(
-    target: PreTrainedModel, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]
+    target: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    chooser: Chooser | None = None,
 ) -> PlainDecoding:
-    """Return the target's greedy answer: at most `max_new_tokens` tokens, ending with the first of `stop_ids`."""
+    """Return the target's own answer: at most `max_new_tokens` tokens, ending with the first of `stop_ids`.
+
+    It is greedy without a `chooser`.
+    """
+    chooser = chooser or Greedy()
     cache = DynamicCache(config=target.config)
     rows = [_read_prompt(target, prompt_ids, cache)]
     tokens: list[int] = []
@@ -140,7 +161,7 @@ def plain_decode(
     watch = Stopwatch(target.device)
     while True:
         with watch:
-            done = _extend(target, cache, rows, tokens, max_new_tokens, stop_ids)
+            done = _extend(target, cache, rows, tokens, max_new_tokens, stop_ids, chooser)
         scored = rows if done else rows[:-1]
         log_probs += _log_probs(scored, tokens[len(log_probs) :])
         del rows[: len(scored)]
@@ -155,10 +176,11 @@ def _extend(
     tokens: list[int],
     max_new_tokens: int,
     stop_ids: Collection[int],
+    chooser: Chooser,
 ) -> bool:
     """Decode until the answer ends (True) or enough rows of logits [1, V] wait to be scored; the last one is open."""
     while len(rows) <= ROWS_SCORED_AT_ONCE:
-        chosen = rows[-1].argmax(dim=-1, keepdim=True)
+        chosen = chooser.choose(rows[-1])[:, None]
         tokens.append(int(chosen.item()))
         if len(tokens) == max_new_tokens or tokens[-1] in stop_ids:
             return True
@@ -179,50 +201,43 @@ def speculative_decode(
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     stop_ids: Collection[int],
+    chooser: Chooser | None = None,
 ) -> SpeculativeDecoding:
-    """Return the target's greedy answer, decoded in rounds that each verify one block of the draft.
+    """Return the target's answer, decoded in rounds that each verify a block of the draft; greedy without a `chooser`.
 
     A round drafts K - 1 tokens after the newest one, has the target read the whole block in one call, and keeps the
     tokens the target agrees with and the target's own next one. The last block is only as long as the answer may
     still become.
     """
+    chooser = chooser or Greedy()
     cache, stops = DynamicCache(config=target.config), frozenset(stop_ids)
     # Lets layers that keep only a window, or only a state, be taken back to before a rejected token.
     cache.activate_past_recording()
     produced: list[int] = []
-    drafted = accepted = 0
+    proposed: list[int] = []
+    kept: list[int] = []
     watch = Stopwatch(target.device)
     with capture(target, draft.config.target_layer_ids) as features:
-        tokens = [int(_read_prompt(target, prompt_ids, cache).argmax())]
+        tokens = [int(chooser.choose(_read_prompt(target, prompt_ids, cache)))]
         cache.crop(0)
         start, fresh = len(prompt_ids), len(prompt_ids)
         with watch:
-            blocks = _BlockDraft(target, draft, start + max_new_tokens)
+            blocks = _BlockDraft(target, draft, start + max_new_tokens, chooser)
             while (room := max_new_tokens - len(tokens)) > 0 and tokens[-1] not in stops:
                 size = min(draft.config.block_size, room + 1)
                 context = torch.cat([layer[:, :fresh] for layer in features], dim=-1)
                 block = blocks.propose(tokens[-1], start, size, context)
-                agreed, answer = _verify(target, cache, block)
+                logits = target(block, past_key_values=cache, use_cache=True).logits
+                agreed, answer = chooser.verify(block, logits)
                 answer = _until_stop(answer[:room], stops)
                 fresh = len(answer)
                 cache.crop(fresh - size)
                 tokens += answer
                 produced.append(fresh)
-                drafted, accepted = drafted + size - 1, accepted + min(agreed, fresh)
+                proposed.append(size - 1)
+                kept.append(min(agreed, fresh))
                 start += fresh
-    return SpeculativeDecoding(
-        tokens=tokens, produced=produced, drafted=drafted, accepted=accepted, seconds=watch.seconds
-    )
-
-
-def _verify(target: PreTrainedModel, cache: DynamicCache, block: Tensor) -> tuple[int, list[int]]:
-    """Return how many drafted tokens of the block [1, Q] the target agrees with, and those followed by its own next."""
-    chosen = target(block, past_key_values=cache, use_cache=True).logits.argmax(dim=-1)
-    # One transfer a round; the comparison of two short lists costs nothing.
-    (drafted, answer) = torch.cat((block, chosen)).tolist()
-    agreed = first_difference(drafted[1:], answer[:-1])
-    count = len(answer) - 1 if agreed is None else agreed
-    return count, answer[: count + 1]
+    return SpeculativeDecoding(tokens=tokens, produced=produced, proposed=proposed, kept=kept, seconds=watch.seconds)
 
 
 def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
@@ -266,6 +281,39 @@ def prompt_lookup_decode(
         handle.remove()
         target.generation_config = own
     return LookupDecoding(tokens=output[0, ids.shape[1] :].tolist(), target_calls=calls)
+
+
+@torch.inference_mode()
+def check_rewindable(target: PreTrainedModel, name: str) -> None:
+    """Refuse a target whose cache cannot be taken back to before a rejected token; `name` names it.
+
+    A layer that keeps one state for all that was read, as recurrent layers do, has nothing to go back to. What
+    transformers says of its layers is believed, and what it leaves open is tried on a few tokens.
+    """
+    ids = torch.arange(1, 17, device=target.device)[None]
+    why = ""
+    try:
+        cache = DynamicCache(config=target.config)
+        cache.activate_past_recording()
+        target(ids[:, :8], past_key_values=cache, use_cache=True)
+        if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
+            why = "its layers keep a recurrent state"
+        cache.crop(0)
+        target(ids[:, :6], past_key_values=cache, use_cache=True)
+        cache.crop(-6)
+        again = target(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+        straight = target(ids, use_cache=False).logits[:, 8:]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = why or str(error).split("\n")[0] or type(error).__name__
+    else:
+        if not torch.allclose(again.float(), straight.float(), rtol=0.05, atol=0.05 * float(straight.abs().max())):
+            why = why or "what it answers after rejected tokens is not what it answers without them"
+    if why:
+        raise UnsupportedTargetError(
+            f"{name} ({type(target).__name__}) cannot be decoded with a draft here: its cache cannot be taken back to "
+            f"before a rejected token ({why}). Extracting from it and training for it work, and so does `dflash eval "
+            f"RUN --cache CACHE`, which needs no target."
+        )
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

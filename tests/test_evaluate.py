@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dflash_offline.pipeline import evaluate as evaluation
-from dflash_offline.pipeline.evaluate import check_draft_fits, evaluate, evaluate_folder, print_report, stop_ids
+from dflash_offline.pipeline.eval_report import print_report
+from dflash_offline.pipeline.evaluate import check_draft_fits, evaluate, evaluate_folder, stop_ids
 from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
 from dflash_offline.schemas.evaluation import EvalConfig, EvalResult
 from dflash_offline.stages.decode import SpeculativeDecoding, plain_decode, prompt_lookup_decode, speculative_decode
@@ -209,7 +210,9 @@ def test_answers_of_one_token_have_no_speed_and_no_acceptance(
 def test_a_wrong_token_is_not_lossless(
     target: Any, tokenizer: Any, draft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def faulty(target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int]) -> SpeculativeDecoding:
+    def faulty(
+        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None
+    ) -> SpeculativeDecoding:
         right = speculative_decode(target, draft, ids, limit, stops)
         tokens = list(right.tokens)
         if len(ids) == 5 and ids[0] == 10:
@@ -242,7 +245,9 @@ def test_a_tie_to_rounding_is_lossless(
     head = target.get_output_embeddings().weight
     head[twin] = head[answer[0]]
 
-    def other_twin(target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int]) -> SpeculativeDecoding:
+    def other_twin(
+        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None
+    ) -> SpeculativeDecoding:
         right = speculative_decode(target, draft, ids, limit, stops)
         swap = {answer[0]: twin, twin: answer[0]}
         return SpeculativeDecoding(**(vars(right) | {"tokens": [swap.get(t, t) for t in right.tokens]}))

@@ -1,0 +1,131 @@
+"""What `dflash eval` shows a person: the report on the terminal, and the plot."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.evaluation import EvalResult
+
+BAR_WIDTH = 50
+
+
+def print_report(result: EvalResult) -> None:
+    """Print the result to stdout, at most 80 columns wide, without colour."""
+    config = result.config
+    print(f"draft   {config.draft}")
+    print(f"cache   {config.cache}" if config.target is None else f"target  {config.target}")
+    for line in _head(result):
+        print(line)
+    print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}\n")
+    for part in (_speed_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
+        for line in part(result):
+            print(line)
+
+
+def _head(result: EvalResult) -> list[str]:
+    config, prompts = result.config, result.acceptance.prompts
+    block = f"block size {result.block_size}"
+    if result.offline:
+        lines = [f"serving walk over {_count(prompts, 'cached turn')}, {block}; no target was run"]
+    else:
+        lines = [f"{_count(prompts, 'prompt')}, {block}, at most {config.max_new_tokens} new tokens"]
+    if result.held_out is not None:
+        others = "all samples: another cache trained it, or it does not say which"
+        lines.append("held out of its training" if result.held_out else others)
+    if config.temperature:
+        lines.append(f"drawn at temperature {config.temperature:g}, top-p {config.top_p:g}, seed {config.seed}")
+    return lines
+
+
+def _speed_lines(result: EvalResult) -> list[str]:
+    if result.offline:
+        return []
+    return [
+        "tokens/s, decoding only",
+        f"  target alone     {_number(result.plain_tokens_per_s, 1):>8}",
+        f"  with the draft   {_number(result.speculative_tokens_per_s, 1):>8}"
+        f"   {_number(result.speedup, 2)} times (median of prompts {_number(result.speedup_median, 2)})",
+        "tokens per target call, prompts included",
+        f"  with the draft   {_number(result.tokens_per_call, 2):>8}",
+        f"  prompt lookup    {_number(result.prompt_lookup_tokens_per_call, 2):>8}",
+        "",
+    ]
+
+
+def _acceptance_lines(result: EvalResult) -> list[str]:
+    share = result.accepted_tokens / max(result.drafted_tokens, 1)
+    groups = {"all turns" if result.offline else "all prompts": result.acceptance, **result.acceptance_by_kind}
+    width = min(40, max(map(len, groups)))
+    lines = [f"acceptance length  {'':<{max(0, width - 17)}}  pooled    mean  prompts  rounds"]
+    for name, group in groups.items():
+        figures = f"{_number(group.pooled, 2):>6}  {_number(group.mean, 2):>6}  {group.prompts:>7}  {group.rounds:>6}"
+        lines.append(f"  {name[:width]:<{max(width, 17)}}  {figures}")
+    lines.append(f"accepted {result.accepted_tokens} of {result.drafted_tokens} drafted tokens ({share:.1%})")
+    if result.nll is not None:
+        lines.append(f"the target's own answers: {result.nll:.3f} nats per token")
+    return [*lines, ""]
+
+
+def _histogram(result: EvalResult) -> list[str]:
+    rounds, most = max(result.acceptance.rounds, 1), max(result.rounds_by_tokens)
+    lines = ["tokens produced in a round"]
+    for tokens, count in enumerate(result.rounds_by_tokens, start=1):
+        bar = "#" * round(BAR_WIDTH * count / max(most, 1))
+        lines.append(f"  {tokens:>3}  {count / rounds:>6.1%}  {bar}".rstrip())
+    return [*lines, ""]
+
+
+def _slots(result: EvalResult) -> list[str]:
+    """How often each slot's token is in the answer, and how often when those before it are."""
+    lines = ["slot  in the answer  if those before are"]
+    reached = result.drafted_by_slot[:1]
+    for slot, (drafted, accepted) in enumerate(zip(result.drafted_by_slot, result.accepted_by_slot, strict=True), 1):
+        share, alone = accepted / max(drafted, 1), accepted / max(reached[-1], 1)
+        lines.append(f"  {slot:>2}  {share:>13.1%}  {alone:>19.1%}")
+        reached += (accepted,)
+    return [*lines, ""]
+
+
+def _lossless_lines(result: EvalResult) -> list[str]:
+    if result.identical is None:
+        return []
+    lines = [f"identical answers: {result.identical} of {result.acceptance.prompts}"]
+    for d in result.differences:
+        reason = "an answer has ended" if d.gap is None else f"gap {d.gap:.2g}, rounding {d.tolerance:.2g}"
+        lines.append(f"  {d.prompt}, token {d.position}: {'tie to rounding' if d.tie else 'NOT A TIE'} ({reason})")
+    if result.lossless is False:
+        lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
+    return lines
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def require_matplotlib() -> None:
+    """Raise `DflashError` if there is no matplotlib; it is looked for, not loaded."""
+    if find_spec("matplotlib") is None:
+        raise DflashError("--plot needs matplotlib. Install it: pip install matplotlib.")
+
+
+def save_plot(result: EvalResult, path: Path) -> None:
+    """Write a PNG of acceptance by slot and of the tokens that a round produces."""
+    from matplotlib.figure import Figure  # loaded only when a plot is asked for
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_slot, by_tokens = figure.subplots(1, 2)
+    shares = [a / max(d, 1) for a, d in zip(result.accepted_by_slot, result.drafted_by_slot, strict=True)]
+    by_slot.bar(range(1, result.block_size), shares, color="#4477aa")
+    by_slot.set(xlabel="slot of the block", ylabel="drafted tokens in the answer", title="Acceptance by slot")
+    by_slot.set_ylim(0, 1)
+    rounds = max(result.acceptance.rounds, 1)
+    by_tokens.bar(range(1, result.block_size + 1), [n / rounds for n in result.rounds_by_tokens], color="#ccbb44")
+    pooled = _number(result.acceptance.pooled, 2)
+    by_tokens.set(xlabel="tokens of a round", ylabel="share of rounds", title=f"Acceptance length {pooled} (pooled)")
+    for axes in (by_slot, by_tokens):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=150)
