@@ -268,10 +268,16 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the part of a causal language model that comes before its head."""
+    decoder = model.get_decoder()
+    # transformers returns the model itself where a family names the part otherwise than it declares (Llama 4).
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the target's decoder layers, in order."""
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
+    layers = getattr(decoder_of(model), "layers", None)
     expected = model.config.get_text_config().num_hidden_layers
     if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
         raise UnsupportedTargetError(
@@ -322,7 +328,7 @@ def run_captured(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> lis
     """
     with capture(model, layer_ids, stop=True) as caught:
         try:
-            model.get_decoder()(input_ids=input_ids, use_cache=False)
+            decoder_of(model)(input_ids=input_ids, use_cache=False)
         except _Captured:
             return list(caught)
     raise AssertionError("the forward ended before the last captured layer")
