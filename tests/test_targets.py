@@ -1,0 +1,160 @@
+"""Targets of other families through the whole pipeline, each tiny and random; and those that are refused, and when."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_target import save_conversations, save_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from typer.testing import CliRunner, Result
+
+from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.draft_lint import lint_draft
+
+SHAPE = {
+    "vocab_size": 304,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make(name: str, **changes: Any) -> PreTrainedConfig:
+    return getattr(transformers, name)(**{**SHAPE, **changes})
+
+
+def nested(name: str, text: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config whose decoder is a part of it, as a model that also sees has."""
+    return getattr(transformers, name)(text_config={**SHAPE, **text}, tie_word_embeddings=False)
+
+
+DECODED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_moe": lambda: make("Qwen3MoeConfig", **EXPERTS, decoder_sparse_step=1),
+    "llama3": lambda: make("LlamaConfig", rope_parameters=LLAMA_ROPE),
+    "qwen3_5_nested_full": lambda: nested("Qwen3_5Config", {"layer_types": ["full_attention"] * 6}),
+    "llama4_nested": lambda: nested(
+        "Llama4Config",
+        {
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 256,
+        },
+    ),
+}
+NOT_REWOUND: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_next": lambda: make("Qwen3NextConfig", **LINEAR, **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_5_nested": lambda: nested("Qwen3_5Config", LINEAR),
+}
+REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
+    "gemma3": (lambda: make("Gemma3TextConfig"), "does not feed raw embedding rows"),
+    "gemma3_nested": (lambda: nested("Gemma3Config", {}), "does not feed raw embedding rows"),
+    "granite": (lambda: make("GraniteConfig", logits_scaling=4.0), "scales or caps its logits"),
+    "gpt2": (
+        lambda: transformers.GPT2Config(
+            vocab_size=304, n_embd=32, n_layer=6, n_head=4, n_positions=512, bos_token_id=2, eos_token_id=2
+        ),
+        "keeps no list of 6 decoder layers",
+    ),
+}
+
+
+def dflash(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def save(config: PreTrainedConfig, folder: Path) -> Path:
+    """Save a random target of this config with a tokenizer; a nested config stays nested on disk."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def extracted(config: PreTrainedConfig, tmp_path: Path) -> tuple[Path, Path, Result]:
+    target, data = save(config, tmp_path / "target"), save_conversations(tmp_path / "chats.jsonl", 40)
+    flags = ["--out", tmp_path / "cache", "--block-size", 8, "--shard-mib", 1, "--device", "cpu", "--quiet"]
+    return target, tmp_path / "cache", dflash("extract", data, "--target", target, *flags)
+
+
+def trained(cache: Path, tmp_path: Path) -> Path:
+    """Train and export a draft; returns its folder."""
+    settings = ["--steps", 10, "--draft-layers", 1, "--num-anchors", 8, "--device", "cpu", "--quiet"]
+    run = dflash("train", cache, "--out", tmp_path / "run", *settings)
+    assert run.exit_code == 0, run.output
+    made = dflash("export", tmp_path / "run", "--out", tmp_path / "draft")
+    assert made.exit_code == 0, made.output
+    assert lint_draft(tmp_path / "draft") == []
+    walked = dflash("eval", tmp_path / "run", "--cache", cache, "--quiet", "--json")
+    assert walked.exit_code == 0 and json.loads(walked.stdout)["acceptance"]["pooled"] >= 1, walked.output
+    return tmp_path / "draft"
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_a_family_runs_from_extraction_to_lossless_decoding(family: str, tmp_path: Path) -> None:
+    config = DECODED[family]()
+    target, cache, made = extracted(config, tmp_path)
+    assert made.exit_code == 0, made.output
+    draft = trained(cache, tmp_path)
+    found = dflash("verify", cache, "--target", target, "--samples", 3, "--quiet")
+    assert found.exit_code == 0, found.output
+    flags = ["--cache", cache, "--target", target, "--max-new-tokens", 24, "--json", "--quiet", "--device", "cpu"]
+    result = dflash("eval", draft, *flags)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["lossless"] and document["acceptance"]["rounds"] > 10
+    assert dflash("verify", draft, "--target", target).exit_code == 0
+
+
+@pytest.mark.parametrize("family", NOT_REWOUND)
+def test_a_recurrent_target_is_extracted_and_trained_for_and_eval_says_why_not_decoded(
+    family: str, tmp_path: Path
+) -> None:
+    target, cache, made = extracted(NOT_REWOUND[family](), tmp_path)
+    assert made.exit_code == 0, made.output
+    draft = trained(cache, tmp_path)
+    refused = dflash("eval", draft, "--cache", cache, "--target", target, "--quiet")
+    assert refused.exit_code == 1
+    assert "cannot be taken back to before a rejected token (its layers keep a recurrent state)" in refused.stderr
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_target_that_no_draft_can_serve_is_refused_before_any_work(family: str, tmp_path: Path) -> None:
+    config, why = REFUSED[family]
+    _, cache, refused = extracted(config(), tmp_path)
+    assert refused.exit_code == 1 and why in refused.stderr, refused.output
+    assert not cache.exists()
