@@ -10,7 +10,7 @@ OLDEST = .venv-oldest
 FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 LINKED = $(VENV)/linked-$(FILES)
 
-.PHONY: help install demo check lint types test test-slow check-clients check-gpu check-oldest bench-train bench-gpu target format
+.PHONY: help install demo check lint types test test-slow check-clients check-gpu check-oldest bench-eval bench-train bench-gpu target format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,8 +46,11 @@ format: $(LINKED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check-clients: $(LINKED) $(CLIENTS)/dflash ## compare with z-lab's reference client, run in processes of its own
-	DFLASH_ZLAB=$(CLIENTS) $(BIN)/pytest -m clients
+CLIENT_STAMPS = $(CLIENTS)/dflash $(CLIENTS)/transformers/installed $(CLIENTS)/speculators/installed
+
+check-clients: $(LINKED) $(CLIENT_STAMPS) ## compare with the real serving clients, run in processes of their own
+	DFLASH_ZLAB=$(CURDIR)/$(CLIENTS) DFLASH_TRANSFORMERS=$(CURDIR)/$(CLIENTS)/transformers \
+	  DFLASH_SPECULATORS=$(CURDIR)/$(CLIENTS)/speculators $(BIN)/pytest -m clients
 
 $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
@@ -55,6 +58,23 @@ $(CLIENTS)/dflash: | $(LINKED)
 
 check-gpu: $(LINKED) ## on a GPU: flex attention's gradients, compiled steps, extract and train
 	$(BIN)/pytest -m gpu
+
+# Folders of packages that only the clients' processes search, before the project's own: torch is the project's, for it
+# is large and no client is particular about it.
+$(CLIENTS)/transformers/installed: | $(LINKED)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) transformers==5.23.0
+	touch $@
+
+$(CLIENTS)/speculators/installed: | $(LINKED)
+	$(BIN)/pip install -q --upgrade --target $(@D) "datasets>=4,<=5.1.0" "openai>=2" "loguru<=0.7.3" pydantic-settings aiohttp
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) speculators==0.9.0 hs-connectors==0.9.0 transformers==5.19.0
+	touch $@
+
+bench-eval: $(LINKED) $(CLIENTS)/dflash | demo/eval.json ## time decoding against z-lab's client, generate and the target alone
+	DFLASH_ZLAB=$(CURDIR)/$(CLIENTS) $(BIN)/python tests/benchmarks/bench_eval.py
+
+demo/eval.json:
+	$(MAKE) demo
 
 check-oldest: ## run the tests on the oldest torch and transformers that are supported
 	$(MAKE) test VENV=$(OLDEST) TORCH=2.11.0 CONSTRAINTS=constraints-oldest.txt

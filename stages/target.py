@@ -135,7 +135,8 @@ class TargetFiles:
     def decoder(self) -> dict[str, Any]:
         """Return the numbers of the decoder that a draft's shape follows, as transformers resolves the config."""
         text = self.text_config
-        heads = int(text.num_attention_heads)
+        # A target without attention heads (Mamba) gives a draft no example; heads of about 128 are the usual width.
+        heads = int(getattr(text, "num_attention_heads", None) or max(1, text.hidden_size // 128))
         rope = getattr(text, "rope_parameters", None) or {}
         return {
             "hidden_size": int(text.hidden_size),
