@@ -263,7 +263,7 @@ def choose_mask_token(target: TargetFiles, samples: SampleTable, wanted: int | N
             )
         return wanted
     special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < num_rows}
-    taken = used | {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    taken = used | target.end_ids() | {tokenizer.bos_token_id}
     free = {i: name for i, name in special.items() if i not in taken}
 
     def preference(item: tuple[int, str]) -> tuple[int, int]:

@@ -96,16 +96,16 @@ def main() -> None:
     tokens = sum(map(len, expected))
     sides: dict[str, Callable[[], object]] = {}
     for n in THREADS:
-        sides[f"with the draft, {n}"] = with_threads(ours, n)
-        sides[f"z-lab's client, {n}"] = with_threads(lambda n=n: theirs(n), n)
-        sides[f"plain loop, {n}"] = with_threads(plain, n)
-        sides[f"generate, {n}"] = with_threads(generate, n)
+        sides[f"with the draft, {n} threads"] = with_threads(ours, n)
+        sides[f"z-lab's client, {n} threads"] = with_threads(lambda n=n: theirs(n), n)
+        sides[f"plain loop, {n} threads"] = with_threads(plain, n)
+        sides[f"generate, {n} threads"] = with_threads(generate, n)
     print(f"{machine()}, torch {torch.__version__}, float32")
     print(f"{len(prompts)} prompts, {tokens} tokens, {given.rounds} rounds")
     seconds = interleaved(sides, given.rounds)
     client.close()
     for name, values in seconds.items():
-        print(f"  {name:<18} threads {spread([tokens / s for s in values])} tokens/s")
+        print(f"  {name:<24} {spread([tokens / s for s in values])} tokens/s")
 
     def best(name: str) -> str:
         return min((side for side in sides if side.startswith(name)), key=lambda side: statistics.median(seconds[side]))

@@ -1,0 +1,80 @@
+"""The mask token: a reserved one that no sample contains, the same from extraction to the served config."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_samples import plan, target_files
+from tiny_target import WITH_TAGS, conversations, save_conversations, save_target
+from typer.testing import CliRunner, Result
+
+from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.samples import choose_mask_token
+from dflash_offline.stages.target import TargetFiles
+
+
+def dflash(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> TargetFiles:
+    return target_files(tmp_path / "target", WITH_TAGS)
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> SampleTable:
+    return plan(tmp_path, conversations(3)).samples
+
+
+def reserve(files: TargetFiles, *names: str) -> list[int]:
+    files.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *names]})
+    return files.tokenizer.convert_tokens_to_ids(list(names))
+
+
+def test_a_mask_goes_before_a_reserved_token_and_that_before_any_other(
+    files: TargetFiles, samples: SampleTable
+) -> None:
+    other, reserved = reserve(files, "<|image|>", "<|reserved_7|>")
+    mask, pad = files.tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
+    for turn, expected in enumerate((mask, reserved, other, pad)):
+        assert choose_mask_token(files, samples, None) == expected
+        samples.flat_ids[turn] = expected  # from now on a sample contains it
+
+
+def test_no_token_that_ends_an_answer_is_chosen_even_if_no_sample_contains_it(
+    files: TargetFiles, samples: SampleTable
+) -> None:
+    mask, pad = files.tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
+    samples.flat_ids[0] = mask
+    assert choose_mask_token(files, samples, None) == pad
+    (files.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, pad]}))
+    with pytest.raises(DflashError, match=r"has no reserved token .* Name an unused row .* with --mask-token-id"):
+        choose_mask_token(files, samples, None)
+
+
+def test_a_reserved_token_without_a_row_in_the_table_is_not_chosen(files: TargetFiles, samples: SampleTable) -> None:
+    (beyond,) = reserve(files, "<|mask_2|>")
+    samples.flat_ids[0] = files.tokenizer.convert_tokens_to_ids("<|mask|>")
+    files.config.vocab_size = beyond
+    assert choose_mask_token(files, samples, None) != beyond
+
+
+def test_the_token_is_recorded_and_served_and_one_that_the_data_has_is_refused_before_any_work(tmp_path: Path) -> None:
+    target, data = save_target(tmp_path / "target"), save_conversations(tmp_path / "chats.jsonl", 30)
+    extract = ["extract", data, "--target", target, "--block-size", 8, "--quiet", "--out"]
+    assert dflash(*extract, tmp_path / "cache", "--mask-token-id", 303).exit_code == 0
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    assert manifest["plan"]["mask_token_id"] == 303
+    dflash("train", tmp_path / "cache", "--out", tmp_path / "run", "--steps", 1, "--draft-layers", 1, "--quiet")
+    dflash("export", tmp_path / "run", "--out", tmp_path / "draft")
+    config = json.loads((tmp_path / "draft/config.json").read_text())
+    assert config["mask_token_id"] == config["dflash_config"]["mask_token_id"] == 303
+    ids = SampleTable.read(tmp_path / "cache/samples.parquet").flat_ids
+    used = int(np.bincount(ids).argmax())
+    refused = dflash(*extract, tmp_path / "other", "--mask-token-id", used)
+    assert refused.exit_code == 1 and "occurs in the data, first in chats.jsonl:1" in refused.stderr
+    assert not (tmp_path / "other").exists()
