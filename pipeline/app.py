@@ -37,6 +37,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 TemplateKwargs = Annotated[
     str, typer.Option(metavar="JSON", help="""Passed to the chat template, e.g. '{"enable_thinking": false}'.""")
 ]
+Attention = Annotated[str, typer.Option(help="As transformers names it.")]
 Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
 
@@ -139,9 +140,7 @@ def extract(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.")
     ] = ExtractConfig.dtype,
-    attn_implementation: Annotated[
-        str, typer.Option(help="As transformers names it.")
-    ] = ExtractConfig.attn_implementation,
+    attn_implementation: Attention = ExtractConfig.attn_implementation,
     device: Device = ExtractConfig.device,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -438,6 +437,7 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.")
     ] = EvalConfig.dtype,
+    attn_implementation: Attention = EvalConfig.attn_implementation,
     device: Device = EvalConfig.device,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -74,7 +74,13 @@ def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> Eva
     draft = load_draft(folder, dtype, device)
     if config.prompts is not None:
         read_prompts(config.prompts, config.limit)  # a faulty file is named before the target's weights are read
-    target = load_model(files, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+    target = load_model(
+        files,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
     check_plain_embeddings(target, files.name)
     return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, trained=trained, progress=progress)
 

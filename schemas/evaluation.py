@@ -43,6 +43,8 @@ class EvalConfig:
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto is float32 on the CPU and the target's own on a GPU."""
+    attn_implementation: str = "sdpa"
+    """As transformers names it."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     threads: int | None = None

@@ -248,9 +248,10 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        said = str(error).strip().splitlines()[0]
+        hint = " Try --attn-implementation eager." if "scaled_dot_product_attention" in said else ""
         raise DflashError(
-            f"transformers cannot load the model in {files.folder} as a causal language model: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"transformers cannot load the model in {files.folder} as a causal language model: {said}{hint}"
         ) from error
     absent = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
     if absent:

@@ -152,6 +152,18 @@ def test_a_recurrent_target_is_extracted_and_trained_for_and_eval_says_why_not_d
     assert "cannot be taken back to before a rejected token (its layers keep a recurrent state)" in refused.stderr
 
 
+def test_a_target_without_sdpa_says_which_flag_helps_and_then_works(tmp_path: Path) -> None:
+    config = make("GptOssConfig", num_local_experts=4, num_experts_per_tok=2)
+    target, cache, refused = extracted(config, tmp_path)
+    assert refused.exit_code == 1 and "Try --attn-implementation eager" in refused.stderr, refused.output
+    eager = ["--attn-implementation", "eager", "--device", "cpu", "--quiet"]
+    data, flags = tmp_path / "chats.jsonl", ["--out", cache, "--block-size", 8, "--shard-mib", 1]
+    assert dflash("extract", data, "--target", target, *flags, *eager).exit_code == 0
+    flags = ["--cache", cache, "--target", target, "--max-new-tokens", 12, "--limit", 2]
+    found = dflash("eval", trained(cache, tmp_path), *flags, *eager)
+    assert found.exit_code == 0 and "identical answers: 2 of 2" in found.stdout, found.output
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_target_that_no_draft_can_serve_is_refused_before_any_work(family: str, tmp_path: Path) -> None:
     config, why = REFUSED[family]
