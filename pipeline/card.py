@@ -95,9 +95,10 @@ def _measured(state: TrainState, found: dict[str, Any] | None) -> str:
         pooled, mean = found["acceptance"]["pooled"], found["acceptance"]["mean"]
         config, prompts = found["config"], found["acceptance"]["prompts"]
         way = f"temperature {config['temperature']}" if config.get("temperature") else "greedy"
+        what = "cached turns, without the target" if found.get("offline") else "prompts"
         speed = f", {found['speedup']:.2f} times the target alone" if found.get("speedup") else ""
         lines.append(
-            f"`dflash eval` on {prompts} prompts ({way}, {found['dtype']} on {found['device']}): {pooled:.2f} tokens a "
+            f"`dflash eval` on {prompts} {what} ({way}, {found['dtype']} on {found['device']}): {pooled:.2f} tokens a "
             f"round (mean of prompts {mean:.2f}) of at most {found['block_size']}{speed}."
         )
         for name, group in found.get("acceptance_by_kind", {}).items():

@@ -127,7 +127,7 @@ def evaluate(
     """
     check_draft_fits(draft.config, target)
     check_rewindable(target, config.target or type(target).__name__)
-    cases, held_out = _read_cases(config, tokenizer, target, trained)
+    cases, held_out = _read_cases(config, tokenizer, target, draft, trained)
     stops = stop_ids(target, tokenizer)
     progress = progress or Silent()
     outcomes: list[_Outcome] = []
@@ -180,11 +180,12 @@ def stop_ids(target: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _read_cases(
-    config: EvalConfig, tokenizer: Any, target: Any, trained: dict[str, Any] | None
+    config: EvalConfig, tokenizer: Any, target: Any, draft: DraftModel, trained: dict[str, Any] | None
 ) -> tuple[list[_Case], bool | None]:
     held_out = None
     if config.cache is not None:
         held = held_out_samples(config.cache, trained, config.limit)
+        check_cache_fits(held, draft, config.cache)
         cases, held_out = [_Case(*pair) for pair in as_prompts(held)], held.held_out
     else:
         assert config.prompts is not None, "the settings were checked"

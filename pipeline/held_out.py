@@ -61,7 +61,7 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
         trained = json.loads(metadata[RECORD])
     except (ValueError, KeyError):
         return path, None  # another's draft, or one that loading will refuse with its own message
-    return path, trained
+    return path, trained if isinstance(trained, dict) and {"cache", "val_samples"} <= trained.keys() else None
 
 
 def held_out_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> HeldOut:
@@ -81,12 +81,15 @@ def held_out_samples(cache: Path, trained: dict[str, Any] | None, limit: int | N
 def as_prompts(held: HeldOut) -> list[tuple[Prompt, list[int]]]:
     """Return a prompt and its tokens for each assistant turn that a round could follow."""
     table = held.reader.samples
-    return [
+    prompts = [
         (Prompt(place=f"{table.place(i)}, position {first}", text=""), table.input_ids(i)[:first].tolist())
         for i in held.samples.tolist()
         for first, last in turns(table.loss_mask(i))
         if 0 < first < last
     ]
+    if not prompts:
+        raise DflashError(f"{held.reader.cache} holds no answer of two tokens or more that follows a prompt.")
+    return prompts
 
 
 def check_cache_fits(held: HeldOut, draft: DraftModel, cache: Path) -> None:

@@ -19,7 +19,10 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
         path = Path(target).expanduser() / "config.json"
         if not path.is_file():
             raise DflashError(f"{path} does not exist. Name the target's folder to compare the draft with it.")
-        config = json.loads(path.read_text())
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise DflashError(f"{path} is not JSON ({error}). Name a complete model folder.") from error
     faults = lint_draft(draft, config)
     if as_json:
         print(json.dumps({"draft": str(draft), "faults": [asdict(fault) for fault in faults]}, indent=1))

@@ -111,8 +111,13 @@ def _recorded(config: dict[str, Any], metadata: dict[str, str], name: str) -> Fo
     """What the weights were trained with, where their file says it; else whether the ids look shifted."""
     ids, layers = first(config, "target_layer_ids"), first(config, "num_target_layers")
     if RECORD in metadata:
+        try:
+            trained = {field: json.loads(metadata[RECORD])[field] for field in RECORDED}
+        except (ValueError, KeyError, TypeError) as error:
+            yield "weights", name, f"has a record of its training that cannot be read ({error!r})"
+            return
         for field, rule in RECORDED.items():
-            value = json.loads(metadata[RECORD])[field]
+            value = trained[field]
             if first(config, field) != value:
                 yield rule, field, f"is {say(first(config, field))}, but {name} was trained with {say(value)}"
     elif isinstance(ids, list) and is_int(layers, 5) and ids == [i + 1 for i in _spread(layers, len(ids))]:

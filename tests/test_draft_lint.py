@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_imports import without_torch
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
@@ -296,3 +297,13 @@ def test_the_command_tells_a_draft_from_a_cache_and_exits_1_with_every_fault(
     assert "is sound" in verify(cache, "--quiet").stdout
     nothing = verify(tmp_path)
     assert nothing.exit_code == 1 and "is not a feature cache" in nothing.output
+
+
+def test_a_draft_is_verified_without_torch(draft: Path) -> None:
+    assert without_torch(["verify", str(draft)]) == f"{draft} is sound.\n"
+
+
+def test_a_record_of_the_training_that_cannot_be_read_is_named(draft: Path) -> None:
+    for record in ("{", "[]", "{}", "3"):
+        resave(draft, lambda weights: None, dflash=record)
+        assert rules_of(draft) == {"weights"}
