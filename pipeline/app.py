@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
+from dflash_offline.schemas.settings import read_settings, require_fields
 from dflash_offline.stages.cores import limit_threads
 from dflash_offline.stages.progress import readable_bytes
 
@@ -66,7 +68,10 @@ def _reported(go_on: str = "") -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"dflash: {message}", file=sys.stderr)
+    if _is_first_rank():
+        print(f"dflash: {message}", file=sys.stderr)
+    elif code != 130:  # all ranks stop at a signal; one of them says so
+        print(f"dflash, rank {os.environ['RANK']}: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -77,6 +82,15 @@ def _ids(text: str | None, flag: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise DflashError(f"{flag} is {text!r}; expected numbers with commas between, as in {flag} 1,9,17.") from None
+
+
+def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise DflashError(f"{flag} is {text!r}; expected numbers with commas between, as in {flag} 1,0.3.") from None
 
 
 def _object(text: str, flag: str) -> dict[str, Any]:
@@ -95,6 +109,21 @@ def _settings(kind: type[Config], given: dict[str, Any], **converted: Any) -> Co
     """Return a command's settings: its arguments by name, some of them converted first."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: value for name, value in given.items() if name in names} | converted)
+
+
+def _settings_over_file(kind: type[Config], ctx: typer.Context, path: Path | None, given: dict[str, Any]) -> Config:
+    """Return a command's settings: a file's, where there is one, and over them what stands on the command line."""
+    settings = read_settings(path, kind) if path else {}
+    for field in fields(kind):
+        source = ctx.get_parameter_source(field.name)
+        if field.name not in settings or (source is not None and source.name == "COMMANDLINE"):
+            settings[field.name] = given[field.name]
+    require_fields(kind, settings)
+    return kind(**settings)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show_version(wanted: bool) -> None:
@@ -264,18 +293,46 @@ def verify(
     epilog="Example: dflash train cache --out run --epochs 6. The same command again goes on from its last checkpoint."
 )
 def train(
-    cache: Annotated[Path, typer.Argument(help="Cache folder made by `dflash extract`.")],
-    out: Annotated[Path, typer.Option(help="Run folder; continued if it already holds the same run.")],
+    ctx: typer.Context,
+    caches: Annotated[
+        list[Path] | None, typer.Argument(help="Cache folders made by `dflash extract` from one target.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; continued if it already holds the same run.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="TOML", help="File of settings, named as here; flags go before it.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SHARES", help="Share of each cache that an epoch takes, as in 1,0.3. [default: all]"),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = TrainConfig.epochs,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples in one micro-batch.")] = TrainConfig.batch_size,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches in one step.")] = TrainConfig.accumulation,
+    packing: Annotated[
+        bool, typer.Option(help="Pack whole documents into rows of one length, or pad a sample a row.")
+    ] = TrainConfig.packing,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed micro-batch.")] = TrainConfig.batch_tokens,
+    row_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of a packed row. [default: all of them with flex attention, else the longest document's]"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples of a padded micro-batch.")] = TrainConfig.batch_size,
+    accumulation: Annotated[
+        int, typer.Option(help="Micro-batches of each rank in one step.")
+    ] = TrainConfig.accumulation,
     optimizer: Annotated[
         str, typer.Option(help="adamw, as published; or muon, which needs fewer steps.")
     ] = TrainConfig.optimizer,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="Peak of the schedule.")
     ] = TrainConfig.learning_rate,
+    init_from: Annotated[
+        Path | None, typer.Option(metavar="DRAFT", help="Draft folder to start from, ours or z-lab's.")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of averaged weights, which are then validated and exported.")
+    ] = None,
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = TrainConfig.warmup_ratio,
     weight_decay: Annotated[float, typer.Option(help="On matrices; norms do not decay.")] = TrainConfig.weight_decay,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
@@ -316,54 +373,52 @@ def train(
         int, typer.Option(help="Samples held out, at most; never over a tenth.")
     ] = TrainConfig.val_samples,
     val_every: Annotated[int, typer.Option(help="Steps between validations.")] = TrainConfig.val_every,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without a better serving walk before it stops.")
+    ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = TrainConfig.save_every,
     keep: Annotated[int, typer.Option(help="Newest checkpoints kept, beside the best.")] = TrainConfig.keep,
     attention_backend: Annotated[
-        str, typer.Option(help="sdpa, eager or flex_attention.")
+        str, typer.Option(help="flex_attention, sdpa or eager; auto is the first on a GPU, the second on a CPU.")
     ] = TrainConfig.attention_backend,
     dtype: Annotated[
         str, typer.Option(help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.")
     ] = TrainConfig.dtype,
     device: Device = TrainConfig.device,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = TrainConfig.gradient_checkpointing,
+    compile: Annotated[bool | None, typer.Option(help="torch.compile. [default: on a GPU]")] = None,
+    report_to: Annotated[str | None, typer.Option(help="wandb or trackio, if installed.")] = None,
     loader_threads: Annotated[int, typer.Option(help="Threads that read ahead.")] = TrainConfig.loader_threads,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do two steps, say what the run would take, and write nothing.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a draft from a cache; the target is not loaded."""
+    """Train a draft from caches; the target is not loaded. Under torchrun, every rank runs this command."""
     given = locals()
-    with _reported("Repeat the command to go on from the last checkpoint."):
-        sliding = _ids(sliding_layers, "--sliding-layers")
-        config = _settings(TrainConfig, given, layers=_ids(layers, "--layers"), sliding_layers=sliding)
-        from dflash_offline.stages.train import train as run
+    with _reported("" if dry_run else "Repeat the command to go on from the last checkpoint."):
+        given |= {
+            "caches": tuple(caches or ()),
+            "layers": _ids(layers, "--layers"),
+            "sliding_layers": _ids(sliding_layers, "--sliding-layers"),
+            "weights": _numbers(weights, "--weights"),
+        }
+        settings = _settings_over_file(TrainConfig, ctx, config, given)
+        from dflash_offline.pipeline import training
+        from dflash_offline.stages import train as stage
 
-        done = run(config, TerminalProgress(quiet=quiet))
-        if json_:
-            print(
-                json.dumps(
-                    {
-                        "run": str(done.run),
-                        "step": done.state.step,
-                        "parameters": done.parameters,
-                        "train_samples": done.num_train,
-                        "held_out_samples": done.num_held_out,
-                        "best_step": done.state.best_step,
-                        "best_serving_walk": done.state.best_walk,
-                        "seconds": done.seconds,
-                    },
-                    indent=1,
-                )
-            )
+        progress = TerminalProgress(quiet=quiet)
+        if dry_run:
+            found = stage.rehearse(settings)
+            if _is_first_rank():
+                print(training.rehearsal_json(found)) if json_ else training.print_rehearsal(found)
             return
-        print(
-            f"{out} is trained: {done.state.step:,} steps over {done.num_train:,} samples, {done.parameters:,} "
-            f"parameters, {done.seconds:.0f} s."
-        )
-        if done.state.best_step:
-            print(
-                f"Best acceptance length in the serving walk over {done.num_held_out} held-out samples: "
-                f"{done.state.best_walk:.2f} (step {done.state.best_step})."
-            )
-        print(f"Next: dflash export {out} --out DRAFT        Curves: tensorboard --logdir {out}")
+        done = stage.train(settings, progress)
+        if _is_first_rank():
+            print(training.trained_json(done)) if json_ else training.print_trained(done, settings.out)
 
 
 @app.command(epilog="Example: dflash export run --out draft")

@@ -74,7 +74,7 @@ mask token {config.mask_token_id}. Trained by `dflash-offline` from cached featu
 | | |
 |---|---|
 | target | {origin["target"]}, config sha256 {origin["target_identity"]["config_sha256"]} |
-| cache | manifest {identity["cache"]} |
+| cache | manifest {", ".join(identity["caches"])} |
 | recipe | {recipe} |
 | software | {", ".join(f"{name} {version}" for name, version in sorted(origin["software"].items()))} |
 

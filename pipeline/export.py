@@ -88,7 +88,7 @@ def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
     draft, settings = record.identity["draft"], record.identity["settings"]
     return {
         **{name: draft[name] for name in ("target_layer_ids", "block_size", "mask_token_id")},
-        "cache": record.identity["cache"],
+        "caches": record.identity["caches"],
         "val_samples": settings["val_samples"],
         "run": read_sealed(run / RUN)["checksum"],
         "step": step,
@@ -129,7 +129,7 @@ def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[s
 
 def _target_config(record: RunRecord) -> dict[str, Any] | None:
     """Return the target's config.json as the cache keeps it, if the cache is still where it was."""
-    path = Path(record.origin["cache"]) / TARGET / "config.json"
+    path = Path(record.origin["caches"][0]) / TARGET / "config.json"
     if not path.is_file() or sha256_file(path) != record.origin["target_identity"]["config_sha256"]:
         return None
     document: dict[str, Any] = json.loads(path.read_text())

@@ -16,8 +16,9 @@ from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_t
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.checkpoint import read_state
+from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.drafter import DraftModel
-from dflash_offline.stages.loader import BatchLoader, split_samples
+from dflash_offline.stages.loader import BatchLoader
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.prompts import Prompt
 from dflash_offline.stages.shape import borrowed_parts
@@ -31,10 +32,16 @@ BATCH_SAMPLES = 8
 class HeldOut:
     """Samples of a cache."""
 
-    reader: CacheReader
+    corpus: Corpus
+    """Of this cache alone."""
     samples: NDArray[np.int64]
     held_out: bool
     """False where the draft was not trained from this cache, or does not say; then these are all its samples."""
+
+    @property
+    def reader(self) -> CacheReader:
+        """The cache."""
+        return self.corpus.readers[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +68,24 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
         trained = json.loads(metadata[RECORD])
     except (ValueError, KeyError):
         return path, None  # another's draft, or one that loading will refuse with its own message
-    return path, trained if isinstance(trained, dict) and {"cache", "val_samples"} <= trained.keys() else None
+    return path, trained if isinstance(trained, dict) and {"caches", "val_samples"} <= trained.keys() else None
 
 
 def held_out_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> HeldOut:
     """Return the first `limit` samples that the draft's training held out, or, of another cache, of all samples."""
-    reader = CacheReader(cache)
-    reader.require_complete()
-    same = trained is not None and trained["cache"] == reader.manifest.checksum
-    if trained is not None and same:
-        _, samples = split_samples(reader.samples, trained["val_samples"])
-        if not len(samples):
-            raise DflashError(f"{cache} has no held-out sample for this draft: its training used all of them.")
-    else:
-        samples = np.arange(len(reader.samples))
-    return HeldOut(reader=reader, samples=samples[:limit], held_out=same)
+    corpus = Corpus.open((cache,))
+    same = trained is not None and corpus.readers[0].manifest.checksum in trained["caches"]
+    if trained is None or not same:
+        return HeldOut(corpus=corpus, samples=corpus.usable[:limit], held_out=False)
+    if len(trained["caches"]) > 1:
+        raise DflashError(
+            f"This draft was trained from {len(trained['caches'])} caches together, and what it held out of {cache} "
+            f"cannot be told from one of them. Evaluate it with --prompts, or with another cache."
+        )
+    _, samples = corpus.split(trained["val_samples"])
+    if not len(samples):
+        raise DflashError(f"{cache} has no held-out sample for this draft: its training used all of them.")
+    return HeldOut(corpus=corpus, samples=samples[:limit], held_out=True)
 
 
 def as_prompts(held: HeldOut) -> list[tuple[Prompt, list[int]]]:
@@ -121,22 +131,23 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
         draft, head, table, config.mask_token_id, block_size=config.block_size, attention_backend="sdpa"
     )
     loader = BatchLoader(
-        reader,
-        columns=[reader.layer_ids.index(layer) for layer in config.target_layer_ids],
+        held.corpus,
+        layer_ids=config.target_layer_ids,
         block_size=config.block_size,
         num_anchors=1,
         seed=0,
+        shape=None,
         pinned=False,
     )
     order = held.samples[np.argsort(reader.samples.num_tokens[held.samples], kind="stable")]
-    parts = [(order[i : i + BATCH_SAMPLES], 0) for i in range(0, len(order), BATCH_SAMPLES)]
+    parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
     walked: list[WalkedTurn] = []
     progress.start("walking", len(order), "samples")
     try:
         with torch.inference_mode():
-            for batch in loader.stream(parts, threads=1):
-                prefixes = accepted_prefixes(module, batch.to(device))
-                for sample, prefix, mask in zip(batch.samples, prefixes, batch.loss_mask.numpy(), strict=True):
+            for batch in loader.stream(parts, threads=1, device=device):
+                prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
+                for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
                     source = reader.samples.source[sample]
                     walked += [_walked(source, *turn, prefix) for turn in turns(mask) if turn[0] < turn[1]]
                 progress.advance(len(batch.samples))

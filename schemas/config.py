@@ -126,26 +126,42 @@ class ExtractConfig:
         _refuse("extract", problems + template_problems(self.chat_template_kwargs))
 
 
+REPORTERS = ("wandb", "trackio")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of `dflash train`."""
 
-    cache: Path
-    """Feature cache made by `dflash extract`."""
+    caches: tuple[Path, ...]
+    """Feature caches made by `dflash extract`, all of the same target."""
     out: Path
     """Run folder; continued if it already holds the same run."""
+    weights: tuple[float, ...] | None = None
+    """Share of each cache's training samples that an epoch takes, 0 to 1, drawn anew every epoch; None for all."""
     epochs: float = 6.0
     """Passes over the training samples."""
     steps: int | None = None
     """Optimizer steps; given, it replaces `epochs`."""
+    packing: bool = True
+    """Pack whole documents into rows of one length; otherwise pad `batch_size` samples, a row each."""
+    batch_tokens: int = 8192
+    """Tokens of one packed micro-batch: its rows times their length."""
+    row_tokens: int | None = None
+    """Length of a packed row; None for all of `batch_tokens` with flex attention on a GPU, which skips what a block
+    does not see, and for as many as the longest document needs otherwise."""
     batch_size: int = 8
-    """Samples in one micro-batch."""
+    """Samples in one padded micro-batch."""
     accumulation: int = 1
-    """Micro-batches in one optimizer step; the loss is averaged exactly over them."""
+    """Micro-batches that each rank adds to one optimizer step; the loss is averaged exactly over all of them."""
     optimizer: str = "adamw"
     """adamw, the published recipe; or muon, which needs fewer steps where steps are few."""
     learning_rate: float = 6e-4
     """Peak; reached after the warm-up, then a cosine to zero."""
+    init_from: Path | None = None
+    """Draft folder, ours or z-lab's, whose weights the run starts from; its shape is the default then."""
+    ema: float | None = None
+    """Decay of a running average of the weights; given, the average is what is validated and exported."""
     warmup_ratio: float = 0.04
     """Share of the steps that warm up."""
     weight_decay: float = 0.01
@@ -190,16 +206,24 @@ class TrainConfig:
     """Samples held out of training, at most; never more than a tenth."""
     val_every: int = 200
     """Steps between two validations."""
+    patience: int | None = None
+    """Validations without a better serving walk after which the run stops; None to go on to the last step."""
     save_every: int = 200
     """Steps between two checkpoints."""
     keep: int = 2
     """Newest checkpoints kept, beside the best."""
-    attention_backend: str = "sdpa"
-    """sdpa, eager or flex_attention."""
+    attention_backend: str = "auto"
+    """flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on a CPU."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     dtype: str = "auto"
     """Autocast: bfloat16 or float32; auto is bfloat16 on a GPU. Masters and optimizer are always float32."""
+    gradient_checkpointing: bool = False
+    """Compute each draft layer again in the backward pass instead of keeping what it made: less memory, more time."""
+    compile: bool | None = None
+    """torch.compile of the draft; None for yes on a GPU, no on a CPU."""
+    report_to: str | None = None
+    """wandb or trackio, if installed: metrics go there too."""
     loader_threads: int = 2
     """Threads that read and decode samples ahead of the step."""
 
@@ -210,23 +234,39 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     problems.append(f"{name} is {value}; expected {expected}.")
+        if not self.caches:
+            problems.append("No cache is given.")
+        if self.weights is not None and len(self.weights) != len(self.caches):
+            problems.append(f"{len(self.weights)} weights are given for {len(self.caches)} caches; expected one each.")
+        if any(not 0 < weight <= 1 for weight in self.weights or ()):
+            problems.append(
+                f"weights are {list(self.weights or ())}; expected more than 0 and at most 1: the share of a cache "
+                f"that an epoch takes. To see one cache more often, lower the others' and raise epochs."
+            )
         if not 0 <= self.warmup_ratio < 1:
             problems.append(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1.")
         if self.optimizer not in ("adamw", "muon"):
             problems.append(f"optimizer is {self.optimizer!r}; expected adamw or muon.")
         if self.loss not in ("dflash", "dpace"):
             problems.append(f"loss is {self.loss!r}; expected dflash or dpace.")
-        if self.attention_backend not in ("sdpa", "eager", "flex_attention"):
-            problems.append(f"attention_backend is {self.attention_backend!r}; expected sdpa, eager or flex_attention.")
+        if self.attention_backend not in ("auto", "sdpa", "eager", "flex_attention"):
+            problems.append(
+                f"attention_backend is {self.attention_backend!r}; expected auto, sdpa, eager or flex_attention."
+            )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16.")
+        if self.report_to not in (None, *REPORTERS):
+            problems.append(f"report_to is {self.report_to!r}; expected {' or '.join(REPORTERS)}.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            problems.append(f"ema is {self.ema}; expected more than 0 and less than 1, as in 0.999.")
         _refuse("train", problems)
 
 
 _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
-        "batch_size accumulation num_anchors val_every save_every keep loader_threads steps draft_layers draft_heads "
-        "draft_kv_heads draft_head_dim draft_intermediate_size draft_max_position_embeddings",
+        "batch_tokens row_tokens batch_size accumulation num_anchors val_every patience save_every keep loader_threads "
+        "steps draft_layers draft_heads draft_kv_heads draft_head_dim draft_intermediate_size "
+        "draft_max_position_embeddings",
         "at least 1",
         lambda value: value >= 1,
     ),

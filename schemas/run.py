@@ -9,9 +9,14 @@ from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_t
 from dflash_offline.schemas.files import read_sealed
 from dflash_offline.schemas.manifest import differences
 
-RUN, METRICS, EVENTS = "run.json", "metrics.jsonl", "tensorboard"
-NOT_IDENTITY = ("cache", "out", "device", "keep", "save_every", "loader_threads", "attention_backend")
-"""Settings that change where and how fast a run goes, never what it computes; a resume may change them."""
+RUN, CONFIG, METRICS, EVENTS = "run.json", "config.toml", "metrics.jsonl", "tensorboard"
+FORMAT_VERSION = 2
+NOT_IDENTITY = (
+    "caches out init_from device keep patience save_every loader_threads attention_backend gradient_checkpointing "
+    "compile report_to"
+).split()
+"""Settings that change where, how fast and how far a run goes, never what it computes; a resume may change them.
+Caches and the draft it starts from are identified by content instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +24,20 @@ class RunRecord:
     """What made a run; written before its first step."""
 
     identity: dict[str, Any]
-    """Settings, cache and draft; compared on resume."""
+    """Settings, caches and draft; compared on resume."""
     origin: dict[str, Any]
     """Paths, names and software versions; recorded and shown, never compared."""
+    checksum: str = ""
+    """Of the document as it was read."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document without its checksum."""
-        return {"format": "dflash-run", "format_version": 1, **asdict(self)}
+        return {
+            "format": "dflash-run",
+            "format_version": FORMAT_VERSION,
+            "identity": self.identity,
+            "origin": self.origin,
+        }
 
     @classmethod
     def read(cls, run: Path) -> "RunRecord":
@@ -34,7 +46,12 @@ class RunRecord:
         if not path.is_file():
             raise DflashError(f"{run} is not a training run: it has no {RUN}. Make one with `dflash train`.")
         document = read_sealed(path)
-        return cls(identity=document["identity"], origin=document["origin"])
+        if document.get("format_version") != FORMAT_VERSION:
+            raise DflashError(
+                f"{path} has format version {document.get('format_version')!r}; this program reads version "
+                f"{FORMAT_VERSION}. Go on with the version that wrote it, or name a new --out."
+            )
+        return cls(identity=document["identity"], origin=document["origin"], checksum=document["checksum"])
 
 
 def settings_identity(config: TrainConfig) -> dict[str, Any]:
@@ -48,7 +65,7 @@ def refuse_other_run(run: Path, have: dict[str, Any], want: dict[str, Any]) -> N
     rows = differences(have, want)
     if rows:
         raise MismatchError(
-            f"{run} was started with other settings or from another cache:\n"
+            f"{run} was started with other settings or from other caches:\n"
             f"{mismatch_table(rows, found='run', asked='now')}\n"
             f"Repeat the command that started it to go on with it, or name a new --out."
         )

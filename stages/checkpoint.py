@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import read_sealed, sealed_bytes, sha256_file, sync_folder, write_synced
 from dflash_offline.stages.drafter import DraftModel, draft_state_dict
+from dflash_offline.stages.optimizer import WeightAverage
 
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, MASTERS, OPTIMIZER, STATE = "model.safetensors", "masters.safetensors", "optimizer.safetensors", "state.json"
+"""`WEIGHTS` are what is validated and exported; with a running average they are it, and `MASTERS` are beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +41,30 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def save_checkpoint(run: Path, state: TrainState, draft: DraftModel, optimizers: list[torch.optim.Optimizer]) -> Path:
+def save_checkpoint(
+    run: Path,
+    state: TrainState,
+    draft: DraftModel,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None = None,
+) -> Path:
     """Write masters, optimizers and state whole, then rename the folder into place; returns it."""
     folder = checkpoint_folder(run, state.step)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
-    save_file(draft_state_dict(draft, draft.config), temporary / WEIGHTS)
+    with average.served(draft) if average else nullcontext():
+        save_file(draft_state_dict(draft, draft.config), temporary / WEIGHTS)
+    if average:
+        save_file(draft_state_dict(draft, draft.config), temporary / MASTERS)
     save_file(_optimizer_tensors(optimizers), temporary / OPTIMIZER)
     write_synced(temporary / "config.json", [json.dumps(draft.config.to_json(), indent=1).encode()])
-    hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, OPTIMIZER, "config.json")}
-    write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
-    for name in (WEIGHTS, OPTIMIZER):
+    hashes = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+    for name in hashes:
         with (temporary / name).open("rb") as file:
             os.fsync(file.fileno())
+    write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
     sync_folder(temporary)
     if folder.exists():
         shutil.rmtree(folder)
@@ -86,11 +98,16 @@ def prune_checkpoints(run: Path, keep: int, best_step: int) -> None:
             shutil.rmtree(folder)
 
 
-def restore(folder: Path, draft: DraftModel, optimizers: list[torch.optim.Optimizer]) -> TrainState:
-    """Load a checkpoint into draft and optimizers; returns its state."""
+def restore(
+    folder: Path, draft: DraftModel, optimizers: list[torch.optim.Optimizer], average: WeightAverage | None = None
+) -> TrainState:
+    """Load a checkpoint into draft, optimizers and average; returns its state."""
     state = read_state(folder)
     assert DraftConfig.read(folder) == draft.config, "the run's settings were compared before"
-    draft.load_state_dict(load_file(folder / WEIGHTS))
+    draft.load_state_dict(load_file(folder / (MASTERS if average else WEIGHTS)))
+    if average:
+        for name, tensor in load_file(folder / WEIGHTS).items():
+            average.weights[name].copy_(tensor)
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         kind, name = key.split(".", 1)

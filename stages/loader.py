@@ -1,11 +1,11 @@
-"""Batches streamed from the cache: read and decoded ahead of the step by threads of the loader's own.
+"""Micro-batches streamed from the caches: read and decoded ahead of the step by threads of the loader's own.
 
-Axes: B samples, S positions, N anchors, L captured layers, H hidden size.
+Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
 """
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,147 +14,169 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from dflash_offline.schemas.files import sha256_bytes
-from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.anchors import collate_anchors, draw_anchors
-from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.encoding import FeatureEncoder
+from dflash_offline.stages.schedule import Rows, RowShape
 
-BUCKET = 32
-"""Batches whose samples are sorted by length together, so that rows of a batch are padded little."""
+AHEAD = 2
+"""Micro-batches that wait ready, beside those that the threads are at."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch: a sample a row, padded on the right."""
+    """One micro-batch: whole documents one after the other in each row, padded on the right."""
 
     samples: list[int]
+    """Documents, row by row."""
+    spans: list[tuple[int, int, int]]
+    """(row, first position, position after the last) of each document."""
     input_ids: Tensor
     """[B, S] int64."""
     hidden_states: Tensor
-    """[B, S, L*H] bfloat16."""
+    """[B, S, L*H] bfloat16; as it was loaded, before `BatchLoader.place`, stored codes [B, S, L, H] int16."""
     loss_mask: Tensor
     """[B, S] bool."""
     document_ids: Tensor
-    """[B, S] int64; 0, and -1 where padded."""
+    """[B, S] int64; 0, 1, ... within a row, and -1 where padded."""
     anchors: Tensor
-    """[B, N] int64."""
+    """[B, N] int64, positions in the row."""
     keep_mask: Tensor
     """[B, N] bool."""
     wait_s: float = 0.0
-    """Seconds the step waited for this batch."""
+    """Seconds the step waited for this micro-batch."""
 
     @property
     def num_tokens(self) -> int:
         """Real tokens, padding left out."""
-        return int((self.document_ids >= 0).sum())
+        return sum(stop - start for _, start, stop in self.spans)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU run beside the computation."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
-def split_samples(samples: SampleTable, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (training, held-out) samples: at most `num_held_out`, and at most a tenth, are held out.
-
-    A function of content: the same tokens always fall on the same side, so repeated conversations do not leak.
-    """
-    digests = [sha256_bytes(samples.input_ids(i).tobytes()) for i in range(len(samples))]
-    room = min(num_held_out, len(samples) // 10)
-    held_out = set()
-    for digest, copies in sorted(Counter(digests).items()):
-        if copies <= room:
-            held_out.add(digest)
-            room -= copies
-    is_held_out = np.array([digest in held_out for digest in digests], np.bool_)
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-
-
-def epoch_batches(
-    samples: SampleTable, members: NDArray[np.int64], batch_size: int, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """Return one epoch's batches: a global shuffle by (seed, epoch), samples of like length together.
-
-    Lengths are sorted within stretches of `BUCKET` batches only, and the batches are shuffled again.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(members)
-    stretch = BUCKET * batch_size
-    batches: list[NDArray[np.int64]] = []
-    for begin in range(0, len(order), stretch):
-        part = order[begin : begin + stretch]
-        part = part[np.argsort(samples.num_tokens[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+    def _map(self, function: Any) -> "Batch":
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
 class BatchLoader:
-    """Loads batches of one cache for one draft: which layers, which blocks, which anchors."""
+    """Loads micro-batches for one draft: which layers, which blocks, which anchors."""
 
     def __init__(
-        self, reader: CacheReader, *, columns: list[int], block_size: int, num_anchors: int, seed: int, pinned: bool
+        self,
+        corpus: Corpus,
+        *,
+        layer_ids: tuple[int, ...],
+        block_size: int,
+        num_anchors: int,
+        seed: int,
+        shape: RowShape | None,
+        pinned: bool,
     ) -> None:
-        self.reader = reader
-        self.encoder = FeatureEncoder(reader.codec)
-        self.columns = columns
+        """`shape` is that of every micro-batch; None for one as small as its documents allow."""
+        self.corpus = corpus
+        self.encoders = [FeatureEncoder(reader.codec) for reader in corpus.readers]
+        self.columns = [[reader.layer_ids.index(layer) for layer in layer_ids] for reader in corpus.readers]
         self.block_size = block_size
         self.num_anchors = num_anchors
         self.seed = seed
+        self.shape = shape
         self.pinned = pinned
 
-    def load(self, members: NDArray[np.int64], epoch: int) -> Batch:
-        """Return the samples as one batch; the anchors depend on (seed, epoch, sample) alone."""
-        samples, width = self.reader.samples, self.reader.manifest.layout.hidden_size
-        lengths = samples.num_tokens[members]
-        shape = (len(members), int(lengths.max()))
-        codes = torch.zeros((*shape, len(self.columns), width), dtype=torch.int16, pin_memory=self.pinned)
-        bits = codes.numpy().view(np.uint16)
-        ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
-        anchors = []
-        for row, sample in enumerate(members.tolist()):
-            count = lengths[row]
-            self.reader.read_codes(sample, self.columns, out=bits[row, :count])
-            ids[row, :count] = samples.input_ids(sample)
-            mask[row, :count] = samples.loss_mask(sample)
-            anchors.append(
-                draw_anchors(samples.loss_mask(sample), self.block_size, self.num_anchors, self.seed, epoch, sample)
-            )
-        positions, keep = collate_anchors([[a] for a in anchors], [[0]] * len(anchors))
-        return Batch(
-            samples=members.tolist(),
-            input_ids=torch.from_numpy(ids),
-            hidden_states=self.encoder.widen(codes, self.columns).flatten(2),
-            loss_mask=torch.from_numpy(mask),
-            document_ids=torch.from_numpy(np.where(np.arange(shape[1]) < lengths[:, None], 0, -1)),
-            anchors=positions,
-            keep_mask=keep,
-        )
+    def load(self, rows: Rows, epoch: int) -> Batch:
+        """Return the rows' samples as one micro-batch of stored codes, on the CPU.
 
-    def stream(self, batches: Iterable[tuple[NDArray[np.int64], int]], threads: int) -> Iterator[Batch]:
-        """Yield a batch for each (samples, epoch), `threads` of them read ahead."""
+        Anchors depend on (seed, epoch, sample) alone.
+        """
+        corpus = self.corpus
+        ends = [np.cumsum(corpus.num_tokens[row]) for row in rows]
+        num_rows = self.shape.rows if self.shape else len(rows)
+        seq_len = self.shape.tokens if self.shape else int(max(end[-1] for end in ends))
+        width = corpus.readers[0].manifest.layout.hidden_size
+        codes = torch.zeros((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=self.pinned)
+        ids = np.zeros((num_rows, seq_len), np.int64)
+        mask, documents = np.zeros(ids.shape, np.bool_), np.full(ids.shape, -1, np.int64)
+        anchors: list[list[NDArray[np.int64]]] = [[] for _ in range(num_rows)]
+        starts: list[list[int]] = [[] for _ in range(num_rows)]
+        samples, spans = [], []
+        for b, row in enumerate(rows):
+            for document, (sample, stop) in enumerate(zip(row.tolist(), ends[b].tolist(), strict=True)):
+                start = stop - int(corpus.num_tokens[sample])
+                self._read_codes(sample, codes[b, start:stop])
+                ids[b, start:stop] = corpus.input_ids(sample)
+                mask[b, start:stop] = corpus.loss_mask(sample)
+                documents[b, start:stop] = document
+                anchors[b].append(self._draw(sample, epoch))
+                starts[b].append(start)
+                samples.append(sample)
+                spans.append((b, start, stop))
+        positions, keep = collate_anchors(anchors, starts)
+        # At least one block, kept or not, so that a step without an anchor computes nothing instead of failing.
+        room = max(self.shape.anchors if self.shape else 1, positions.shape[1]) - positions.shape[1]
+        batch = Batch(
+            samples=samples,
+            spans=spans,
+            input_ids=torch.from_numpy(ids),
+            hidden_states=codes,
+            loss_mask=torch.from_numpy(mask),
+            document_ids=torch.from_numpy(documents),
+            anchors=F.pad(positions, (0, room)),
+            keep_mask=F.pad(keep, (0, room)),
+        )
+        return batch.pinned() if self.pinned else batch
+
+    def _read_codes(self, sample: int, out: Tensor) -> None:
+        """Read one document's features as they are stored into `out`, int16 [tokens, L, H]."""
+        cache, number = self.corpus.locate(sample)
+        self.corpus.readers[cache].read_codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
+
+    def place(self, batch: Batch, device: torch.device) -> Batch:
+        """Return a loaded micro-batch on a device, its codes widened to bfloat16 there."""
+        batch = batch.to(device)
+        codes = batch.hidden_states
+        if len(self.encoders) == 1:
+            features = self.encoders[0].widen(codes, self.columns[0])
+        else:
+            features = torch.zeros_like(codes, dtype=torch.bfloat16)
+            for sample, (row, start, stop) in zip(batch.samples, batch.spans, strict=True):
+                cache, _ = self.corpus.locate(sample)
+                here = self.encoders[cache].widen(codes[row, start:stop], self.columns[cache])
+                features[row, start:stop] = here
+        return replace(batch, hidden_states=features.flatten(2))
+
+    def _draw(self, sample: int, epoch: int) -> NDArray[np.int64]:
+        mask, identity = self.corpus.loss_mask(sample), self.corpus.anchor_id(sample)
+        return draw_anchors(mask, self.block_size, self.num_anchors, self.seed, epoch, identity)
+
+    def stream(
+        self, batches: Iterable[tuple[Rows, int]], threads: int, device: torch.device
+    ) -> Generator[Batch, None, None]:
+        """Yield a micro-batch on the device for each (rows, epoch); `threads` read ahead."""
         pending: deque[Future[Batch]] = deque()
         source = iter(batches)
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
 
             def submit() -> None:
-                for members, epoch in source:
-                    pending.append(pool.submit(self.load, members, epoch))
+                for rows, epoch in source:
+                    pending.append(pool.submit(self.load, rows, epoch))
                     return
 
             try:
-                for _ in range(threads + 1):
+                for _ in range(threads + AHEAD):
                     submit()
                 while pending:
                     began = time.perf_counter()
                     batch = pending.popleft().result()
                     submit()
-                    yield replace(batch, wait_s=time.perf_counter() - began)
+                    waited = time.perf_counter() - began
+                    yield replace(self.place(batch, device), wait_s=waited)
             finally:
                 for future in pending:
                     future.cancel()

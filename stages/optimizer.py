@@ -1,7 +1,8 @@
-"""AdamW or Muon over float32 masters, and the learning-rate schedule."""
+"""AdamW or Muon over float32 masters, the learning-rate schedule, and the running average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -39,3 +40,30 @@ def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float) ->
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+class WeightAverage:
+    """Exponential moving average of a draft's weights, float32."""
+
+    def __init__(self, draft: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
+
+    def update(self, draft: nn.Module, step: int) -> None:
+        """Take in the weights after a step (from 0); the decay starts low, so that the first weights are forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in draft.named_parameters():
+            self.weights[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def served(self, draft: nn.Module) -> Iterator[None]:
+        """Put the average in the weights' place while the block runs."""
+        self._exchange(draft)
+        try:
+            yield
+        finally:
+            self._exchange(draft)
+
+    def _exchange(self, draft: nn.Module) -> None:
+        for name, parameter in draft.named_parameters():
+            parameter.data, self.weights[name] = self.weights[name], parameter.data

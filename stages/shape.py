@@ -1,38 +1,72 @@
-"""What a draft takes from its cache: its shape, and the frozen embedding table and head that it borrows."""
+"""What a draft takes from its cache, or from the draft it starts from: its shape, and the parts that it borrows."""
 
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.draft import DraftConfig
-from dflash_offline.schemas.errors import MismatchError
-from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET
+from dflash_offline.schemas.errors import MismatchError, mismatch_table
+from dflash_offline.schemas.files import sha256_file
+from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET, differences
 from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.corpus import Corpus
+from dflash_offline.stages.drafter import load_draft
+
+MAY_DIFFER = ("block_size", "max_position_embeddings")
+"""What may change from the draft a run starts from: no weight and no position of a block depends on it."""
 
 
-def draft_shape(config: TrainConfig, reader: CacheReader) -> DraftConfig:
-    """Return the draft's shape: the target's, where the settings do not say otherwise.
+@dataclass(frozen=True, kw_only=True)
+class StartDraft:
+    """A draft folder that a run starts from."""
 
-    Raises `MismatchError` if a block is longer than the cache was planned for, or a layer is not in the cache.
+    folder: Path
+    config: DraftConfig
+    weights: dict[str, Tensor]
+    """float32."""
+    sha256: str
+    """Of its weight file."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "StartDraft":
+        """Return the draft in a folder; `DflashError` if it is none."""
+        draft = load_draft(folder)
+        sha256 = sha256_file(folder / "model.safetensors")
+        return cls(folder=folder, config=draft.config, weights=dict(draft.state_dict()), sha256=sha256)
+
+    def refuse_other_shape(self, shape: DraftConfig) -> None:
+        """Raise `MismatchError` with a table of fields if the run's draft is not this one's continuation."""
+        have, want = ({k: v for k, v in asdict(s).items() if k not in MAY_DIFFER} for s in (self.config, shape))
+        rows = differences(have, want)
+        if rows:
+            raise MismatchError(
+                f"{self.folder} is not a draft that this run can start from:\n"
+                f"{mismatch_table(rows, found='draft', asked='run')}\n"
+                f"Leave out the settings that ask for another shape, train from a cache of the draft's own target and "
+                f"layers, or train without --init-from."
+            )
+
+
+def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -> DraftConfig:
+    """Return the draft's shape: where the settings say nothing, that of the draft it starts from, else the target's.
+
+    Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the shape
+    is not that of the draft it starts from.
     """
-    target = reader.manifest.decoder
-    planned = int(reader.manifest.plan["block_size"])
+    manifest = corpus.readers[0].manifest
+    planned = min(int(reader.manifest.plan["block_size"]) for reader in corpus.readers)
     block_size = planned if config.block_size is None else config.block_size
-    if block_size > planned:
-        raise MismatchError(
-            f"{reader.cache} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
-            f"with --block-size {planned} or less, or extract again with --block-size {block_size}."
-        )
-    layers = config.layers or reader.layer_ids
-    if not set(layers) <= set(reader.layer_ids):
-        raise MismatchError(
-            f"{reader.cache} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
-            f"again with --layers {','.join(map(str, layers))} into a new folder, or train with layers it holds."
-        )
+    layers = config.layers or (start.config.target_layer_ids if start else corpus.readers[0].layer_ids)
+    for reader in corpus.readers:
+        _refuse_unfit_cache(reader, block_size, layers)
+    usual = asdict(start.config) if start else {**manifest.decoder, "num_hidden_layers": len(layers)}
     asked: dict[str, Any] = {
+        "num_hidden_layers": config.draft_layers,
         "num_attention_heads": config.draft_heads,
         "num_key_value_heads": config.draft_kv_heads,
         "head_dim": config.draft_head_dim,
@@ -41,23 +75,44 @@ def draft_shape(config: TrainConfig, reader: CacheReader) -> DraftConfig:
         "rms_norm_eps": config.draft_rms_norm_eps,
         "max_position_embeddings": config.draft_max_position_embeddings,
     }
-    num_layers = len(layers) if config.draft_layers is None else config.draft_layers
-    sliding = config.sliding_layers
-    if sliding is None:
-        sliding = () if config.sliding_window is None else tuple(range(num_layers))
-    return DraftConfig(
-        hidden_size=target["hidden_size"],
-        vocab_size=target["vocab_size"],
-        num_target_layers=target["num_hidden_layers"],
-        num_hidden_layers=num_layers,
+    sizes = {name: usual[name] if value is None else value for name, value in asked.items()}
+    shape = DraftConfig(
+        hidden_size=manifest.decoder["hidden_size"],
+        vocab_size=manifest.decoder["vocab_size"],
+        num_target_layers=manifest.decoder["num_hidden_layers"],
         target_layer_ids=tuple(layers),
         block_size=block_size,
-        mask_token_id=int(reader.manifest.plan["mask_token_id"]),
-        sliding_window=config.sliding_window,
-        sliding_layers=sliding,
-        causal_layers=config.causal_layers,
-        **{name: target[name] if value is None else value for name, value in asked.items()},
+        mask_token_id=int(manifest.plan["mask_token_id"]),
+        **sizes,
+        **_attention(config, start, sizes["num_hidden_layers"]),
     )
+    if start:
+        start.refuse_other_shape(shape)
+    return shape
+
+
+def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:
+    """Return windows and causality; windows that are not asked for are those of the draft it starts from."""
+    window, sliding = config.sliding_window, config.sliding_layers
+    if start and window is None and sliding is None:
+        window, sliding = start.config.sliding_window, start.config.sliding_layers
+    elif sliding is None:
+        sliding = () if window is None else tuple(range(num_layers))
+    return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": config.causal_layers}
+
+
+def _refuse_unfit_cache(reader: CacheReader, block_size: int, layers: tuple[int, ...]) -> None:
+    planned = int(reader.manifest.plan["block_size"])
+    if block_size > planned:
+        raise MismatchError(
+            f"{reader.cache} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
+            f"with --block-size {planned} or less, or extract again with --block-size {block_size}."
+        )
+    if not set(layers) <= set(reader.layer_ids):
+        raise MismatchError(
+            f"{reader.cache} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
+            f"again with --layers {','.join(map(str, layers))} into a new folder, or train with layers it holds."
+        )
 
 
 def borrowed_parts(reader: CacheReader, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:

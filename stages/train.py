@@ -1,29 +1,22 @@
-"""Stage two: train a draft from cached features. The target is not loaded.
+"""Stage two: train a draft from cached features. The target is not loaded."""
 
-Axes: B samples, S positions, K block size, H hidden size.
-"""
-
-import math
 import platform
 import signal
+import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
-
-from dflash_offline.schemas.config import TrainConfig, recommended_gamma
+from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import locked, output_folder, publish, sealed_bytes
-from dflash_offline.schemas.run import RUN, RunRecord, refuse_other_run, settings_identity
-from dflash_offline.stages.cache import CacheReader
+from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run
+from dflash_offline.schemas.settings import to_toml
 from dflash_offline.stages.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -32,20 +25,15 @@ from dflash_offline.stages.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dflash_offline.stages.drafter import DraftModel
-from dflash_offline.stages.loader import Batch, BatchLoader, epoch_batches, split_samples
-from dflash_offline.stages.metrics import MetricsLog, Window, add_sums, peak_memory
-from dflash_offline.stages.optimizer import learning_rate_at, make_optimizers
-from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.shape import borrowed_parts, draft_shape
-from dflash_offline.stages.target import choose_device
-from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
-from dflash_offline.stages.walk import WalkSums, serving_walks
+from dflash_offline.stages.corpus import Corpus
+from dflash_offline.stages.distributed import joined_ranks
+from dflash_offline.stages.loader import Batch
+from dflash_offline.stages.metrics import MetricsLog, Window, check_reporter, peak_memory
+from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.training import Training
 
 LOG_EVERY = 10
 """Steps between two rows of metrics."""
-VAL_SEED = 0
-"""Of the validation's anchors, which stay the same from one validation to the next."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,150 +54,32 @@ class Trained:
     """Spent by this call."""
 
 
-class Training:
-    """One run: the draft, its optimizer, the data, and where it stands."""
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What `rehearse` found."""
 
-    def __init__(self, config: TrainConfig, reader: CacheReader, progress: Progress) -> None:
-        self.config = config
-        self.reader = reader
-        self.progress = progress
-        self.device = choose_device(config.device)
-        self.shape = draft_shape(config, reader)
-        torch.manual_seed(config.seed)
-        self.draft = DraftModel(self.shape).to(self.device)
-        self.module = self._module()
-        self.optimizers = make_optimizers(
-            self.draft.named_parameters(), config.optimizer, config.learning_rate, config.weight_decay
-        )
-        self.train_samples, self.held_out = split_samples(reader.samples, config.val_samples)
-        batches = math.ceil(len(self.train_samples) / config.batch_size)
-        self.total_steps = config.steps or math.ceil(config.epochs * batches / config.accumulation)
-        self.state = TrainState(step=0)
-        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-        if not len(self.train_samples):
-            raise DflashError(f"{reader.cache} leaves no sample to train on. Extract more conversations.")
+    parameters: int
+    weight_bytes: int
+    """Masters, gradients and optimizer, of each rank."""
+    peak_bytes: int
+    """The most held in a step: by tensors on a GPU, by the process on a CPU."""
+    num_train: int
+    num_held_out: int
+    total_steps: int
+    steps_per_epoch: float
+    batch_shape: tuple[int, ...]
+    """Rows, row length and blocks a row of the last micro-batch; all are alike when packed."""
+    tokens_per_step: float
+    """Real tokens, padding left out."""
+    filled: float
+    """Share of the step's positions that hold real tokens."""
+    seconds_per_step: float
+    """Of the second step: the first one warms up."""
 
-    def _module(self) -> DFlashTrainerModule:
-        config = self.config
-        head, table = borrowed_parts(self.reader, self.device)
-        return DFlashTrainerModule(
-            self.draft,
-            head,
-            table,
-            self.shape.mask_token_id,
-            block_size=self.shape.block_size,
-            attention_backend=config.attention_backend,
-            num_anchors=config.num_anchors,
-            loss_decay_gamma=recommended_gamma(self.shape.block_size) if config.gamma is None else config.gamma,
-            loss_type=config.loss,
-        )
-
-    def identity(self) -> dict[str, Any]:
-        """Return every field that decides what the run computes."""
-        shape = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.shape).items()}
-        settings = settings_identity(self.config)
-        settings["dtype"] = "bfloat16" if self.bfloat16 else "float32"
-        return {"settings": settings, "cache": self.reader.manifest.checksum, "draft": shape}
-
-    def loader(self, seed: int) -> BatchLoader:
-        """Return the loader of this draft's layers and blocks."""
-        return BatchLoader(
-            self.reader,
-            columns=[self.reader.layer_ids.index(layer) for layer in self.shape.target_layer_ids],
-            block_size=self.shape.block_size,
-            num_anchors=self.config.num_anchors,
-            seed=seed,
-            pinned=self.device.type == "cuda",
-        )
-
-    def schedule(self) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """Yield (samples, epoch) of every micro-batch that is left, from the position in the data that follows from
-        the number of finished steps."""
-        config, samples = self.config, self.reader.samples
-        skip, left = self.state.step * config.accumulation, (self.total_steps - self.state.step) * config.accumulation
-        epoch = 0
-        while left > 0:
-            batches = epoch_batches(samples, self.train_samples, config.batch_size, config.seed, epoch)
-            for batch in batches[skip:][:left]:
-                left -= 1
-                yield batch, epoch
-            skip = max(0, skip - len(batches))
-            epoch += 1
-
-    def step(self, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], float, float]:
-        """Do one optimizer step; returns summed metrics, gradient norm and learning rate.
-
-        The loss is the exact mean over all micro-batches: gradients of the numerators, divided once by the sum of
-        the denominators.
-        """
-        rate = learning_rate_at(self.state.step, self.total_steps, self.config.learning_rate, self.config.warmup_ratio)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            metrics = self.forward(batch)
-            metrics.loss_sum.backward()
-            add_sums(sums, metrics)
-        parameters = list(self.draft.parameters())
-        scale = 1.0 / (sums["loss_weight"] + 1e-6)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
-        if not math.isfinite(norm):
-            self._refuse_non_finite([sample for batch in batches for sample in batch.samples])
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return sums, norm, rate
-
-    def forward(self, batch: Batch) -> DFlashStepMetrics:
-        """Return the metrics of one micro-batch with the anchors it brings."""
-        with self.autocast:
-            metrics: DFlashStepMetrics = self.module(
-                batch.input_ids,
-                batch.hidden_states,
-                batch.loss_mask,
-                document_ids=batch.document_ids,
-                anchors=batch.anchors,
-                keep_mask=batch.keep_mask,
-            )
-        return metrics
-
-    def _refuse_non_finite(self, samples: list[int]) -> None:
-        saved = list_checkpoints(self.config.out)
-        raise DflashError(
-            f"Loss or gradient is not finite at step {self.state.step + 1}, samples {samples}. The last good "
-            f"checkpoint is {saved[-1] if saved else '(none)'}. Lower --learning-rate, or look at those samples with "
-            f"`dflash inspect {self.reader.cache} --sample {samples[0]}`."
-        )
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, Any]:
-        """Return loss, accuracy and both acceptance lengths on the held-out samples, each named for what it is."""
-        self.draft.eval()
-        order = self.held_out[np.argsort(self.reader.samples.num_tokens[self.held_out], kind="stable")]
-        batches = [(order[i : i + self.config.batch_size], 0) for i in range(0, len(order), self.config.batch_size)]
-        sums: dict[str, torch.Tensor] = {}
-        walked = WalkSums()
-        for loaded in self.loader(VAL_SEED).stream(batches, self.config.loader_threads):
-            batch = loaded.to(self.device)
-            add_sums(sums, self.forward(batch))
-            with self.autocast:
-                for walks in serving_walks(self.module, batch):
-                    walked.add(walks)
-        self.draft.train()
-        by_slot = sums["correct_by_slot"] / sums["valid_by_slot"].clamp(min=1)
-        return {
-            "val_loss": float(sums["loss_sum"] / (sums["loss_weight"] + 1e-6)),
-            "val_accuracy": float(sums["correct_tokens"] / sums["valid_tokens"].clamp(min=1)),
-            "val_accuracy_by_slot": [round(float(value), 4) for value in by_slot],
-            "val_accept_len_over_anchors": float(sums["accept_len_sum"] / sums["valid_blocks"].clamp(min=1)),
-            "val_serving_walk": walked.pooled,
-            "val_serving_walk_mean_of_samples": walked.mean_of_samples,
-        }
+    @property
+    def seconds(self) -> float:
+        """Estimate for all steps, without validations."""
+        return self.seconds_per_step * self.total_steps
 
 
 @contextmanager
@@ -237,27 +107,31 @@ def noted_signals() -> Iterator[list[int]]:
 def train(config: TrainConfig, progress: Progress) -> Trained:
     """Train the draft to the last step, or go on with the run, and return where it stands.
 
-    Raises `MismatchError` if the run folder or the cache is of something else, `CacheError` for an incomplete or
+    Under torchrun every rank calls this with the same settings; caches and run folder are visible to all of them.
+    Raises `MismatchError` if the run folder or a cache is of something else, `CacheError` for an incomplete or
     damaged cache, and `Interrupted` after a signal, with a checkpoint saved.
     """
     began = time.perf_counter()
-    config = replace(config, out=output_folder(config.out, marker=RUN, kind="training run", renamed=False))
-    reader = CacheReader(config.cache)
-    reader.require_complete()
-    training = Training(config, reader, progress)
-    run = config.out
-    run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if not stack.enter_context(locked(run, wait=False)):
-            raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
-        _start_or_resume(training)
+        training = _set_up(config, stack)
+        if not training.ranks.is_first:
+            progress = Silent()
+        else:
+            _claim_run(training, stack)
+        training.ranks.meet()
+        _resume(training, progress)
         signals = stack.enter_context(noted_signals())
-        stack.enter_context(progress_bar(training))
-        log = MetricsLog(run, training.state.step)
-        stack.callback(log.close)
-        _run_steps(training, log, signals)
+        training.ranks.meet()  # from here on a signal to any rank is noted by it
+        log = None
+        if training.ranks.is_first:
+            log = MetricsLog(training.config, training.state.step)
+            stack.callback(log.close)
+        progress.start("Training", training.total_steps, "steps", done=training.state.step)
+        stack.callback(progress.finish)
+        stream = stack.enter_context(closing(training.stream()))
+        _run_steps(training, stream, progress, log, signals)
     return Trained(
-        run=run,
+        run=training.config.out,
         state=training.state,
         total_steps=training.total_steps,
         num_train=len(training.train_samples),
@@ -267,29 +141,32 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
     )
 
 
-@contextmanager
-def progress_bar(training: Training) -> Iterator[None]:
-    """Show the steps while the block runs."""
-    training.progress.start("Training", training.total_steps, "steps", done=training.state.step)
-    try:
-        yield
-    finally:
-        training.progress.finish()
+def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
+    config = replace(config, out=output_folder(config.out, marker=RUN, kind="training run", renamed=False))
+    check_reporter(config.report_to)
+    corpus = Corpus.open(config.caches)
+    return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 
 
-def _start_or_resume(training: Training) -> None:
+def _claim_run(training: Training, stack: ExitStack) -> None:
+    """Hold the run folder against other processes, and see to it that it is a run of these settings."""
     run, identity = training.config.out, training.identity()
+    run.mkdir(parents=True, exist_ok=True)
+    if not stack.enter_context(locked(run, wait=False)):
+        raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
     if (run / RUN).exists():
         refuse_other_run(run, RunRecord.read(run).identity, identity)
-        saved = list_checkpoints(run)
-        if saved:
-            training.state = restore(saved[-1], training.draft, training.optimizers)
-            training.progress.say(f"Going on from {saved[-1]}.")
-        return
+    else:
+        _write_record(training, identity)
+    publish([to_toml(training.config).encode()], temporary=run / f".{CONFIG}", path=run / CONFIG)
+
+
+def _write_record(training: Training, identity: dict[str, Any]) -> None:
+    run, first = training.config.out, training.corpus.readers[0].manifest
     origin = {
-        "cache": str(training.config.cache),
-        "target": training.reader.manifest.origin["target"],
-        "target_identity": training.reader.manifest.identity["target"],
+        "caches": [str(cache) for cache in training.config.caches],
+        "target": first.origin["target"],
+        "target_identity": first.identity["target"],
         "software": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("dflash-offline", "torch", "transformers")},
@@ -299,40 +176,52 @@ def _start_or_resume(training: Training) -> None:
     publish([sealed_bytes(record.to_json())], temporary=run / f".{RUN}", path=run / RUN)
 
 
-def _run_steps(training: Training, log: MetricsLog, signals: list[int]) -> None:
-    config = training.config
-    stream = training.loader(config.seed).stream(training.schedule(), config.loader_threads)
-    window = Window()
-    while training.state.step < training.total_steps:
-        batches = [next(stream) for _ in range(config.accumulation)]
-        sums, norm, rate = training.step([batch.to(training.device) for batch in batches])
-        window.add(sums, batches)
-        tokens = sum(batch.num_tokens for batch in batches)
-        training.state = replace(training.state, step=training.state.step + 1, tokens=training.state.tokens + tokens)
+def _resume(training: Training, progress: Progress) -> None:
+    saved = list_checkpoints(training.config.out)
+    if saved:
+        training.state = restore(saved[-1], training.draft, training.optimizers, training.average)
+        progress.say(f"Going on from {saved[-1]}.")
+
+
+def _run_steps(
+    training: Training, stream: Iterator[Batch], progress: Progress, log: MetricsLog | None, signals: list[int]
+) -> None:
+    config, window = training.config, Window()
+    while training.state.step < training.total_steps and not training.is_stale():
+        done = training.step(islice(stream, config.accumulation), stop=bool(signals))
+        window.steps.append(done)
+        state = training.state
+        training.state = replace(state, step=state.step + 1, tokens=state.tokens + done.tokens)
         step, last = training.state.step, training.state.step == training.total_steps
         validates = len(training.held_out) > 0 and (step % config.val_every == 0 or last)
         if step % LOG_EVERY == 0 or last or validates:
-            row = window.row() | {"learning_rate": rate, "grad_norm": norm, **peak_memory(training.device)}
-            log.write(step, row)
+            row = window.row(training.device)
+            if log:
+                log.write(step, row)
             window = Window()
-            training.progress.advance(0, loss=f"{row['loss']:.3f}", accept=f"{row['accept_len_over_anchors']:.2f}")
-        training.progress.advance(1)
+            progress.advance(0, loss=f"{row['loss']:.3f}", accept=f"{row['accept_len_over_anchors']:.2f}")
+        progress.advance(1)
         improved = False
         if validates:
-            improved = _validate(training, log)
+            improved = _validate(training, progress, log)
             window = Window()
-        if step % config.save_every == 0 or last or improved or signals:
-            save_checkpoint(config.out, training.state, training.draft, training.optimizers)
-            prune_checkpoints(config.out, config.keep, training.state.best_step)
-        if signals and not last:
+        if step % config.save_every == 0 or last or improved or done.stop or training.is_stale():
+            if log:
+                save_checkpoint(config.out, training.state, training.draft, training.optimizers, training.average)
+                prune_checkpoints(config.out, config.keep, training.state.best_step)
+            window = Window()  # as a resumed run begins, so that both log the same rows
+        if done.stop and not last:
             raise Interrupted(f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
+    if training.state.step < training.total_steps:
+        progress.say(f"Stopped early: no better serving walk since step {training.state.best_step}.")
 
 
-def _validate(training: Training, log: MetricsLog) -> bool:
+def _validate(training: Training, progress: Progress, log: MetricsLog | None) -> bool:
     """Validate, log it, and say whether this is the best serving walk so far."""
     row, step = training.validate(), training.state.step
-    log.write(step, row)
-    training.progress.say(
+    if log:
+        log.write(step, row)
+    progress.say(
         f"step {step}: held-out loss {row['val_loss']:.3f}, accuracy {row['val_accuracy']:.3f}, acceptance length "
         f"{row['val_serving_walk']:.2f} in the serving walk, {row['val_accept_len_over_anchors']:.2f} over all anchors"
     )
@@ -340,3 +229,31 @@ def _validate(training: Training, log: MetricsLog) -> bool:
         return False
     training.state = replace(training.state, best_step=step, best_walk=row["val_serving_walk"])
     return True
+
+
+def rehearse(config: TrainConfig) -> Rehearsal:
+    """Build everything, do two steps and say what the run would take; writes nothing."""
+    with ExitStack() as stack:
+        training = _set_up(config, stack)
+        stream, seconds = stack.enter_context(closing(training.stream())), []
+        for _ in range(min(2, training.total_steps)):
+            began = time.perf_counter()
+            batches = list(islice(stream, config.accumulation))
+            done = training.step(batches)
+            seconds.append(time.perf_counter() - began)
+        state = [t for o in training.optimizers for s in o.state.values() for t in s.values()]
+        weights = [*training.draft.parameters(), *training.draft.parameters(), *state]
+        slots = statistics.mean(batch.input_ids.numel() for batch in batches) * training.per_step
+        return Rehearsal(
+            parameters=sum(p.numel() for p in training.draft.parameters()),
+            weight_bytes=sum(t.numel() * t.element_size() for t in weights),
+            peak_bytes=peak_memory(training.device),
+            num_train=len(training.train_samples),
+            num_held_out=len(training.held_out),
+            total_steps=training.total_steps,
+            steps_per_epoch=training.schedule.count(0) / training.per_step,
+            batch_shape=(*batches[-1].input_ids.shape, batches[-1].anchors.shape[1]),
+            tokens_per_step=done.tokens,
+            filled=done.tokens / slots,
+            seconds_per_step=seconds[-1],
+        )

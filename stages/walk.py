@@ -19,13 +19,18 @@ from dflash_offline.stages.trainer import DFlashTrainerModule
 class WalkSums:
     """Tokens and rounds of the walks so far."""
 
-    tokens: int = 0
-    rounds: int = 0
-    samples: int = 0
-    mean_sum: float = 0.0
+    tokens: float = 0
+    rounds: float = 0
+    samples: float = 0
+    mean_sum: float = 0
+
+    @property
+    def totals(self) -> tuple[float, ...]:
+        """What ranks add up."""
+        return (self.tokens, self.rounds, self.samples, self.mean_sum)
 
     def add(self, walks: list[list[int]]) -> None:
-        """Add one sample: the tokens produced by each round of each of its turns."""
+        """Add one document: the tokens produced by each round of each of its turns."""
         rounds = [produced for walk in walks for produced in walk]
         if rounds:
             self.tokens += sum(rounds)
@@ -77,7 +82,8 @@ def accepted_prefixes(module: DFlashTrainerModule, batch: Batch, anchors_at_once
         position = anchors[:, :, None] + torch.arange(1, module.block_size, device=anchors.device)
         inside = position < seq_len
         position = position.clamp(max=seq_len - 1).flatten(1)
-        real = (batch.document_ids.gather(1, position) >= 0).view_as(inside) & inside
+        document = batch.document_ids.gather(1, anchors)[:, :, None]
+        real = (batch.document_ids.gather(1, position).view_as(inside) == document) & inside
         right = (tokens == batch.input_ids.gather(1, position).view_as(tokens)) & real
         lengths = right.cumprod(dim=-1).sum(dim=-1) * keep
         prefix.scatter_add_(1, anchors, lengths)
@@ -94,9 +100,10 @@ def _every_anchor(loss_mask: Tensor, at_once: int) -> Iterator[tuple[Tensor, Ten
 
 
 def serving_walks(module: DFlashTrainerModule, batch: Batch) -> list[list[list[int]]]:
-    """Return, for each sample and each of its assistant turns, the tokens produced by each round."""
+    """Return, for each document and each of its assistant turns, the tokens produced by each round."""
     prefixes = accepted_prefixes(module, batch)
     masks = batch.loss_mask.cpu().numpy()
     return [
-        [walk(first, last, prefix) for first, last in turns(mask)] for prefix, mask in zip(prefixes, masks, strict=True)
+        [walk(first, last, prefixes[row, start:stop]) for first, last in turns(masks[row, start:stop])]
+        for row, start, stop in batch.spans
     ]

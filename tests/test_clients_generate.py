@@ -108,7 +108,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
     extract(ExtractConfig(data=(data,), target=str(TARGET), out=folder / "cache", block_size=8, shard_mib=64), Silent())
     settings = {"steps": 150, "optimizer": "muon", "learning_rate": 3e-3, "draft_layers": 2, "num_anchors": 16}
-    train(TrainConfig(cache=folder / "cache", out=folder / "run", **settings), Silent())
+    train(TrainConfig(caches=(folder / "cache",), out=folder / "run", **settings), Silent())
     return folder / "run"
 
 

@@ -31,7 +31,7 @@ Config = dict[str, Any]
 @pytest.fixture(scope="module")
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    train(TrainConfig(cache=cache, out=out, steps=2, draft_layers=2, num_anchors=4, device="cpu"), Silent())
+    train(TrainConfig(caches=(cache,), out=out, steps=2, draft_layers=2, num_anchors=4, device="cpu"), Silent())
     return out
 
 

@@ -23,7 +23,7 @@ from dflash_offline.stages.train import train
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     settings = {"steps": 6, "draft_layers": 2, "num_anchors": 4, "val_every": 2, "save_every": 2, "device": "cpu"}
-    train(TrainConfig(cache=cache, out=out, **settings), Silent())
+    train(TrainConfig(caches=(cache,), out=out, **settings), Silent())
     return out
 
 

@@ -106,7 +106,7 @@ def test_a_compiled_step_with_checkpointing_equals_a_plain_one() -> None:
 def test_extract_and_train_on_the_gpu(extract_config: dict[str, Any], tmp_path: Path) -> None:
     extract(ExtractConfig(**{**extract_config, "device": DEVICE}, out=tmp_path / "cache"), Silent())
     settings = TrainConfig(
-        cache=tmp_path / "cache",
+        caches=(tmp_path / "cache",),
         out=tmp_path / "run",
         steps=6,
         draft_head_dim=16,

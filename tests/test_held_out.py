@@ -17,7 +17,6 @@ from dflash_offline.pipeline.held_out import as_prompts, draft_folder, held_out_
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.evaluation import EvalConfig
 from dflash_offline.stages.extract import extract
-from dflash_offline.stages.loader import split_samples
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
 
@@ -30,7 +29,7 @@ def dflash(*arguments: object) -> Result:
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     settings = {"steps": 4, "draft_layers": 1, "num_anchors": 4, "val_every": 2, "val_samples": 5, "device": "cpu"}
-    train(TrainConfig(cache=cache, out=out, **settings), Silent())
+    train(TrainConfig(caches=(cache,), out=out, **settings), Silent())
     return out
 
 
@@ -53,7 +52,7 @@ def test_the_walk_over_a_run_is_the_one_that_training_measured(run: Path, cache:
 def test_a_draft_walks_the_samples_its_training_held_out(run: Path, draft: Path, cache: Path) -> None:
     for folder in (run, draft):
         held = held_out_samples(cache, draft_folder(folder)[1], None)
-        assert held.held_out and np.array_equal(held.samples, split_samples(held.reader.samples, 5)[1])
+        assert held.held_out and np.array_equal(held.samples, held.corpus.split(5)[1])
         assert len(held_out_samples(cache, draft_folder(folder)[1], 2).samples) == 2
 
 
@@ -144,7 +143,7 @@ def test_the_walk_agrees_with_live_decoding_where_the_cached_answers_are_greedy(
         ExtractConfig(data=(data,), target=str(TARGET), out=tmp_path / "cache", block_size=8, device="cpu"), Silent()
     )
     settings = {"steps": 30, "optimizer": "muon", "learning_rate": 6e-3, "draft_layers": 1, "num_anchors": 16}
-    train(TrainConfig(cache=tmp_path / "cache", out=tmp_path / "run", **settings, device="cpu"), Silent())
+    train(TrainConfig(caches=(tmp_path / "cache",), out=tmp_path / "run", **settings, device="cpu"), Silent())
     common = {"draft": tmp_path / "run", "cache": tmp_path / "cache", "device": "cpu", "limit": 12}
     walked = evaluate_folder(EvalConfig(**common))
     live = evaluate_folder(EvalConfig(**common, target=str(TARGET)))

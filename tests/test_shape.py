@@ -6,12 +6,12 @@ import pytest
 
 from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.shape import draft_shape
 
 
 def shape_of(cache: Path, **settings: object):
-    return draft_shape(TrainConfig(cache=cache, out=cache, **settings), CacheReader(cache))
+    return draft_shape(TrainConfig(caches=(cache,), out=cache, **settings), Corpus.open((cache,)), None)
 
 
 def test_a_window_holds_for_every_draft_layer_unless_some_are_named(cache: Path) -> None:

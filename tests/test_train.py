@@ -1,6 +1,7 @@
 """Stage two: what it trains on, that it goes on exactly, and what it refuses."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -8,30 +9,40 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from dflash_offline.pipeline.export import export
 from dflash_offline.schemas.config import TrainConfig, recommended_gamma
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
+from dflash_offline.schemas.settings import read_settings
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.checkpoint import list_checkpoints
-from dflash_offline.stages.loader import BatchLoader, epoch_batches, split_samples
-from dflash_offline.stages.optimizer import learning_rate_at
+from dflash_offline.stages.corpus import Corpus
+from dflash_offline.stages.distributed import Ranks
+from dflash_offline.stages.loader import Batch
+from dflash_offline.stages.optimizer import WeightAverage, learning_rate_at
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.train import Training, train
+from dflash_offline.stages.schedule import Rows
+from dflash_offline.stages.train import rehearse, train
+from dflash_offline.stages.training import Training
 
+CPU = torch.device("cpu")
 SETTINGS: dict[str, object] = {
     "steps": 24,
     "optimizer": "muon",
     "learning_rate": 2e-3,
     "draft_layers": 1,
     "num_anchors": 8,
-    "batch_size": 4,
+    "batch_tokens": 512,
     "val_every": 8,
     "save_every": 8,
     "device": "cpu",
@@ -39,11 +50,12 @@ SETTINGS: dict[str, object] = {
 
 
 def config(cache: Path, out: Path, **changes: object) -> TrainConfig:
-    return TrainConfig(**{**SETTINGS, **changes, "cache": cache, "out": out})
+    return TrainConfig(**{**SETTINGS, **changes, "caches": (cache,), "out": out})
 
 
-def command(cache: Path, out: Path) -> list[str]:
-    flags = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+def command(cache: Path, out: Path, **changes: object) -> list[str]:
+    settings = {**SETTINGS, **changes}
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, "-m", "dflash_offline.pipeline.app", "train", str(cache), "--out", str(out), *flags]
 
 
@@ -76,6 +88,33 @@ def test_killed_at_random_instants_it_resumes_to_the_same_weights(cache: Path, r
     assert _without_times(out) == _without_times(run)
 
 
+@pytest.mark.torture
+def test_killed_twenty_times_it_resumes_to_the_same_weights(cache: Path, tmp_path: Path) -> None:
+    """Half of the kills fall anywhere from the start of the process, half around the writing of a checkpoint."""
+    settings: dict[str, object] = {"steps": 480, "val_every": 24, "ema": 0.99}
+    train(config(cache, tmp_path / "whole", **settings), Silent())
+    out, chance = tmp_path / "run", random.Random(int(os.environ.get("DFLASH_TORTURE_SEED", "0")))
+    for kill in range(20):
+        process = subprocess.Popen(
+            command(cache, out, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = _steps(out)
+        if kill % 2:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline and _steps(out) <= before:
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.3)
+        else:
+            time.sleep(chance.random() * 8)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"the run ended before kill {kill}"
+    subprocess.run(command(cache, out, **settings), check=True, capture_output=True)
+    for name in ("model", "masters", "optimizer"):
+        last = f"checkpoints/step-0000480/{name}.safetensors"
+        assert (out / last).read_bytes() == (tmp_path / "whole" / last).read_bytes(), name
+    assert _without_times(out) == _without_times(tmp_path / "whole")
+
+
 def _steps(out: Path) -> set[str]:
     """Checkpoints that were finished, by the rows logged when they were."""
     return {path.name for path in (out / "checkpoints").glob("step-*")} if out.exists() else set()
@@ -83,7 +122,8 @@ def _steps(out: Path) -> set[str]:
 
 def _without_times(run: Path) -> list[dict[str, object]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "_per_s" not in k and "wait" not in k} for row in rows]
+    vary = {"tokens_per_s", "samples_per_s", "data_wait_share", "peak_memory_gib"}
+    return [{name: value for name, value in row.items() if name not in vary} for row in rows]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -190,65 +230,194 @@ def test_adamw_too_goes_on_to_the_same_weights(cache: Path, tmp_path: Path) -> N
     assert first.read_bytes() == second.read_bytes()
 
 
+def training(cache: Path, out: Path, **changes: object) -> Training:
+    return Training(config(cache, out, **changes), Corpus.open((cache,)), Ranks(rank=0, count=1, device=CPU))
+
+
+def placed(one: Training, rows: Rows, epoch: int = 0) -> Batch:
+    loader = one.loader(0)
+    return loader.place(loader.load(rows, epoch), CPU)
+
+
+def rows_of(*rows: list[int]) -> Rows:
+    return [np.array(row) for row in rows]
+
+
+def test_packed_rows_give_the_loss_gradient_and_validation_of_padded_ones(cache: Path, tmp_path: Path) -> None:
+    packed = training(cache, tmp_path / "a", batch_tokens=2048)
+    padded = training(cache, tmp_path / "b", packing=False)
+    assert packed.batching.shape
+    results = []
+    for one, rows in ((packed, rows_of([3, 0], [7, 5])), (padded, rows_of([0], [3], [5], [7]))):
+        results.append((one.step([placed(one, rows, 4)]), one.validate()))
+    (first, row), (second, other) = results
+    assert first.tokens == second.tokens and first.samples == second.samples == 4
+    torch.testing.assert_close(first.sums, second.sums, rtol=1e-6, atol=1e-6)
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
+    for (name, weight), other_weight in zip(packed.draft.named_parameters(), padded.draft.parameters(), strict=True):
+        torch.testing.assert_close(weight, other_weight, rtol=1e-4, atol=1e-6, msg=name)
+    assert row["val_serving_walk"] == pytest.approx(other["val_serving_walk"], rel=1e-6)
+    assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+
+
 def test_accumulation_equals_one_large_batch(cache: Path, tmp_path: Path) -> None:
-    reader = CacheReader(cache)
-    small = Training(config(cache, tmp_path / "a", accumulation=2), reader, Silent())
-    large = Training(config(cache, tmp_path / "b", batch_size=8), reader, Silent())
-    members = np.arange(8)
-    loader = small.loader(0)
-    sums_small, norm_small, _ = small.step([loader.load(members[:4], 0), loader.load(members[4:], 0)])
-    sums_large, norm_large, _ = large.step([loader.load(members, 0)])
-    torch.testing.assert_close(sums_small["loss_sum"], sums_large["loss_sum"], rtol=1e-6, atol=0)
-    assert norm_small == pytest.approx(norm_large, rel=1e-5)
+    small = training(cache, tmp_path / "a", packing=False, accumulation=2)
+    large = training(cache, tmp_path / "b", packing=False)
+    rows = rows_of(*([sample] for sample in range(8)))
+    first = small.step([placed(small, rows[:4]), placed(small, rows[4:])])
+    second = large.step([placed(large, rows)])
+    torch.testing.assert_close(first.sums, second.sums, rtol=1e-6, atol=1e-6)
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
 
 
-def test_a_non_finite_loss_stops_with_step_and_samples(cache: Path, tmp_path: Path) -> None:
-    training = Training(config(cache, tmp_path / "run"), CacheReader(cache), Silent())
-    batch = training.loader(0).load(np.array([3, 5]), 0)
-    broken = replace(batch, hidden_states=batch.hidden_states * float("nan"))
-    with pytest.raises(DflashError, match=r"not finite at step 1, samples \[3, 5\]"):
-        training.step([broken])
+def test_a_micro_batch_without_an_anchor_adds_nothing_and_stops_nobody(cache: Path, tmp_path: Path) -> None:
+    alone, both = training(cache, tmp_path / "a"), training(cache, tmp_path / "b")
+    batch = placed(alone, rows_of([3, 5]))
+    without = replace(batch, keep_mask=torch.zeros_like(batch.keep_mask))
+    first, second = alone.step([batch]), both.step([without, batch])
+    torch.testing.assert_close(first.sums, second.sums, rtol=0, atol=0)
+    assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-6)
 
 
-def loader(cache: Path) -> BatchLoader:
-    return BatchLoader(CacheReader(cache), columns=[0, 2], block_size=8, num_anchors=5, seed=3, pinned=False)
+def test_a_non_finite_loss_stops_with_step_samples_and_checkpoint(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(cache, tmp_path / "run", save_every=1, batch_tokens=320, val_samples=0)
+    schedule = Training(settings, Corpus.open((cache,)), Ranks(rank=0, count=1, device=CPU)).schedule
+    (first, _), (second, _) = schedule.between(0, 2)
+    poisoned = int(second[0][0])
+    assert not any(poisoned in row for row in first)
+    read = CacheReader.read_codes
+
+    def broken(reader: CacheReader, sample: int, columns: list[int], out: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        read(reader, sample, columns, out)
+        if sample == poisoned:
+            out[:] = 0x7FC0
+        return out
+
+    monkeypatch.setattr(CacheReader, "read_codes", broken)
+    listed = sorted(int(sample) for row in second for sample in row)
+    with pytest.raises(DflashError) as refused:
+        train(settings, Silent())
+    assert "not finite at step 2" in str(refused.value) and str(listed) in str(refused.value)
+    assert "step-0000001" in str(refused.value) and f"--sample {listed[0]}" in str(refused.value)
 
 
-def test_a_batch_holds_the_caches_features_tokens_and_mask(cache: Path) -> None:
-    reader, members = CacheReader(cache), np.array([7, 2, 30])
-    batch = loader(cache).load(members, 0)
-    for row, sample in enumerate(members.tolist()):
-        count = int(reader.samples.num_tokens[sample])
-        expected = torch.from_numpy(reader.read_values(sample, [0, 2])).flatten(1)
-        torch.testing.assert_close(batch.hidden_states[row, :count].float(), expected, rtol=0, atol=0)
-        assert batch.input_ids[row, :count].tolist() == reader.samples.input_ids(sample).tolist()
-        assert batch.loss_mask[row, :count].tolist() == reader.samples.loss_mask(sample).tolist()
-        assert (batch.document_ids[row] == 0).sum() == count and not batch.hidden_states[row, count:].any()
-        assert not batch.loss_mask[row, count:].any()
+def test_the_average_is_what_is_validated_and_saved_and_goes_on_exactly(cache: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        train(config(cache, tmp_path / name, ema=0.9, steps=8, save_every=4, val_every=4), Silent())
+    served, masters = (
+        load_file(tmp_path / f"a/checkpoints/step-0000008/{name}.safetensors") for name in ("model", "masters")
+    )
+    assert not torch.equal(served["fc.weight"], masters["fc.weight"])
+    rows = [row for row in _without_times(tmp_path / "a") if "val_loss" in row]
+    shutil.rmtree(tmp_path / "b/checkpoints/step-0000008")
+    train(config(cache, tmp_path / "b", ema=0.9, steps=8, save_every=4, val_every=4), Silent())
+    again = load_file(tmp_path / "b/checkpoints/step-0000008/model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in served.items())
+    one = training(cache, tmp_path / "c")
+    one.draft.load_state_dict(served)
+    assert one.validate()["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
 
 
-def test_anchors_do_not_depend_on_the_batch_but_on_the_epoch(cache: Path) -> None:
-    def drawn(members: list[int], epoch: int) -> list[int]:
-        batch = loader(cache).load(np.array(members), epoch)
-        row = members.index(4)
-        return batch.anchors[row][batch.keep_mask[row]].tolist()
-
-    assert drawn([4], 0) == drawn([9, 4, 1], 0) != drawn([4], 1)
-
-
-def test_every_epoch_holds_every_sample_once_in_another_order(cache: Path) -> None:
-    samples = CacheReader(cache).samples
-    members = np.arange(len(samples))
-    first, second = (np.concatenate(epoch_batches(samples, members, 4, 0, epoch)) for epoch in (0, 1))
-    assert sorted(first.tolist()) == sorted(second.tolist()) == members.tolist()
-    assert first.tolist() != second.tolist()
+def test_the_average_starts_as_the_mean_of_few_and_never_outweighs_its_decay() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 0.0)
+    average, expected = WeightAverage(model, 0.5), 0.0
+    for step in range(12):
+        torch.nn.init.constant_(model.weight, float(step))
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert average.weights["weight"].item() == pytest.approx(expected)
 
 
-def test_the_split_follows_content(cache: Path) -> None:
-    samples = CacheReader(cache).samples
-    training, held_out = split_samples(samples, 5)
-    assert len(held_out) == 5 and sorted([*training, *held_out]) == list(range(len(samples)))
-    assert len(split_samples(samples, 10**6)[1]) == len(samples) // 10
+def test_a_run_without_a_better_walk_stops_early_and_stays_stopped(cache: Path, tmp_path: Path) -> None:
+    settings = config(cache, tmp_path / "run", learning_rate=1e-9, steps=40, val_every=4, patience=2)
+    done = train(settings, Silent())
+    assert done.state.step == done.state.best_step + 8 < 40
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{done.state.step:07d}"
+    assert train(settings, Silent()).state.step == done.state.step
+    assert train(replace(settings, patience=None), Silent()).state.step == 40
+
+
+def test_a_run_starts_from_a_draft_and_refuses_one_of_another_shape(cache: Path, run: Path, tmp_path: Path) -> None:
+    draft = tmp_path / "draft"
+    export(run, draft)
+    start = training(cache, tmp_path / "run", draft_layers=None, init_from=draft)  # its one layer is the default
+    weights = load_file(draft / "model.safetensors")
+    assert all(torch.equal(start.draft.state_dict()[name], tensor.float()) for name, tensor in weights.items())
+    with pytest.raises(MismatchError, match=r"num_hidden_layers +draft: 1 +run: 2"):
+        training(cache, tmp_path / "run", draft_layers=2, init_from=draft)
+    with pytest.raises(MismatchError, match=r"target_layer_ids +draft: \(1, 2, 4\) +run: \(1, 4\)"):
+        training(cache, tmp_path / "run", layers=(1, 4), init_from=draft)
+    settings = config(cache, tmp_path / "run", steps=2, init_from=draft)
+    train(settings, Silent())
+    shutil.copytree(draft, tmp_path / "moved")
+    assert train(replace(settings, init_from=tmp_path / "moved"), Silent()).state.step == 2
+    with pytest.raises(MismatchError, match=r"init_from +run: \w{64} +now: None"):
+        train(replace(settings, init_from=None), Silent())
+
+
+def test_gradient_checkpointing_changes_no_gradient(cache: Path, tmp_path: Path) -> None:
+    plain, saving = training(cache, tmp_path / "a"), training(cache, tmp_path / "b", gradient_checkpointing=True)
+    batch = placed(plain, rows_of([3, 5]))
+    assert plain.step([batch]).grad_norm == pytest.approx(saving.step([batch]).grad_norm, rel=1e-6)
+    assert plain.draft.state_dict().keys() == saving.draft.state_dict().keys()
+
+
+def test_a_dry_run_writes_nothing_and_gives_the_steps_of_the_run(cache: Path, tmp_path: Path) -> None:
+    settings = config(cache, tmp_path / "run", steps=None, epochs=1.5)
+    found = rehearse(settings)
+    assert not list(tmp_path.iterdir())
+    done = train(settings, Silent())
+    assert done.state.step == found.total_steps and done.parameters == found.parameters
+    assert 0 < found.filled <= 1 and found.seconds > 0 and found.peak_bytes > found.weight_bytes
+    masters_gradients_momentum = 12
+    assert found.weight_bytes == pytest.approx(masters_gradients_momentum * found.parameters, rel=0.01)
+
+
+def test_epochs_count_every_sample_so_often(cache: Path, tmp_path: Path) -> None:
+    done = train(config(cache, tmp_path / "run", steps=None, epochs=2.0, val_samples=0), Silent())
+    assert done.state.tokens == 2 * int(CacheReader(cache).samples.num_tokens.sum())
+
+
+def test_the_saved_settings_are_those_of_the_call(cache: Path, tmp_path: Path) -> None:
+    settings = config(cache, tmp_path / "run", steps=1, weights=(1.0,), ema=0.9)
+    train(settings, Silent())
+    assert TrainConfig(**read_settings(tmp_path / "run/config.toml", TrainConfig)) == settings
+
+
+class FakeTracker(ModuleType):
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.__spec__ = ModuleSpec("trackio", None)
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.started: dict[str, object] = {}
+        self.finished = False
+
+    def init(self, **settings: object) -> None:
+        self.started = settings
+
+    def log(self, row: dict[str, float], step: int) -> None:
+        self.rows.append((step, row))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_a_tracker_gets_the_rows_of_the_log_and_a_missing_one_is_named(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(cache, tmp_path / "run", steps=2, report_to="trackio")
+    with pytest.raises(DflashError, match="trackio, which is not installed"):
+        train(settings, Silent())
+    assert not (tmp_path / "run").exists()
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    train(settings, Silent())
+    assert [step for step, _ in tracker.rows] == [2, 2] and tracker.finished
+    assert tracker.started["name"] == "run" and tracker.rows[1][1].keys() >= {"val_loss", "val_accuracy_by_slot/1"}
 
 
 def test_the_schedule_warms_up_and_ends_near_zero() -> None:

@@ -46,6 +46,7 @@ def _module_and_batch() -> tuple[DFlashTrainerModule, Batch]:
     width = len(config.target_layer_ids) * config.hidden_size
     batch = Batch(
         samples=[0, 1],
+        spans=[(0, 0, 23), (1, 0, 17)],
         input_ids=torch.randint(0, config.vocab_size, (num_rows, seq_len)),
         hidden_states=torch.randn(num_rows, seq_len, width).to(torch.bfloat16),
         loss_mask=mask,

@@ -1,0 +1,62 @@
+"""What `dflash train` prints: what was trained, or what a dry run found."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.train import Rehearsal, Trained
+
+
+def trained_json(done: Trained) -> str:
+    """Return a finished call of `dflash train` as JSON."""
+    found: dict[str, Any] = {
+        "run": str(done.run),
+        "step": done.state.step,
+        "total_steps": done.total_steps,
+        "parameters": done.parameters,
+        "train_samples": done.num_train,
+        "held_out_samples": done.num_held_out,
+        "best_step": done.state.best_step,
+        "best_serving_walk": done.state.best_walk,
+        "seconds": done.seconds,
+    }
+    return json.dumps(found, indent=1)
+
+
+def print_trained(done: Trained, out: object) -> None:
+    """Print where the run stands and what to do next."""
+    print(
+        f"{out} is trained: {done.state.step:,} steps over {done.num_train:,} samples, {done.parameters:,} "
+        f"parameters, {done.seconds:.0f} s."
+    )
+    if done.state.best_step:
+        print(
+            f"Best acceptance length in the serving walk over {done.num_held_out} held-out samples: "
+            f"{done.state.best_walk:.2f} (step {done.state.best_step})."
+        )
+    print(f"Next: dflash export {out} --out DRAFT        Curves: tensorboard --logdir {out}")
+
+
+def rehearsal_json(found: Rehearsal) -> str:
+    """Return what a dry run found as JSON."""
+    return json.dumps({**asdict(found), "seconds": found.seconds}, indent=1)
+
+
+def print_rehearsal(found: Rehearsal) -> None:
+    """Print what a run would take."""
+    rows, tokens, blocks = found.batch_shape
+    minutes = found.seconds / 60
+    lines = {
+        "Samples": f"{found.num_train:,} to train on, {found.num_held_out:,} held out",
+        "Parameters": f"{found.parameters:,}",
+        "Memory": f"{readable_bytes(found.weight_bytes)} weights, gradients and optimizer; at its peak "
+        f"{readable_bytes(found.peak_bytes)}",
+        "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row",
+        "Step": f"{found.tokens_per_step:,} tokens in {found.filled:.0%} of its places, {found.seconds_per_step:.2f} s",
+        "Steps": f"{found.total_steps:,}; {found.steps_per_epoch:,.1f} an epoch",
+        "Time": f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours",
+    }
+    print("Two steps ran; nothing was written. Time is the second step's, without validations.")
+    for name, text in lines.items():
+        print(f"  {name:<12} {text}")

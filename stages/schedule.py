@@ -1,0 +1,161 @@
+"""Which samples every micro-batch holds: a function of the plans' lengths, the settings, the seed and the epoch alone.
+
+No feature is opened for it, and neither ranks nor threads nor an interruption change it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.errors import DflashError
+
+POOL = 64
+"""Documents looked at for the next place in a row."""
+BUCKET = 32
+"""Padded batches whose samples are sorted by length together, so that rows of a batch are padded little."""
+ALIGNMENT = 64
+"""Rows that are as long as the longest document are rounded up to a multiple of this."""
+
+Samples = NDArray[np.int64]
+Rows = list[Samples]
+"""One micro-batch: the samples of each of its rows, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """The one shape of all packed micro-batches, so that nothing is compiled twice."""
+
+    rows: int
+    """B."""
+    tokens: int
+    """S."""
+    anchors: int
+    """N; blocks beyond a row's own are not kept."""
+
+
+def row_shape(num_tokens: Samples, num_anchors: Samples, batch_tokens: int, row_tokens: int | None) -> RowShape:
+    """Return the shape for documents of these lengths and numbers of anchors, within `batch_tokens` tokens.
+
+    A row has `row_tokens` tokens; None for as many as the longest document needs. N follows the documents' mean
+    anchors per token, so that a row full of tokens is full of anchors too. Raises `DflashError` if a document is
+    longer than a row, or a row than the budget.
+    """
+    longest = int(num_tokens.max())
+    tokens = row_tokens or min(batch_tokens, math.ceil(longest / ALIGNMENT) * ALIGNMENT)
+    if not longest <= tokens <= batch_tokens:
+        raise DflashError(
+            f"The longest document has {longest:,} tokens, a row {tokens:,} and a micro-batch {batch_tokens:,}; each "
+            f"must hold the one before. Raise --batch-tokens, and --row-tokens, if you set it, to {longest:,} or more."
+        )
+    anchors = max(int(num_anchors.max()), math.ceil(num_anchors.sum() / num_tokens.sum() * tokens))
+    return RowShape(rows=batch_tokens // tokens, tokens=tokens, anchors=anchors)
+
+
+def pack(num_tokens: Samples, num_anchors: Samples, order: Samples, shape: RowShape) -> Rows:
+    """Return rows of whole documents, none with more tokens or anchors than the shape has; every sample once.
+
+    Rows are filled one after the other. The next document is the one, of the first `POOL` in `order` that are left,
+    which fits and takes most of what the row has most of (the largest inner product of its needs and what is free).
+    """
+    needs = np.stack([num_tokens[order] / shape.tokens, num_anchors[order] / shape.anchors], axis=1)
+    pool, following = np.arange(min(POOL, len(order))), POOL
+    rows = []
+    while len(pool):
+        row, free = [], np.ones(2)
+        while len(pool) and (fits := (needs[pool] <= free + 1e-9).all(axis=1)).any():
+            place = int(np.where(fits, needs[pool] @ free, -1.0).argmax())
+            row.append(order[pool[place]])
+            free -= needs[pool[place]]
+            if following < len(order):
+                pool[place] = following
+                following += 1
+            else:
+                pool = np.delete(pool, place)
+        rows.append(np.array(row, np.int64))
+    return rows
+
+
+def pad(num_tokens: Samples, order: Samples, batch_size: int) -> list[Rows]:
+    """Return micro-batches of `batch_size` rows, a sample a row, of like length; every sample once.
+
+    Lengths are sorted within stretches of `BUCKET` micro-batches of `order` only.
+    """
+    batches: list[Rows] = []
+    for begin in range(0, len(order), BUCKET * batch_size):
+        part = order[begin : begin + BUCKET * batch_size]
+        part = part[np.argsort(num_tokens[part], kind="stable")]
+        batches += [list(part[i : i + batch_size, None]) for i in range(0, len(part), batch_size)]
+    return batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How samples become micro-batches: packed into rows of one shape, or padded."""
+
+    num_tokens: Samples
+    """Of every sample of the corpus."""
+    num_anchors: Samples
+    """Of every sample: how many an epoch draws."""
+    shape: RowShape | None
+    """None to pad."""
+    batch_size: int
+    """Rows of a padded micro-batch."""
+
+    def batches(self, order: Samples) -> list[Rows]:
+        """Return the micro-batches of these samples."""
+        if self.shape is None:
+            return pad(self.num_tokens, order, self.batch_size)
+        rows = pack(self.num_tokens, self.num_anchors, order, self.shape)
+        return [rows[i : i + self.shape.rows] for i in range(0, len(rows), self.shape.rows)]
+
+
+class Schedule:
+    """The endless sequence of a run's micro-batches, epoch after epoch."""
+
+    def __init__(self, batching: Batching, members: list[Samples], weights: list[float], seed: int) -> None:
+        """`members` are each cache's training samples; an epoch takes the share `weights` of each."""
+        self.batching = batching
+        self.members = members
+        self.weights = weights
+        self.seed = seed
+        self._counts: dict[int, int] = {}
+
+    def order(self, epoch: int) -> Samples:
+        """Return an epoch's samples, shuffled over all caches by (seed, epoch)."""
+        taken = []
+        for cache, (members, weight) in enumerate(zip(self.members, self.weights, strict=True)):
+            if weight < 1:
+                count = math.ceil(weight * len(members))
+                members = np.random.default_rng([self.seed, epoch, cache]).permutation(members)[:count]
+            taken.append(members)
+        return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(taken))
+
+    def epoch(self, epoch: int) -> list[Rows]:
+        """Return an epoch's micro-batches, in an order of their own: packing takes long documents first."""
+        batches = self.batching.batches(self.order(epoch))
+        self._counts[epoch] = len(batches)
+        return [batches[i] for i in np.random.default_rng([self.seed, epoch, len(batches)]).permutation(len(batches))]
+
+    def count(self, epoch: int) -> int:
+        """Return the number of an epoch's micro-batches."""
+        if epoch not in self._counts:
+            self.epoch(epoch)
+        return self._counts[epoch]
+
+    def batches_of(self, epochs: float) -> int:
+        """Return the number of micro-batches of so many epochs; packing makes no two alike."""
+        whole = math.floor(epochs)
+        rest = epochs - whole
+        return sum(map(self.count, range(whole))) + (math.ceil(rest * self.count(whole)) if rest else 0)
+
+    def between(self, first: int, last: int) -> Iterator[tuple[Rows, int]]:
+        """Yield (rows, epoch) of the micro-batches from number `first` up to `last`, counted from the run's start."""
+        epoch, begin = 0, 0
+        while begin < last:
+            if epoch not in self._counts or begin + self._counts[epoch] > first:
+                batches = self.epoch(epoch)
+                yield from ((rows, epoch) for rows in batches[max(first - begin, 0) : last - begin])
+            epoch, begin = epoch + 1, begin + self._counts[epoch]
