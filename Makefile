@@ -10,7 +10,8 @@ OLDEST = .venv-oldest
 FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 LINKED = $(VENV)/linked-$(FILES)
 
-.PHONY: help install demo check lint types test test-slow check-clients check-gpu check-oldest bench-eval bench-train bench-gpu target format
+.PHONY: help install demo check lint types test test-slow torture check-clients check-gpu check-oldest
+.PHONY: bench-eval bench-extract bench-gpu bench-store bench-train target format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,13 +32,18 @@ types: $(LINKED)
 	$(BIN)/mypy
 
 test: $(LINKED)
-	$(BIN)/pytest -n 2 -m "not slow and not gpu and not clients"
+	$(BIN)/pytest -n 2 -m "not slow and not torture and not gpu and not clients"
 
 test-slow: $(LINKED) ## the tests that take minutes
-	$(BIN)/pytest -m "slow and not gpu and not clients"
+	$(BIN)/pytest -m "slow and not torture and not gpu and not clients"
 
-bench-train: $(LINKED) ## time a training step and take its memory, against a straightforward implementation of it
+torture: $(LINKED) ## kill and resume twenty times and more; the result must be the same
+	$(BIN)/pytest -m torture
+
+bench-train: $(LINKED) ## a step against a straightforward one, and streaming against memory
 	$(BIN)/python tests/benchmarks/bench_train.py
+	OMP_NUM_THREADS=2 $(BIN)/python tests/benchmarks/bench_stream.py
+	OMP_NUM_THREADS=2 MALLOC_ARENA_MAX=2 $(BIN)/python tests/benchmarks/bench_stream.py --limit-mib 900
 
 bench-gpu: $(LINKED) ## time a training step on a GPU at the shapes of a draft for Qwen3-8B
 	$(BIN)/python tests/benchmarks/bench_gpu.py
