@@ -200,6 +200,6 @@ def test_each_formats_card_gives_each_server_the_number_it_counts(run: Path, tmp
 def test_the_card_names_target_cache_and_recipe(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "draft")
     card, record = (tmp_path / "draft/README.md").read_text(), RunRecord.read(run)
-    for text in (record.identity["cache"], record.origin["target"], "steps 6", "optimizer adamw", "num_anchors 4"):
+    for text in (*record.identity["caches"], record.origin["target"], "steps 6", "optimizer adamw", "num_anchors 4"):
         assert text in card
     assert record.origin["target_identity"]["config_sha256"] in card and "epochs" not in card
