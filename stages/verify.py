@@ -4,6 +4,7 @@ Axes: T tokens, L captured layers, H hidden size.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.manifest import FEATURES, MANIFEST, Manifest, refuse_other_identity
 from dflash_offline.stages.cache import IDS, MASK, CacheReader
+from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.statistics import Sums, agree, layer_statistics
 from dflash_offline.stages.target import choose_device, load_model, open_target, run_captured
 
 LARGEST_ERROR = 0.02
 """Relative L2 error of one layer that rounding to bfloat16 and another machine's arithmetic may explain."""
+
+_AT_ONCE = 8
+"""Shards verified side by side; each holds one sample's features in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +82,23 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
         return static
     reader = CacheReader(cache)
     faults: list[Fault] = []
+
+    def check(shard: int) -> list[Fault]:
+        return [Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(cache, reader, shard)]
+
     progress.start("Verifying", manifest.layout.num_shards, "shards")
-    for shard in range(manifest.layout.num_shards):
-        faults += [
-            Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(cache, manifest, reader, shard)
-        ]
-        progress.advance(1, faults=str(len(faults)))
+    with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
+        for found in pool.map(check, range(manifest.layout.num_shards)):
+            faults += found
+            progress.advance(1, faults=str(len(faults)))
     progress.finish()
     return faults
 
 
-def _shard_faults(cache: Path, manifest: Manifest, reader: CacheReader, shard: int) -> Iterator[tuple[str, str]]:
+def _shard_faults(cache: Path, reader: CacheReader, shard: int) -> Iterator[tuple[str, str]]:
     place = str(commit_path(cache, shard).relative_to(cache))
     try:
-        commit = read_commit(cache, shard, manifest.checksum)
+        commit = read_commit(cache, shard, reader.manifest.checksum)
     except CacheError as error:
         yield place, str(error)
         return
