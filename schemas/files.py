@@ -39,6 +39,11 @@ def write_synced(path: Path, parts: Iterable[bytes]) -> None:
 def publish(parts: Iterable[bytes], *, temporary: Path, path: Path) -> None:
     """Make `path` hold the parts, whole or not at all: write `temporary`, sync, rename, sync the folder."""
     write_synced(temporary, parts)
+    move_synced(temporary, path)
+
+
+def move_synced(temporary: Path, path: Path) -> None:
+    """Give a synced file its final name, durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.replace(path)
     sync_folder(path.parent)

@@ -130,7 +130,8 @@ class CacheReader:
         """Samples without features: extraction was told to leave samples with bad features out."""
         self._shards: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
-        self._decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
+        self._num_helpers = usable_cores() - 1
+        self._decoders = ThreadPoolExecutor(max(1, self._num_helpers), thread_name_prefix="decode")
 
     def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
         """Pickle as the folder alone: locks, threads and open files belong to one process."""
@@ -184,9 +185,8 @@ class CacheReader:
         if sample in self.skipped:
             raise CacheError(f"{self.samples.place(sample)} was left out of {self.cache}: its features were bad.")
         shard = int(self.samples.shard[sample])
-        self._shard(shard).read(
-            int(self.samples.start[sample]) - shard * layout.shard_tokens, columns, out, self._decoders
-        )
+        start = int(self.samples.start[sample]) - shard * layout.shard_tokens
+        self._shard(shard).read(start, columns, out, self._decoders, self._num_helpers)
         return out
 
     def read_values(self, sample: int, columns: list[int] | None = None) -> NDArray[np.float32]:

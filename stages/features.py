@@ -54,10 +54,12 @@ class FeatureCodec:
     def values(self, codes: NDArray[np.uint16], columns: Sequence[int]) -> NDArray[np.float32]:
         """Return the float32 features of codes, uint16 [..., C, H], of the captured layers `columns`."""
         if self.layout.kind != "scaled":
-            return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            bits = codes.astype(np.uint32)
+            bits <<= 16
+            return bits.view(np.float32)
         assert self.center is not None and self.step is not None
         chosen = list(columns)
-        features: NDArray[np.float32] = STEPS[codes] * self.step[chosen] + self.center[chosen]
+        features: NDArray[np.float32] = STEPS.take(codes) * self.step[chosen] + self.center[chosen]
         return features
 
 

@@ -11,13 +11,12 @@ block. And zstd is kept from looking for repetitions: in noise there are only ac
 and time than the letters they stand for.
 """
 
+import hashlib
 import os
 import struct
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import sha256_bytes
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
 """What the arrays' metadata says, and what zarr-python would write with."""
@@ -56,23 +54,23 @@ def _literals() -> zstandard.ZstdCompressor:
     return compressor
 
 
-def _crc32c(data: bytes) -> bytes:
+def _crc32c(data: bytes | NDArray[np.uint8]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
 
 
-def _planes(values: NDArray[Any]) -> list[bytes]:
-    """Return the array's bytes, all first bytes of its elements, then all second ones, and so on."""
+def _planes(values: NDArray[Any]) -> list[memoryview]:
+    """Return the array's bytes: all first bytes of its elements, then all second ones, and so on."""
     size = values.dtype.itemsize
-    words = np.ascontiguousarray(values).view(f"<u{size}")
-    return [(words >> 8 * i).astype(np.uint8).tobytes() if i else words.astype(np.uint8).tobytes() for i in range(size)]
+    words = np.ascontiguousarray(values).view(f"<u{size}").reshape(-1)
+    return [(words >> 8 * i if i else words).astype(np.uint8).data for i in range(size)]
 
 
 def encode_chunk(values: NDArray[Any]) -> bytes:
     """Return one chunk as it stands in a shard file: a Blosc frame of one block, then its crc32c."""
     planes = _planes(values)
     if values.size < _SMALLEST_SPLIT:
-        planes = [b"".join(planes)]
-    streams = []
+        planes = [memoryview(b"".join(planes))]
+    streams: list[bytes | memoryview] = []
     for plane in planes:
         packed = _literals().compress(plane)
         stream = packed if len(packed) < len(plane) else plane
@@ -86,20 +84,14 @@ def encode_chunk(values: NDArray[Any]) -> bytes:
     return frame + _crc32c(frame)
 
 
-def decode_chunk(data: bytes, out: NDArray[Any], place: str) -> None:
-    """Fill a contiguous array with one chunk's values; `CacheError` naming `place` if its crc32c does not hold."""
+def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any]) -> bool:
+    """Fill a contiguous array with one chunk's values; False, with nothing done, if its crc32c does not hold."""
     body = data[:-_CRC_BYTES]
-    if _crc32c(body) != data[-_CRC_BYTES:]:
-        raise CacheError(f"{place} is damaged: its checksum does not hold. {REDO}")
+    if _crc32c(body) != data[-_CRC_BYTES:].tobytes():
+        return False
     blosc.use_threads = False  # several chunks are decoded at once instead
     blosc.decompress(body, out)
-
-
-def chunk_slices(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Yield the place of every inner chunk of a shard, in the order of its index."""
-    counts = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
-    for position in product(*map(range, counts)):
-        yield tuple(slice(p * step, (p + 1) * step) for p, step in zip(position, chunk, strict=True))
+    return True
 
 
 @dataclass(frozen=True)
@@ -110,18 +102,41 @@ class EncodedShard:
     record: ShardFileRecord
 
 
+class ShardSummary:
+    """What stands after a shard file's chunks, and what its commit record says, from the chunks as they come."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._digest = hashlib.sha256()
+        self._first_crc = b""
+
+    def add(self, chunks: list[bytes]) -> None:
+        """Take the next encoded chunks in the order of the index."""
+        self._first_crc = self._first_crc or chunks[0][-_CRC_BYTES:]
+        for chunk in chunks:
+            self._sizes.append(len(chunk))
+            self._digest.update(chunk)
+
+    def finish(self) -> bytes:
+        """Return the index that ends the file; `record` is the whole file's from now on."""
+        sizes = np.array(self._sizes, "<u8")
+        index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).tobytes()
+        crc = _crc32c(index)
+        self._digest.update(index + crc)
+        self.record = ShardFileRecord(
+            size=int(sizes.sum()) + len(index) + _CRC_BYTES,
+            sha256=self._digest.hexdigest(),
+            index_crc32c=int.from_bytes(crc, "little"),
+            first_chunk_crc32c=int.from_bytes(self._first_crc, "little"),
+        )
+        return index + crc
+
+
 def join_chunks(chunks: list[bytes]) -> EncodedShard:
-    """Return the shard file of encoded chunks in the order of `chunk_slices`."""
-    sizes = np.array([len(data) for data in chunks], "<u8")
-    index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).tobytes()
-    parts = [*chunks, index, _crc32c(index)]
-    record = ShardFileRecord(
-        size=sum(map(len, parts)),
-        sha256=sha256_bytes(*parts),
-        index_crc32c=int.from_bytes(parts[-1], "little"),
-        first_chunk_crc32c=int.from_bytes(chunks[0][-_CRC_BYTES:], "little"),
-    )
-    return EncodedShard(parts, record)
+    """Return the shard file of encoded chunks in the order of its index."""
+    summary = ShardSummary()
+    summary.add(chunks)
+    return EncodedShard([*chunks, summary.finish()], summary.record)
 
 
 class ShardFile:
@@ -165,44 +180,56 @@ class ShardFile:
             raise CacheError(f"{self.path} belongs to another shard or cache: its first chunk differs. {REDO}")
         return index
 
-    def read(self, start: int, layers: list[int], out: NDArray[np.uint16], executor: Executor | None = None) -> None:
+    def read(
+        self,
+        start: int,
+        layers: list[int],
+        out: NDArray[np.uint16],
+        executor: Executor | None = None,
+        num_helpers: int = 0,
+    ) -> None:
         """Fill `out` [tokens, layers, H] with the codes of the slots from `start` of the chosen layer columns.
 
-        Chunks of a large sample are decoded side by side if an executor is given.
+        With a large sample's chunks, `num_helpers` threads of the executor help the calling one.
         """
         first, last = start // self.chunk_tokens, -(-(start + out.shape[0]) // self.chunk_tokens)
-        jobs = [(chunk, place) for chunk in range(first, last) for place in enumerate(layers)]
+        jobs = [(chunk, column) for chunk in range(first, last) for column in range(len(layers))]
+        left = iter(jobs)  # shared: each chunk goes to the thread that is free
 
-        def decode(job: tuple[int, tuple[int, int]]) -> None:
-            chunk, (column, layer) = job
-            self._decode(chunk, layer, start, out[:, column])
+        def decode() -> None:
+            for chunk, column in left:
+                self._decode(chunk, layers[column], start, out[:, column])
 
         if executor is None or out.nbytes < _PARALLEL_BYTES:
-            for job in jobs:
-                decode(job)
-        else:
-            for _ in executor.map(decode, jobs):
-                pass
+            decode()
+            return
+        helpers = [executor.submit(decode) for _ in range(min(num_helpers, len(jobs) - 1))]
+        try:
+            decode()
+        finally:  # whatever happens, nobody writes into `out` any more
+            for helper in helpers:
+                if not helper.cancel():
+                    helper.result()
 
     def _decode(self, chunk: int, layer: int, start: int, out: NDArray[np.uint16]) -> None:
         """Fill those rows of `out` [tokens, H], which begins at slot `start`, that lie in a chunk."""
         slot = chunk * self.chunk_tokens
         begin, end = max(slot, start), min(slot + self.chunk_tokens, start + len(out))
-        offset, length = (int(value) for value in self._index[chunk * self.shape[1] + layer])
-        data = os.pread(self._file, length, offset)
-        place = f"{self.path}, slots {slot} to {slot + self.chunk_tokens}, layer {layer},"
-        rows = out[begin - start : end - start]
-        if end - begin == self.chunk_tokens and rows.flags.c_contiguous:
-            decode_chunk(data, rows, place)
-            return
-        scratch = _scratch((self.chunk_tokens, out.shape[1]))
-        decode_chunk(data, scratch, place)
-        rows[:] = scratch[begin - slot : end - slot]
+        offset, length = self._index[chunk * self.shape[1] + layer].tolist()
+        data = _scratch("encoded", length)
+        rows = _scratch("decoded", 2 * self.chunk_tokens * self.shape[2]).view(np.uint16).reshape(self.chunk_tokens, -1)
+        if os.preadv(self._file, [data.data], offset) != length or not decode_chunk(data, rows):
+            raise CacheError(
+                f"{self.path}, slots {slot} to {slot + self.chunk_tokens}, layer {layer}, is damaged: its checksum "
+                f"does not hold. {REDO}"
+            )
+        out[begin - start : end - start] = rows[begin - slot : end - slot]
 
 
-def _scratch(shape: tuple[int, int]) -> NDArray[np.uint16]:
-    """Return this thread's buffer for one chunk."""
-    buffer: NDArray[np.uint16] | None = getattr(_local, "scratch", None)
-    if buffer is None or buffer.shape != shape:
-        buffer = _local.scratch = np.empty(shape, np.uint16)
-    return buffer
+def _scratch(use: str, num_bytes: int) -> NDArray[np.uint8]:
+    """Return memory of this thread's own, kept for the next chunk."""
+    buffer: NDArray[np.uint8] | None = getattr(_local, use, None)
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = np.empty(num_bytes, np.uint8)
+        setattr(_local, use, buffer)
+    return buffer[:num_bytes]

@@ -28,9 +28,9 @@ class Sums:
         """Return the sums of features [T, H]; of none, if T is 0."""
         if not len(values):
             return cls()
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # sums by einsum: half the time of `sum`
             squares = float(np.einsum("th,th->t", values, values).sum(dtype=np.float64))
-            total = float(values.sum(axis=1).sum(dtype=np.float64))
+            total = float(np.einsum("th->t", values).sum(dtype=np.float64))
         if not np.isfinite([squares, total]).all():  # too large for float32
             squares = float(np.square(values, dtype=np.float64).sum())
             total = float(values.sum(dtype=np.float64))
@@ -38,7 +38,7 @@ class Sums:
             count=values.size,
             total=total,
             squares=squares,
-            zeros=values.size - int(np.count_nonzero(values)),
+            zeros=int(np.count_nonzero(values == 0)),
             max_abs=float(np.maximum(values.max(), -values.min())),
         )
 

@@ -17,26 +17,37 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path, read_finished
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import locked, publish
+from dflash_offline.schemas.files import locked, move_synced, publish, write_synced
 from dflash_offline.schemas.manifest import FEATURES, TMP, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
-from dflash_offline.stages.shards import EncodedShard, chunk_slices, encode_chunk, join_chunks
+from dflash_offline.stages.shards import ShardSummary, encode_chunk, join_chunks
 from dflash_offline.stages.statistics import Sums, layer_statistics
+
+_JOB_BYTES = 1 << 20
+"""Raw bytes, at least, that one thread encodes in a go."""
 
 
 class ShardWriter:
     """Checks, encodes and commits shards of one cache."""
 
-    def __init__(self, cache: Path, manifest: Manifest, samples: SampleTable, codec: FeatureCodec) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        manifest: Manifest,
+        samples: SampleTable,
+        codec: FeatureCodec,
+        num_encoders: int | None = None,
+    ) -> None:
         self.cache = cache
         self.manifest = manifest
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self._encoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(num_encoders or usable_cores(), thread_name_prefix="encode")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     def finished(self, shard: int) -> Commit | None:
         """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
@@ -60,11 +71,11 @@ class ShardWriter:
     def commit(
         self, shard: int, codes: NDArray[np.uint16], skipped: Sequence[SkippedSample] = (), started: float | None = None
     ) -> int:
-        """Check and encode a claimed shard, write its files whole, then its record; returns the bytes written.
+        """Check, encode and write a claimed shard's files whole, then its record; returns the bytes written.
 
         `codes` is [shard_tokens, L, H] uint16; slots between samples, and those of skipped samples, hold the fill
         value. If another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing
-        is written and 0 returned.
+        is put in place and 0 returned.
         """
         layout = self.manifest.layout
         left_out = {one.sample for one in skipped}
@@ -73,22 +84,20 @@ class ShardWriter:
         for sample in members:
             slots = self._slots(sample)
             ids[slots], mask[slots] = self.samples.input_ids(sample), self.samples.loss_mask(sample)
-        hidden, sums = self._encode_hidden(codes, members)
-        arrays = {
-            f"{HIDDEN}/c/{shard}/0/0": hidden,
-            f"{IDS}/c/{shard}": join_chunks([encode_chunk(ids)]),
-            f"{MASK}/c/{shard}": join_chunks([encode_chunk(mask)]),
-        }
-        if self.is_done(shard):
-            return 0
         # A name of this process's own: where locks do not reach, two may be writing the same shard.
         temporary = self.cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
-        files: dict[str, ShardFileRecord] = {}
-        for name, encoded in arrays.items():
-            publish(encoded.parts, temporary=temporary, path=self.cache / FEATURES / name)
-            files[f"{FEATURES}/{name}"] = encoded.record
+        record, sums = self._write_hidden(temporary, codes, members)
+        if self.is_done(shard):
+            temporary.unlink()
+            return 0
+        files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
+        move_synced(temporary, self.cache / next(iter(files)))
+        for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
+            encoded = join_chunks([encode_chunk(values)])
+            publish(encoded.parts, temporary=temporary, path=self.cache / name)
+            files[name] = encoded.record
         now = time.time()
-        record = Commit(
+        commit = Commit(
             shard=shard,
             manifest=self.manifest.checksum,
             num_samples=len(members),
@@ -100,7 +109,7 @@ class ShardWriter:
             started=_time(now if started is None else started),
             finished=_time(now),
         )
-        publish([record.to_bytes()], temporary=temporary, path=commit_path(self.cache, shard))
+        publish([commit.to_bytes()], temporary=temporary, path=commit_path(self.cache, shard))
         return sum(file.size for file in files.values())
 
     def _slots(self, sample: int) -> slice:
@@ -108,31 +117,51 @@ class ShardWriter:
         begin = int(self.samples.start[sample]) % self.manifest.layout.shard_tokens
         return slice(begin, begin + int(self.samples.num_tokens[sample]))
 
-    def _encode_hidden(self, codes: NDArray[np.uint16], members: list[int]) -> tuple[EncodedShard, list[Sums]]:
-        """Encode the features chunk by chunk, adding up each layer's statistics on the way."""
+    def _write_hidden(
+        self, path: Path, codes: NDArray[np.uint16], members: list[int]
+    ) -> tuple[ShardFileRecord, list[Sums]]:
+        """Write the features' shard file, synced; returns its record and each layer's statistics.
+
+        Chunks are encoded side by side, and hashed and written in order meanwhile.
+        """
         layout = self.manifest.layout
         filled = np.zeros(layout.shard_tokens, np.bool_)
         for sample in members:
             filled[self._slots(sample)] = True
-        counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
+        chunk_bytes = layout.chunk_tokens * layout.slot_bytes
+        stride = layout.chunk_tokens * -(-_JOB_BYTES // chunk_bytes)
 
-        def encode(where: tuple[slice, ...]) -> tuple[bytes, Sums]:
-            chunk, column = codes[where], where[1].start
-            real = chunk[: counts[where[0].start // layout.chunk_tokens]]
-            sums = Sums.of(self.codec.values(real, [column])[:, 0])
-            if not np.isfinite(sums.max_abs):
+        def encode(begin: int) -> tuple[list[bytes], list[Sums]]:
+            part = codes[begin : begin + stride]
+            sums = self._sums(part[filled[begin : begin + stride]], begin)
+            rows = (part[i : i + layout.chunk_tokens] for i in range(0, len(part), layout.chunk_tokens))
+            return [encode_chunk(row[:, column]) for row in rows for column in range(layout.num_layers)], sums
+
+        summary = ShardSummary()
+        by_layer = [Sums()] * layout.num_layers
+
+        def parts() -> Iterator[bytes]:
+            for chunks, sums in self._encoders.map(encode, range(0, len(codes), stride)):
+                by_layer[:] = map(Sums.__add__, by_layer, sums)
+                hashed = self._hasher.submit(summary.add, chunks)
+                yield from chunks
+            hashed.result()
+            yield summary.finish()
+
+        write_synced(path, parts())
+        return summary.record, by_layer
+
+    def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
+        """Return the sums of each layer's features [T, L, H]; `CacheError` if one is not finite."""
+        found = []
+        for column, layer_id in enumerate(self.layer_ids):
+            found.append(Sums.of(self.codec.values(codes[:, column : column + 1], [column])[:, 0]))
+            if not np.isfinite(found[-1].max_abs):
                 raise CacheError(
-                    f"A feature of layer {self.layer_ids[column]} that is to be stored in slots {where[0].start} to "
-                    f"{where[0].stop} of a shard is not finite. Nothing of the shard was written."
+                    f"A feature of layer {layer_id} that is to be stored in a shard's slot {slot} or soon after is not "
+                    f"finite. Nothing of the shard was put in place."
                 )
-            return encode_chunk(chunk), sums
-
-        chunk_shape = (layout.chunk_tokens, 1, layout.hidden_size)
-        encoded = list(self._encoders.map(encode, chunk_slices(codes.shape, chunk_shape)))
-        by_layer: list[Sums] = []
-        for column in range(layout.num_layers):
-            by_layer.append(sum((sums for _, sums in encoded[column :: layout.num_layers]), start=Sums()))
-        return join_chunks([chunk for chunk, _ in encoded]), by_layer
+        return found
 
 
 def _time(seconds: float) -> str:

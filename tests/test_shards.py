@@ -1,6 +1,8 @@
 """Shard files against zarr-python, in both directions and at real widths."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import publish
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.stages.cache import HIDDEN, create_arrays
-from dflash_offline.stages.shards import EncodedShard, ShardFile, chunk_slices, encode_chunk, join_chunks
+from dflash_offline.stages.shards import EncodedShard, ShardFile, encode_chunk, join_chunks
 
 WIDTHS = [32, 1000, 4096]
 
@@ -25,6 +27,13 @@ def features(num_tokens: int, num_layers: int, width: int, seed: int = 0) -> NDA
 
 def layout(width: int, num_shards: int = 2, num_layers: int = 3) -> Layout:
     return Layout(num_shards=num_shards, shard_tokens=256, chunk_tokens=64, num_layers=num_layers, hidden_size=width)
+
+
+def chunk_slices(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yield the place of every inner chunk of a shard, in the order of its index."""
+    counts = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
+    for position in product(*map(range, counts)):
+        yield tuple(slice(p * step, (p + 1) * step) for p, step in zip(position, chunk, strict=True))
 
 
 def encode_shard(values: NDArray[np.uint16], chunk: tuple[int, ...], pool: ThreadPoolExecutor) -> EncodedShard:
