@@ -91,9 +91,9 @@ def calibrate(states: Tensor, step: float) -> tuple[NDArray[np.float32], NDArray
     than the rest. A channel whose percentiles coincide takes its standard deviation, one that never varies its
     layer's median.
     """
-    ordered = states.float().sort(dim=0).values
-    last = len(ordered) - 1
-    low, center, high = (ordered[round(share * last)] for share in (0.1587, 0.5, 0.8413))
+    ordered = states.float().T.contiguous().sort(dim=1).values
+    last = len(states) - 1
+    low, center, high = (ordered[:, round(share * last)] for share in (0.1587, 0.5, 0.8413))
     spread = (high - low) / 2
     spread = torch.where(spread > 0, spread, states.float().std(dim=0, correction=0))
     varying = spread[spread > 0]

@@ -51,16 +51,24 @@ class FeatureCodec:
         rounded = {"mantissa_bits": self.layout.mantissa_bits} if self.layout.kind == "rounded" else {}
         return {"logical_dtype": "bfloat16", "decode": AS_BFLOAT16, **rounded}
 
-    def values(self, codes: NDArray[np.uint16], columns: Sequence[int]) -> NDArray[np.float32]:
-        """Return the float32 features of codes, uint16 [..., C, H], of the captured layers `columns`."""
+    def values(
+        self, codes: NDArray[np.uint16], columns: Sequence[int], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Return the float32 features of codes, uint16 [..., C, H], of the captured layers `columns`; in `out`, if
+        given."""
+        if out is None:
+            out = np.empty(codes.shape, np.float32)
         if self.layout.kind != "scaled":
-            bits = codes.astype(np.uint32)
+            bits = out.view(np.uint32)
+            bits[...] = codes
             bits <<= 16
-            return bits.view(np.float32)
+            return out
         assert self.center is not None and self.step is not None
         chosen = list(columns)
-        features: NDArray[np.float32] = STEPS.take(codes) * self.step[chosen] + self.center[chosen]
-        return features
+        STEPS.take(codes, out=out, mode="clip")
+        out *= self.step[chosen]
+        out += self.center[chosen]
+        return out
 
 
 def _steps() -> NDArray[np.float32]:

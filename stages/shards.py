@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.stages.scratch import scratch
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
 """What the arrays' metadata says, and what zarr-python would write with."""
@@ -58,28 +59,37 @@ def _crc32c(data: bytes | NDArray[np.uint8]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
 
 
-def _planes(values: NDArray[Any]) -> list[memoryview]:
-    """Return the array's bytes: all first bytes of its elements, then all second ones, and so on."""
-    size = values.dtype.itemsize
-    words = np.ascontiguousarray(values).view(f"<u{size}").reshape(-1)
-    return [(words >> 8 * i if i else words).astype(np.uint8).data for i in range(size)]
+def encode_chunks(values: NDArray[Any]) -> list[bytes]:
+    """Return chunks [N, ...] as they stand in a shard file: each a Blosc frame of one block, then its crc32c.
+
+    Their bytes are dealt to planes all at once: every operation costs a turn among the threads that encode.
+    """
+    size, count = values.dtype.itemsize, values[0].size
+    words = scratch("words", values.shape, f"<u{size}")
+    words[...] = values
+    planes = scratch("planes", (size, len(values), count), np.uint8)
+    for plane in planes:  # the lowest byte first
+        np.copyto(plane, words.reshape(plane.shape), casting="unsafe")
+        words >>= 8
+    if count < _SMALLEST_SPLIT:
+        planes = planes.transpose(1, 0, 2).reshape(1, len(values), -1)
+    return [_frame(list(planes[:, number]), size, values[0].nbytes) for number in range(len(values))]
 
 
 def encode_chunk(values: NDArray[Any]) -> bytes:
-    """Return one chunk as it stands in a shard file: a Blosc frame of one block, then its crc32c."""
-    planes = _planes(values)
-    if values.size < _SMALLEST_SPLIT:
-        planes = [memoryview(b"".join(planes))]
+    """Return one chunk as it stands in a shard file."""
+    return encode_chunks(values[None])[0]
+
+
+def _frame(planes: list[NDArray[np.uint8]], item_size: int, num_bytes: int) -> bytes:
     streams: list[bytes | memoryview] = []
     for plane in planes:
-        packed = _literals().compress(plane)
-        stream = packed if len(packed) < len(plane) else plane
+        packed = _literals().compress(plane.data)
+        stream = packed if len(packed) < len(plane) else plane.data
         streams += [struct.pack("<i", len(stream)), stream]
-    length = 20 + sum(map(len, streams))
     shuffled, zstd = 1, 4 << 5
-    header = struct.pack(
-        "<4B4I", 2, 1, shuffled | zstd, values.dtype.itemsize, values.nbytes, values.nbytes, length, 20
-    )
+    length = 20 + sum(map(len, streams))
+    header = struct.pack("<4B4I", 2, 1, shuffled | zstd, item_size, num_bytes, num_bytes, length, 20)
     frame = b"".join([header, *streams])
     return frame + _crc32c(frame)
 
@@ -192,16 +202,22 @@ class ShardFile:
 
         With a large sample's chunks, `num_helpers` threads of the executor help the calling one.
         """
-        first, last = start // self.chunk_tokens, -(-(start + out.shape[0]) // self.chunk_tokens)
+        step, (_, num_layers, width) = self.chunk_tokens, self.shape
+        end = start + out.shape[0]
+        first, last = start // step, -(-end // step)
         jobs = [(chunk, column) for chunk in range(first, last) for column in range(len(layers))]
         left = iter(jobs)  # shared: each chunk goes to the thread that is free
 
-        def decode() -> None:
+        def decode(fetched: tuple[int, NDArray[np.uint8]] | None = None) -> None:
+            rows = scratch("decoded", (step, width), np.uint16)
             for chunk, column in left:
-                self._decode(chunk, layers[column], start, out[:, column])
+                place, slot = chunk * num_layers + layers[column], chunk * step
+                self._decode(place, fetched or self._fetch(place, place), rows)
+                low, high = max(slot, start), min(slot + step, end)
+                out[low - start : high - start, column] = rows[low - slot : high - slot]
 
         if executor is None or out.nbytes < _PARALLEL_BYTES:
-            decode()
+            decode(self._fetch(first * num_layers + min(layers), (last - 1) * num_layers + max(layers)))
             return
         helpers = [executor.submit(decode) for _ in range(min(num_helpers, len(jobs) - 1))]
         try:
@@ -211,25 +227,21 @@ class ShardFile:
                 if not helper.cancel():
                     helper.result()
 
-    def _decode(self, chunk: int, layer: int, start: int, out: NDArray[np.uint16]) -> None:
-        """Fill those rows of `out` [tokens, H], which begins at slot `start`, that lie in a chunk."""
-        slot = chunk * self.chunk_tokens
-        begin, end = max(slot, start), min(slot + self.chunk_tokens, start + len(out))
-        offset, length = self._index[chunk * self.shape[1] + layer].tolist()
-        data = _scratch("encoded", length)
-        rows = _scratch("decoded", 2 * self.chunk_tokens * self.shape[2]).view(np.uint16).reshape(self.chunk_tokens, -1)
-        if os.preadv(self._file, [data.data], offset) != length or not decode_chunk(data, rows):
+    def _fetch(self, first: int, last: int) -> tuple[int, NDArray[np.uint8]]:
+        """Return an offset in the file and the bytes from there, from one chunk's to another's, in index order."""
+        offset, end = int(self._index[first, 0]), int(self._index[last].sum())
+        data = scratch("encoded", (end - offset,), np.uint8)
+        return offset, data[: os.preadv(self._file, [data.data], offset)]
+
+    def _decode(self, place: int, fetched: tuple[int, NDArray[np.uint8]], rows: NDArray[np.uint16]) -> None:
+        """Fill `rows` [chunk_tokens, H] with the chunk at a place of the index, from bytes that hold it."""
+        offset, length = self._index[place].tolist()
+        begin = offset - fetched[0]
+        data = fetched[1][begin : begin + length]
+        if len(data) != length or not decode_chunk(data, rows):
+            chunk, layer = divmod(place, self.shape[1])
+            slot = chunk * self.chunk_tokens
             raise CacheError(
                 f"{self.path}, slots {slot} to {slot + self.chunk_tokens}, layer {layer}, is damaged: its checksum "
                 f"does not hold. {REDO}"
             )
-        out[begin - start : end - start] = rows[begin - slot : end - slot]
-
-
-def _scratch(use: str, num_bytes: int) -> NDArray[np.uint8]:
-    """Return memory of this thread's own, kept for the next chunk."""
-    buffer: NDArray[np.uint8] | None = getattr(_local, use, None)
-    if buffer is None or len(buffer) < num_bytes:
-        buffer = np.empty(num_bytes, np.uint8)
-        setattr(_local, use, buffer)
-    return buffer[:num_bytes]

@@ -23,7 +23,8 @@ from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
-from dflash_offline.stages.shards import ShardSummary, encode_chunk, join_chunks
+from dflash_offline.stages.scratch import scratch
+from dflash_offline.stages.shards import ShardSummary, encode_chunk, encode_chunks, join_chunks
 from dflash_offline.stages.statistics import Sums, layer_statistics
 
 _JOB_BYTES = 1 << 20
@@ -128,20 +129,24 @@ class ShardWriter:
         filled = np.zeros(layout.shard_tokens, np.bool_)
         for sample in members:
             filled[self._slots(sample)] = True
-        chunk_bytes = layout.chunk_tokens * layout.slot_bytes
-        stride = layout.chunk_tokens * -(-_JOB_BYTES // chunk_bytes)
+        counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
+        stride = -(-_JOB_BYTES // (layout.chunk_tokens * layout.slot_bytes))
 
-        def encode(begin: int) -> tuple[list[bytes], list[Sums]]:
-            part = codes[begin : begin + stride]
-            sums = self._sums(part[filled[begin : begin + stride]], begin)
-            rows = (part[i : i + layout.chunk_tokens] for i in range(0, len(part), layout.chunk_tokens))
-            return [encode_chunk(row[:, column]) for row in rows for column in range(layout.num_layers)], sums
+        def encode(first: int) -> tuple[list[bytes], list[Sums]]:
+            chunks: list[bytes] = []
+            by_layer = [Sums()] * layout.num_layers
+            for row in range(first, min(first + stride, len(counts))):
+                slot = row * layout.chunk_tokens
+                part = codes[slot : slot + layout.chunk_tokens]
+                by_layer = [*map(Sums.__add__, by_layer, self._sums(part[: counts[row]], slot))]
+                chunks += encode_chunks(part.transpose(1, 0, 2))
+            return chunks, by_layer
 
         summary = ShardSummary()
         by_layer = [Sums()] * layout.num_layers
 
         def parts() -> Iterator[bytes]:
-            for chunks, sums in self._encoders.map(encode, range(0, len(codes), stride)):
+            for chunks, sums in self._encoders.map(encode, range(0, len(counts), stride)):
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
                 hashed = self._hasher.submit(summary.add, chunks)
                 yield from chunks
@@ -152,14 +157,16 @@ class ShardWriter:
         return summary.record, by_layer
 
     def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
-        """Return the sums of each layer's features [T, L, H]; `CacheError` if one is not finite."""
-        found = []
-        for column, layer_id in enumerate(self.layer_ids):
-            found.append(Sums.of(self.codec.values(codes[:, column : column + 1], [column])[:, 0]))
-            if not np.isfinite(found[-1].max_abs):
+        """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""
+        values = scratch("values", (codes.shape[1], codes.shape[0], codes.shape[2]), np.float32)
+        self.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
+        found = Sums.of_layers(values)
+        for layer_id, sums in zip(self.layer_ids, found, strict=True):
+            if not np.isfinite(sums.max_abs):
                 raise CacheError(
-                    f"A feature of layer {layer_id} that is to be stored in a shard's slot {slot} or soon after is not "
-                    f"finite. Nothing of the shard was put in place."
+                    f"A feature of layer {layer_id} that is to be stored in slots {slot} to "
+                    f"{slot + self.manifest.layout.chunk_tokens} of a shard is not finite. Nothing of the shard was "
+                    f"put in place."
                 )
         return found
 

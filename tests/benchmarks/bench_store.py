@@ -1,0 +1,275 @@
+"""Size, error and speed of the feature store beside other ways to keep the same features; exits 1 if a bound fails.
+
+All sides of a table take turns within one run, every figure is a median, files are read from a warm page cache, and
+MB are of raw bfloat16 features of real tokens. Axes: T tokens, L captured layers, H hidden size.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from feature_sets import (
+    OUTLIER_RULE,
+    TARGET,
+    WIDE_RULE,
+    Store,
+    embedded_features,
+    joined,
+    new_store,
+    read_features,
+    stressed,
+    widened,
+)
+from peers import bits, open_zarr, peers, sync_files
+from sides import interleaved, machine, median_ratio
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dflash_offline.schemas.manifest import FEATURES, FeatureLayout
+from dflash_offline.stages.cache import HIDDEN, CacheReader
+from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.target import default_layer_ids
+
+WIDTH = 2048
+NUM_CONVERSATIONS = 150
+NUM_SHORT, NUM_LONG, LONG_TOKENS = 32, 3, 2000
+LAYOUTS = (
+    ("lossless", FeatureLayout(), 0.72),
+    ("rounded, 4 bits", FeatureLayout(kind="rounded", mantissa_bits=4), 0.53),
+    ("scaled, 1/8", FeatureLayout(kind="scaled", step=1 / 8), 0.36),
+    ("scaled, 1/4", FeatureLayout(kind="scaled", step=1 / 4), 0.30),
+)
+ROUNDS = 5
+TORCH_BOUND, ZARR_BOUND, WRITE_BOUND = 1.1, 2.5, 0.85
+SLOW = ("torch.load gzip",)
+"""Sides that read and write a tenth of the samples; their rates are of that."""
+
+Samples = list[Tensor]
+
+
+class Bounds:
+    """Which bounds held."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def check(self, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> str:
+        """Return "ok" or "MISSED", and remember what was missed."""
+        bound = at_least if at_least is not None else at_most
+        holds = value >= bound if at_least is not None else value <= bound
+        if not holds:
+            self.failed.append(f"{what}: {value:.3f}, bound {bound}")
+        return "ok" if holds else "MISSED"
+
+
+def raw_bytes(samples: Sequence[Tensor]) -> int:
+    return sum(2 * sample.numel() for sample in samples)
+
+
+def sizes(folder: Path, sets: dict[str, Samples], bounds: Bounds) -> dict[str, Store]:
+    """Print bytes and errors of every feature set in every layout; returns the lossless stores."""
+    print(
+        "Bytes over raw bfloat16 and error: per channel, root mean square over the channel's standard deviation, both"
+    )
+    print("over all tokens but each sample's first; L2 over all. `set / layout`, ratio, bound, median, worst, L2.\n")
+    kept = {}
+    for name, samples in sets.items():
+        for layout_name, layout, bound in LAYOUTS:
+            store = new_store(folder / f"{name}-{layout.kind}-{layout.step}", samples, layout)
+            ratio = store.commit() / raw_bytes(samples)
+            held = bounds.check(f"{name}, {layout_name}: bytes", ratio, at_most=bound)
+            median, worst, relative = errors(store, samples)
+            print(
+                f"  {name + ' / ' + layout_name:42} {ratio:.3f}  <= {bound:.2f} {held:6}  "
+                f"{median:8.2%} {worst:8.2%} {relative:8.2%}"
+            )
+            if layout.kind == "lossless":
+                kept[name] = store
+    return kept
+
+
+def errors(store: Store, samples: Samples) -> tuple[float, float, float]:
+    """Return each channel's error over its standard deviation (median, worst), and the relative L2 error."""
+    reader = CacheReader(store.cache)
+    stored = [read_features(reader, number) for number in range(len(samples))]
+    later = torch.cat([torch.arange(len(sample)) > 0 for sample in samples])
+    channels, lost, total = [], 0.0, 0.0
+    for layer in range(samples[0].shape[1]):
+        raw = torch.cat([sample[:, layer] for sample in samples]).float()
+        difference = torch.cat([sample[:, layer] for sample in stored]).float() - raw
+        lost += float(difference.double().square().sum())
+        total += float(raw.double().square().sum())
+        channels.append(difference[later].square().mean(dim=0).sqrt() / raw[later].std(dim=0))
+    found = torch.cat(channels)
+    return float(found.median()), float(found.max()), (lost / total) ** 0.5
+
+
+@torch.inference_mode()
+def divergence(folder: Path, samples: Samples, ids: list[Tensor]) -> None:
+    """Print what each layout does to the target's own logits when its last captured layer is read back from it."""
+    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    last = samples[0].shape[1] - 1
+    layer = model.model.layers[default_layer_ids(len(model.model.layers), None)[-1]]
+    print("\nKL of the target's logits, in nats a token, when the last captured layer's output comes from the store")
+    for name, layout, _ in LAYOUTS:
+        reader = CacheReader(folder / f"embedded-{layout.kind}-{layout.step}")
+        total, count = 0.0, 0
+        for number, tokens in enumerate(ids[:50]):
+            clean = model(tokens[None]).logits.log_softmax(-1)
+            replaced = read_features(reader, number)[None, :, last].float()
+            handle = layer.register_forward_hook(lambda *_, value=replaced: value)
+            other = model(tokens[None]).logits.log_softmax(-1)
+            handle.remove()
+            total += float((clean.exp() * (clean - other)).sum())
+            count += len(tokens)
+        print(f"  {name:20} {total / count:.2e}")
+
+
+def read_side(read: Callable[[int], Tensor], order: list[int]) -> Callable[[], None]:
+    def side() -> None:
+        for number in order:
+            read(number)
+
+    return side
+
+
+def reads(folder: Path, name: str, samples: Samples, num_reads: int, bounds: Bounds | None) -> None:
+    """Print the rate of random-sample reads of every side; bounds are checked if given."""
+    folder.mkdir()
+    lengths = [len(sample) for sample in samples]
+    store = new_store(folder / "ours", samples, FeatureLayout())
+    store.commit()
+    reader = CacheReader(store.cache)
+    begins = reader.samples.start.tolist()
+    readers = {
+        "ours": lambda number: read_features(reader, number),
+        "zarr-python": open_zarr(store.cache / FEATURES / HIDDEN, begins, lengths),
+    }
+    for peer_name, peer in peers(lengths, samples[0].shape[1:]).items():
+        (folder / peer_name).mkdir()
+        peer.write(folder / peer_name, samples)
+        readers[peer_name] = peer.open(folder / peer_name)
+    for side, read in readers.items():  # every side gives the same bits; this warms the page cache, too
+        for number, sample in enumerate(samples):
+            assert np.array_equal(bits(read(number)), bits(sample)), f"{side} reads sample {number} wrong"
+    order = np.random.default_rng(0).integers(0, len(samples), num_reads).tolist()
+    tenth = order[: max(1, len(order) // 10)]
+    sides = {side: read_side(read, tenth if side in SLOW else order) for side, read in readers.items()}
+    seconds = interleaved(sides, ROUNDS)
+    for side in SLOW:
+        seconds[side] = [value * len(order) / len(tenth) for value in seconds[side]]
+    size = raw_bytes([samples[number] for number in order])
+    print(f"\nRandom-sample reads: {name}, {size / num_reads / 1e6:.2f} MB a sample")
+    fastest = min(
+        (side for side in seconds if side.startswith("torch.load")), key=lambda s: statistics.median(seconds[s])
+    )
+    for side, values in seconds.items():
+        ratio = median_ratio(seconds, "ours", side)
+        bound = {fastest: TORCH_BOUND, "zarr-python": ZARR_BOUND}.get(side)
+        line = f"  {side:22} {size / statistics.median(values) / 1e6:8,.0f} MB/s   ours is {ratio:7.2f} times as fast"
+        if bound is not None and bounds is not None:
+            line += f"  >= {bound} {bounds.check(f'{name}: reading, over {side}', ratio, at_least=bound)}"
+        print(line)
+
+
+def writes(folder: Path, name: str, samples: Samples, bounds: Bounds) -> None:
+    """Print the rate of synced writes of every side, and how well ours uses the cores."""
+    folder.mkdir()
+    lengths = [len(sample) for sample in samples]
+    store = new_store(folder / "ours", samples, FeatureLayout())
+    sides: dict[str, Callable[[], object]] = {
+        "ours": store.commit,
+        "ours, one thread": lambda: store.commit(one_thread=True),
+        "encode alone, one thread, nothing written": store.encode,
+        "zarr-python": lambda: write_zarr(store),
+    }
+    for peer_name, peer in peers(lengths, samples[0].shape[1:]).items():
+        if not peer_name.startswith("torch.load ") or peer_name in SLOW:
+            (folder / peer_name).mkdir()
+            part = samples[: max(1, len(samples) // 10)] if peer_name in SLOW else samples
+            sides[peer_name] = lambda peer=peer, path=folder / peer_name, part=part: (
+                peer.write(path, part),
+                sync_files(path),
+            )
+    seconds = interleaved(sides, ROUNDS)
+    size = raw_bytes(samples)
+    print(f"\nWhole-shard writes, synced: {name}, {size / 1e6:.0f} MB in all")
+    for side, values in seconds.items():
+        part = raw_bytes(samples[: max(1, len(samples) // 10)]) if side in SLOW else size
+        print(f"  {side:42} {part / statistics.median(values) / 1e6:8,.0f} MB/s")
+    cores = usable_cores()
+    scaling = median_ratio(seconds, "ours", "ours, one thread") / cores
+    alone = median_ratio(seconds, "ours", "encode alone, one thread, nothing written") / cores
+    held = bounds.check(f"{name}: writing, over one thread x {cores} cores", scaling, at_least=WRITE_BOUND)
+    print(f"  ours over one thread x {cores} cores: {scaling:.2f}  >= {WRITE_BOUND} {held}")
+    print(f"  ours over encoding alone x {cores} cores: {alone:.2f}, statistics, sha256, write and sync not in it")
+
+
+def write_zarr(store: Store) -> None:
+    """Write the same shard by zarr-python's default pipeline, beside ours, synced."""
+    path = store.cache / FEATURES / HIDDEN
+    array = zarr.open_array(str(path), mode="r+")
+    array[:] = store.codes
+    sync_files(path)
+
+
+def memory(cache: Path, sample: int, size: int) -> None:
+    """Print the reader's peak memory while it reads one sample, in a process of its own."""
+    code = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[3])\n"
+        "from feature_sets import read_features, CacheReader\n"
+        "def status(key): return int(pathlib.Path('/proc/self/status').read_text().split(key)[1].split()[0]) * 1024\n"
+        "reader = CacheReader(pathlib.Path(sys.argv[1])); read_features(reader, 0)\n"
+        "before = status('VmRSS:'); pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
+        "for _ in range(3): read_features(reader, int(sys.argv[2]))\n"
+        "print(status('VmHWM:') - before)"
+    )
+    command = [sys.executable, "-c", code, str(cache), str(sample), str(Path(__file__).parent)]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"\nReader's peak memory over what it held before: {peak / 1e6:.1f} MB for a sample of {size / 1e6:.1f} MB")
+
+
+def main() -> int:
+    """Run everything; returns 1 if a bound does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; the system's temporary folder")
+    arguments = parser.parse_args()
+    print(f"{machine()}, {usable_cores()} usable; torch threads {torch.get_num_threads()}; {ROUNDS} rounds\n")
+    print(f"{WIDE_RULE}\n{OUTLIER_RULE}\n")
+    bounds = Bounds()
+    embedded, ids = embedded_features(NUM_CONVERSATIONS)
+    short = widened(embedded[:NUM_SHORT], WIDTH)
+    long = widened(joined(embedded[NUM_SHORT:], LONG_TOKENS, NUM_LONG), WIDTH)
+    wide = short + long
+    sets = {
+        "embedded": embedded,
+        "embedded, outliers": stressed(embedded),
+        f"wide {WIDTH}": wide,
+        f"wide {WIDTH}, outliers": stressed(wide),
+    }
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        stores = sizes(folder, sets, bounds)
+        divergence(folder, embedded, ids)
+        print("\nSettings of the peers, all reading into a new bfloat16 tensor, page cache warm:")
+        print("  ours: CacheReader.read_codes into a torch tensor; zarr-python: array[begin:end] of the same files")
+        for peer_name, peer in peers([], (1, 1)).items():
+            print(f"  {peer_name}: {peer.settings}")
+        reads(folder / "read-embedded", "embedded", embedded, 100, bounds)
+        reads(folder / "read-long", f"wide {WIDTH}, {LONG_TOKENS} tokens", long, 4, bounds)
+        reads(folder / "read-short", f"wide {WIDTH}, conversations", short, 30, None)
+        writes(folder / "write-wide", f"wide {WIDTH}", wide, bounds)
+        memory(stores[f"wide {WIDTH}"].cache, NUM_SHORT, 2 * long[0].numel())
+    print("\n" + ("Every bound holds." if not bounds.failed else "MISSED:\n  " + "\n  ".join(bounds.failed)))
+    return 1 if bounds.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Features to measure a store with: the embedded target's own, the same at a real model's width, and both stressed.
+
+Axes: T tokens, L captured layers, H hidden size; a feature set is a list of samples, each [T, L, H] bfloat16.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_offline.schemas.commits import commit_path
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, Manifest
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.cache import HIDDEN, CacheReader, create_arrays, open_codec, publish_cache
+from dflash_offline.stages.encoding import FeatureEncoder, calibrate
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.shards import encode_chunk
+from dflash_offline.stages.writer import ShardWriter
+
+EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
+TARGET = EMBEDDED / "target"
+CHUNK_TOKENS = ExtractConfig.chunk_tokens
+CALIBRATION_TOKENS = 4096
+
+WIDE_RULE = """\
+wide: a channel is the sum of three of its layer's own channels, drawn at random with random signs, each brought to
+mean 0 and standard deviation 1, and noise of 0.1; then given mean and standard deviation of another of the layer's
+channels, both times exp(0.3 n), n normal. Tokens, tails, correlations and ranges stay the target's; seed 0."""
+OUTLIER_RULE = """\
+outliers: one channel in 500 of each layer (two at least) times a factor from 100 to 1,000, even in its logarithm, and
+every channel of each sample's first token times 3,000; seed 0."""
+
+
+def embedded_features(num_conversations: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the features of the embedded target on its own conversations, and their tokens, by `dflash extract`."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        with (EMBEDDED / "conversations.jsonl").open() as lines:
+            data.write_text("".join(next(lines) for _ in range(num_conversations)))
+        config = ExtractConfig(data=(data,), target=str(TARGET), out=Path(folder) / "cache", block_size=8, device="cpu")
+        extract(config, Silent())
+        reader = CacheReader(config.out)
+        ids = [torch.from_numpy(reader.samples.input_ids(i).astype(np.int64)) for i in reader.usable().tolist()]
+        return [read_features(reader, i) for i in reader.usable().tolist()], ids
+
+
+def joined(samples: Sequence[Tensor], num_tokens: int, count: int) -> list[Tensor]:
+    """Return longer samples: consecutive ones end to end, cut at `num_tokens`."""
+    tokens = torch.cat(list(samples))[: num_tokens * count]
+    return [sample.clone() for sample in tokens.split(num_tokens)]
+
+
+def widened(samples: Sequence[Tensor], width: int) -> list[Tensor]:
+    """Return the samples at another width, by `WIDE_RULE`."""
+    generator = torch.Generator().manual_seed(0)
+    narrow = torch.cat(list(samples)).float()
+    wide = torch.empty(*narrow.shape[:2], width, dtype=torch.bfloat16)
+    for layer in range(narrow.shape[1]):
+        states = narrow[:, layer]
+        mean, std = states.mean(dim=0), states.std(dim=0)
+        normed = (states - mean) / std
+        values = 0.1 * torch.randn(len(states), width, generator=generator)
+        for _ in range(3):
+            source = torch.randint(states.shape[1], (width,), generator=generator)
+            values += normed[:, source] * (2.0 * torch.randint(2, (width,), generator=generator) - 1) / 3**0.5
+        like = torch.randint(states.shape[1], (width,), generator=generator)
+        gain = (0.3 * torch.randn(width, generator=generator)).exp()
+        wide[:, layer] = ((values * std[like] + mean[like]) * gain).to(torch.bfloat16)
+    return [sample.clone() for sample in wide.split([len(sample) for sample in samples])]
+
+
+def stressed(samples: Sequence[Tensor]) -> list[Tensor]:
+    """Return the samples with outlier channels and first tokens, by `OUTLIER_RULE`."""
+    generator = torch.Generator().manual_seed(0)
+    _, num_layers, width = samples[0].shape
+    gain = torch.ones(num_layers, width)
+    count = max(2, width // 500)
+    for layer in range(num_layers):
+        chosen = torch.randperm(width, generator=generator)[:count]
+        gain[layer, chosen] = 10 ** (2 + torch.rand(count, generator=generator))
+    scaled = [sample.float() * gain for sample in samples]
+    for sample in scaled:
+        sample[0] *= 3000
+    return [sample.to(torch.bfloat16) for sample in scaled]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A cache of one shard, static files published, and its codes, ready to be committed."""
+
+    writer: ShardWriter
+    one_thread: ShardWriter
+    """Encodes in a single thread."""
+    codes: NDArray[np.uint16]
+    """[shard_tokens, L, H]."""
+
+    @property
+    def cache(self) -> Path:
+        """Where it is."""
+        return self.writer.cache
+
+    def commit(self, *, one_thread: bool = False) -> int:
+        """Write the shard anew, synced; returns the bytes of its features' file."""
+        commit_path(self.cache, 0).unlink(missing_ok=True)
+        (self.one_thread if one_thread else self.writer).commit(0, self.codes)
+        return (self.cache / FEATURES / HIDDEN / "c" / "0" / "0" / "0").stat().st_size
+
+    def encode(self) -> None:
+        """Encode every chunk in this thread, and nothing else."""
+        for begin in range(0, len(self.codes), CHUNK_TOKENS):
+            for layer in range(self.codes.shape[1]):
+                encode_chunk(self.codes[begin : begin + CHUNK_TOKENS, layer])
+
+
+def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -> Store:
+    """Publish a cache for these samples, as extraction does, and encode them; no shard is written yet."""
+    lengths = np.array([len(sample) for sample in samples])
+    slots = -(-lengths // CHUNK_TOKENS) * CHUNK_TOKENS
+    start = np.cumsum(slots) - slots
+    _, num_layers, width = samples[0].shape
+    layout = Layout(
+        num_shards=1,
+        shard_tokens=int(slots.sum()),
+        chunk_tokens=CHUNK_TOKENS,
+        num_layers=num_layers,
+        hidden_size=width,
+        features=features,
+    )
+    table = SampleTable(
+        source=["benchmark"] * len(samples),
+        row=np.arange(1, len(samples) + 1),
+        num_tokens=lengths,
+        num_supervised=lengths,
+        num_anchors=lengths,
+        shard=np.zeros(len(samples), np.int64),
+        start=start,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        flat_ids=np.zeros(lengths.sum(), np.uint32),
+        flat_mask=np.ones(lengths.sum(), np.bool_),
+    )
+    building = cache.with_name(f"{cache.name}.building")
+    building.mkdir(parents=True)
+    layer_ids = list(range(num_layers))
+    table.write(building / SAMPLES)
+    create_arrays(building / FEATURES, layout, layer_ids, _scales(samples, features))
+    publish_cache(building, cache, identity={"layer_ids": layer_ids}, origin={}, decoder={}, layout=layout, plan={})
+    manifest = Manifest.read(cache)
+    codec = open_codec(cache, manifest)
+    encoder = FeatureEncoder(codec)
+    codes = np.full((layout.shard_tokens, num_layers, width), codec.fill, np.uint16)
+    for begin, sample in zip(start.tolist(), samples, strict=True):
+        for layer in range(num_layers):
+            encoded = encoder.encode(sample[:, layer], layer)
+            codes[begin : begin + len(sample), layer] = encoded.numpy().view(np.uint16)
+    writer, one_thread = (ShardWriter(cache, manifest, table, codec, threads) for threads in (None, 1))
+    return Store(writer, one_thread, codes)
+
+
+def _scales(
+    samples: Sequence[Tensor], features: FeatureLayout
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Return center and step [L, H] as extraction calibrates them, from samples spread over the set."""
+    if features.step is None:
+        return None
+    every = max(1, sum(map(len, samples)) // CALIBRATION_TOKENS)
+    states = torch.cat(list(samples[::every]))[:CALIBRATION_TOKENS]
+    centers, steps = zip(*(calibrate(states[:, layer], features.step) for layer in range(states.shape[1])), strict=True)
+    return np.stack(centers), np.stack(steps)
+
+
+def read_features(reader: CacheReader, sample: int) -> Tensor:
+    """Return a sample's features as training reads them: codes, widened to bfloat16."""
+    codes = torch.from_numpy(reader.read_codes(sample).view(np.int16))
+    return FeatureEncoder(reader.codec).widen(codes, range(codes.shape[1]))
