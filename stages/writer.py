@@ -63,10 +63,16 @@ class ShardWriter:
 
     @contextmanager
     def claim(self, shard: int, *, wait: bool) -> Iterator[bool]:
-        """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
+        """Hold the shard against other workers of this file system; yields whether it is ours and still to do.
+
+        What a killed worker of this machine left half-written of the shard is removed.
+        """
         lock = self.cache / TMP / f"{shard:06d}.lock"
         lock.touch()
         with locked(lock, wait=wait) as free:
+            if free:
+                for leftover in lock.parent.glob(f"{shard:06d}.{socket.gethostname()}-*.part"):
+                    leftover.unlink(missing_ok=True)
             yield free and not self.is_done(shard)
 
     def commit(
