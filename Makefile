@@ -85,6 +85,12 @@ demo/eval.json:
 check-oldest: ## run the tests on the oldest torch and transformers that are supported
 	$(MAKE) test VENV=$(OLDEST) TORCH=2.11.0 CONSTRAINTS=constraints-oldest.txt
 
+bench-store: $(LINKED) ## the feature store's size, error and speed beside other formats (minutes)
+	$(BIN)/python tests/benchmarks/bench_store.py
+
+bench-extract: $(LINKED) ## extraction's rate beside the forward alone; on a GPU: make bench-extract ARGS=--gpu
+	$(BIN)/python tests/benchmarks/bench_extract.py $(ARGS)
+
 target: $(LINKED) ## train the embedded target again, into target-run/ (about an hour)
 	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/first --steps 3200 --seed 0
 	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/target --steps 2600 --seed 1 \

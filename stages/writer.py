@@ -5,6 +5,8 @@ Axes: T token slots, L captured layers, H hidden size.
 
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,10 @@ _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes in a go."""
 
 
+_NICENESS = 10
+"""How far encoding stands back behind the forward."""
+
+
 class ShardWriter:
     """Checks, encodes and commits shards of one cache."""
 
@@ -47,8 +53,8 @@ class ShardWriter:
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self._encoders = ThreadPoolExecutor(num_encoders or usable_cores(), thread_name_prefix="encode")
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._encoders = ThreadPoolExecutor(num_encoders or usable_cores(), "encode", initializer=_yield_to_forward)
+        self._hasher = ThreadPoolExecutor(1, "hash", initializer=_yield_to_forward)
 
     def finished(self, shard: int) -> Commit | None:
         """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
@@ -175,6 +181,12 @@ class ShardWriter:
                     f"put in place."
                 )
         return found
+
+
+def _yield_to_forward() -> None:
+    """Give this thread the cores that a target on the CPU leaves: its threads wait for the slowest of them."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
 
 
 def _time(seconds: float) -> str:

@@ -259,12 +259,14 @@ def main() -> int:
         stores = sizes(folder, sets, bounds)
         divergence(folder, embedded, ids)
         print("\nSettings of the peers, all reading into a new bfloat16 tensor, page cache warm:")
-        print("  ours: CacheReader.read_codes into a torch tensor; zarr-python: array[begin:end] of the same files")
+        print(
+            "  ours: CacheReader.read_codes, taken for a torch tensor; zarr-python: array[begin:end] of the same files"
+        )
         for peer_name, peer in peers([], (1, 1)).items():
             print(f"  {peer_name}: {peer.settings}")
         reads(folder / "read-embedded", "embedded", embedded, 100, bounds)
         reads(folder / "read-long", f"wide {WIDTH}, {LONG_TOKENS} tokens", long, 4, bounds)
-        reads(folder / "read-short", f"wide {WIDTH}, conversations", short, 30, None)
+        reads(folder / "read-short", f"wide {WIDTH}, conversations, no bound", short, 30, None)
         writes(folder / "write-wide", f"wide {WIDTH}", wide, bounds)
         memory(stores[f"wide {WIDTH}"].cache, NUM_SHORT, 2 * long[0].numel())
     print("\n" + ("Every bound holds." if not bounds.failed else "MISSED:\n  " + "\n  ".join(bounds.failed)))
