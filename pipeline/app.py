@@ -93,9 +93,13 @@ def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
         raise DflashError(f"{flag} is {text!r}; expected numbers with commas between, as in {flag} 1,0.3.") from None
 
 
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _object(text: str, flag: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except ValueError as error:
         raise DflashError(
             f"{flag} is not JSON ({error}): {text!r}. Give an object, as in '{{\"a\": true}}'."
@@ -280,8 +284,9 @@ def verify(
         progress = TerminalProgress(quiet=quiet)
         faults = verify_cache(folder, progress)
         quiet_libraries()
-        fits = compare_with_target(folder, target, samples, seed, progress) if target is not None else []
         forgotten = forget(folder, faults) if repair else []
+        # Of a damaged cache the faults are the news; what is left is compared when they are mended.
+        fits = compare_with_target(folder, target, samples, seed, progress) if target and not faults else []
         print(report.to_json(faults, fits, forgotten)) if json_ else report.print_report(
             folder, faults, fits, forgotten
         )

@@ -78,6 +78,15 @@ def read_commit(cache: Path, shard: int, manifest_checksum: str) -> Commit | Non
     if not path.exists():
         return None
     document: dict[str, Any] = read_sealed(path)
+    try:
+        return _checked(path, document, shard, manifest_checksum)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CacheError(
+            f"{path} is no commit record of this format ({error!r}). Remove it and run `dflash extract` again."
+        ) from error
+
+
+def _checked(path: Path, document: dict[str, Any], shard: int, manifest_checksum: str) -> Commit:
     del document["checksum"]
     if document["manifest"] != manifest_checksum or document["shard"] != shard:
         raise CacheError(

@@ -121,6 +121,10 @@ class ExtractConfig:
             problems.append(f"on_bad_features is {self.on_bad_features!r}; expected refuse or skip.")
         if not 0 <= self.rank < self.world_size:
             problems.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
+        if self.workers > 1 and self.device not in ("auto", "cpu", "cuda"):
+            problems.append(f"device is {self.device!r} and workers are dealt to all GPUs; use CUDA_VISIBLE_DEVICES.")
+        if self.chunk_tokens > 65_536:
+            problems.append(f"chunk_tokens is {self.chunk_tokens}; expected at most 65536.")
         if self.device_map is not None and self.workers > 1:
             problems.append("device_map spreads one target over all devices; it cannot be used with several workers.")
         _refuse("extract", problems + template_problems(self.chat_template_kwargs))

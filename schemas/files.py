@@ -1,5 +1,6 @@
 """Whole-file writes that survive a crash, checksums, and sealed JSON documents."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import CacheError, DflashError
+
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+"""Of file systems that know no locks."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -44,7 +48,10 @@ def publish(parts: Iterable[bytes], *, temporary: Path, path: Path) -> None:
 
 def move_synced(temporary: Path, path: Path) -> None:
     """Give a synced file its final name, durably."""
+    fresh = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in fresh:
+        sync_folder(folder.parent)
     temporary.replace(path)
     sync_folder(path.parent)
 
@@ -109,6 +116,9 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise  # else locks do not reach here, and an existing valid record decides
         yield True
     finally:
         os.close(descriptor)
@@ -126,7 +136,7 @@ def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
         raise DflashError(f"{path} lies inside {parent}, which is not a folder. Name another --out.")
     if not folder.exists() or (folder / marker).is_file():
         return folder
-    if not folder.is_dir() or any(entry.name != f".{marker}" for entry in folder.iterdir()):
+    if not folder.is_dir() or any(renamed or entry.name != f".{marker}" for entry in folder.iterdir()):
         raise DflashError(f"{path} exists and is not a {kind}. Name a new folder, or empty it.")
     if renamed and (os.path.ismount(folder) or folder == Path.cwd()):
         raise DflashError(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,7 @@ class SampleTable:
         """Write samples.parquet; the same table always gives the same bytes."""
         offsets = pa.array(self.offsets, pa.int32() if self.offsets[-1] < 2**31 else pa.int64())
         as_list = pa.ListArray if offsets.type == pa.int32() else pa.LargeListArray
-        columns: dict[str, object] = {
+        columns: dict[str, Any] = {
             "sample_id": np.arange(len(self)),
             "source": pa.array(self.source, pa.string()),
             **{name: getattr(self, name) for name in ("row", "num_tokens", "num_supervised", "num_anchors")},
@@ -98,8 +99,13 @@ class SampleTable:
             "input_ids": as_list.from_arrays(offsets, pa.array(self.flat_ids)),
             "loss_mask": as_list.from_arrays(offsets, pa.array(self.flat_mask)),
         }
-        table = pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in _fields()})
-        pq.write_table(table, path, compression="zstd", row_group_size=65_536)
+        with pq.ParquetWriter(path, SAMPLE_SCHEMA, compression="zstd") as file:
+            for begin in range(
+                0, len(self), _ROW_GROUP
+            ):  # a list column holds less than 2**31 values, so group by group
+                part = {name: pa.array(column[begin : begin + _ROW_GROUP]) for name, column in columns.items()}
+                cast = {name: part[name].cast(kind) for name, kind in _fields()}
+                file.write_table(pa.table(cast, schema=SAMPLE_SCHEMA))
 
     @classmethod
     def read(cls, path: Path) -> "SampleTable":
@@ -124,6 +130,7 @@ class SampleTable:
         )
 
 
+_ROW_GROUP = 65_536
 _NUMBERS = ("row", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
 
 

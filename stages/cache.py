@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,11 @@ class CacheReader:
     the cache anew.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, *, hashed: bool = True) -> None:
+        """`hashed` compares the static files' sha256, not their sizes alone."""
         self.cache = cache
         self.manifest = Manifest.read(cache)
-        self.manifest.check_static_files(cache)
+        self.manifest.check_static_files(cache, hashed=hashed)
         self.samples = SampleTable.read(cache / SAMPLES)
         self.layer_ids = tuple(self.manifest.identity["layer_ids"])
         self.codec = open_codec(cache, self.manifest)
@@ -133,9 +135,9 @@ class CacheReader:
         self._num_helpers = usable_cores() - 1
         self._decoders = ThreadPoolExecutor(max(1, self._num_helpers), thread_name_prefix="decode")
 
-    def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Pickle as the folder alone: locks, threads and open files belong to one process."""
-        return CacheReader, (self.cache,)
+        return partial(CacheReader, hashed=False), (self.cache,)
 
     def require_complete(self) -> None:
         """Raise `CacheError` unless every shard is finished."""

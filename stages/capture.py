@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.encoding import FeatureEncoder
@@ -148,9 +149,16 @@ class Capturer:
         samples in order, on the device."""
         rows = torch.from_numpy(pad_rows(samples, batch))
         lengths = samples.num_tokens[batch]
-        real = torch.from_numpy(np.flatnonzero(np.arange(rows.shape[1]) < lengths[:, None]))
-        states = run_captured(self.model, rows.to(self.device, non_blocking=True), self.layer_ids)
-        shape = (len(real), len(states), states[0].shape[-1])
+        index = torch.from_numpy(np.flatnonzero(np.arange(rows.shape[1]) < lengths[:, None]))
+        real = index.to(self.device)  # before the forward: behind it, the copy would wait for it
+        try:
+            states = run_captured(self.model, rows.to(self.device), self.layer_ids)
+        except torch.OutOfMemoryError as error:
+            raise DflashError(
+                f"{self.device} has too little memory for a forward of {list(rows.shape)} tokens. Lower --batch-tokens "
+                f"in a new --out, or spread the target with --device-map auto."
+            ) from error
+        shape = (len(index), len(states), states[0].shape[-1])
         codes = torch.empty(shape, dtype=torch.int16, device=self.device)
         marks = torch.empty((*shape[:2], 3), dtype=torch.float32, device=self.device)
         for layer, state in enumerate(states):

@@ -3,9 +3,13 @@
 Axes: L captured layers, H hidden size.
 """
 
+import os
 import platform
+import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +63,7 @@ from dflash_offline.stages.writer import ShardWriter
 CALIBRATION_TOKENS = 16_384
 """Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
 PLAN_POLL_S = 1.0
+_SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow zarr numcodecs zstandard".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,8 @@ class Extraction:
             else default_layer_ids(self.files.num_layers, config.num_layers)
         )
         self.device = choose_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels that transformers brings are launched on the current one
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
         self.masker = Masker(self.files, config.chat_template_kwargs)
         self._model: Any = None
@@ -119,6 +126,7 @@ class Extraction:
                 "attn_implementation": config.attn_implementation,
                 "device_map": config.device_map,
             },
+            "device": self.device.type,
             "layer_ids": list(self.layer_ids),
             "capture": CAPTURE_RULE,
             "data": {f"file_{i}_sha256": sha256_file(path) for i, path in enumerate(config.data)},
@@ -193,6 +201,8 @@ class Extraction:
 
     def create(self, identity: dict[str, Any]) -> None:
         """Plan the samples and publish the cache's static files; another process may have been first."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.config.workers))
         plan = self.plan()
         mask_token_id = choose_mask_token(self.files, plan.samples, self.config.mask_token_id)
         _say_plan(self.progress, plan)
@@ -201,7 +211,7 @@ class Extraction:
         if not self.config.ignore_free_space:
             refuse_too_large(self.config.out, forecast.num_bytes, forecast.free_bytes)
         layout = self.layout(plan.num_shards, plan.shard_tokens)
-        with building_folder(self.config.out) as folder:
+        with building_folder(self.config.out) as folder, _disk_faults_told(folder):
             plan.samples.write(folder / SAMPLES)
             write_rejects(folder / REJECTS, plan.rejects)
             create_arrays(folder / FEATURES, layout, list(self.layer_ids), self._scales(plan.samples))
@@ -217,7 +227,7 @@ class Extraction:
                     **plan.counts(),
                     "mask_token_id": mask_token_id,
                     "block_size": self.config.block_size,
-                    "cpu_threads": max(1, torch.get_num_threads() // self.config.workers),
+                    "cpu_threads": torch.get_num_threads(),
                 },
             )
 
@@ -263,7 +273,7 @@ class Extraction:
             "data": [str(path) for path in self.config.data],
             "software": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("dflash-offline", "torch", "transformers", "zarr", "numcodecs")},
+                **{name: version(name) for name in _SOFTWARE},
             },
         }
 
@@ -309,7 +319,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
         if config.workers > 1:
             extraction.unload()
-            written = run_workers(open_worker, config, left, samples, progress, done)
+            written = run_workers(open_worker, config, left, samples, progress, done, work.writer.is_done)
         else:
             written = run_shards(work, left, samples, progress, done)
     else:
@@ -317,7 +327,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     finished = {shard: work.writer.finished(shard) for shard in range(manifest.layout.num_shards)}
     missing = [shard for shard, commit in finished.items() if commit is None]
     if not missing:
-        for leftover in (out / TMP).iterdir():
+        for leftover in [*(out / TMP).glob("*.lock"), *(out / TMP).glob("*.part")]:
             leftover.unlink(missing_ok=True)
     return Extracted(
         cache=out,
@@ -340,11 +350,29 @@ def open_worker(config: ExtractConfig) -> Work:
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
     """Return what `extract` would do and what it would cost, without writing anything."""
-    extraction = Extraction(replace(config, out=config.out.resolve()), progress)
-    extraction.identity()  # refuses what `extract` would refuse
+    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    extraction = Extraction(replace(config, out=out), progress)
+    identity = extraction.identity()
+    if (out / MANIFEST).exists():
+        refuse_other_identity(out, Manifest.read(out).identity, identity)
     plan = extraction.plan()
     choose_mask_token(extraction.files, plan.samples, config.mask_token_id)
     return plan, extraction.layout(plan.num_shards, plan.shard_tokens), extraction.forecast(plan)
+
+
+@contextmanager
+def _disk_faults_told(folder: Path) -> Iterator[None]:
+    """Raise the system's own error where a library tells a full disk in one of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1] or found[2])
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _wait_for_plan(out: Path, progress: Progress) -> None:

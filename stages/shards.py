@@ -11,6 +11,7 @@ block. And zstd is kept from looking for repetitions: in noise there are only ac
 and time than the letters they stand for.
 """
 
+import errno
 import hashlib
 import os
 import struct
@@ -164,7 +165,8 @@ class ShardFile:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             self._file = -1
-            raise CacheError(f"{path} cannot be opened: {error.strerror}. {REDO}") from error
+            advice = REDO if error.errno == errno.ENOENT else "Mend that and try again."
+            raise CacheError(f"{path} cannot be opened: {error.strerror}. {advice}") from error
         num_tokens, num_layers, _ = shape
         self._index = self._checked_index(record, num_tokens // chunk_tokens * num_layers)
 

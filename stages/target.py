@@ -44,6 +44,8 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise DflashError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0.")
     return chosen
@@ -156,7 +158,10 @@ class TargetFiles:
     def end_ids(self) -> set[int]:
         """Return the tokens at which serving ends an answer: generation settings', config's and tokenizer's."""
         path = self.folder / "generation_config.json"
-        settings = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            settings = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise DflashError(f"{path} is not JSON: {error}. Restore it, or remove it.") from error
         found: set[int] = set()
         declared = getattr(self.text_config, "eos_token_id", None)
         for ids in (settings.get("eos_token_id"), declared, self.tokenizer.eos_token_id):
@@ -177,6 +182,12 @@ class TargetFiles:
                 canonical_json({k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}),
             ),
             "chat_template_sha256": sha256_bytes(self.template.encode()),
+            "end_ids": sorted(self.end_ids()),
+            "code_sha256": {
+                path.name: sha256_file(path)
+                for path in sorted(self.folder.iterdir())
+                if path.suffix == ".py" or path.name == "adapter_config.json"
+            },
         }
 
 

@@ -14,9 +14,9 @@ import zarr
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
-from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import sha256_file
-from dflash_offline.schemas.manifest import FEATURES, MANIFEST, Manifest, refuse_other_identity
+from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.files import locked, sha256_file
+from dflash_offline.schemas.manifest import FEATURES, MANIFEST, TMP, Manifest, refuse_other_identity
 from dflash_offline.stages.cache import IDS, MASK, CacheReader
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
@@ -174,7 +174,11 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     """Forget the faulty shards, so that `extract` redoes just those; returns them."""
     shards = sorted({fault.shard for fault in faults if fault.shard is not None})
     for shard in shards:
-        commit_path(cache, shard).unlink(missing_ok=True)
+        lock = cache / TMP / f"{shard:06d}.lock"
+        lock.parent.mkdir(exist_ok=True)
+        lock.touch()
+        with locked(lock, wait=True):  # a worker that is at it finishes first, and its record goes too
+            commit_path(cache, shard).unlink(missing_ok=True)
     return shards
 
 
@@ -190,6 +194,8 @@ def compare_with_target(cache: Path, target: str, num_samples: int, seed: int, p
     own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
     refuse_other_identity(cache, {"target": recorded}, {"target": {**files.identity(), **own}})
     finished = reader.usable()
+    if num_samples < 1 or seed < 0:
+        raise DflashError(f"--samples is {num_samples} and --seed {seed}; expected at least 1 and 0.")
     if not len(finished):
         raise CacheError(f"{cache} has no finished shard to compare with the target. Let `dflash extract` finish one.")
     drawn = np.random.default_rng(seed).choice(finished, min(num_samples, len(finished)), replace=False)

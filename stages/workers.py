@@ -137,6 +137,7 @@ def run_workers(
     samples: SampleTable,
     progress: Progress,
     done: int,
+    is_done: Callable[[int], bool],
 ) -> list[int]:
     """Do the shards in `config.workers` processes, one a GPU or a group of cores; returns the bytes of each written.
 
@@ -178,8 +179,11 @@ def run_workers(
     progress.finish()
     for process in processes.values():
         if process.exitcode not in (0, _FAULT):
-            faults.append(f"{process.name} ended with exit code {process.exitcode}. Repeat the command to go on.")
-    if faults:
+            faults.append(f"{process.name} ended with exit code {process.exitcode}.")
+    left_over = [shard for shard in left if not is_done(shard)]
+    if faults and not left_over:  # the others did its shards as well
+        progress.say("\n".join(faults))
+    elif faults:
         raise DflashError("\n".join(dict.fromkeys(faults)))
     return report.written
 

@@ -31,8 +31,6 @@ from dflash_offline.stages.statistics import Sums, layer_statistics
 
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes in a go."""
-
-
 _NICENESS = 10
 """How far encoding stands back behind the forward."""
 
@@ -74,6 +72,7 @@ class ShardWriter:
         What a killed worker of this machine left half-written of the shard is removed.
         """
         lock = self.cache / TMP / f"{shard:06d}.lock"
+        lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
         lock.touch()
         with locked(lock, wait=wait) as free:
             if free:
@@ -90,6 +89,21 @@ class ShardWriter:
         value. If another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing
         is put in place and 0 returned.
         """
+        # A name of this process's own: where locks do not reach, two may be writing the same shard.
+        temporary = self.cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
+        try:
+            return self._commit(shard, codes, skipped, started, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
+
+    def _commit(
+        self,
+        shard: int,
+        codes: NDArray[np.uint16],
+        skipped: Sequence[SkippedSample],
+        started: float | None,
+        temporary: Path,
+    ) -> int:
         layout = self.manifest.layout
         left_out = {one.sample for one in skipped}
         members = [i for i in self.samples.samples_of_shard(shard).tolist() if i not in left_out]
@@ -97,11 +111,8 @@ class ShardWriter:
         for sample in members:
             slots = self._slots(sample)
             ids[slots], mask[slots] = self.samples.input_ids(sample), self.samples.loss_mask(sample)
-        # A name of this process's own: where locks do not reach, two may be writing the same shard.
-        temporary = self.cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
         record, sums = self._write_hidden(temporary, codes, members)
         if self.is_done(shard):
-            temporary.unlink()
             return 0
         files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
         move_synced(temporary, self.cache / next(iter(files)))

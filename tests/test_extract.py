@@ -312,3 +312,32 @@ def test_the_manifest_records_what_made_the_cache(cache: Path) -> None:
     assert manifest["plan"]["mask_token_id"] == 3
     assert set(manifest["files"]) >= {"samples.parquet", "rejects.parquet", "features.zarr/zarr.json"}
     assert "target/embeddings.safetensors" in manifest["files"] and "target/tokenizer.json" in manifest["files"]
+
+
+def test_other_end_tokens_are_another_target(
+    cache: Path, extract_config: Settings, target: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(target, tmp_path / "target")
+    path = other / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": [2, 5]}))
+    with pytest.raises(MismatchError, match=r"target\.end_ids"):
+        extract(ExtractConfig(**extract_config | {"target": str(other)}, out=cache), Silent())
+    path.write_text("{")
+    with pytest.raises(DflashError, match=r"generation_config\.json is not JSON"):
+        extract(ExtractConfig(**extract_config | {"target": str(other)}, out=cache), Silent())
+
+
+@pytest.mark.parametrize("blocks", [20, 60, 100])
+def test_a_disk_that_fills_before_the_first_shard_is_told(
+    extract_config: Settings, tmp_path: Path, blocks: int
+) -> None:
+    limited = ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "bash", *command(extract_config, tmp_path / "cache")]
+    run = subprocess.run(limited, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "cuda:9"])
+def test_other_devices_are_refused(extract_config: Settings, tmp_path: Path, device: str) -> None:
+    with pytest.raises(DflashError, match="device is"):
+        extract(ExtractConfig(**extract_config | {"device": device}, out=tmp_path / "cache"), Silent())

@@ -159,3 +159,30 @@ def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) ->
     assert broken.exit_code == 1
     (fault,) = json.loads(broken.stdout)["faults"]
     assert fault == {"place": "features.zarr/loss_mask/c/1", "what": "is missing", "shard": 1}
+
+
+def test_repair_comes_before_the_target_is_run(copy: Path, target: Path) -> None:
+    _drop_file(copy)
+    result = CliRunner().invoke(app, ["verify", str(copy), "--target", str(target), "--repair"])
+    assert result.exit_code == 1 and "Forgot shards 1" in result.stdout
+    assert not (copy / "commits/000001.json").exists()
+
+
+def test_a_sealed_document_of_another_kind_is_a_fault_and_no_crash(copy: Path) -> None:
+    shutil.copy(copy / "manifest.json", copy / "commits/000001.json")
+    (fault,) = verify_cache(copy, Silent())
+    assert fault.shard == 1 and "no commit record of this format" in fault.what
+
+
+def test_a_cache_copied_without_its_empty_folders_goes_on(copy: Path, extract_config: dict[str, object]) -> None:
+    shutil.rmtree(copy / "tmp")
+    config = ExtractConfig(**extract_config, out=copy)
+    assert extract(config, Silent()).shards_written == 0
+    (copy / "commits/000001.json").unlink()
+    assert extract(config, Silent()).shards_written == 1
+
+
+def test_impossible_numbers_of_samples_are_refused(copy: Path, target: Path) -> None:
+    for flags in (["--samples", "0"], ["--seed", "-1"]):
+        result = CliRunner().invoke(app, ["verify", str(copy), "--target", str(target), *flags])
+        assert result.exit_code == 1 and "expected at least 1 and 0" in result.output

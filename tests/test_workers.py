@@ -1,8 +1,11 @@
 """Any number of workers and ranks gives the same bytes; what goes wrong in one of them is told."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +22,10 @@ from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.stages.cache import CacheReader
-from dflash_offline.stages.extract import extract, plan_only
+from dflash_offline.stages.extract import extract, open_worker, plan_only
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.verify import verify_cache
+from dflash_offline.stages.workers import Work
 
 
 def test_two_workers_write_the_same_bytes_as_one(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
@@ -195,3 +199,26 @@ def test_without_accelerate_a_spread_target_is_refused_with_what_to_install(
     config = ExtractConfig(**extract_config, out=tmp_path / "cache", device_map="auto")
     with pytest.raises(DflashError, match=r"pip install 'dflash-offline\[large\]'"):
         extract(config, Silent())
+
+
+def test_a_killed_worker_whose_shards_the_others_did_is_no_failure(
+    cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dflash_offline.stages import extract as stage
+
+    monkeypatch.setattr(stage, "open_worker", _die_as_worker_0)
+    said: list[str] = []
+
+    class Listening(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    done = extract(ExtractConfig(**extract_config, out=tmp_path / "cache", workers=2), Listening())
+    assert done.shards_left == 0 and any("exit code -9" in text for text in said)
+    assert content(done.cache) == content(cache)
+
+
+def _die_as_worker_0(config: ExtractConfig) -> Work:
+    if multiprocessing.current_process().name == "Worker 0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return open_worker(config)
