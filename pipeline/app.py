@@ -150,7 +150,12 @@ def _main(
     "The same command again goes on where it stopped, with any number of --workers."
 )
 def extract(
-    data: Annotated[list[Path], typer.Argument(help='JSONL files of {"messages": [{"role", "content"}, ...]}.')],
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files, folders, globs or hub ids of conversations; a.jsonl:0.3 takes that share of a.jsonl."
+        ),
+    ],
     target: Target,
     out: Annotated[Path, typer.Option(help="Cache folder; continued if it already holds the same cache.")],
     layers: Annotated[
@@ -167,6 +172,28 @@ def extract(
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each conversation.")] = ExtractConfig.max_length,
     chat_template_kwargs: TemplateKwargs = "{}",
+    input_format: Annotated[
+        str | None,
+        typer.Option(
+            help="json, jsonl, parquet or arrow, and/or messages, sharegpt, prompt-response, text or tokens, as in "
+            "parquet,messages. [default: found out]"
+        ),
+    ] = ExtractConfig.input_format,
+    limit: Annotated[int | None, typer.Option(help="Rows read, at most. [default: all]")] = ExtractConfig.limit,
+    seed: Annotated[int, typer.Option(help="Draws and mixes rows where data has weights.")] = ExtractConfig.seed,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Leave out rows that say exactly what an earlier one says.")
+    ] = ExtractConfig.drop_duplicates,
+    mask: Annotated[
+        str, typer.Option(help="Supervised: every assistant turn, the last-turn, or all tokens.")
+    ] = ExtractConfig.mask,
+    no_reasoning: Annotated[
+        bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")
+    ] = ExtractConfig.no_reasoning,
+    keep_special_tokens: Annotated[
+        bool,
+        typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served."),
+    ] = ExtractConfig.keep_special_tokens,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
     ] = False,

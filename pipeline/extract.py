@@ -34,7 +34,13 @@ def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Fore
         print_json(_document(plan, layout, forecast))
         return
     mean = counts["tokens"] / counts["samples"]
-    print(f"Samples     {counts['samples']:,}, {mean:,.0f} tokens each on average; {counts['truncated']:,} cut")
+    for kind, rows in counts["formats"].items():
+        print(f"Data        {rows:,} rows of {kind}")
+    if counts["not_drawn"]:
+        print(f"            not drawn: {counts['not_drawn']:,} rows, by weight")
+    print(f"Samples     {counts['samples']:,}, {mean:,.0f} tokens each on average")
+    if counts["truncated"]:
+        print(f"            cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens")
     for reason, count in counts["rejects"].items():
         print(f"            left out: {count:,} rows: {reason}")
     supervised = counts["supervised"] / counts["tokens"]

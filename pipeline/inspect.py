@@ -44,6 +44,7 @@ def overview(cache: Path) -> dict[str, Any]:
         "supervised": int(samples.num_supervised.sum()),
         "anchors": int(samples.num_anchors.sum()),
         "truncated": manifest.plan["truncated"],
+        "formats": manifest.plan.get("formats", {}),  # caches made before other formats were read have none
         "rejects": manifest.plan["rejects"],
         "length": _spread(samples.num_tokens),
         "anchors_per_sample": _spread(samples.num_anchors),
@@ -105,6 +106,8 @@ def print_overview(found: dict[str, Any]) -> None:
     layers = ", ".join(map(str, found["layer_ids"]))
     print(f"Features    layers {layers}; width {found['hidden_size']}; {found['features']}")
     print(f"Mask        {found['mask_rule']}; mask token {found['mask_token_id']}")
+    for kind, rows in found["formats"].items():
+        print(f"Data        {rows:,} rows of {kind}")
     print(f"Samples     {found['samples']:,}; {found['truncated']:,} cut at the maximum length")
     for reason, count in found["rejects"].items():
         print(f"            left out: {count:,} rows: {reason}")

@@ -23,12 +23,15 @@ def template_problems(kwargs: dict[str, Any]) -> list[str]:
     return [f"chat_template_kwargs holds {', '.join(taken)}, which this program sets itself."] if taken else []
 
 
+MASKS = ("assistant", "last-turn", "all")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Settings of `dflash extract`."""
 
     data: tuple[Path, ...]
-    """JSONL files of {"messages": [{"role": ..., "content": ...}, ...]}."""
+    """Files, folders, globs, saved datasets or hub ids of conversations; `:0.3` at the end takes that share of rows."""
     target: str
     """Hugging Face model: a folder, or a hub id."""
     out: Path
@@ -47,6 +50,21 @@ class ExtractConfig:
     """Tokens kept of each conversation."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template."""
+    input_format: str | None = None
+    """json, jsonl, parquet or arrow, and how rows are written: messages, sharegpt, prompt-response, text or tokens;
+    None to find out."""
+    limit: int | None = None
+    """Rows read, at most."""
+    seed: int = 0
+    """Draws and mixes rows where data has weights."""
+    drop_duplicates: bool = False
+    """Leave out rows that say exactly what an earlier one says, counted."""
+    mask: str = "assistant"
+    """What is supervised: every assistant turn, the last-turn, or all tokens."""
+    no_reasoning: bool = False
+    """Leave an answer's reasoning unsupervised."""
+    keep_special_tokens: bool = False
+    """Keep rows whose text spells a special token, as the target would be served it, instead of rejecting them."""
     skip_bad_rows: bool = False
     """Leave unusable rows out, counted and listed in rejects.parquet, instead of stopping."""
     dtype: str = "auto"
@@ -111,6 +129,10 @@ class ExtractConfig:
             problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
         if not self.data:
             problems.append("No data file is given.")
+        if self.mask not in MASKS:
+            problems.append(f"mask is {self.mask!r}; expected {', '.join(MASKS)}.")
+        if self.limit is not None and self.limit < 1:
+            problems.append(f"limit is {self.limit}; expected at least 1.")
         if self.features not in FEATURE_KINDS:
             problems.append(f"features is {self.features!r}; expected {', '.join(FEATURE_KINDS)}.")
         if not 1 <= self.mantissa_bits <= 7:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import CacheError, DflashError
-from dflash_offline.schemas.files import building_folder, output_folder, sha256_file
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import building_folder, output_folder
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
     EMBEDDINGS,
@@ -43,9 +44,11 @@ from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.forecast import Forecast, measure, refuse_too_large
+from dflash_offline.stages.masks import Masker
 from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.samples import Masker, Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
+from dflash_offline.stages.samples import Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.shards import CODEC
+from dflash_offline.stages.sources import Data
 from dflash_offline.stages.target import (
     TargetFiles,
     check_layer_ids,
@@ -103,8 +106,13 @@ class Extraction:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # kernels that transformers brings are launched on the current one
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
-        self.masker = Masker(self.files, config.chat_template_kwargs)
+        self.masker = Masker(self.files, config)
         self._model: Any = None
+
+    @cached_property
+    def data(self) -> Data:
+        """What the data arguments name; looked up only where a plan or the identity needs it."""
+        return Data(self.config)
 
     def _within_positions(self, config: ExtractConfig) -> ExtractConfig:
         most = self.files.decoder()["max_position_embeddings"]
@@ -115,9 +123,6 @@ class Extraction:
 
     def identity(self) -> dict[str, Any]:
         """Return every field that decides the cache's content."""
-        for path in self.config.data:
-            if not path.is_file():
-                raise DflashError(f"{path} is not a file. Name JSONL files of conversations.")
         config = self.config
         return {
             "target": {
@@ -129,7 +134,8 @@ class Extraction:
             "device": self.device.type,
             "layer_ids": list(self.layer_ids),
             "capture": CAPTURE_RULE,
-            "data": {f"file_{i}_sha256": sha256_file(path) for i, path in enumerate(config.data)},
+            "data": self.data.identity(),
+            **_selection(self.data),
             "mask_rule": self.masker.rule,
             "mask_token_id": "found" if config.mask_token_id is None else config.mask_token_id,
             "chat_template_kwargs": config.chat_template_kwargs,
@@ -172,7 +178,7 @@ class Extraction:
         """Tokenize the data and say what came of it."""
         _ = self.model  # a target that cannot be drafted for is refused before any other work
         self.progress.start("Tokenizing", None, "rows")
-        plan = make_plan(self.config, self.masker, self.layout().slot_bytes, self.progress.advance)
+        plan = make_plan(self.config, self.data, self.masker, self.layout().slot_bytes, self.progress.advance)
         self.progress.finish()
         refuse_ids_beyond_table(self.files, plan.samples)
         return plan
@@ -390,13 +396,32 @@ def _refuse_if_rest_is_too_large(writer: ShardWriter, left: list[int], config: E
         refuse_too_large(config.out, needed, shutil.disk_usage(config.out).free)
 
 
+def _selection(data: Data) -> dict[str, Any]:
+    """Return the settings that choose among the data's rows, those alone that are not the default."""
+    config = data.config
+    chosen = {
+        "input_format": config.input_format,
+        "limit": config.limit,
+        "weights": data.weights,
+        "seed": None if data.weights is None else config.seed,
+        "drop_duplicates": config.drop_duplicates or None,
+        "keep_special_tokens": config.keep_special_tokens or None,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def _say_plan(progress: Progress, plan: Plan) -> None:
     counts = plan.counts()
+    for kind, rows in counts["formats"].items():
+        progress.say(f"Data: {rows:,} rows of {kind}.")
+    if counts["not_drawn"]:
+        progress.say(f"  {counts['not_drawn']:,} rows were left out by weight.")
     progress.say(
         f"Plan: {counts['samples']:,} samples, {counts['tokens']:,} tokens ({counts['supervised']:,} supervised), "
         f"{counts['anchors']:,} anchors, {plan.num_shards} shards."
     )
-    if plan.num_truncated:
-        progress.say(f"  {plan.num_truncated:,} samples were cut at the maximum length.")
+    if counts["truncated"]:
+        cut = f"{counts['truncated']:,} samples were cut at the maximum length"
+        progress.say(f"  {cut}, by {counts['truncated_supervised']:,} supervised tokens.")
     for reason, count in counts["rejects"].items():
         progress.say(f"  left out: {count:,} rows: {reason}.")

@@ -8,7 +8,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dflash_offline.schemas.errors import BadInputError
-from dflash_offline.stages.conversations import Row, messages_fault, read_rows, refuse_bad_rows
+from dflash_offline.stages.conversations import RowFaultError, read_messages
+from dflash_offline.stages.rows import Row, identify, read_rows, refuse_bad_rows
 
 WHAT_TO_DO = (
     'Each line is an object with either "messages", a list of {"role": ..., "content": ...} objects, or "prompt", '
@@ -24,6 +25,8 @@ class Prompt:
     """File and line."""
     messages: list[dict[str, Any]] | None = None
     """Without the assistant turns at the end."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the conversation's target may call."""
     text: str | None = None
     kind: str | None = None
     """Group for the figures."""
@@ -33,7 +36,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Return the file's first `limit` prompts; `BadInputError` naming every line that is not one."""
     prompts: list[Prompt] = []
     faults: list[str] = []
-    for count, row in enumerate(read_rows(path), start=1):
+    for count, row in enumerate(read_rows(identify(path)), start=1):
         if fault := row.fault or _fault(row.value):
             faults.append(f"{row.place} {fault}")
         else:
@@ -53,7 +56,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[
     else:
         try:
             text = tokenizer.apply_chat_template(
-                prompt.messages, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+                prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
             )
         except (TemplateError, ValueError) as error:
             raise BadInputError(
@@ -70,7 +73,8 @@ def _prompt(row: Row) -> Prompt:
     kind = row.value.get("kind")
     if "prompt" in row.value:
         return Prompt(place=row.place, text=row.value["prompt"], kind=kind)
-    return Prompt(place=row.place, messages=_open_turns(row.value["messages"]), kind=kind)
+    chat = read_messages(row.value)
+    return Prompt(place=row.place, messages=_open_turns(chat.messages), tools=chat.tools, kind=kind)
 
 
 def _open_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,9 +93,11 @@ def _fault(value: dict[str, Any]) -> str:
         keys = ", ".join(sorted(value)[:8]) or "none"
         return f"needs either 'messages' or 'prompt', and not both (its keys: {keys})"
     if "messages" in value:
-        if fault := messages_fault(value):
-            return fault
-        return "" if _open_turns(value["messages"]) else "has only assistant turns; expected one to answer"
+        try:
+            messages = read_messages(value).messages
+        except RowFaultError as fault:
+            return str(fault)
+        return "" if _open_turns(messages) else "has only assistant turns; expected one to answer"
     text = value["prompt"]
     if not isinstance(text, str):
         return f"has a prompt of type {type(text).__name__}; expected text"

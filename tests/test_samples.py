@@ -10,14 +10,9 @@ from transformers import AutoTokenizer, Qwen3Config
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import BadInputError, DflashError
-from dflash_offline.stages.samples import (
-    Masker,
-    Plan,
-    choose_mask_token,
-    close_turns,
-    make_plan,
-    refuse_ids_beyond_table,
-)
+from dflash_offline.stages.masks import Masker, close_turns
+from dflash_offline.stages.samples import Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
+from dflash_offline.stages.sources import Data
 from dflash_offline.stages.target import TargetFiles
 
 REWRITES_HISTORY = (
@@ -54,7 +49,7 @@ def plan(tmp_path: Path, rows: list[object], template: str = WITH_TAGS, **settin
         }
     )
     files = target_files(tmp_path / "target", template)
-    return make_plan(config, Masker(files, {}), 64, lambda _rows: None)
+    return make_plan(config, Data(config), Masker(files, config), 64, lambda _rows: None)
 
 
 def supervised_text(plan: Plan, sample: int, tmp_path: Path) -> str:
@@ -141,13 +136,18 @@ def test_every_row_is_a_sample_or_a_counted_reject(tmp_path: Path) -> None:
 
 def test_a_long_conversation_is_cut_and_counted(tmp_path: Path) -> None:
     made = plan(tmp_path, conversations(6), max_length=40)
-    assert made.num_truncated > 0 and made.samples.num_tokens.max() == 40
+    whole = plan(tmp_path, conversations(6)).samples
+    counts = made.counts()
+    assert counts["truncated"] == (whole.num_tokens > 40).sum() > 0 and made.samples.num_tokens.max() == 40
+    assert counts["truncated_supervised"] == whole.num_supervised.sum() - made.samples.num_supervised.sum() > 0
 
 
 BAD_ROWS = {
     '{"messages": [': "is not JSON",
     "[1, 2]": "is a JSON list",
-    '{"text": "x"}': "has no list 'messages'",
+    '{"note": "x"}': "has none of the keys of a row (its keys are ['note']",
+    '{"messages": [], "messages": []}': "has the key 'messages' twice",
+    '{"messages": [{"role": "user", "content": "\\u12"}]}': "is not JSON",
     '{"messages": []}': "has no list 'messages'",
     '{"messages": ["hi"]}': "messages[0] of type str",
     '{"messages": [{"role": "robot", "content": "x"}]}': "messages[0].role 'robot'",

@@ -18,24 +18,28 @@ WORDS = """the a red blue green cat dog bird sees likes counts
 one two three four five six seven eight nine ten""".split()
 
 
-def save_tokenizer(folder: Path, template: str = WITH_TAGS) -> PreTrainedTokenizerFast:
-    """Save a byte-level BPE tokenizer of about 300 tokens with chat markers and a reserved mask token."""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
+
+
+def save_tokenizer(
+    folder: Path, template: str = WITH_TAGS, *, special: tuple[str, ...] = SPECIAL, eos: str = "<|im_end|>"
+) -> PreTrainedTokenizerFast:
+    """Save a byte-level BPE tokenizer of about 300 tokens with chat markers, among them a reserved mask token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 10, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|mask|>"],
+        eos_token=eos,
+        pad_token=special[0],
+        additional_special_tokens=[token for token in special[1:] if token != eos],
     )
     fast.chat_template = template
     fast.save_pretrained(folder)

@@ -1,0 +1,312 @@
+"""Rows of data files: JSON, JSONL (plain, gzip, zstd), Parquet and Arrow, read as a stream, each with its place."""
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dflash_offline.schemas.errors import BadInputError
+
+CONTAINERS = ("json", "jsonl", "parquet", "arrow")
+ENDINGS = {
+    ".json": None,  # an array or lines: only its content tells
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+}
+COMPRESSED = (".gz", ".zst", ".zstd")
+MOST_LINE_BYTES = 1 << 28
+"""A longer line is no row but a file of another kind; it is named and passed over without being held."""
+MOST_NAMED = 20
+"""Faults that an error names before it only counts them."""
+_PIECE = 1 << 16
+_ARROW_ROWS = 256
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_STREAM_FAULTS = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of rows and how it is to be read."""
+
+    path: Path
+    name: str
+    """As the sample table names it: the file's name, or its path within the folder that was given."""
+    container: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file: an object, or what is wrong with it."""
+
+    source: DataFile
+    line: int
+    """Line of a JSONL file, number of the row in any other; from 1."""
+    value: dict[str, Any]
+    fault: str = ""
+
+    @property
+    def place(self) -> str:
+        """File and line, as errors name them."""
+        return f"{self.source.path}:{self.line}"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it, however large it is."""
+    text = repr(value[:80] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refuse_bad_rows(faults: list[str], what_to_do: str) -> None:
+    """Raise `BadInputError` naming the first faulty rows and counting the rest, if there are any."""
+    if faults:
+        named = "\n  ".join(faults[:MOST_NAMED])
+        rest = f"\n  ... and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
+        rows = "row" if len(faults) == 1 else "rows"
+        raise BadInputError(f"{len(faults)} bad {rows}:\n  {named}{rest}\n{what_to_do}")
+
+
+def identify(path: Path, *, name: str = "", container: str | None = None) -> DataFile:
+    """Return how a file is to be read, by its first bytes and its name; `BadInputError` if it cannot be opened."""
+    try:
+        container = container or _container(path)
+    except _STREAM_FAULTS as error:
+        raise BadInputError(f"{path} cannot be read: {_said(error)}. Name a file of conversations.") from error
+    return DataFile(path, name or path.name, container)
+
+
+def read_rows(file: DataFile) -> Iterator[Row]:
+    """Yield each row; `BadInputError` if the file breaks off or is not what it seemed: then rows would be lost."""
+    line = 0
+    try:
+        for line, value, fault in _READERS[file.container](file.path):
+            if not fault and not isinstance(value, dict):
+                fault = f"is a JSON {type(value).__name__}; expected an object"
+            yield Row(file, line, {} if fault else value, fault)
+    except (*_STREAM_FAULTS, ValueError, RecursionError) as error:
+        raise BadInputError(
+            f"{file.path} cannot be read as {file.container} after row {line}: {_said(error)}. "
+            f"Get the whole file, or name its kind with --input-format."
+        ) from error
+
+
+def _said(error: BaseException) -> str:
+    said = str(getattr(error, "strerror", None) or error).splitlines()
+    return said[0][:200] if said else type(error).__name__
+
+
+def _open(path: Path) -> BinaryIO:
+    """Return the file's content as a stream, decompressed if its first bytes say that it is compressed."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(path)  # type: ignore[return-value]
+    if magic == b"\x28\xb5\x2f\xfd":  # by pyarrow, which tells a file that breaks off from one that ends
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _PIECE)
+    return path.open("rb")
+
+
+def _container(path: Path) -> str:
+    with _open(path) as stream:
+        head = stream.read(_PIECE)
+        if head[:4] == b"PAR1":
+            return "parquet"
+        if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+            return "arrow"
+        endings = [ending for ending in path.suffixes if ending not in COMPRESSED]
+        by_name = ENDINGS.get(endings[-1]) if endings else None
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if by_name is not None or not text.startswith((b"[", b"{")):
+            return by_name or "jsonl"
+        if text.startswith(b"["):
+            return "json"
+        first = text.split(b"\n", 1)[0] if b"\n" in text else text + stream.readline(MOST_LINE_BYTES)
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return "json" if ".json" in endings else "jsonl"
+    return "jsonl"
+
+
+class _BrokenError(ValueError):
+    """A JSON document ends too early or goes on wrongly."""
+
+
+Found = Iterator[tuple[int, Any, str]]
+"""Row by row: its number from 1, what it holds, and what is wrong with it."""
+
+
+@dataclass
+class _Decoder:
+    """A JSON decoder that remembers keys which stand twice in one object, where it cannot be told which is meant."""
+
+    doubled: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.doubled.append(next(name for name in names if names.count(name) > 1))
+        return made
+
+    def decode(self, text: str, at: int = 0) -> tuple[Any, int, str]:
+        """Return the value that begins at `at`, where it ends, and its fault."""
+        self.doubled.clear()
+        value, end = self.decoder.raw_decode(text, at)
+        return value, end, f"has the key {shown(self.doubled[0])} twice in one object" if self.doubled else ""
+
+
+def _jsonl(path: Path) -> Found:
+    decoder = _Decoder()
+    with _open(path) as stream:
+        number = 0
+        while content := stream.readline(MOST_LINE_BYTES):
+            number += 1
+            if len(content) == MOST_LINE_BYTES and not content.endswith(b"\n"):
+                while (more := stream.readline(MOST_LINE_BYTES)) and not more.endswith(b"\n"):
+                    pass
+                yield number, None, f"is longer than {MOST_LINE_BYTES >> 20} MiB"
+            elif content.strip():
+                yield number, *_line(decoder, content, first=number == 1)
+
+
+def _line(decoder: _Decoder, content: bytes, *, first: bool) -> tuple[Any, str]:
+    try:
+        text = content.decode("utf-8-sig" if first else "utf-8").strip(" \t\r\n")
+        value, end, fault = decoder.decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except UnicodeDecodeError as error:
+        return None, f"is not UTF-8 (byte {error.start}: {error.reason})"
+    except (ValueError, RecursionError) as error:
+        return None, f"is not JSON ({_said(error)})"
+    return value, fault
+
+
+def _json(path: Path) -> Found:
+    """Read an array element by element, or the one object that the file is."""
+    decoder = _Decoder()
+    with io.TextIOWrapper(_open(path), "utf-8-sig") as text:
+        buffer = ""
+        while not buffer and (piece := text.read(_PIECE)):
+            buffer = piece.lstrip()
+        if not buffer.startswith("["):
+            whole = buffer + text.read()
+            value, end, fault = decoder.decode(whole)
+            _refuse_more(whole, end)
+            yield 1, value, fault
+            return
+        number, at, separator = 0, 1, ","
+        while separator == ",":
+            try:
+                at = _end_of_blanks(buffer, at)
+                if number == 0 and buffer[at] == "]":
+                    end, fault, value, separator = at, "", None, "]"
+                else:
+                    value, end, fault = decoder.decode(buffer, at)
+                    end = _end_of_blanks(buffer, end)
+                    separator = buffer[end]
+                    number += 1
+            except (IndexError, json.JSONDecodeError) as error:
+                # The element goes on beyond the buffer, or is broken: twice as much each time tells at linear cost.
+                piece = text.read(max(_PIECE, len(buffer) - at))
+                if not piece:
+                    raise _BrokenError(f"row {number + 1} is broken or unfinished") from error
+                buffer, at = buffer[at:] + piece, 0
+                continue
+            if separator not in ",]":
+                raise _BrokenError(f"row {number} is followed by {separator!r}; expected , or ]")
+            if number:
+                yield number, value, fault
+            at = end + 1
+        _refuse_more(buffer[at:] + text.read(_PIECE), 0)
+
+
+def _end_of_blanks(text: str, at: int) -> int:
+    found = _BLANKS.match(text, at)
+    assert found is not None
+    return found.end()
+
+
+def _refuse_more(text: str, end: int) -> None:
+    if text[end:].strip():
+        raise _BrokenError("more follows the end of the document")
+
+
+def _parquet(path: Path) -> Found:
+    with pq.ParquetFile(path) as file:
+        yield from _values(file.iter_batches(batch_size=_ARROW_ROWS, columns=_columns(file.schema_arrow)))
+
+
+def _arrow(path: Path) -> Found:
+    with pa.memory_map(str(path)) as source:
+        yield from _values(_batches(source))
+
+
+def _batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file or stream, the columns of rows alone."""
+    if source.read(6) == b"ARROW1":
+        file = pa.ipc.open_file(source)
+        batches: Iterator[pa.RecordBatch] = (file.get_batch(i) for i in range(file.num_record_batches))
+    else:
+        source.seek(0)
+        batches = iter(pa.ipc.open_stream(source))
+    for batch in batches:
+        wanted = _columns(batch.schema)
+        batch = batch.select(wanted) if wanted else batch
+        for begin in range(0, batch.num_rows, _ARROW_ROWS):
+            yield batch.slice(begin, _ARROW_ROWS)
+
+
+def _values(batches: Iterator[pa.RecordBatch]) -> Found:
+    number = 0
+    for batch in batches:
+        try:
+            values = [(value, "") for value in batch.to_pylist()]
+        except UnicodeDecodeError:
+            values = [_value(batch.slice(i, 1)) for i in range(batch.num_rows)]
+        for value, fault in values:
+            number += 1
+            yield number, _without_nulls(value), fault
+
+
+def _value(batch: pa.RecordBatch) -> tuple[Any, str]:
+    try:
+        return batch.to_pylist()[0], ""
+    except UnicodeDecodeError as error:
+        return None, f"is not UTF-8 (byte {error.start}: {error.reason})"
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value without the keys that Arrow fills with null because another row has them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+ROW_KEYS = "messages tools conversations system prompt response completion text input_ids loss_mask kind".split()
+"""The only columns that are read, where a file has some of them: others may be images."""
+
+
+def _columns(schema: pa.Schema) -> list[str] | None:
+    return [name for name in schema.names if name in ROW_KEYS] or None
+
+
+_READERS = {"json": _json, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}
