@@ -72,18 +72,14 @@ class Masker:
             return self._given(content)
         if not self.config.keep_special_tokens:
             self._refuse_special(content)
-        text = content.text if isinstance(content, Text) else self._render(content)
-        if self.config.mask == "all":
-            marked = self._encode(text, add_special_tokens=isinstance(content, Text))
-            mask = np.ones_like(marked.mask)
-        elif isinstance(content, Text):
-            marked = self._encode(text, add_special_tokens=True)
-            mask = marked.ends > marked.begins
+        if self.config.mask == "all" or isinstance(content, Text):
+            marked = self._encode(self._text(content), add_special_tokens=isinstance(content, Text))
+            mask = (marked.ends > marked.begins) | (self.config.mask == "all")
         else:
-            marked = self._from_tags(content, text) if self.tagged else self._from_prefixes(content, text)
+            marked = self._from_tags(content) if self.tagged else self._from_prefixes(content)
             mask = close_turns(marked.ids, marked.mask, self.end_ids, self._is_blank)
         if self.config.no_reasoning:
-            begins, ends = marked.begins, marked.ends
+            text, begins, ends = self._text(content), marked.begins, marked.ends
             for begin, end in list(_reasoning(content, text, mask, marked)):
                 words = end + len(text[end:]) - len(text[end:].lstrip())
                 mask &= ~(((ends > begin) & (begins < end)) | ((begins >= end) & (ends <= words)))
@@ -109,6 +105,9 @@ class Masker:
     def _is_blank(self, ids: NDArray[np.uint32]) -> bool:
         return not self.tokenizer.decode(ids.tolist()).strip()
 
+    def _text(self, content: Chat | Text) -> str:
+        return content.text if isinstance(content, Text) else self._render(content)
+
     def _render(self, chat: Chat, turns: int | None = None, *, prompt: bool = False) -> str:
         """Return the text of the first `turns` messages, or of all."""
         text: str = self.tokenizer.apply_chat_template(
@@ -124,7 +123,7 @@ class Masker:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         return _marked(encoded, np.zeros(len(encoded["input_ids"]), np.bool_))
 
-    def _from_tags(self, chat: Chat, text: str) -> _Marked:
+    def _from_tags(self, chat: Chat) -> _Marked:
         encoded = self.tokenizer.apply_chat_template(
             chat.messages,
             tools=chat.tools,
@@ -138,12 +137,13 @@ class Masker:
         turns = _answers(chat)
         if self.config.mask == "last-turn" and turns:
             before = self._render(chat, turns[-1]) if turns[-1] else ""
-            if not text.startswith(before):
+            if not self._render(chat).startswith(before):
                 raise _rewritten(turns[-1], "once it is there")
             marked.mask[marked.begins < len(before)] = False
         return marked
 
-    def _from_prefixes(self, chat: Chat, text: str) -> _Marked:
+    def _from_prefixes(self, chat: Chat) -> _Marked:
+        text = self._render(chat)
         marked = self._encode(text)
         turns = _answers(chat)
         for turn in turns[-1:] if self.config.mask == "last-turn" else turns:

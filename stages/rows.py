@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,10 +64,13 @@ class Row:
         return f"{self.source.path}:{self.line}"
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxdict = 60, 8, 4
+
+
 def shown(value: object) -> str:
-    """Return a value as an error shows it, however large it is."""
-    text = repr(value[:80] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Return a value as an error shows it, however large or deep it is."""
+    return _SHORT.repr(value)
 
 
 def refuse_bad_rows(faults: list[str], what_to_do: str) -> None:

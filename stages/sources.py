@@ -179,7 +179,9 @@ def _hub(place: str) -> list[DataFile]:
     """Return the Arrow files that the `datasets` library makes of `owner/name`, or of `owner/name@split`."""
     name, _, split = place.partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or _is_data(Path(name)):
-        raise BadInputError(f"{place} is not a file, a folder or a glob. Name one, or a dataset's hub id.")
+        raise BadInputError(
+            f"{place} is not a file or a folder. Name JSONL, JSON, Parquet or Arrow files, or a hub id."
+        )
     if find_spec("datasets") is None:
         raise BadInputError(
             f"{place} is not a file or a folder here. If it is a dataset's hub id, the datasets package is needed: "

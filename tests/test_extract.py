@@ -216,7 +216,11 @@ def test_a_changed_setting_or_input_is_refused_field_by_field(
     other_data = save_conversations(tmp_path / "other.jsonl", 80, seed=1)
     other_target = save_target(tmp_path / "other", seed=1)
     changes: dict[str, object] = {"layers": (1, 2, 3), "max_length": 100, "block_size": 6, "mask_token_id": 303}
-    changes |= {"data": (other_data,), "target": str(other_target), "chat_template_kwargs": {"a": 1}, "shard_mib": 2}
+    with pytest.raises(MismatchError, match=r"data\.file_0_sha256"):
+        extract(replace(config, data=(other_data,)), Silent())
+    changes |= {"target": str(other_target), "chat_template_kwargs": {"a": 1}, "shard_mib": 2}
+    changes |= {"mask": "all", "no_reasoning": True, "limit": 70, "drop_duplicates": True, "keep_special_tokens": True}
+    changes |= {"input_format": "messages", "data": (Path(f"{config.data[0]}:0.9"),)}
     for name, value in changes.items():
         with pytest.raises(MismatchError) as error:
             extract(replace(config, **{name: value}), Silent())
