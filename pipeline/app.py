@@ -39,6 +39,18 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 TemplateKwargs = Annotated[
     str, typer.Option(metavar="JSON", help="""Passed to the chat template, e.g. '{"enable_thinking": false}'.""")
 ]
+InputFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="json, jsonl, parquet or arrow, and/or messages, sharegpt, prompt-response, text or tokens, as in "
+        "parquet,messages. [default: found out]"
+    ),
+]
+Mask = Annotated[str, typer.Option(help="Supervised: every assistant turn, the last-turn, or all tokens.")]
+NoReasoning = Annotated[bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")]
+KeepSpecialTokens = Annotated[
+    bool, typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served.")
+]
 Attention = Annotated[str, typer.Option(help="As transformers names it.")]
 Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
@@ -172,28 +184,15 @@ def extract(
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens kept of each conversation.")] = ExtractConfig.max_length,
     chat_template_kwargs: TemplateKwargs = "{}",
-    input_format: Annotated[
-        str | None,
-        typer.Option(
-            help="json, jsonl, parquet or arrow, and/or messages, sharegpt, prompt-response, text or tokens, as in "
-            "parquet,messages. [default: found out]"
-        ),
-    ] = ExtractConfig.input_format,
+    input_format: InputFormat = ExtractConfig.input_format,
     limit: Annotated[int | None, typer.Option(help="Rows read, at most. [default: all]")] = ExtractConfig.limit,
     seed: Annotated[int, typer.Option(help="Draws and mixes rows where data has weights.")] = ExtractConfig.seed,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Leave out rows that say exactly what an earlier one says.")
     ] = ExtractConfig.drop_duplicates,
-    mask: Annotated[
-        str, typer.Option(help="Supervised: every assistant turn, the last-turn, or all tokens.")
-    ] = ExtractConfig.mask,
-    no_reasoning: Annotated[
-        bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")
-    ] = ExtractConfig.no_reasoning,
-    keep_special_tokens: Annotated[
-        bool,
-        typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served."),
-    ] = ExtractConfig.keep_special_tokens,
+    mask: Mask = ExtractConfig.mask,
+    no_reasoning: NoReasoning = ExtractConfig.no_reasoning,
+    keep_special_tokens: KeepSpecialTokens = ExtractConfig.keep_special_tokens,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
     ] = False,
@@ -261,17 +260,45 @@ def extract(
             print_done(run(config, progress), as_json=json_)
 
 
-@app.command(epilog="Example: dflash inspect cache --sample 0")
+@app.command(
+    epilog="Examples: dflash inspect cache --sample 0; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
+)
 def inspect(
-    cache: Annotated[Path, typer.Argument(help="Cache folder.")],
+    cache: Annotated[Path, typer.Argument(help="Cache folder; with --target, data that `dflash extract` would take.")],
     sample: Annotated[int | None, typer.Option(help="Print this sample's text, the supervised part marked.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Show what extracting for this target would make of row --sample of the data.")
+    ] = None,
+    input_format: InputFormat = ExtractConfig.input_format,
+    mask: Mask = ExtractConfig.mask,
+    no_reasoning: NoReasoning = ExtractConfig.no_reasoning,
+    keep_special_tokens: KeepSpecialTokens = ExtractConfig.keep_special_tokens,
+    chat_template_kwargs: TemplateKwargs = "{}",
+    block_size: Annotated[int, typer.Option(help="Of the data's row, as for `dflash extract`.")] = (
+        ExtractConfig.block_size
+    ),
+    max_length: Annotated[int, typer.Option(help="Of the data's row, as for `dflash extract`.")] = (
+        ExtractConfig.max_length
+    ),
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Show what a cache holds, without reading a feature."""
+    """Show what a cache holds, without reading a feature; or a row of data, before anything is extracted."""
+    given = locals()
     with _reported():
         from dflash_offline.pipeline import inspect as view
 
-        if sample is None:
+        if target is not None:
+            from dflash_offline.pipeline.inspect_row import print_row, row_view
+            from dflash_offline.stages.target import quiet_libraries
+
+            quiet_libraries()
+            kwargs = _object(chat_template_kwargs, "--chat-template-kwargs")
+            config = _settings(ExtractConfig, given, data=(cache,), out=cache, chat_template_kwargs=kwargs)
+            row = row_view(config, sample or 0)
+            view.print_json(row) if json_ else print_row(row)
+        elif sample is None:
             found = view.overview(cache)
             view.print_json(found) if json_ else view.print_overview(found)
         else:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,15 +147,6 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
     except Exception as error:  # the library raises bare Exception
         raise CacheError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
     ids, mask = samples.input_ids(sample), samples.loss_mask(sample)
-    edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
-    runs = [
-        {
-            "supervised": bool(mask[begin]),
-            "tokens": end - begin,
-            "text": tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False),
-        }
-        for begin, end in pairwise(edges)
-    ]
     return {
         "sample": sample,
         "source": samples.source[sample],
@@ -165,13 +157,28 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
         "block_size": manifest.plan["block_size"],
         "shard": int(samples.shard[sample]),
         "start": int(samples.start[sample]),
-        "runs": runs,
+        "runs": marked_runs(ids, mask, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)),
     }
+
+
+MARKS = {True: ("\033[32m", "\033[0m"), False: ("[[", "]]")}
+"""Around supervised text: on a terminal, and elsewhere."""
+
+
+def marked_runs(
+    ids: NDArray[np.uint32], mask: NDArray[np.bool_], decode: Callable[[list[int]], str]
+) -> list[dict[str, Any]]:
+    """Return the text of each run of tokens that are all supervised, or all not."""
+    edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
+    return [
+        {"supervised": bool(mask[begin]), "tokens": end - begin, "text": decode(ids[begin:end].tolist())}
+        for begin, end in pairwise(edges)
+    ]
 
 
 def print_sample(view: dict[str, Any]) -> None:
     """Print a sample's text with the supervised part marked: green on a terminal, in [[ ]] elsewhere."""
-    opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    opening, closing = MARKS[sys.stdout.isatty()]
     print(
         f"Sample {view['sample']} ({view['source']}:{view['row']}): {view['tokens']} tokens, {view['supervised']} "
         f"supervised, {view['anchors']} anchors,\nshard {view['shard']}, first slot {view['start']}; the supervised "

@@ -90,15 +90,7 @@ def make_plan(
     tally = Tally()
     for row in data.rows():
         progress(1)
-        try:
-            sample = _tokenized(row, config, data, masker, tally)
-        except RowFaultError as fault:
-            tally.faults.append(f"{row.place} {fault}")
-            tally.reject(row, "bad row", str(fault))
-        except UnmaskableError as unmaskable:
-            tally.reject(row, *unmaskable.args)
-        else:
-            _keep(row, sample, config, tally)
+        take_row(row, config, data, masker, tally)
     tally.num_not_drawn = data.num_not_drawn
     if not config.skip_bad_rows:
         refuse_bad_rows(tally.faults, "Mend them, or leave them out with --skip-bad-rows.")
@@ -111,6 +103,20 @@ def make_plan(
             f"'{masker.rule}'."
         )
     return _place(config, tally, slot_bytes)
+
+
+def take_row(row: Row, config: ExtractConfig, data: Data, masker: Masker, tally: Tally) -> Tokenized | None:
+    """Count a row as a sample or a reject; returns its tokens, cut to the greatest length, if it has any."""
+    try:
+        sample = _tokenized(row, config, data, masker, tally)
+    except RowFaultError as fault:
+        tally.faults.append(f"{row.place} {fault}")
+        tally.reject(row, "bad row", str(fault))
+    except UnmaskableError as unmaskable:
+        tally.reject(row, *unmaskable.args)
+    else:
+        return _keep(row, sample, config, tally)
+    return None
 
 
 def _tokenized(row: Row, config: ExtractConfig, data: Data, masker: Masker, tally: Tally) -> Tokenized:
@@ -132,8 +138,8 @@ def _tokenized(row: Row, config: ExtractConfig, data: Data, masker: Masker, tall
         raise RowFaultError(f"is refused by the chat template ({str(error)[:200]})") from error
 
 
-def _keep(row: Row, sample: Tokenized, config: ExtractConfig, tally: Tally) -> None:
-    """Count a row as a sample, cut to the greatest length, or as a reject if it has no anchor."""
+def _keep(row: Row, sample: Tokenized, config: ExtractConfig, tally: Tally) -> Tokenized:
+    """Count a row as a sample, cut to the greatest length, or as a reject if it has no anchor; returns what is left."""
     if len(sample.input_ids) > config.max_length:
         whole, sample = sample, Tokenized(sample.input_ids[: config.max_length], sample.loss_mask[: config.max_length])
         tally.num_truncated += 1
@@ -143,6 +149,7 @@ def _keep(row: Row, sample: Tokenized, config: ExtractConfig, tally: Tally) -> N
         tally.kept.append((row, sample, num_anchors))
     else:
         tally.reject(row, _why_not(sample, config.block_size), f"{len(sample.input_ids)} tokens")
+    return sample
 
 
 def _place(config: ExtractConfig, tally: Tally, slot_bytes: int) -> Plan:

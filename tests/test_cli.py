@@ -158,6 +158,39 @@ def test_inspect_prints_a_sample_with_its_supervised_part_marked(cache: Path) ->
     assert sum(run["tokens"] for run in view["runs"] if run["supervised"]) == view["supervised"]
 
 
+def test_inspect_shows_a_row_before_anything_is_extracted(
+    target: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    planned = json.loads(dflash("inspect", cache, "--sample", 3, "--json").stdout)
+    arguments = ("inspect", data, "--target", target, "--block-size", planned["block_size"])
+    row = json.loads(dflash(*arguments, "--sample", 3, "--json").stdout)
+    assert {name: row[name] for name in ("tokens", "supervised", "anchors", "source", "runs")} == {
+        name: planned[name] for name in ("tokens", "supervised", "anchors", "source", "runs")
+    }
+    assert row["line"] == 4 and row["roles"] == ["user", "assistant"] * 2 and row["left_out"] is None
+    text = dflash(*arguments, "--sample", 3).stdout
+    assert all(f"[[{run['text']}]]" in text for run in row["runs"] if run["supervised"])
+    last = json.loads(dflash(*arguments, "--sample", 3, "--mask", "last-turn", "--json").stdout)
+    assert [run["supervised"] for run in last["runs"]].count(True) == 1 and 0 < last["supervised"] < row["supervised"]
+    cut = json.loads(dflash(*arguments, "--sample", 3, "--max-length", 30, "--json").stdout)
+    assert cut["tokens"] == 30 and cut["truncated_supervised"] > 0
+    refused(dflash(*arguments, "--sample", 80), "has no row 80")
+
+
+def test_inspect_says_why_a_row_would_be_left_out(target: Path, tmp_path: Path) -> None:
+    lines = [
+        "nonsense",
+        '{"messages": [{"role": "user", "content": "a <|im_end|>"}]}',
+        '{"messages": [{"role": "user", "content": "a\\u001b[31m"}]}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    said = [dflash("inspect", path, "--target", target, "--sample", i).stdout for i in range(3)]
+    assert "LEFT OUT    bad row: is not JSON" in said[0]
+    assert "LEFT OUT    special token in content: messages[0].content spells" in said[1]
+    assert "LEFT OUT    no supervised token" in said[2] and "a\\x1b[31m" in said[2] and "\033" not in said[2]
+
+
 def test_results_fit_eighty_columns_and_hold_no_colour_when_redirected(cache: Path) -> None:
     text = dflash("inspect", cache).stdout
     short = [line for line in text.splitlines() if not line.startswith(("Cache", "Target"))]

@@ -1,0 +1,73 @@
+"""`dflash inspect DATA --target MODEL`: what would become of one row, before anything is extracted."""
+
+import re
+import sys
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from dflash_offline.pipeline.inspect import MARKS, marked_runs
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.conversations import Chat, RowFaultError, read_content
+from dflash_offline.stages.masks import Masker
+from dflash_offline.stages.samples import Tally, take_row
+from dflash_offline.stages.sources import Data
+from dflash_offline.stages.target import open_target
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
+    """Return what `extract` would make of row `number`, from 0: its text in runs, its numbers, why it is left out."""
+    files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    most = files.decoder()["max_position_embeddings"]
+    config = replace(config, max_length=min(config.max_length, most))
+    data, masker, tally = Data(config), Masker(files, config), Tally()
+    row = next(islice(data.rows(), number, None), None) if number >= 0 else None
+    if row is None:
+        raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
+    made = take_row(row, config, data, masker, tally)
+    try:
+        content = read_content(row.value, data.format.layout)[1]
+        roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
+    except RowFaultError:
+        roles = []
+    return {
+        "row": number,
+        "source": row.source.name,
+        "line": row.line,
+        "format": next(iter(tally.formats), row.source.container),
+        "roles": roles,
+        "mask_rule": masker.rule,
+        "tokens": 0 if made is None else len(made.input_ids),
+        "supervised": 0 if made is None else int(made.loss_mask.sum()),
+        "anchors": tally.kept[0][2] if tally.kept else 0,
+        "block_size": config.block_size,
+        "truncated_supervised": tally.num_supervised_cut if tally.num_truncated else None,
+        "left_out": tally.rejects[0].reason if tally.rejects else None,
+        "detail": tally.rejects[0].detail if tally.rejects else None,
+        "runs": [] if made is None else marked_runs(made.input_ids, made.loss_mask, files.tokenizer.decode),
+    }
+
+
+def print_row(view: dict[str, Any]) -> None:
+    """Print a row for a person, the supervised part marked as in a cache's sample."""
+    opening, closing = MARKS[sys.stdout.isatty()]
+    print(f"Row {view['row']} ({view['source']}:{view['line']}), {view['format']}")
+    print(f"Roles       {', '.join(view['roles']) or 'none'}")
+    print(f"Mask        {view['mask_rule']}; supervised {'is green' if sys.stdout.isatty() else 'in [[ ]]'}")
+    print(f"Tokens      {view['tokens']:,}; supervised {view['supervised']:,}")
+    print(f"Anchors     {view['anchors']:,} for blocks of {view['block_size']}")
+    if view["truncated_supervised"] is not None:
+        print(f"            cut at the maximum length, by {view['truncated_supervised']:,} supervised tokens")
+    if view["left_out"]:
+        print(f"LEFT OUT    {view['left_out']}: {_safe(view['detail'])}")
+    if view["runs"]:
+        runs = ((_safe(run["text"]), run["supervised"]) for run in view["runs"])
+        print("\n" + "".join(f"{opening}{text}{closing}" if supervised else text for text, supervised in runs))
+
+
+def _safe(text: str) -> str:
+    """Return a text whose control characters a terminal shows instead of obeying them."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
