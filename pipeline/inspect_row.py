@@ -42,7 +42,7 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "mask_rule": masker.rule,
         "tokens": 0 if made is None else len(made.input_ids),
         "supervised": 0 if made is None else int(made.loss_mask.sum()),
-        "anchors": tally.kept[0][2] if tally.kept else 0,
+        "anchors": tally.kept[0][3] if tally.kept else 0,
         "block_size": config.block_size,
         "truncated_supervised": tally.num_supervised_cut if tally.num_truncated else None,
         "left_out": tally.rejects[0].reason if tally.rejects else None,

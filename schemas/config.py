@@ -14,7 +14,14 @@ def _refuse(what: str, problems: list[str]) -> None:
         raise DflashError(f"These settings of `dflash {what}` cannot be used:\n  " + "\n  ".join(problems))
 
 
-RESERVED_TEMPLATE_KWARGS = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"}
+RESERVED_TEMPLATE_KWARGS = {
+    "conversation",
+    "messages",
+    "tokenize",
+    "tokenizer_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+}
 
 
 def template_problems(kwargs: dict[str, Any]) -> list[str]:

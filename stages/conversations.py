@@ -1,7 +1,7 @@
 """What a row says, whichever way it is written: a conversation, a plain text, or tokens with their mask."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -90,6 +90,11 @@ def read_messages(value: dict[str, Any]) -> Chat:
     if not isinstance(messages, list) or not messages:
         raise RowFaultError(f"has no list 'messages' (its keys are {shown(sorted(value)[:8])})")
     return Chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)], _tools(value))
+
+
+def template_kwargs(given: Mapping[str, Any], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Return what the chat template is given: the user's arguments, and the row's own tools over theirs."""
+    return {**given, "tools": tools} if tools else dict(given)
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.stages.conversations import Chat, Content, Text, Tokens, strings
+from dflash_offline.stages.conversations import Chat, Content, Text, Tokens, strings, template_kwargs
 from dflash_offline.stages.target import TargetFiles
 
 REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
@@ -112,10 +112,9 @@ class Masker:
         """Return the text of the first `turns` messages, or of all."""
         text: str = self.tokenizer.apply_chat_template(
             chat.messages[:turns],
-            tools=chat.tools,
             tokenize=False,
             add_generation_prompt=prompt,
-            **self.config.chat_template_kwargs,
+            **template_kwargs(self.config.chat_template_kwargs, chat.tools),
         )
         return text
 
@@ -126,12 +125,11 @@ class Masker:
     def _from_tags(self, chat: Chat) -> _Marked:
         encoded = self.tokenizer.apply_chat_template(
             chat.messages,
-            tools=chat.tools,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
-            **self.config.chat_template_kwargs,
+            **template_kwargs(self.config.chat_template_kwargs, chat.tools),
         )
         marked = _marked(encoded, np.array(encoded["assistant_masks"], np.bool_))
         turns = _answers(chat)

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dflash_offline.schemas.errors import BadInputError
-from dflash_offline.stages.conversations import RowFaultError, read_messages
+from dflash_offline.stages.conversations import RowFaultError, read_messages, template_kwargs
 from dflash_offline.stages.rows import Row, identify, read_rows, refuse_bad_rows
 
 WHAT_TO_DO = (
@@ -56,7 +56,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[
     else:
         try:
             text = tokenizer.apply_chat_template(
-                prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+                prompt.messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **template_kwargs(chat_template_kwargs, prompt.tools),
             )
         except (TemplateError, ValueError) as error:
             raise BadInputError(

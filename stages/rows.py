@@ -108,7 +108,7 @@ def read_rows(file: DataFile) -> Iterator[Row]:
 
 def _said(error: BaseException) -> str:
     said = str(getattr(error, "strerror", None) or error).splitlines()
-    return said[0][:200] if said else type(error).__name__
+    return said[0][:200].rstrip(".") if said else type(error).__name__
 
 
 def _open(path: Path) -> BinaryIO:
@@ -281,8 +281,9 @@ def _values(batches: Iterator[pa.RecordBatch]) -> Found:
     number = 0
     for batch in batches:
         try:
+            batch.validate(full=True)  # damaged offsets would be followed out of the file
             values = [(value, "") for value in batch.to_pylist()]
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, pa.ArrowInvalid):
             values = [_value(batch.slice(i, 1)) for i in range(batch.num_rows)]
         for value, fault in values:
             number += 1
@@ -291,9 +292,10 @@ def _values(batches: Iterator[pa.RecordBatch]) -> Found:
 
 def _value(batch: pa.RecordBatch) -> tuple[Any, str]:
     try:
+        batch.validate(full=True)
         return batch.to_pylist()[0], ""
-    except UnicodeDecodeError as error:
-        return None, f"is not UTF-8 (byte {error.start}: {error.reason})"
+    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+        return None, f"is damaged ({_said(error)})"
 
 
 def _without_nulls(value: Any) -> Any:

@@ -53,8 +53,8 @@ class Plan:
 class Tally:
     """What became of the rows so far."""
 
-    kept: list[tuple[Row, Tokenized, int]] = field(default_factory=list)
-    """With the anchors of each."""
+    kept: list[tuple[str, int, Tokenized, int]] = field(default_factory=list)
+    """Source, line, tokens and number of anchors of each sample."""
     rejects: list[Reject] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     """Of bad rows, with their places."""
@@ -146,7 +146,7 @@ def _keep(row: Row, sample: Tokenized, config: ExtractConfig, tally: Tally) -> T
         tally.num_supervised_cut += int(whole.loss_mask.sum() - sample.loss_mask.sum())
     num_anchors = count_anchors(sample.loss_mask, config.block_size)
     if num_anchors:
-        tally.kept.append((row, sample, num_anchors))
+        tally.kept.append((row.source.name, row.line, sample, num_anchors))
     else:
         tally.reject(row, _why_not(sample, config.block_size), f"{len(sample.input_ids)} tokens")
     return sample
@@ -154,7 +154,8 @@ def _keep(row: Row, sample: Tokenized, config: ExtractConfig, tally: Tally) -> T
 
 def _place(config: ExtractConfig, tally: Tally, slot_bytes: int) -> Plan:
     kept, chunk = tally.kept, config.chunk_tokens
-    num_tokens = np.array([len(sample.input_ids) for _, sample, _ in kept], np.int64)
+    sources, lines, tokenized, anchors = zip(*kept, strict=True)
+    num_tokens = np.array([len(sample.input_ids) for sample in tokenized], np.int64)
     slots = -(-num_tokens // chunk) * chunk
     wanted = (config.shard_mib << 20) // slot_bytes // chunk * chunk
     shard_tokens = int(min(max(wanted, slots.max()), slots.sum()))
@@ -166,16 +167,16 @@ def _place(config: ExtractConfig, tally: Tally, slot_bytes: int) -> Plan:
         shard[index], start[index] = current, current * shard_tokens + used
         used += size
     samples = SampleTable(
-        source=[row.source.name for row, _, _ in kept],
-        row=np.array([row.line for row, _, _ in kept], np.int64),
+        source=list(sources),
+        row=np.array(lines, np.int64),
         num_tokens=num_tokens,
-        num_supervised=np.array([sample.loss_mask.sum() for _, sample, _ in kept], np.int64),
-        num_anchors=np.array([anchors for _, _, anchors in kept], np.int64),
+        num_supervised=np.array([sample.loss_mask.sum() for sample in tokenized], np.int64),
+        num_anchors=np.array(anchors, np.int64),
         shard=shard,
         start=start,
         offsets=np.concatenate([[0], np.cumsum(num_tokens)]),
-        flat_ids=np.concatenate([sample.input_ids for _, sample, _ in kept]),
-        flat_mask=np.concatenate([sample.loss_mask for _, sample, _ in kept]),
+        flat_ids=np.concatenate([sample.input_ids for sample in tokenized]),
+        flat_mask=np.concatenate([sample.loss_mask for sample in tokenized]),
     )
     return Plan(samples, tally, current + 1, shard_tokens)
 

@@ -103,7 +103,7 @@ def _source(argument: str, container: str | None) -> Source:
     path = Path(place).expanduser()
     if path.is_dir():
         files = _folder(path, container)
-    elif path.exists():
+    elif path.is_file():  # a pipe could be read only once
         files = [identify(path, container=container)]
     elif any(sign in place for sign in "*?["):
         matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
@@ -133,7 +133,9 @@ def _weighted(argument: str) -> tuple[str, float | None]:
 
 
 def _matched(path: Path, container: str | None) -> list[DataFile]:
-    return _folder(path, container) if path.is_dir() else [identify(path, container=container)]
+    if path.is_dir():
+        return _folder(path, container)
+    return [identify(path, container=container)] if path.is_file() else []
 
 
 def _folder(folder: Path, container: str | None) -> list[DataFile]:

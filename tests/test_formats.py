@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -220,7 +222,27 @@ def test_a_string_of_arrow_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> No
     array = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
     found = values(tmp_path / "a.parquet")
-    assert found[0] == {"text": "a"} and "is not UTF-8" in found[1] and found[2] == {"text": "c"}
+    assert found[0] == {"text": "a"} and "is damaged (" in found[1] and "UTF8" in found[1] and found[2] == {"text": "c"}
+
+
+def test_spoiled_arrow_bytes_never_lead_out_of_the_file(tmp_path: Path) -> None:
+    rows = [{"messages": TWO}] * 40
+    whole = write_arrow(tmp_path / "whole.arrow", rows, stream=True).read_bytes()
+    chance, outcomes = random.Random(0), set()
+    for _ in range(300):
+        spoiled = bytearray(whole)
+        at = chance.randrange(8, len(whole))
+        spoiled[at : at + 8] = chance.randbytes(8)
+        path = write_bytes(tmp_path / "spoiled.arrow", spoiled)
+        try:
+            found = values(path)
+        except BadInputError:
+            outcomes.add("refused")
+        else:
+            outcomes.add(
+                "same" if found == rows else "named" if any("is damaged" in str(v) for v in found) else "other"
+            )
+    assert {"refused", "same", "named"} <= outcomes
 
 
 def lines(tmp_path: Path, name: str, count: int) -> Path:
@@ -249,6 +271,15 @@ def test_folders_and_globs_are_read_in_the_order_of_their_paths(
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(BadInputError, match="names no data file"):
             drawn(nothing)
+
+
+def test_a_pipe_is_no_data_for_it_could_be_read_only_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(BadInputError, match="is not a file or a folder"):
+        drawn(tmp_path / "a.jsonl")
+    for several in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(BadInputError, match="names no data file"):
+            drawn(several)
 
 
 def test_a_saved_dataset_of_several_splits_asks_for_one(tmp_path: Path) -> None:

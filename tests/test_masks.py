@@ -196,6 +196,10 @@ def test_a_tool_call_is_supervised_and_its_result_is_not(tmp_path: Path) -> None
     chat = read_messages({"messages": messages, "tools": [{"type": "function", "function": {"name": "count"}}]})
     assert supervised(made, chat) == '<tool>count {"cats": 2}</tool><|im_end|>a red dog<|im_end|>'
     assert '"name": "count"' in made.tokenizer.decode(made.tokenize(chat).input_ids.tolist())
+    everywhere = masker(tmp_path / "b", "tools", {"tools": [{"name": "other"}]})
+    for tools, name in ((chat.tools, "count"), (None, "other")):
+        text = everywhere.tokenizer.decode(everywhere.tokenize(Chat(chat.messages, tools)).input_ids.tolist())
+        assert f'"name": "{name}"' in text
 
 
 @pytest.mark.parametrize("shape", ["tags", "none"])
