@@ -14,6 +14,8 @@ from dflash_offline.stages.target import TargetFiles
 
 REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
 """Part of what a model says, even where its tokenizer flags them special."""
+MOST_CHARACTERS = 1 << 22
+"""Of one row: about a million tokens, which take some 800 MiB while they are made."""
 _REASONING = re.compile(
     r"(?:<think>|\A)(?:(?!<think>).)*?</think>|<think>.*\Z"
     r"|(?:\[THINK\]|\A)(?:(?!\[THINK\]).)*?\[/THINK\]|\[THINK\].*\Z"
@@ -70,8 +72,7 @@ class Masker:
         """Return tokens and mask; `UnmaskableError`, or jinja2's `TemplateError`, if this row has none."""
         if isinstance(content, Tokens):
             return self._given(content)
-        if not self.config.keep_special_tokens:
-            self._refuse_special(content)
+        self._refuse_unfit(content)
         if self.config.mask == "all" or isinstance(content, Text):
             marked = self._encode(self._text(content), add_special_tokens=isinstance(content, Text))
             mask = (marked.ends > marked.begins) | (self.config.mask == "all")
@@ -96,10 +97,15 @@ class Masker:
             mask[: runs[-1, 0] if len(runs) else 0] = False
         return Tokenized(np.array(tokens.input_ids, np.uint32), mask)
 
-    def _refuse_special(self, content: Chat | Text) -> None:
-        said = {"text": content.text} if isinstance(content, Text) else vars(content)
-        for place, text in strings(said):
-            if self._special is not None and (found := self._special.search(text)):
+    def _refuse_unfit(self, content: Chat | Text) -> None:
+        texts = list(strings({"text": content.text} if isinstance(content, Text) else vars(content)))
+        size = sum(len(text) for _, text in texts)
+        if size > MOST_CHARACTERS:
+            raise UnmaskableError("far too long", f"{size:,} characters; at most {MOST_CHARACTERS:,} are tokenized")
+        if self._special is None or self.config.keep_special_tokens:
+            return
+        for place, text in texts:
+            if found := self._special.search(text):
                 raise UnmaskableError("special token in content", f"{place} spells {found.group()!r}")
 
     def _is_blank(self, ids: NDArray[np.uint32]) -> bool:

@@ -103,21 +103,28 @@ def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_
         kinds += [("bad", BAD[name][0](chance)), ("good", chance.choice(sorted(good)))]
         kinds += [("injected", injected), ("good", control.encode())][: chance.randrange(3)]
     large = b'{"messages": [{"role": "user", "content": "' + b"a" * 50_000_000
-    kinds += [("bad", large), ("bad", large + b'", "role": 3}]}'), ("bad", BAD["deep"][0](chance))]
+    kinds += [
+        ("long", large + b'"}]}'),
+        ("bad", large),
+        ("bad", large + b'", "role": 3}]}'),
+        ("bad", BAD["deep"][0](chance)),
+    ]
     path.write_bytes(b"\n".join(line for _, line in kinds) + b"\n")
     del large
 
     plan = planned(without_tags, path, skip_bad_rows=True)
     expected = {
-        kind: [i for i, (k, _) in enumerate(kinds, start=1) if k == kind] for kind in ("good", "bad", "injected")
+        kind: [i for i, (k, _) in enumerate(kinds, start=1) if k == kind]
+        for kind in ("good", "bad", "injected", "long")
     }
     assert plan.samples.row.tolist() == expected["good"]
     assert [reject.row for reject in plan.rejects if reject.reason == "bad row"] == expected["bad"]
     assert [reject.row for reject in plan.rejects if reject.reason == "special token in content"] == expected[
         "injected"
     ]
+    assert [reject.row for reject in plan.rejects if reject.reason == "far too long"] == expected["long"]
     write_rejects(tmp_path / "rejects.parquet", plan.rejects)
-    assert pq.read_table(tmp_path / "rejects.parquet").num_rows == len(expected["bad"]) + len(expected["injected"])
+    assert pq.read_table(tmp_path / "rejects.parquet").num_rows == len(kinds) - len(expected["good"])
     with pytest.raises(BadInputError) as caught:
         planned(without_tags, path)
     said = str(caught.value)

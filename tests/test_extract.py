@@ -313,7 +313,9 @@ def test_a_damaged_plan_is_refused(cache: Path, extract_config: Settings, tmp_pa
 def test_the_manifest_records_what_made_the_cache(cache: Path) -> None:
     manifest = json.loads((cache / "manifest.json").read_text())
     assert manifest["identity"]["layer_ids"] == [1, 2, 4]
-    assert manifest["plan"]["mask_token_id"] == 3
+    assert manifest["plan"]["mask_token_id"] == 3 and manifest["plan"]["formats"] == {"jsonl, messages": 80}
+    chosen = {"input_format", "limit", "weights", "seed", "drop_duplicates", "keep_special_tokens"}
+    assert not chosen & set(manifest["identity"])  # a default adds no field, so that older caches can be continued
     assert set(manifest["files"]) >= {"samples.parquet", "rejects.parquet", "features.zarr/zarr.json"}
     assert "target/embeddings.safetensors" in manifest["files"] and "target/tokenizer.json" in manifest["files"]
 
