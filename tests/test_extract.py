@@ -169,8 +169,9 @@ def test_two_starts_at_once_share_the_work(cache: Path, extract_config: Settings
 
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on(extract_config: Settings, tmp_path: Path) -> None:
-    out = tmp_path / "cache"
-    process = subprocess.Popen(command(extract_config, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, many = tmp_path / "cache", save_conversations(tmp_path / "many.jsonl", 2000)
+    config = extract_config | {"data": (many,)}  # work enough that the signal comes in the middle of it
+    process = subprocess.Popen(command(config, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not _commits(out):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
