@@ -131,11 +131,18 @@ def _settings_over_file(kind: type[Config], ctx: typer.Context, path: Path | Non
     """Return a command's settings: a file's, where there is one, and over them what stands on the command line."""
     settings = read_settings(path, kind) if path else {}
     for field in fields(kind):
-        source = ctx.get_parameter_source(field.name)
-        if field.name not in settings or (source is not None and source.name == "COMMANDLINE"):
+        if field.name not in settings or _given(ctx, field.name):
             settings[field.name] = given[field.name]
+    if _given(ctx, "epochs") and not _given(ctx, "steps"):
+        settings["steps"] = None  # the file's, which would go before the epochs asked for
     require_fields(kind, settings)
     return kind(**settings)
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Say whether an argument stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _is_first_rank() -> bool:
@@ -425,8 +432,8 @@ def train(
         str | None, typer.Option(metavar="IDS", help="Draft layers with that window, from 0. [default: every one]")
     ] = None,
     causal_layers: Annotated[
-        str, typer.Option(help="Draft layers that are causal within a block: none, sliding or all.")
-    ] = TrainConfig.causal_layers,
+        str | None, typer.Option(help="Draft layers causal within a block: none, sliding or all. [default: none]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and anchors.")] = TrainConfig.seed,
     val_samples: Annotated[
         int, typer.Option(help="Samples held out, at most; never over a tenth.")

@@ -229,8 +229,9 @@ class TrainConfig:
     """W: draft layers see context less than W positions back; None for all of it."""
     sliding_layers: tuple[int, ...] | None = None
     """Draft layers with that window, from 0; None for every one, if there is a window."""
-    causal_layers: str = "none"
-    """Draft layers in which a token does not see the later ones of its block: none, sliding or all."""
+    causal_layers: str | None = None
+    """Draft layers in which a token does not see the later ones of its block: none, sliding or all; None for none, or
+    those of the draft it starts from."""
     layers: tuple[int, ...] | None = None
     """Captured layers the draft reads; None for all in the cache."""
     seed: int = 0

@@ -65,6 +65,9 @@ class DraftConfig:
         return {kind: AttentionRule(windows[kind], causal[kind]) for kind in sorted(set(self.layer_types))}
 
     def __post_init__(self) -> None:
+        every_layer_slides = self.sliding_layers == tuple(range(self.num_hidden_layers)) != ()
+        if self.causal_layers == "sliding" and every_layer_slides:
+            object.__setattr__(self, "causal_layers", "all")  # one name for one meaning: config.json has no other
         problems = self._problems()
         if problems:
             raise DflashError("This draft cannot be built:\n  " + "\n  ".join(problems))
@@ -114,6 +117,10 @@ class DraftConfig:
             )
         if self.causal_layers not in CAUSAL_LAYERS:
             problems.append(f"causal_layers is {self.causal_layers!r}; expected one of {CAUSAL_LAYERS}.")
+        if self.causal_layers == "sliding" and not layers:
+            problems.append(
+                "causal_layers is 'sliding', and no layer slides; expected a sliding_window, or none or all."
+            )
         return problems
 
     def to_json(self) -> dict[str, Any]:

@@ -92,13 +92,15 @@ def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -
 
 
 def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:
-    """Return windows and causality; windows that are not asked for are those of the draft it starts from."""
-    window, sliding = config.sliding_window, config.sliding_layers
+    """Return windows and causality; what is not asked for is that of the draft it starts from."""
+    window, sliding, causal = config.sliding_window, config.sliding_layers, config.causal_layers
     if start and window is None and sliding is None:
         window, sliding = start.config.sliding_window, start.config.sliding_layers
     elif sliding is None:
         sliding = () if window is None else tuple(range(num_layers))
-    return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": config.causal_layers}
+    if causal is None:
+        causal = start.config.causal_layers if start else "none"
+    return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": causal}
 
 
 def _refuse_unfit_cache(reader: CacheReader, block_size: int, layers: tuple[int, ...]) -> None:

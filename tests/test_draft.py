@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tiny import ATTENTION, tiny_draft_config
 
-from dflash_offline.schemas.draft import DraftConfig
+from dflash_offline.schemas.draft import CAUSAL_LAYERS, DraftConfig
 from dflash_offline.schemas.errors import DflashError
 
 
@@ -13,6 +13,20 @@ from dflash_offline.schemas.errors import DflashError
 def test_a_draft_reads_back_from_its_config(name: str) -> None:
     config = tiny_draft_config(**ATTENTION[name])
     assert DraftConfig.from_json(config.to_json(), "config.json") == config
+
+
+def test_every_combination_of_windows_and_causality_survives_its_config() -> None:
+    for layers in ((), (0,), (1,), (0, 1)):
+        for causal in CAUSAL_LAYERS:
+            window = {"sliding_window": 8, "sliding_layers": layers} if layers else {}
+            if causal == "sliding" and not layers:
+                with pytest.raises(DflashError, match="no layer slides"):
+                    tiny_draft_config(causal_layers=causal)
+                continue
+            config = tiny_draft_config(**window, causal_layers=causal)
+            rules = [config.attention_rules[kind].causal for kind in config.layer_types]
+            assert rules == [causal == "all" or (causal == "sliding" and i in layers) for i in range(2)]
+            assert DraftConfig.from_json(config.to_json(), "config.json") == config
 
 
 @pytest.mark.parametrize("name", ATTENTION)

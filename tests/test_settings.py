@@ -70,6 +70,16 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(cache: Path, 
     assert used["clip"] == TrainConfig.clip
 
 
+def test_epochs_on_the_command_line_go_before_steps_of_the_file(cache: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, f'caches = ["{cache}"]\nsteps = 5\ndraft_layers = 1\nnum_anchors = 4\nval_samples = 0\n')
+    for flags, steps in ((["--epochs", "0.01"], None), (["--epochs", "0.01", "--steps", "2"], 2)):
+        run = tmp_path / f"run{steps}"
+        result = CliRunner().invoke(app, ["train", "--config", str(path), "--out", str(run), *flags, "--quiet"])
+        assert result.exit_code == 0, result.output
+        used = TrainConfig(**read_settings(run / "config.toml", TrainConfig))
+        assert (used.steps, used.epochs) == (steps, 0.01)
+
+
 def test_what_is_set_nowhere_is_named() -> None:
     result = CliRunner().invoke(app, ["train", "--steps", "2"])
     assert result.exit_code == 1 and "Not set: caches, out." in result.stderr

@@ -359,6 +359,19 @@ def test_a_run_starts_from_a_draft_and_refuses_one_of_another_shape(cache: Path,
         train(replace(settings, init_from=None), Silent())
 
 
+def test_a_run_with_causal_windows_goes_on_and_gives_its_causality_to_what_starts_from_it(
+    cache: Path, tmp_path: Path
+) -> None:
+    settings = config(cache, tmp_path / "run", steps=2, sliding_window=64, causal_layers="sliding")
+    train(settings, Silent())
+    assert train(settings, Silent()).state.step == 2
+    export(tmp_path / "run", tmp_path / "draft")
+    start = training(cache, tmp_path / "next", draft_layers=None, init_from=tmp_path / "draft")
+    assert (start.shape.sliding_window, start.shape.causal_layers) == (64, "all")
+    with pytest.raises(MismatchError, match=r"causal_layers +draft: all +run: none"):
+        training(cache, tmp_path / "next", draft_layers=None, init_from=tmp_path / "draft", causal_layers="none")
+
+
 def test_gradient_checkpointing_changes_no_gradient(cache: Path, tmp_path: Path) -> None:
     plain, saving = training(cache, tmp_path / "a"), training(cache, tmp_path / "b", gradient_checkpointing=True)
     batch = placed(plain, rows_of([3, 5]))
