@@ -1,5 +1,6 @@
 """What a user may set for the two stages. Each default exists here and nowhere else."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,8 @@ class ExtractConfig:
         _refuse("extract", problems + template_problems(self.chat_template_kwargs))
 
 
+MAX_EPOCHS = 1_000_000
+"""Passes over the samples; far above any run, and few enough to count the steps of."""
 REPORTERS = ("wandb", "trackio")
 
 
@@ -304,8 +307,15 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "at least 1",
         lambda value: value >= 1,
     ),
-    ("learning_rate clip epochs gamma draft_rope_theta draft_rms_norm_eps", "more than 0", lambda value: value > 0),
-    ("weight_decay seed val_samples", "0 or more", lambda value: value >= 0),
+    (
+        "learning_rate clip gamma draft_rope_theta draft_rms_norm_eps",
+        "more than 0, and finite",
+        lambda value: 0 < value < math.inf,
+    ),
+    ("epochs", f"more than 0, and at most {MAX_EPOCHS:,}", lambda value: 0 < value <= MAX_EPOCHS),
+    ("weight_decay", "0 or more, and finite", lambda value: 0 <= value < math.inf),
+    ("seed", "0 or more, below 2**63", lambda value: 0 <= value < 2**63),
+    ("val_samples", "0 or more", lambda value: value >= 0),
     ("block_size", "at least 2", lambda value: value >= 2),
 )
 

@@ -1,6 +1,7 @@
 """The draft's shape and its config.json, as z-lab's reference client, vLLM and SGLang read it."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,7 @@ class DraftConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str) -> "DraftConfig":
         """Return the draft described by a config.json; `where` names the file in errors."""
+        _refuse_not_computed(config, where)
         nested = config.get("dflash_config") or {}
         rope = config.get("rope_parameters") or {}
         merged = {**config, **nested}
@@ -211,6 +213,43 @@ class DraftConfig:
                 f"{path} is a JSON {type(document).__name__}; expected an object. Export the draft again."
             )
         return cls.from_json(document, str(path))
+
+
+_NOT_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": (None, "silu"),
+    "attention_bias": (None, False),
+    "final_logit_softcapping": (None,),
+    "output_multiplier": (None, 1),
+    "input_embedding_scale": (None, 1),
+}
+"""Settings of other drafts, with the values under which they change nothing."""
+
+
+def _refuse_not_computed(config: Mapping[str, Any], where: str) -> None:
+    """Raise `DflashError` naming every setting of a config.json that asks for what this program does not compute."""
+    sections = {name: config.get(name) or {} for name in ("dflash_config", "rope_parameters", "rope_scaling")}
+    wrong = [f"{name} is {value!r}; expected an object" for name, value in sections.items() if type(value) is not dict]
+    if wrong:
+        raise DflashError(f"{where} is not a DFlash draft's config: {'; '.join(wrong)}.")
+    merged = {**config, **sections["dflash_config"]}
+    for name, harmless in _NOT_COMPUTED.items():
+        if merged.get(name) not in harmless:
+            wrong.append(f"{name} is {merged[name]!r}; expected {harmless[-1]!r}")
+    for place, values in {"": config, **{f"{name}.": section for name, section in sections.items()}}.items():
+        if place.startswith("rope") and (kind := values.get("rope_type", values.get("type", "default"))) != "default":
+            wrong.append(f"{place}rope_type is {kind!r}; expected 'default'")
+        if (share := values.get("partial_rotary_factor")) not in (None, 1):
+            wrong.append(f"{place}partial_rotary_factor is {share!r}; expected none")
+        several = [name for name in values if name.startswith("mrope_") and values[name] not in (None, False)]
+        wrong += [f"{place}{name} is {values[name]!r}; expected none" for name in several]
+    bases = merged.get("rope_theta"), sections["rope_parameters"].get("rope_theta")
+    if None not in bases and bases[0] != bases[1]:
+        wrong.append(f"rope_theta is {bases[0]!r} and rope_parameters.rope_theta {bases[1]!r}; expected one base")
+    if wrong:
+        raise DflashError(
+            f"{where} asks for what this program does not compute: {'; '.join(wrong)}. Serve this draft by its own "
+            f"client, or train one with `dflash train`."
+        )
 
 
 _ATTENTION_FIELDS = ("sliding_window", "sliding_layers", "causal_layers")
@@ -252,7 +291,7 @@ def _attention_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": causal}
 
 
-def _fault_of_type(name: str, value: object) -> str:
+def _fault_of_type(name: str, value: Any) -> str:
     """Return what a field's value should have been, or an empty string if it is that."""
 
     def whole(number: object) -> bool:
@@ -261,5 +300,6 @@ def _fault_of_type(name: str, value: object) -> str:
     if name == "target_layer_ids":
         return "" if isinstance(value, list) and all(map(whole, value)) else "a list of whole numbers"
     if name in ("rms_norm_eps", "rope_theta"):
-        return "" if whole(value) or isinstance(value, float) else "a number"
+        is_number = whole(value) or isinstance(value, float)
+        return "" if is_number and 0 < value < math.inf else "a number above 0"
     return "" if whole(value) else "a whole number"

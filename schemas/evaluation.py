@@ -1,12 +1,16 @@
 """What a user may set for an evaluation of a draft, and what it finds."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.config import template_problems
 from dflash_offline.schemas.errors import DflashError
+
+MIN_TEMPERATURE = 1e-5
+"""Below it, logits divided by the temperature may leave float32; 0 is greedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} is {value}; expected at least 1.")
-        if self.temperature < 0:
-            problems.append(f"temperature is {self.temperature}; expected 0 (greedy) or more.")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            problems.append(f"temperature is {self.temperature}; expected 0 (greedy), or {MIN_TEMPERATURE} or more.")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}; expected above 0, and at most 1.")
         if not 0 <= self.seed < 2**63:

@@ -351,6 +351,11 @@ def load_draft(
     except SafetensorError as error:
         raise DflashError(f"{path} is not a readable safetensors file: {error}. Export the draft again.") from error
     check_draft_weights(weights, config, str(path))
+    if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise DflashError(
+            f"{path} holds values that are not finite in {', '.join(damaged)}. Name another draft, or export an "
+            f"earlier checkpoint."
+        )
     with torch.device("meta"):
         draft = DraftModel(config, attention_backend)
     weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}

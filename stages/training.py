@@ -54,6 +54,11 @@ class Training:
         )
         self.average = WeightAverage(self.draft, config.ema) if config.ema else None
         self.train_samples, self.held_out = corpus.split(config.val_samples)
+        if config.patience and not len(self.held_out):
+            raise DflashError(
+                f"--patience {config.patience} stops a run by its validations, and no sample is held out for them. "
+                f"Raise --val-samples, train from a larger cache, or leave --patience out."
+            )
         self.batching, self.schedule = self._plan()
         self.per_step = config.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)

@@ -1,5 +1,6 @@
 """A draft's config.json: what it says of attention, and what is refused because clients would not agree on it."""
 
+import re
 from typing import Any
 
 import pytest
@@ -72,6 +73,36 @@ def test_a_config_that_does_not_speak_of_causality_has_causal_sliding_layers_onl
 def test_a_config_that_leaves_open_what_its_layers_see_is_refused(changed: dict[str, Any], message: str) -> None:
     document = tiny_draft_config(sliding_window=8, sliding_layers=(0,)).to_json()
     with pytest.raises(DflashError, match=message):
+        DraftConfig.from_json(document | changed, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'"),
+        ({"rope_parameters": {"rope_theta": 500.0}}, "rope_theta is 10000.0 and rope_parameters.rope_theta 500.0"),
+        ({"rope_parameters": {"mrope_section": [1, 2]}}, "rope_parameters.mrope_section is"),
+        ({"rope_scaling": {"mrope_interleaved": True}}, "rope_scaling.mrope_interleaved is"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"output_multiplier": 0.5}, "output_multiplier is 0.5"),
+        ({"dflash_config": {"causal": False, "input_embedding_scale": 8.0}}, "input_embedding_scale is 8.0"),
+        ({"dflash_config": "x"}, "dflash_config is 'x'; expected an object"),
+        ({"rope_parameters": ["x"]}, "rope_parameters is ['x']; expected an object"),
+        ({"rope_scaling": 2.0}, "rope_scaling is 2.0; expected an object"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": float("inf"), "rope_parameters": None}, "rope_theta is inf"),
+    ],
+)
+def test_a_config_of_what_is_not_computed_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
+    document = tiny_draft_config().to_json()
+    harmless = {"output_multiplier": 1.0, "partial_rotary_factor": 1.0, "rope_parameters": None}
+    assert DraftConfig.from_json(document | harmless, "config.json") == tiny_draft_config()
+    with pytest.raises(DflashError, match=re.escape(message)):
         DraftConfig.from_json(document | changed, "config.json")
 
 

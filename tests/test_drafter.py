@@ -184,3 +184,12 @@ def test_load_draft_names_a_missing_or_damaged_weight_file(tmp_path: Path) -> No
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(DflashError, match="does not exist"):
         load_draft(tmp_path, torch.float32, "cpu")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    weights = write_draft(tiny_draft(), tmp_path)
+    weights["fc.weight"][0, 0] = float("nan")
+    weights["norm.weight"][1] = float("inf")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(DflashError, match=r"not finite in fc\.weight, norm\.weight\."):
+        load_draft(tmp_path)

@@ -384,3 +384,9 @@ def test_a_prompt_the_template_or_the_tokenizer_refuses_is_named(tokenizer: Any,
 def test_unusable_settings_are_reported_together() -> None:
     with pytest.raises(DflashError, match=r"(?s)limit is 0.*max_new_tokens is -1.*dtype is 'int8'"):
         settings(Path("p"), limit=0, max_new_tokens=-1, dtype="int8")
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0, 1e-6])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(temperature: float) -> None:
+    with pytest.raises(DflashError, match=r"temperature is .*; expected 0 \(greedy\), or 1e-05 or more"):
+        settings(Path("p"), temperature=temperature)

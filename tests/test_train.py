@@ -1,8 +1,10 @@
 """Stage two: what it trains on, that it goes on exactly, and what it refuses."""
 
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -339,6 +341,26 @@ def test_a_run_without_a_better_walk_stops_early_and_stays_stopped(cache: Path, 
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{done.state.step:07d}"
     assert train(settings, Silent()).state.step == done.state.step
     assert train(replace(settings, patience=None), Silent()).state.step == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, math.inf) for name in ("clip", "gamma", "learning_rate", "weight_decay", "draft_rope_theta")),
+        *((name, math.nan) for name in ("clip", "gamma", "learning_rate", "weight_decay", "epochs", "warmup_ratio")),
+        *(("epochs", value) for value in (math.inf, 1e12)),
+        ("seed", 2**63),
+    ],
+)
+def test_numbers_that_no_run_can_compute_with_are_refused(name: str, value: float) -> None:
+    with pytest.raises(DflashError, match=rf"{name} is {re.escape(str(value))}; expected"):
+        config(Path("cache"), Path("run"), **{name: value})
+
+
+def test_patience_without_held_out_samples_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(DflashError, match="no sample is held out"):
+        train(config(cache, tmp_path / "run", patience=2, val_samples=0), Silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_starts_from_a_draft_and_refuses_one_of_another_shape(cache: Path, run: Path, tmp_path: Path) -> None:
