@@ -9,9 +9,11 @@ from dflash_offline.schemas.run import RunRecord
 from dflash_offline.stages.checkpoint import TrainState
 
 _RECIPE = (
-    *("steps", "epochs", "batch_size", "accumulation", "optimizer", "learning_rate", "num_anchors", "loss", "gamma"),
+    *("steps", "epochs", "weights", "batch_tokens", "row_tokens", "batch_size", "accumulation_times_ranks"),
+    *("optimizer", "learning_rate", "warmup_ratio", "weight_decay", "clip", "ema", "num_anchors", "loss", "gamma"),
     *("seed", "dtype"),
 )
+"""Settings that decide a run, in the order in which the card lists those that it has."""
 
 _ZLAB = """A block holds one anchor and {drafted} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
 
@@ -57,7 +59,11 @@ def card(
     ids = ", ".join(map(str, config.target_layer_ids))
     instead = "epochs" if settings["steps"] else "steps"
     made_by = [name for name in _RECIPE if settings.get(name) is not None and name != instead]
-    recipe = ", ".join(f"{name} {settings[name]}" for name in made_by)
+    if set(settings["weights"]) == {1.0}:
+        made_by.remove("weights")
+    if identity["init_from"]:
+        made_by.append("init_from")
+    recipe = ", ".join(f"{name} {settings.get(name, identity.get(name))}" for name in made_by)
     texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
     serving = texts.get(kind, _TRANSFORMERS).format(
         target=origin["target"],
@@ -92,15 +98,20 @@ def _measured(state: TrainState, found: dict[str, Any] | None) -> str:
             f"(step {state.best_step})."
         )
     if found is not None:
-        pooled, mean = found["acceptance"]["pooled"], found["acceptance"]["mean"]
+        pooled, mean = _figure(found["acceptance"]["pooled"]), _figure(found["acceptance"]["mean"])
         config, prompts = found["config"], found["acceptance"]["prompts"]
         way = f"temperature {config['temperature']}" if config.get("temperature") else "greedy"
         what = "cached turns, without the target" if found.get("offline") else "prompts"
         speed = f", {found['speedup']:.2f} times the target alone" if found.get("speedup") else ""
         lines.append(
-            f"`dflash eval` on {prompts} {what} ({way}, {found['dtype']} on {found['device']}): {pooled:.2f} tokens a "
-            f"round (mean of prompts {mean:.2f}) of at most {found['block_size']}{speed}."
+            f"`dflash eval` on {prompts} {what} ({way}, {found['dtype']} on {found['device']}): {pooled} tokens a "
+            f"round (mean of prompts {mean}) of at most {found['block_size']}{speed}."
         )
         for name, group in found.get("acceptance_by_kind", {}).items():
-            lines.append(f"- {name}: {group['pooled']:.2f} over {group['prompts']} prompts")
+            lines.append(f"- {name}: {_figure(group['pooled'])} over {group['prompts']} prompts")
     return "\n".join(lines or ["Not measured."]) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    """Return a mean; a dash where there was no round to take it of."""
+    return "-" if value is None else f"{value:.2f}"

@@ -65,7 +65,7 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     trained = training_record(run, record, state.step)
     found = _evaluation(run, evaluation, trained)
     target = _target_config(record)
-    architectures = (target or {}).get("architectures") or []
+    architectures = record.origin.get("target_architectures") or (target or {}).get("architectures") or []
     with building_folder(out) as temporary:
         halved = {tensor_name(name, kind): w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
         metadata = {"format": "pt", RECORD: json.dumps(trained, sort_keys=True)}

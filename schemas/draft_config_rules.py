@@ -163,8 +163,11 @@ def speculators(config: dict[str, Any]) -> Found:
     if config.get("speculators_model_type") != "dflash" or not isinstance(config.get("transformer_layer_config"), dict):
         what = f'is {say(config.get("speculators_model_type"))}; expected "dflash" and a transformer_layer_config'
         yield "speculators config", "speculators_model_type", what
-    if not isinstance(verifier.get("name_or_path"), str) or not isinstance(verifier.get("architectures"), list):
-        yield "speculators config", "speculators_config.verifier", "expected name_or_path and architectures"
+    architectures = verifier.get("architectures")
+    named = isinstance(architectures, list) and architectures and all(isinstance(name, str) for name in architectures)
+    if not isinstance(verifier.get("name_or_path"), str) or not named:
+        what = f"has architectures {say(architectures)}; expected name_or_path and a list of the target's architectures"
+        yield "speculators config", "speculators_config.verifier", what
     method = methods[0] if isinstance(methods, list) and methods and isinstance(methods[0], dict) else {}
     tokens, block = method.get("speculative_tokens"), config.get("block_size")
     if not is_int(block) or tokens != block - 1:

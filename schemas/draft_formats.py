@@ -41,6 +41,12 @@ def config_json(config: DraftConfig, kind: str, target: str, architectures: list
             "The speculators format has no word for causal layers with full attention, as this draft has. Export it "
             "with --format zlab."
         )
+    if not architectures:
+        raise DflashError(
+            f"The speculators format names the target's architectures, and neither the run nor the config.json of "
+            f"{target} in its cache says them. Put the cache back where the run was started from, or export it with "
+            f"--format zlab."
+        )
     return _speculators(document, not any(causal), target, architectures)
 
 

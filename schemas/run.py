@@ -10,13 +10,13 @@ from dflash_offline.schemas.files import read_sealed
 from dflash_offline.schemas.manifest import differences
 
 RUN, CONFIG, METRICS, EVENTS = "run.json", "config.toml", "metrics.jsonl", "tensorboard"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NOT_IDENTITY = (
     "caches out init_from device keep patience save_every loader_threads attention_backend gradient_checkpointing "
-    "compile report_to"
+    "compile report_to causal_layers"
 ).split()
 """Settings that change where, how fast and how far a run goes, never what it computes; a resume may change them.
-Caches and the draft it starts from are identified by content instead."""
+Caches and the draft it starts from are identified by content instead, and causality in the draft's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,9 @@ class RunRecord:
 def settings_identity(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide what a run computes."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    if config.steps:
+        settings["epochs"] = None
+    settings["weights"] = [float(weight) for weight in config.weights or [1.0] * len(config.caches)]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 

@@ -1,5 +1,6 @@
 """Stage two: train a draft from cached features. The target is not loaded."""
 
+import json
 import platform
 import signal
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import locked, output_folder, publish, sealed_bytes
+from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run
 from dflash_offline.schemas.settings import to_toml
 from dflash_offline.stages.checkpoint import (
@@ -162,11 +164,12 @@ def _claim_run(training: Training, stack: ExitStack) -> None:
 
 
 def _write_record(training: Training, identity: dict[str, Any]) -> None:
-    run, first = training.config.out, training.corpus.readers[0].manifest
+    run, cache = training.config.out, training.corpus.readers[0]
     origin = {
-        "caches": [str(cache) for cache in training.config.caches],
-        "target": first.origin["target"],
-        "target_identity": first.identity["target"],
+        "caches": [str(cache.resolve()) for cache in training.config.caches],
+        "target": cache.manifest.origin["target"],
+        "target_identity": cache.manifest.identity["target"],
+        "target_architectures": json.loads((cache.cache / TARGET / "config.json").read_text()).get("architectures"),
         "software": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("dflash-offline", "torch", "transformers")},

@@ -81,10 +81,16 @@ class Training:
             block_size=self.shape.block_size,
             attention_backend=backend,
             num_anchors=config.num_anchors,
-            loss_decay_gamma=recommended_gamma(self.shape.block_size) if config.gamma is None else config.gamma,
+            loss_decay_gamma=self._gamma(),
             loss_type=config.loss,
             compiled=self.device.type == "cuda" if config.compile is None else config.compile,
         )
+
+    def _gamma(self) -> float | None:
+        """Return the decay of the dflash loss; None for dpace, which has none."""
+        if self.config.loss != "dflash":
+            return None
+        return recommended_gamma(self.shape.block_size) if self.config.gamma is None else self.config.gamma
 
     def _plan(self) -> tuple[Batching, Schedule]:
         config, corpus = self.config, self.corpus
@@ -109,6 +115,7 @@ class Training:
         shape = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.shape).items()}
         settings = settings_identity(self.config)
         settings["dtype"] = "bfloat16" if self.bfloat16 else "float32"
+        settings["gamma"] = self._gamma()
         settings["accumulation_times_ranks"] = self.per_step
         del settings["accumulation"]
         packed = self.batching.shape

@@ -204,6 +204,7 @@ OTHER_FORMATS: list[tuple[str, str, Callable[[Config], object]]] = [
     ("speculators", "anchor", put("sample_from_anchor", True)),
     ("speculators", "vocabulary", put("draft_vocab_size", 100)),
     ("speculators", "speculators config", put("verifier", {}, "speculators_config")),
+    ("speculators", "speculators config", lambda c: c["speculators_config"]["verifier"].update(architectures=[])),
     ("speculators", "rotary base", put("rope_theta", 7.0, "transformer_layer_config")),
     ("transformers", "layer ids as recorded", put("target_layer_ids", [2, 3, 5])),
     ("transformers", "block size", put("block_size", 16)),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from dflash_offline.pipeline.export import choose_checkpoint, export, training_record
 from dflash_offline.schemas.config import TrainConfig
-from dflash_offline.schemas.draft_formats import FORMATS
+from dflash_offline.schemas.draft import DraftConfig
+from dflash_offline.schemas.draft_formats import FORMATS, config_json
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.stages.checkpoint import read_state
@@ -153,6 +154,15 @@ def test_the_card_says_what_was_measured_if_it_was_with_this_checkpoint(run: Pat
     assert "3.25" in (tmp_path / "draft/README.md").read_text()
 
 
+def test_a_result_without_a_round_is_a_dash_on_the_card(run: Path, tmp_path: Path) -> None:
+    empty = {"pooled": None, "mean": None, "prompts": 2}
+    found = eval_result(run, acceptance=empty, acceptance_by_kind={"short": empty}, speedup=None)
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    export(run, tmp_path / "draft", "last", evaluation=tmp_path / "eval.json")
+    card = (tmp_path / "draft/README.md").read_text()
+    assert "- tokens a round (mean of prompts -) of at most 8." in card and "- short: - over 2 prompts" in card
+
+
 def test_a_result_of_another_draft_is_refused_when_asked_for_and_passed_over_when_found(
     run: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +198,24 @@ def test_the_formats_hold_the_same_weights_under_their_own_names(run: Path, tmp_
         export(run, tmp_path / "gguf", kind="gguf")
 
 
+def test_the_speculators_format_names_the_target_wherever_the_cache_is(
+    cache: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cache.parent)
+    settings = {"steps": 1, "draft_layers": 1, "num_anchors": 4, "ema": 0.9, "device": "cpu"}
+    train(TrainConfig(caches=(Path(cache.name),), out=tmp_path / "run", **settings), Silent())
+    monkeypatch.chdir(tmp_path)
+    origin = RunRecord.read(tmp_path / "run").origin
+    assert origin["caches"] == [str(cache.resolve())]
+    monkeypatch.setattr("dflash_offline.pipeline.export._target_config", lambda record: None)
+    export(tmp_path / "run", tmp_path / "draft", kind="speculators")
+    config = json.loads((tmp_path / "draft/config.json").read_text())
+    assert config["speculators_config"]["verifier"]["architectures"] == ["Qwen3ForCausalLM"]
+    assert "ema 0.9" in (tmp_path / "draft/README.md").read_text()
+    with pytest.raises(DflashError, match="names the target's architectures"):
+        config_json(DraftConfig.read(choose_checkpoint(run, "last")), "speculators", "target", [])
+
+
 def test_each_formats_card_gives_each_server_the_number_it_counts(run: Path, tmp_path: Path) -> None:
     for kind in FORMATS[1:]:
         export(run, tmp_path / kind, kind=kind)
@@ -203,3 +231,7 @@ def test_the_card_names_target_cache_and_recipe(run: Path, tmp_path: Path) -> No
     for text in (*record.identity["caches"], record.origin["target"], "steps 6", "optimizer adamw", "num_anchors 4"):
         assert text in card
     assert record.origin["target_identity"]["config_sha256"] in card and "epochs" not in card
+    for text in ("batch_tokens 8192", "row_tokens", "accumulation_times_ranks 1", "clip 1.0", "warmup_ratio 0.04"):
+        assert text in card
+    for text in ("ema", "init_from", "batch_size"):
+        assert text not in card

@@ -184,6 +184,16 @@ def test_a_resume_with_other_settings_or_another_cache_is_refused_field_by_field
     assert train(config(copy, run), Silent()).state.step == 24  # the same cache elsewhere is the same cache
 
 
+def test_settings_that_mean_the_same_go_on_with_the_same_run(cache: Path, run: Path, tmp_path: Path) -> None:
+    for changes in ({"epochs": 3.0}, {"weights": (1,)}, {"gamma": 4.0}, {"causal_layers": "none"}):
+        assert train(config(cache, run, **changes), Silent()).state.step == 24
+    other = config(cache, tmp_path / "run", steps=1, loss="dpace")
+    train(other, Silent())
+    assert train(replace(other, gamma=3.0), Silent()).state.step == 1
+    with pytest.raises(MismatchError, match=r"settings\.gamma +run: 4.0 +now: 5.0"):
+        train(config(cache, run, gamma=5.0), Silent())
+
+
 def test_a_block_longer_than_planned_or_a_layer_not_cached_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="planned for blocks of 8"):
         train(config(cache, tmp_path / "run", block_size=9), Silent())
