@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # a draft is verified without torch
 
 
 def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
-    """Print every fault of a draft folder with its reason and the clients it breaks; returns whether there is none."""
+    """Print every fault of a draft folder with its reason and the clients it breaks; returns whether it breaks none."""
     config = None
     if target is not None:
         path = Path(target).expanduser() / "config.json"
@@ -24,14 +24,16 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
         except ValueError as error:
             raise DflashError(f"{path} is not JSON ({error}). Name a complete model folder.") from error
     faults = lint_draft(draft, config)
+    is_sound = not any(fault.breaks for fault in faults)
     if as_json:
         print(json.dumps({"draft": str(draft), "faults": [asdict(fault) for fault in faults]}, indent=1))
-        return not faults
+        return is_sound
     for fault in faults:
-        print(f"{fault.place} {fault.what}.\n    breaks {', '.join(fault.breaks)} ({fault.rule}): {fault.why}")
-    if not faults:
+        broken = f"breaks {', '.join(fault.breaks)}" if fault.breaks else "breaks no client of today"
+        print(f"{fault.place} {fault.what}.\n    {broken} ({fault.rule}): {fault.why}")
+    if is_sound:
         print(f"{draft} is sound.")
-    return not faults
+    return is_sound
 
 
 def to_json(faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> str:

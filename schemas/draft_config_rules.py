@@ -1,6 +1,7 @@
 """What a draft's config.json must say, one function for each group of rules; `draft_lint` puts them together."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -48,6 +49,11 @@ def sizes(config: dict[str, Any]) -> Found:
     eps = config.get("rms_norm_eps")
     if not is_number(eps) or eps <= 0:
         yield "shape", "rms_norm_eps", f"is {say(eps)}; expected a number above 0"
+    stored = config.get("dtype", config.get("torch_dtype"))
+    if stored not in (None, "bfloat16", "float16", "float32"):
+        yield "dtype", "dtype", f"is {say(stored)}; expected bfloat16, float16 or float32"
+    if config.get("quantization_config") is not None:
+        yield "quantization", "quantization_config", "is given; expected none"
     if config.get("hidden_act") != "silu":
         yield "activation", "hidden_act", f'is {say(config.get("hidden_act"))}; expected "silu"'
 
@@ -55,6 +61,8 @@ def sizes(config: dict[str, Any]) -> Found:
 def layer_ids(config: dict[str, Any]) -> Found:
     """Which target layers are read."""
     ids, layers = first(config, "target_layer_ids"), first(config, "num_target_layers")
+    if layers is not None and not is_int(layers, 1):
+        yield "target layers", "num_target_layers", f"is {say(layers)}; expected a whole number of at least 1"
     if not isinstance(ids, list) or not ids or not all(is_int(i, 0) for i in ids):
         yield "layer ids", "target_layer_ids", f"is {say(ids)}; expected a list of layer numbers"
         return
@@ -97,16 +105,19 @@ def names(config: dict[str, Any]) -> Found:
 def nested_fields(config: dict[str, Any]) -> Found:
     """What must stand both at the top and in `dflash_config`."""
     nested = section(config, "dflash_config")
-    for name, rule in (
-        ("block_size", "block size"),
-        ("target_layer_ids", "layer ids"),
-        ("num_target_layers", "target layers"),
-        ("mask_token_id", "mask token"),
+    for name, rule, where_nested_only in (
+        ("block_size", "block size", "one place"),
+        ("target_layer_ids", "layer ids", "nested layer ids"),
+        ("num_target_layers", "target layers", "one place"),
+        ("mask_token_id", "mask token", "nested mask token"),
     ):
         top, inner = config.get(name), nested.get(name)
-        if top is None or inner is None:
-            missing = name if top is None else f"dflash_config.{name}"
-            yield rule, missing, "is absent; expected at the top and in dflash_config, for clients look in both"
+        if top is None and inner is None:
+            yield rule, name, "is absent; expected at the top and in dflash_config"
+        elif top is None:
+            yield "one place", name, "is absent; expected at the top as in dflash_config"
+        elif inner is None:
+            yield where_nested_only, f"dflash_config.{name}", "is absent; expected there as at the top"
         elif top != inner:
             yield rule, name, f"is {say(top)}, and dflash_config says {say(inner)}; expected the same"
 
@@ -116,18 +127,34 @@ def rotary(config: dict[str, Any]) -> Found:
     theta, scaling = config.get("rope_theta"), config.get("rope_scaling")
     parameters = section(config, "rope_parameters")
     inner = parameters.get("rope_theta")
-    if not is_number(theta) or not is_number(inner) or theta != inner or theta <= 0:
+    bases = [base for base in (theta, inner) if base is not None]
+    if not bases or any(not is_number(base) or not 0 < base < math.inf for base in bases) or len(set(bases)) > 1:
         what = f"is {say(theta)}, and rope_parameters.rope_theta {say(inner)}; expected one number in both places"
         yield "rotary base", "rope_theta", what
+    elif len(bases) == 1:
+        missing = "rope_theta" if theta is None else "rope_parameters.rope_theta"
+        yield "one place", missing, f"is absent; expected {say(bases[0])}, as in the other place"
     said = section(config, "rope_scaling")
     for place, values in (("", config), ("rope_parameters.", parameters), ("rope_scaling.", said)):
         for name in _ROTARY:
             if values.get(name) not in (None, 1, 1.0):
                 yield "rotary keys", f"{place}{name}", f"is {say(values[name])}; expected no such key"
-    kind = parameters.get("rope_type", "default")
-    if (kind != "default") != bool(scaling) or (scaling and said.get("rope_type", said.get("type")) != kind):
-        what = f"is {say(scaling)}, and rope_parameters.rope_type {say(kind)}; expected both to say the same"
+    old, new = _scaling(said), _scaling(parameters)
+    if scaling is not None and not isinstance(scaling, dict):
+        yield "rotary scaling", "rope_scaling", f"is {say(scaling)}; expected an object or nothing"
+    elif scaling and parameters and old != new:
+        what = f"is {say(scaling)}, and rope_parameters {say(parameters)}; expected both to say the same"
         yield "rotary scaling", "rope_scaling", what
+    elif not scaling and new != _scaling({}):
+        yield "one place", "rope_scaling", f"is absent; expected {say(parameters)}, as rope_parameters says"
+    elif scaling and not parameters:
+        yield "one place", "rope_parameters", f"is absent; expected {say(scaling)}, as rope_scaling says"
+
+
+def _scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rotary scaling under the names of today, without the base."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    return {**{k: v for k, v in values.items() if k not in ("rope_theta", "type")}, "rope_type": kind}
 
 
 def attention(config: dict[str, Any]) -> Found:

@@ -19,6 +19,7 @@ from dflash_offline.schemas.draft_weights import StoredTensor, expected_shapes, 
 RECORD = "dflash"
 """Key in the metadata of our weight files, under which stands what the weights were trained with: `RECORDED`."""
 RECORDED = {"target_layer_ids": "layer ids as recorded", "block_size": "block size", "mask_token_id": "mask token"}
+WEIGHTS = "model.safetensors"
 BORROWED = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
 
 
@@ -33,7 +34,7 @@ class DraftFault:
     """What was found and what was expected."""
     why: str
     breaks: tuple[str, ...]
-    """The clients that refuse the draft or serve it wrongly."""
+    """The clients that refuse the draft or serve it wrongly; none where only older readers may."""
 
 
 def draft_format(config: Mapping[str, Any]) -> str:
@@ -75,6 +76,8 @@ def lint_draft(folder: Path, target: Mapping[str, Any] | None = None) -> list[Dr
 
 def _fault(name: str, place: str, what: str, kind: str) -> DraftFault:
     rule = RULES[name]
+    if not rule.breaks:
+        return DraftFault(rule=name, place=place, what=what, why=rule.why, breaks=())
     clients = {"zlab": rule.breaks, SPECULATORS: (VLLM, SPECULATORS), TRANSFORMERS: (TRANSFORMERS,)}[kind]
     return DraftFault(rule=name, place=place, what=what, why=rule.why, breaks=clients)
 
@@ -90,8 +93,7 @@ def _flat(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _weights(folder: Path, config: dict[str, Any], kind: str) -> Found:
     paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        yield "weights", "model.safetensors", "is missing; expected the draft's weights in safetensors files"
+    yield from _weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         try:
@@ -105,6 +107,24 @@ def _weights(folder: Path, config: dict[str, Any], kind: str) -> Found:
         yield from _recorded(config, metadata, path.name)
     if paths:
         yield from _tensors(config, tensors, kind)
+
+
+def _weight_files(folder: Path) -> Found:
+    """Whether a client finds the weights: under the one name, or by an index of several files."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        return
+    if not index.is_file():
+        yield "weights", WEIGHTS, "is missing; expected the draft's weights there, or an index of several files"
+        return
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield "weights", index.name, f"cannot be read ({error!r}); expected a weight_map of tensors to files"
+        return
+    for name in absent:
+        yield "weights", name, f"is missing; {index.name} names it"
 
 
 def _recorded(config: dict[str, Any], metadata: dict[str, str], name: str) -> Found:
@@ -136,6 +156,10 @@ def _tensors(config: dict[str, Any], tensors: dict[str, StoredTensor], kind: str
     ids = first(config, "target_layer_ids")
     if any(not is_int(config.get(name), 1) for name in SIZES) or not isinstance(ids, list):
         return  # named above; the shapes follow from these
+    if config["num_hidden_layers"] > len(tensors):
+        what = f"is {config['num_hidden_layers']}, and there are only {len(tensors)} tensors; expected 11 in each layer"
+        yield "missing", "num_hidden_layers", what
+        return
     sizes = SimpleNamespace(**{name: config[name] for name in SIZES}, target_layer_ids=ids)
     expected = expected_shapes(sizes)
     if config.get("attention_bias"):

@@ -36,6 +36,16 @@ RULES = {
         "it was not trained for; a user sets vLLM's number of speculative tokens by it",
         EVERY,
     ),
+    "one place": Rule(
+        "z-lab's client, vLLM and SGLang find it in the other place, as in z-lab's own drafts; some older readers look "
+        "in this one alone",
+        (),
+    ),
+    "nested layer ids": Rule("vLLM looks for them in dflash_config alone, and falls back to a default", (VLLM,)),
+    "nested mask token": Rule(
+        "vLLM and SGLang look for it in dflash_config alone, and refuse or make up a token", (VLLM, SGLANG)
+    ),
+    "quantization": Rule("the draft is read as plain floating-point numbers, and a client would unpack them", EVERY),
     "layer ids": Rule(
         "they name the hidden states the draft reads; one layer off gives right text and few accepted tokens. Where "
         "they are absent clients fall back to a default, and SGLang and vLLM read them in different places",
