@@ -98,7 +98,10 @@ def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
 def _refuse_faulty(faults: list[DraftFault], checkpoint: Path) -> list[str]:
     """Raise `DflashError` naming every fault; returns those that are only one client's limit."""
     limits = [f for f in faults if f.rule in ONE_CLIENTS_LIMIT]
-    if refused := [f"{f.place} {f.what} ({', '.join(f.breaks)}: {f.why})" for f in faults if f not in limits]:
+    refused = [
+        f"{f.place} {f.what} ({', '.join(f.breaks) or 'older readers'}: {f.why})" for f in faults if f not in limits
+    ]
+    if refused:
         listed = "\n  ".join(refused)
         raise DflashError(
             f"The draft of {checkpoint} would not be served as it was trained, and was not written:\n  {listed}\n"

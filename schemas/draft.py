@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dflash_offline.schemas.draft_rules import SPECULATORS, TRANSFORMERS
 from dflash_offline.schemas.errors import DflashError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -174,6 +175,11 @@ class DraftConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str) -> "DraftConfig":
         """Return the draft described by a config.json; `where` names the file in errors."""
+        if (kind := draft_format(config)) != "zlab":
+            raise DflashError(
+                f"{where} is of the {kind} format; this command reads the zlab format. Export the run again with "
+                f"`dflash export --format zlab`, and name that folder."
+            )
         _refuse_not_computed(config, where)
         nested = config.get("dflash_config") or {}
         rope = config.get("rope_parameters") or {}
@@ -213,6 +219,13 @@ class DraftConfig:
                 f"{path} is a JSON {type(document).__name__}; expected an object. Export the draft again."
             )
         return cls.from_json(document, str(path))
+
+
+def draft_format(config: Mapping[str, Any]) -> str:
+    """Return which of the export formats a config.json is of."""
+    if "speculators_model_type" in config:
+        return SPECULATORS
+    return TRANSFORMERS if config.get("model_type") == "muse_glimmer_assistant" else "zlab"
 
 
 _NOT_COMPUTED: dict[str, tuple[Any, ...]] = {

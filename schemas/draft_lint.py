@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dflash_offline.schemas import draft_config_rules as on_config
+from dflash_offline.schemas.draft import draft_format
 from dflash_offline.schemas.draft_config_rules import SIZES, Found, first, is_int, say
 from dflash_offline.schemas.draft_formats import CONTEXT_KEYS
 from dflash_offline.schemas.draft_rules import RULES, SPECULATORS, TRANSFORMERS, VLLM
@@ -35,13 +36,6 @@ class DraftFault:
     why: str
     breaks: tuple[str, ...]
     """The clients that refuse the draft or serve it wrongly; none where only older readers may."""
-
-
-def draft_format(config: Mapping[str, Any]) -> str:
-    """Return which of the export formats a config.json is of."""
-    if "speculators_model_type" in config:
-        return SPECULATORS
-    return TRANSFORMERS if config.get("model_type") == "muse_glimmer_assistant" else "zlab"
 
 
 def is_draft(folder: Path) -> bool:

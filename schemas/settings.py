@@ -20,7 +20,7 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
     one, and every value of another type.
     """
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise DflashError(f"{path} cannot be read ({error.strerror}). Name a TOML file with --config.") from error
     except ValueError as error:
@@ -34,6 +34,8 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
             near = difflib.get_close_matches(name, hints, n=1)
             problems.append(f"{key} is no setting" + (f"; did you mean {near[0]}?" if near else "."))
             continue
+        if name in settings:
+            problems.append(f"{name} stands there twice, with a dash and with an underscore; keep one of them.")
         try:
             settings[name] = _converted(value, hints[name])
         except TypeError as error:
@@ -86,5 +88,5 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Path):
-        return json.dumps(str(value.resolve()))
-    return json.dumps(value)
+        value = str(value.resolve())
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no pairs of surrogates

@@ -16,6 +16,7 @@ from dflash_offline.schemas.draft_formats import FORMATS, config_json
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.stages.checkpoint import read_state
+from dflash_offline.stages.drafter import load_draft
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
 
@@ -214,6 +215,15 @@ def test_the_speculators_format_names_the_target_wherever_the_cache_is(
     assert "ema 0.9" in (tmp_path / "draft/README.md").read_text()
     with pytest.raises(DflashError, match="names the target's architectures"):
         config_json(DraftConfig.read(choose_checkpoint(run, "last")), "speculators", "target", [])
+
+
+def test_only_the_plain_format_is_read_back(run: Path, tmp_path: Path) -> None:
+    for kind in FORMATS:
+        export(run, tmp_path / kind, kind=kind)
+    load_draft(tmp_path / "zlab")
+    for kind in FORMATS[1:]:
+        with pytest.raises(DflashError, match=rf"of the {kind} format; .* `dflash export --format zlab`"):
+            load_draft(tmp_path / kind)
 
 
 def test_each_formats_card_gives_each_server_the_number_it_counts(run: Path, tmp_path: Path) -> None:

@@ -52,9 +52,18 @@ def test_a_file_that_is_no_toml_or_absent_is_refused(tmp_path: Path) -> None:
         read_settings(tmp_path / "none.toml", TrainConfig)
 
 
+def test_two_spellings_of_one_key_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DflashError, match="learning_rate stands there twice"):
+        read_settings(write(tmp_path, "learning-rate = 1e-3\nlearning_rate = 2e-3\n"), TrainConfig)
+
+
 def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
     config = TrainConfig(
-        caches=(tmp_path / 'a "quoted" cache',), out=tmp_path / "run", layers=(1, 2), ema=0.99, report_to="wandb"
+        caches=(tmp_path / 'a "quoted" \\ cache \x7f\t of Grüße 🦊',),
+        out=tmp_path / "run",
+        layers=(1, 2),
+        ema=0.99,
+        report_to="wandb",
     )
     assert TrainConfig(**read_settings(write(tmp_path, to_toml(config)), TrainConfig)) == config
 
