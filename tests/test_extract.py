@@ -335,7 +335,7 @@ def test_other_end_tokens_are_another_target(
         extract(ExtractConfig(**extract_config | {"target": str(other)}, out=cache), Silent())
 
 
-@pytest.mark.parametrize("blocks", [20, 60, 100])
+@pytest.mark.parametrize("blocks", [20, 100])
 def test_a_disk_that_fills_before_the_first_shard_is_told(
     extract_config: Settings, tmp_path: Path, blocks: int
 ) -> None:

@@ -136,6 +136,7 @@ def test_the_plot_is_a_png_and_matplotlib_is_loaded_for_nothing_else(
     assert refused.exit_code == 1 and "needs matplotlib" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_walk_agrees_with_live_decoding_where_the_cached_answers_are_greedy(tmp_path: Path) -> None:
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:180]))
