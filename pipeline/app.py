@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 
 Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
+Number = TypeVar("Number", int, float)
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
@@ -87,22 +88,23 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _listed(kind: type[Number], text: str | None, flag: str, example: str) -> tuple[Number, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise DflashError(
+            f"{flag} is {text!r}; expected numbers with commas between, as in {flag} {example}."
+        ) from None
+
+
 def _ids(text: str | None, flag: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise DflashError(f"{flag} is {text!r}; expected numbers with commas between, as in {flag} 1,9,17.") from None
+    return _listed(int, text, flag, "1,9,17")
 
 
-def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise DflashError(f"{flag} is {text!r}; expected numbers with commas between, as in {flag} 1,0.3.") from None
+def _shares(text: str | None, flag: str) -> tuple[float, ...] | None:
+    return _listed(float, text, flag, "1,0.3")
 
 
 def _no_number(name: str) -> NoReturn:
@@ -470,7 +472,7 @@ def train(
             "caches": tuple(caches or ()),
             "layers": _ids(layers, "--layers"),
             "sliding_layers": _ids(sliding_layers, "--sliding-layers"),
-            "weights": _numbers(weights, "--weights"),
+            "weights": _shares(weights, "--weights"),
         }
         settings = _settings_over_file(TrainConfig, ctx, config, given)
         from dflash_offline.pipeline import training

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import building_folder, output_folder
@@ -317,10 +318,12 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     began = time.perf_counter()
     work = extraction.open_work(manifest, samples)
     share = range(manifest.layout.num_shards)[config.rank :: config.world_size]
-    left = [shard for shard in share if not work.writer.is_done(shard)]
+    before = _finished(work.writer)
+    left = [shard for shard in share if shard not in before]
     if len(left) < len(share):
         progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
-    _refuse_if_rest_is_too_large(work.writer, left, config)
+    if before and left and not config.ignore_free_space:
+        _refuse_if_rest_is_too_large(out, before, len(left))
     if left:
         done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
         if config.workers > 1:
@@ -330,9 +333,9 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
             written = run_shards(work, left, samples, progress, done)
     else:
         written = []
-    finished = {shard: work.writer.finished(shard) for shard in range(manifest.layout.num_shards)}
-    missing = [shard for shard, commit in finished.items() if commit is None]
-    if not missing:
+    finished = _finished(work.writer) if left else before
+    shards_left = manifest.layout.num_shards - len(finished)
+    if not shards_left:
         for leftover in [*(out / TMP).glob("*.lock"), *(out / TMP).glob("*.part")]:
             leftover.unlink(missing_ok=True)
     return Extracted(
@@ -340,8 +343,8 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         num_samples=len(samples),
         num_tokens=int(samples.num_tokens.sum()),
         num_shards=manifest.layout.num_shards,
-        shards_left=len(missing),
-        num_skipped=sum(len(commit.skipped) for commit in finished.values() if commit is not None),
+        shards_left=shards_left,
+        num_skipped=sum(len(commit.skipped) for commit in finished.values()),
         shards_written=len(written),
         bytes_written=sum(written),
         seconds=time.perf_counter() - began,
@@ -387,13 +390,15 @@ def _wait_for_plan(out: Path, progress: Progress) -> None:
         time.sleep(PLAN_POLL_S)
 
 
-def _refuse_if_rest_is_too_large(writer: ShardWriter, left: list[int], config: ExtractConfig) -> None:
+def _finished(writer: ShardWriter) -> dict[int, Commit]:
+    shards = range(writer.manifest.layout.num_shards)
+    return {shard: commit for shard in shards if (commit := writer.finished(shard)) is not None}
+
+
+def _refuse_if_rest_is_too_large(out: Path, finished: dict[int, Commit], num_left: int) -> None:
     """Raise `DflashError` if the disk cannot hold the shards left, judged by those that are finished."""
-    finished = [commit for shard in range(writer.manifest.layout.num_shards) if (commit := writer.finished(shard))]
-    if finished and left and not config.ignore_free_space:
-        sizes = [sum(file.size for file in commit.files.values()) for commit in finished]
-        needed = len(left) * sum(sizes) // len(sizes)
-        refuse_too_large(config.out, needed, shutil.disk_usage(config.out).free)
+    total = sum(file.size for commit in finished.values() for file in commit.files.values())
+    refuse_too_large(out, num_left * total // len(finished), shutil.disk_usage(out).free)
 
 
 def _selection(data: Data) -> dict[str, Any]:

@@ -38,20 +38,13 @@ _NICENESS = 10
 class ShardWriter:
     """Checks, encodes and commits shards of one cache."""
 
-    def __init__(
-        self,
-        cache: Path,
-        manifest: Manifest,
-        samples: SampleTable,
-        codec: FeatureCodec,
-        num_encoders: int | None = None,
-    ) -> None:
+    def __init__(self, cache: Path, manifest: Manifest, samples: SampleTable, codec: FeatureCodec) -> None:
         self.cache = cache
         self.manifest = manifest
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self._encoders = ThreadPoolExecutor(num_encoders or usable_cores(), "encode", initializer=_yield_to_forward)
+        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
         self._hasher = ThreadPoolExecutor(1, "hash", initializer=_yield_to_forward)
 
     def finished(self, shard: int) -> Commit | None:
