@@ -148,7 +148,7 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
             for batch in loader.stream(parts, threads=1, device=device):
                 prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
                 for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
-                    source = reader.samples.source[sample]
+                    source = reader.samples.source(sample)
                     walked += [_walked(source, *turn, prefix) for turn in turns(mask) if turn[0] < turn[1]]
                 progress.advance(len(batch.samples))
     finally:

@@ -149,7 +149,7 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
     ids, mask = samples.input_ids(sample), samples.loss_mask(sample)
     return {
         "sample": sample,
-        "source": samples.source[sample],
+        "source": samples.source(sample),
         "row": int(samples.row[sample]),
         "tokens": len(ids),
         "supervised": int(mask.sum()),

@@ -1,8 +1,12 @@
 """samples.parquet and rejects.parquet: which input rows became samples, where they lie, and why others did not."""
 
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +29,20 @@ SAMPLE_SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.bool_())),
     ]
 )
+NUMBERS = ("row", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
+_GROUP_ROWS = 65_536
+_GROUP_TOKENS = 1 << 20
+"""Of one row group, which is what is read at once for the tokens of a sample in it."""
+_HELD_TOKENS = 1 << 24
+"""Of the row groups that are kept after reading; 5 bytes a token."""
+_ENCODINGS = {"use_dictionary": ["source"], "use_byte_stream_split": ["input_ids.list.element"]}
+"""Ids are mostly zero in their upper bytes; the usual dictionary takes twice the time for more bytes."""
+_REJECTS_AT_ONCE = 8_192
+_READ_ROWS = 65_536
+_FAULTS = (OSError, pa.ArrowException)
+
+Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
+"""Token ids and which of them are supervised, of the same length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +59,144 @@ class Reject:
     """What was found in this row."""
 
 
-def write_rejects(path: Path, rejects: list[Reject]) -> None:
-    """Write rejects.parquet."""
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
+    """Write rejects.parquet, row group by row group."""
     names = [field.name for field in fields(Reject)]
     schema = pa.schema([(name, pa.int64() if name == "row" else pa.string()) for name in names])
-    columns = {name: [getattr(reject, name) for reject in rejects] for name in names}
-    pq.write_table(pa.table(columns, schema=schema), path)
+    left = iter(rejects)
+    with pq.ParquetWriter(path, schema) as file:
+        while part := list(islice(left, _REJECTS_AT_ONCE)):
+            columns = {name: [getattr(reject, name) for reject in part] for name in names}
+            file.write_table(pa.table(columns, schema=schema))
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    """Return what rejects.parquet holds; `CacheError` if it cannot be read."""
+    try:
+        return [Reject(**row) for row in pq.read_table(path).to_pylist()]
+    except (*_FAULTS, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def write_samples(
+    path: Path,
+    *,
+    sources: Sequence[str],
+    source_index: NDArray[np.int32],
+    numbers: Mapping[str, NDArray[np.int64] | NDArray[np.int32]],
+    read: Callable[[int, int], Tokens],
+) -> None:
+    """Write samples.parquet, row group by row group; the same samples always give the same bytes.
+
+    `numbers` holds the columns of `NUMBERS`, `source_index` each sample's place in `sources`; `read(begin, end)`
+    returns these tokens of all samples' tokens laid end to end.
+    """
+    begin, names = 0, pa.array(sources, pa.string())
+    with pq.ParquetWriter(path, SAMPLE_SCHEMA, compression="zstd", **_ENCODINGS) as file:
+        for first, ends in _groups(numbers["num_tokens"]):
+            rows = slice(first, first + len(ends))
+            ids, mask = read(begin, begin + int(ends[-1]))
+            offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+            columns = {
+                "sample_id": pa.array(np.arange(rows.start, rows.stop)),
+                "source": names.take(pa.array(source_index[rows])),
+                **{name: pa.array(numbers[name][rows]) for name in NUMBERS},
+                "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids)),
+                "loss_mask": pa.ListArray.from_arrays(offsets, pa.array(mask)),
+            }
+            cast = {field.name: columns[field.name].cast(field.type) for field in SAMPLE_SCHEMA}
+            file.write_table(pa.table(cast, schema=SAMPLE_SCHEMA))
+            begin += len(ids)
+
+
+def _groups(num_tokens: NDArray[np.int64] | NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each row group's first sample and where its samples end in its tokens."""
+    first = 0
+    while first < len(num_tokens):
+        ends = np.cumsum(num_tokens[first : first + _GROUP_ROWS], dtype=np.int64)
+        ends = ends[: max(1, int(np.searchsorted(ends, _GROUP_TOKENS, "right")))]
+        yield first, ends
+        first += len(ends)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The tokens of one row group's samples: ids[offsets[i]:offsets[i + 1]] are its sample i's."""
+
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.uint32]
+    mask: NDArray[np.bool_]
+
+
+class StoredTokens:
+    """The tokens of samples.parquet, read a row group at a time when they are asked for. Safe in threads."""
+
+    def __init__(self, path: Path, file: pq.ParquetFile, num_tokens: NDArray[np.int64]) -> None:
+        self._path = path
+        self._file = file
+        self._num_tokens = num_tokens
+        metadata = file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._firsts: list[int] = np.cumsum([0, *sizes]).tolist()
+        self._held: OrderedDict[int, _Group] = OrderedDict()
+        self._most_held: int | None = _HELD_TOKENS
+        self._lock = threading.Lock()
+
+    def of(self, sample: int) -> Tokens:
+        """Return a sample's tokens; `CacheError` if the file cannot be read."""
+        number = bisect_right(self._firsts, sample) - 1
+        with self._lock:
+            group = self._held.get(number)
+            if group is None:
+                group = self._held[number] = self._read(number)
+                self._forget()
+            if self._most_held is not None:
+                self._held.move_to_end(number)
+        one = slice(*group.offsets[sample - self._firsts[number] :][:2].tolist())
+        return group.ids[one], group.mask[one]
+
+    def load(self) -> None:
+        """Have all tokens in memory, 5 bytes each, for a reader that takes samples in any order."""
+        with self._lock:
+            self._most_held = None
+            for number in range(len(self._firsts) - 1):
+                if number not in self._held:
+                    self._held[number] = self._read(number)
+
+    def _forget(self) -> None:
+        """Let go of what was not asked for longest; two are kept at least, for a shard may begin in one and end in
+        the next."""
+        while self._most_held is not None and len(self._held) > 2:
+            if sum(len(group.ids) for group in self._held.values()) <= self._most_held:
+                return
+            self._held.popitem(last=False)
+
+    def _read(self, number: int) -> _Group:
+        try:
+            table = self._file.read_row_group(number, columns=["input_ids", "loss_mask"])
+            ids, mask = (pa.concat_arrays([part.flatten() for part in column.chunks]) for column in table.columns)
+        except _FAULTS as error:
+            raise _unreadable(self._path, error) from error
+        lengths = self._num_tokens[self._firsts[number] : self._firsts[number + 1]]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        if not len(ids) == len(mask) == offsets[-1]:
+            raise _unreadable(self._path, f"row group {number} holds {len(ids)} tokens, not {offsets[-1]}")
+        return _Group(offsets, ids.to_numpy(), mask.to_numpy(zero_copy_only=False))
+
+
+def _unreadable(path: Path, error: object) -> CacheError:
+    said = " ".join(str(error).split()).rstrip(".")
+    return CacheError(f"{path} cannot be read: {said}. Restore it from a copy, or extract again.")
 
 
 @dataclass(frozen=True)
 class SampleTable:
     """The plan, one entry a sample, in the order of the input; everything a reader needs before it opens a feature."""
 
-    source: list[str]
+    sources: tuple[str, ...]
+    """Names of the input files."""
+    source_index: NDArray[np.int32]
+    """Of each sample's file among them."""
     row: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
     num_supervised: NDArray[np.int64]
@@ -61,78 +204,48 @@ class SampleTable:
     shard: NDArray[np.int64]
     start: NDArray[np.int64]
     """First slot in the zarr arrays."""
-    offsets: NDArray[np.int64]
-    """Sample i's tokens are flat_ids[offsets[i]:offsets[i + 1]]."""
-    flat_ids: NDArray[np.uint32]
-    flat_mask: NDArray[np.bool_]
+    tokens: StoredTokens
 
     def __len__(self) -> int:
         return len(self.num_tokens)
 
+    def source(self, sample: int) -> str:
+        """Return the name of the file that the sample came from."""
+        return self.sources[self.source_index[sample]]
+
     def input_ids(self, sample: int) -> NDArray[np.uint32]:
         """Return the sample's tokens, [num_tokens] uint32."""
-        return self.flat_ids[self.offsets[sample] : self.offsets[sample + 1]]
+        return self.tokens.of(sample)[0]
 
     def loss_mask(self, sample: int) -> NDArray[np.bool_]:
         """Return which tokens are supervised, [num_tokens] bool."""
-        return self.flat_mask[self.offsets[sample] : self.offsets[sample + 1]]
+        return self.tokens.of(sample)[1]
 
     def place(self, sample: int) -> str:
         """Return the sample and the input row it came from, as messages name them."""
-        return f"Sample {sample} ({self.source[sample]}:{self.row[sample]})"
+        return f"Sample {sample} ({self.source(sample)}:{self.row[sample]})"
 
     def samples_of_shard(self, shard: int) -> NDArray[np.int64]:
         """Return the samples that lie in a shard, in order."""
         low, high = np.searchsorted(self.shard, [shard, shard + 1])
         return np.arange(low, high)
 
-    def write(self, path: Path) -> None:
-        """Write samples.parquet; the same table always gives the same bytes."""
-        offsets = pa.array(self.offsets, pa.int32() if self.offsets[-1] < 2**31 else pa.int64())
-        as_list = pa.ListArray if offsets.type == pa.int32() else pa.LargeListArray
-        columns: dict[str, Any] = {
-            "sample_id": np.arange(len(self)),
-            "source": pa.array(self.source, pa.string()),
-            **{name: getattr(self, name) for name in ("row", "num_tokens", "num_supervised", "num_anchors")},
-            "shard": self.shard,
-            "start": self.start,
-            "input_ids": as_list.from_arrays(offsets, pa.array(self.flat_ids)),
-            "loss_mask": as_list.from_arrays(offsets, pa.array(self.flat_mask)),
-        }
-        with pq.ParquetWriter(path, SAMPLE_SCHEMA, compression="zstd") as file:
-            for begin in range(
-                0, len(self), _ROW_GROUP
-            ):  # a list column holds less than 2**31 values, so group by group
-                part = {name: pa.array(column[begin : begin + _ROW_GROUP]) for name, column in columns.items()}
-                cast = {name: part[name].cast(kind) for name, kind in _fields()}
-                file.write_table(pa.table(cast, schema=SAMPLE_SCHEMA))
-
     @classmethod
     def read(cls, path: Path) -> "SampleTable":
-        """Return the table of samples.parquet; `CacheError` if it cannot be read."""
+        """Return the table of samples.parquet, its tokens still on disk; `CacheError` if it cannot be read."""
         try:
-            table = pq.read_table(path).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise CacheError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
-        num_tokens = table["num_tokens"].to_numpy().astype(np.int64)
-
-        def flat(name: str) -> pa.Array:
-            column = table[name]
-            chunks = [chunk.flatten() for chunk in column.chunks]
-            return pa.concat_arrays(chunks) if chunks else pa.array([], column.type.value_type)
-
-        return cls(
-            source=table["source"].to_pylist(),
-            **{name: table[name].to_numpy().astype(np.int64) for name in _NUMBERS},
-            offsets=np.concatenate([[0], np.cumsum(num_tokens)]),
-            flat_ids=flat("input_ids").to_numpy(),
-            flat_mask=flat("loss_mask").to_numpy(zero_copy_only=False),
-        )
-
-
-_ROW_GROUP = 65_536
-_NUMBERS = ("row", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
-
-
-def _fields() -> list[tuple[str, pa.DataType]]:
-    return [(field.name, field.type) for field in SAMPLE_SCHEMA]
+            file = pq.ParquetFile(path, read_dictionary=["source"])
+            count = file.metadata.num_rows
+            numbers = {name: np.empty(count, np.int64) for name in NUMBERS}
+            source_index, known, first = np.empty(count, np.int32), dict[str, int](), 0
+            for batch in file.iter_batches(_READ_ROWS, columns=["source", *NUMBERS]):
+                rows = slice(first, first + len(batch))
+                for name in NUMBERS:
+                    numbers[name][rows] = batch[name].to_numpy()
+                names = batch["source"].dictionary.to_pylist()  # its own in every row group
+                places = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
+                source_index[rows] = places[batch["source"].indices.to_numpy()]
+                first = rows.stop
+        except _FAULTS as error:
+            raise _unreadable(path, error) from error
+        return cls(tuple(known), source_index, **numbers, tokens=StoredTokens(path, file, numbers["num_tokens"]))

@@ -17,6 +17,8 @@ class Corpus:
 
     def __init__(self, readers: list[CacheReader]) -> None:
         self.readers = readers
+        for reader in readers:
+            reader.samples.tokens.load()  # samples are asked for in any order, all of them
         self.starts = np.cumsum([0, *(len(reader.samples) for reader in readers)])
         self.num_tokens = np.concatenate([reader.samples.num_tokens for reader in readers])
         usable = [reader.usable() + start for reader, start in zip(readers, self.starts[:-1], strict=True)]

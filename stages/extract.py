@@ -30,7 +30,6 @@ from dflash_offline.schemas.manifest import (
     EMBEDDINGS,
     FEATURES,
     MANIFEST,
-    REJECTS,
     SAMPLES,
     TARGET,
     TMP,
@@ -39,7 +38,7 @@ from dflash_offline.schemas.manifest import (
     Manifest,
     refuse_other_identity,
 )
-from dflash_offline.schemas.samples import SampleTable, write_rejects
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
 from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
@@ -175,13 +174,13 @@ class Extraction:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def plan(self) -> Plan:
-        """Tokenize the data and say what came of it."""
+    def plan(self, folder: Path) -> Plan:
+        """Tokenize the data into files of `folder`."""
         _ = self.model  # a target that cannot be drafted for is refused before any other work
         self.progress.start("Tokenizing", None, "rows")
-        plan = make_plan(self.config, self.data, self.masker, self.layout().slot_bytes, self.progress.advance)
+        plan = make_plan(self.config, self.data, self.masker, self.layout().slot_bytes, folder, self.progress.advance)
         self.progress.finish()
-        refuse_ids_beyond_table(self.files, plan.samples)
+        refuse_ids_beyond_table(self.files, plan)
         return plan
 
     def layout(self, num_shards: int = 0, shard_tokens: int = 0) -> Layout:
@@ -210,17 +209,15 @@ class Extraction:
         """Plan the samples and publish the cache's static files; another process may have been first."""
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // self.config.workers))
-        plan = self.plan()
-        mask_token_id = choose_mask_token(self.files, plan.samples, self.config.mask_token_id)
-        _say_plan(self.progress, plan)
-        forecast = self.forecast(plan)
-        self.progress.say(f"Forecast: {forecast}.")
-        if not self.config.ignore_free_space:
-            refuse_too_large(self.config.out, forecast.num_bytes, forecast.free_bytes)
-        layout = self.layout(plan.num_shards, plan.shard_tokens)
         with building_folder(self.config.out) as folder, _disk_faults_told(folder):
-            plan.samples.write(folder / SAMPLES)
-            write_rejects(folder / REJECTS, plan.rejects)
+            plan = self.plan(folder)
+            mask_token_id = choose_mask_token(self.files, plan, self.config.mask_token_id)
+            _say_plan(self.progress, plan)
+            forecast = self.forecast(plan)
+            self.progress.say(f"Forecast: {forecast}.")
+            if not self.config.ignore_free_space:
+                refuse_too_large(self.config.out, forecast.num_bytes, forecast.free_bytes)
+            layout = self.layout(plan.num_shards, plan.shard_tokens)
             create_arrays(folder / FEATURES, layout, list(self.layer_ids), self._scales(plan.samples))
             self._write_target(folder / TARGET)
             publish_cache(
@@ -358,15 +355,17 @@ def open_worker(config: ExtractConfig) -> Work:
 
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
-    """Return what `extract` would do and what it would cost, without writing anything."""
+    """Return what `extract` would do and what it would cost; what is written on the way does not outlast the call."""
     out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
     extraction = Extraction(replace(config, out=out), progress)
     identity = extraction.identity()
     if (out / MANIFEST).exists():
         refuse_other_identity(out, Manifest.read(out).identity, identity)
-    plan = extraction.plan()
-    choose_mask_token(extraction.files, plan.samples, config.mask_token_id)
-    return plan, extraction.layout(plan.num_shards, plan.shard_tokens), extraction.forecast(plan)
+    near = next(folder for folder in out.parents if folder.is_dir())
+    with building_folder(near / out.name) as folder, _disk_faults_told(folder):
+        plan = extraction.plan(folder)
+        choose_mask_token(extraction.files, plan, config.mask_token_id)
+        return plan, extraction.layout(plan.num_shards, plan.shard_tokens), extraction.forecast(plan)
 
 
 @contextmanager

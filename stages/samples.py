@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from jinja2 import TemplateError
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import BadInputError, DflashError
-from dflash_offline.schemas.samples import Reject, SampleTable
+from dflash_offline.schemas.manifest import REJECTS, SAMPLES
+from dflash_offline.schemas.samples import Reject, SampleTable, write_rejects, write_samples
 from dflash_offline.stages.anchors import count_anchors
 from dflash_offline.stages.conversations import RowFaultError, content_hash, read_content
 from dflash_offline.stages.masks import Masker, Tokenized, UnmaskableError
@@ -28,6 +30,8 @@ class Plan:
     tally: "Tally"
     num_shards: int
     shard_tokens: int
+    used: dict[int, int]
+    """Of each token that occurs, the first sample that holds it."""
 
     @property
     def rejects(self) -> list[Reject]:
@@ -80,9 +84,10 @@ def _why_not(sample: Tokenized, block_size: int) -> str:
 
 
 def make_plan(
-    config: ExtractConfig, data: Data, masker: Masker, slot_bytes: int, progress: Callable[[int], None]
+    config: ExtractConfig, data: Data, masker: Masker, slot_bytes: int, folder: Path, progress: Callable[[int], None]
 ) -> Plan:
-    """Return the plan for all rows of the data; a pure function of data and settings.
+    """Return the plan for all rows of the data, its samples and rejects in files of `folder`; a pure function of data
+    and settings.
 
     `slot_bytes` is the size of one token's raw features; `progress` is called with the rows read since the last
     call. Raises `BadInputError` naming unusable rows, unless they are to be skipped, and if nothing remains.
@@ -102,7 +107,8 @@ def make_plan(
             f"A sample needs a supervised token with {config.block_size - 1} more tokens after it; the mask rule was "
             f"'{masker.rule}'."
         )
-    return _place(config, tally, slot_bytes)
+    write_rejects(folder / REJECTS, tally.rejects)
+    return _place(config, tally, slot_bytes, folder)
 
 
 def take_row(row: Row, config: ExtractConfig, data: Data, masker: Masker, tally: Tally) -> Tokenized | None:
@@ -152,7 +158,7 @@ def _keep(row: Row, sample: Tokenized, config: ExtractConfig, tally: Tally) -> T
     return sample
 
 
-def _place(config: ExtractConfig, tally: Tally, slot_bytes: int) -> Plan:
+def _place(config: ExtractConfig, tally: Tally, slot_bytes: int, folder: Path) -> Plan:
     kept, chunk = tally.kept, config.chunk_tokens
     sources, lines, tokenized, anchors = zip(*kept, strict=True)
     num_tokens = np.array([len(sample.input_ids) for sample in tokenized], np.int64)
@@ -166,54 +172,63 @@ def _place(config: ExtractConfig, tally: Tally, slot_bytes: int) -> Plan:
             current, used = current + 1, 0
         shard[index], start[index] = current, current * shard_tokens + used
         used += size
-    samples = SampleTable(
-        source=list(sources),
-        row=np.array(lines, np.int64),
-        num_tokens=num_tokens,
-        num_supervised=np.array([sample.loss_mask.sum() for sample in tokenized], np.int64),
-        num_anchors=np.array(anchors, np.int64),
-        shard=shard,
-        start=start,
-        offsets=np.concatenate([[0], np.cumsum(num_tokens)]),
-        flat_ids=np.concatenate([sample.input_ids for sample in tokenized]),
-        flat_mask=np.concatenate([sample.loss_mask for sample in tokenized]),
+    names = tuple(dict.fromkeys(sources))
+    flat_ids = np.concatenate([sample.input_ids for sample in tokenized])
+    flat_mask = np.concatenate([sample.loss_mask for sample in tokenized])
+    write_samples(
+        folder / SAMPLES,
+        sources=names,
+        source_index=np.array([names.index(source) for source in sources], np.int32),
+        numbers={
+            "row": np.array(lines, np.int64),
+            "num_tokens": num_tokens,
+            "num_supervised": np.array([sample.loss_mask.sum() for sample in tokenized], np.int64),
+            "num_anchors": np.array(anchors, np.int64),
+            "shard": shard,
+            "start": start,
+        },
+        read=lambda begin, end: (flat_ids[begin:end], flat_mask[begin:end]),
     )
-    return Plan(samples, tally, current + 1, shard_tokens)
+    first_use: dict[int, int] = {}
+    for index, sample in enumerate(tokenized):
+        for token in np.unique(sample.input_ids).tolist():
+            first_use.setdefault(token, index)
+    return Plan(SampleTable.read(folder / SAMPLES), tally, current + 1, shard_tokens, first_use)
 
 
-def refuse_ids_beyond_table(target: TargetFiles, samples: SampleTable) -> None:
+def refuse_ids_beyond_table(target: TargetFiles, plan: Plan) -> None:
     """Raise `DflashError` if the tokenizer wrote a token that the target has no embedding for."""
     num_rows = int(target.text_config.vocab_size)
-    beyond = np.flatnonzero(samples.flat_ids >= num_rows)
-    if len(beyond):
-        sample = int(np.searchsorted(samples.offsets, beyond[0], "right")) - 1
+    beyond = min(((sample, token) for token, sample in plan.used.items() if token >= num_rows), default=None)
+    if beyond is not None:
+        sample, token = beyond
         raise DflashError(
-            f"{samples.place(sample)} holds token {samples.flat_ids[beyond[0]]}, but the target's embedding table has "
+            f"{plan.samples.place(sample)} holds token {token}, but the target's embedding table has "
             f"{num_rows} rows. The tokenizer in {target.folder} belongs to another model; put the right one there."
         )
 
 
-def choose_mask_token(target: TargetFiles, samples: SampleTable, wanted: int | None) -> int:
+def choose_mask_token(target: TargetFiles, plan: Plan, wanted: int | None) -> int:
     """Return the token that fills the slots to be drafted: the wanted one, or a reserved one that no sample contains.
 
     Raises `DflashError` if it is no row of the embedding table, if a sample contains it, or if none can be found.
     """
     tokenizer, num_rows = target.tokenizer, int(target.text_config.vocab_size)
-    used = set(np.unique(samples.flat_ids).tolist())
+    samples = plan.samples
     if wanted is not None:
         if not 0 <= wanted < num_rows:
             raise DflashError(
                 f"--mask-token-id {wanted} is no row of the target's embedding table of {num_rows}. Name one that is."
             )
-        if wanted in used:
-            sample = int(np.searchsorted(samples.offsets, np.flatnonzero(samples.flat_ids == wanted)[0], "right")) - 1
+        if wanted in plan.used:
+            sample = plan.used[wanted]
             raise DflashError(
                 f"--mask-token-id {wanted} ({tokenizer.convert_ids_to_tokens(wanted)!r}) occurs in the data, first in "
-                f"{samples.source[sample]}:{samples.row[sample]}. Name a token that no sample contains."
+                f"{samples.source(sample)}:{samples.row[sample]}. Name a token that no sample contains."
             )
         return wanted
     special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < num_rows}
-    taken = used | target.end_ids() | {tokenizer.bos_token_id}
+    taken = plan.used.keys() | target.end_ids() | {tokenizer.bos_token_id}
     free = {i: name for i, name in special.items() if i not in taken}
 
     def preference(item: tuple[int, str]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.files import building_folder
 from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
-from dflash_offline.schemas.samples import SampleTable, write_rejects
+from dflash_offline.schemas.samples import SampleTable, write_rejects, write_samples
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
 from dflash_offline.stages.writer import ShardWriter
 
@@ -31,19 +31,16 @@ def create(cache: Path, *, num_shards: int, shard_tokens: int = 256, width: int 
             starts.append(shard * shard_tokens + used)
             shards.append(shard)
             used += -(-length // CHUNK) * CHUNK
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    samples = SampleTable(
-        source=["made.jsonl"] * len(lengths),
-        row=np.arange(1, len(lengths) + 1),
-        num_tokens=np.array(lengths),
-        num_supervised=np.array(lengths),
-        num_anchors=np.array(lengths) - 7,
-        shard=np.array(shards),
-        start=np.array(starts),
-        offsets=offsets,
-        flat_ids=rng.integers(0, 1000, offsets[-1]).astype(np.uint32),
-        flat_mask=rng.random(offsets[-1]) < 0.8,
-    )
+    numbers = {
+        "row": np.arange(1, len(lengths) + 1),
+        "num_tokens": np.array(lengths),
+        "num_supervised": np.array(lengths),
+        "num_anchors": np.array(lengths) - 7,
+        "shard": np.array(shards),
+        "start": np.array(starts),
+    }
+    ids = rng.integers(0, 1000, sum(lengths)).astype(np.uint32)
+    mask = rng.random(sum(lengths)) < 0.8
     layout = Layout(
         num_shards=num_shards,
         shard_tokens=shard_tokens,
@@ -53,7 +50,13 @@ def create(cache: Path, *, num_shards: int, shard_tokens: int = 256, width: int 
         features=FeatureLayout(),
     )
     with building_folder(cache) as folder:
-        samples.write(folder / SAMPLES)
+        write_samples(
+            folder / SAMPLES,
+            sources=["made.jsonl"],
+            source_index=np.zeros(len(lengths), np.int32),
+            numbers=numbers,
+            read=lambda begin, end: (ids[begin:end], mask[begin:end]),
+        )
         write_rejects(folder / REJECTS, [])
         create_arrays(folder / FEATURES, layout, [1, 2, 4])
         (folder / "target").mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def without_tags(tmp_path_factory: pytest.TempPathFactory) -> Masker:
 
 def planned(made: Masker, path: Path, **settings: object) -> Plan:
     config = ExtractConfig(**{"data": (path,), "target": "t", "out": Path("o"), "block_size": 4, **settings})
-    return make_plan(config, Data(config), made, 64, lambda _rows: None)
+    folder = Path(tempfile.mkdtemp(dir=path.parent))
+    return make_plan(config, Data(config), made, 64, folder, lambda _rows: None)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +127,8 @@ def maskers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Masker]:
 def planned(made: Masker, *data: Path | str, **settings: Any) -> Plan:
     paths = tuple(Path(path) for path in data)
     config = ExtractConfig(data=paths, target="t", out=Path("o"), block_size=2, mask=made.config.mask, **settings)
-    return make_plan(config, Data(config), made, 64, lambda _rows: None)
+    folder = Path(tempfile.mkdtemp(dir=paths[0].parent))
+    return make_plan(config, Data(config), made, 64, folder, lambda _rows: None)
 
 
 @pytest.mark.parametrize("rule", ["assistant", "last-turn", "all"])
@@ -143,7 +145,7 @@ def test_every_format_under_every_mask_rule_decodes_to_the_expected_text(
     if container == "saved dataset":
         assert samples.row.tolist() == [1, 2, 3, 4, 5] * 2
     else:
-        assert samples.row.tolist() == list(range(1, 11)) and set(samples.source) == {path.name}
+        assert samples.row.tolist() == list(range(1, 11)) and samples.sources == (path.name,)
     tokenizer = maskers[rule].tokenizer
     for sample in (0, 9):
         supervised = samples.input_ids(sample)[samples.loss_mask(sample)].tolist()

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_samples import plan, target_files
 from tiny_target import WITH_TAGS, conversations, save_conversations, save_target
@@ -12,7 +11,7 @@ from typer.testing import CliRunner, Result
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.samples import choose_mask_token
+from dflash_offline.stages.samples import Plan, choose_mask_token
 from dflash_offline.stages.target import TargetFiles
 
 
@@ -26,8 +25,8 @@ def files(tmp_path: Path) -> TargetFiles:
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> SampleTable:
-    return plan(tmp_path, conversations(3)).samples
+def made(tmp_path: Path) -> Plan:
+    return plan(tmp_path, conversations(3))
 
 
 def reserve(files: TargetFiles, *names: str) -> list[int]:
@@ -35,32 +34,28 @@ def reserve(files: TargetFiles, *names: str) -> list[int]:
     return files.tokenizer.convert_tokens_to_ids(list(names))
 
 
-def test_a_mask_goes_before_a_reserved_token_and_that_before_any_other(
-    files: TargetFiles, samples: SampleTable
-) -> None:
+def test_a_mask_goes_before_a_reserved_token_and_that_before_any_other(files: TargetFiles, made: Plan) -> None:
     other, reserved = reserve(files, "<|image|>", "<|reserved_7|>")
     mask, pad = files.tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
-    for turn, expected in enumerate((mask, reserved, other, pad)):
-        assert choose_mask_token(files, samples, None) == expected
-        samples.flat_ids[turn] = expected  # from now on a sample contains it
+    for expected in (mask, reserved, other, pad):
+        assert choose_mask_token(files, made, None) == expected
+        made.used[expected] = 0  # from now on a sample contains it
 
 
-def test_no_token_that_ends_an_answer_is_chosen_even_if_no_sample_contains_it(
-    files: TargetFiles, samples: SampleTable
-) -> None:
+def test_no_token_that_ends_an_answer_is_chosen_even_if_no_sample_contains_it(files: TargetFiles, made: Plan) -> None:
     mask, pad = files.tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
-    samples.flat_ids[0] = mask
-    assert choose_mask_token(files, samples, None) == pad
+    made.used[mask] = 0
+    assert choose_mask_token(files, made, None) == pad
     (files.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, pad]}))
     with pytest.raises(DflashError, match=r"has no reserved token .* Name an unused row .* with --mask-token-id"):
-        choose_mask_token(files, samples, None)
+        choose_mask_token(files, made, None)
 
 
-def test_a_reserved_token_without_a_row_in_the_table_is_not_chosen(files: TargetFiles, samples: SampleTable) -> None:
+def test_a_reserved_token_without_a_row_in_the_table_is_not_chosen(files: TargetFiles, made: Plan) -> None:
     (beyond,) = reserve(files, "<|mask_2|>")
-    samples.flat_ids[0] = files.tokenizer.convert_tokens_to_ids("<|mask|>")
+    made.used[files.tokenizer.convert_tokens_to_ids("<|mask|>")] = 0
     files.config.vocab_size = beyond
-    assert choose_mask_token(files, samples, None) != beyond
+    assert choose_mask_token(files, made, None) != beyond
 
 
 def test_the_token_is_recorded_and_served_and_one_that_the_data_has_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -73,8 +68,8 @@ def test_the_token_is_recorded_and_served_and_one_that_the_data_has_is_refused_b
     dflash("export", tmp_path / "run", "--out", tmp_path / "draft")
     config = json.loads((tmp_path / "draft/config.json").read_text())
     assert config["mask_token_id"] == config["dflash_config"]["mask_token_id"] == 303
-    ids = SampleTable.read(tmp_path / "cache/samples.parquet").flat_ids
-    used = int(np.bincount(ids).argmax())
+    samples = SampleTable.read(tmp_path / "cache/samples.parquet")
+    used = int(samples.input_ids(0)[0])
     refused = dflash(*extract, tmp_path / "other", "--mask-token-id", used)
     assert refused.exit_code == 1 and "occurs in the data, first in chats.jsonl:1" in refused.stderr
     assert not (tmp_path / "other").exists()

@@ -1,6 +1,7 @@
 """Conversations to samples: masks, places, rejects and bad rows."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,8 @@ def plan(tmp_path: Path, rows: list[object], template: str = WITH_TAGS, **settin
         }
     )
     files = target_files(tmp_path / "target", template)
-    return make_plan(config, Data(config), Masker(files, config), 64, lambda _rows: None)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    return make_plan(config, Data(config), Masker(files, config), 64, folder, lambda _rows: None)
 
 
 def supervised_text(plan: Plan, sample: int, tmp_path: Path) -> str:
@@ -109,11 +111,11 @@ def test_a_conversation_that_begins_with_an_answer_is_counted_where_there_are_no
 def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
     made = plan(tmp_path, conversations(3))
     files = target_files(tmp_path / "target", WITH_TAGS)
-    refuse_ids_beyond_table(files, made.samples)
-    made.samples.flat_ids.flags.writeable = True
-    made.samples.flat_ids[7] = 304
-    with pytest.raises(DflashError, match=r"Sample 0 \(rows.jsonl:1\) holds token 304"):
-        refuse_ids_beyond_table(files, made.samples)
+    refuse_ids_beyond_table(files, made)
+    beyond = {"input_ids": [7, 304, 9, 9, 900], "loss_mask": [1] * 5}
+    made = plan(tmp_path, [*conversations(1), beyond, {**beyond, "input_ids": [303, 304, 9, 9, 305]}])
+    with pytest.raises(DflashError, match=r"Sample 1 \(rows.jsonl:2\) holds token 304"):
+        refuse_ids_beyond_table(files, made)
 
 
 def test_samples_start_on_chunks_and_never_cross_a_shard(tmp_path: Path) -> None:
@@ -189,10 +191,10 @@ def test_data_without_a_sample_says_why(tmp_path: Path) -> None:
 def test_the_mask_token_is_a_reserved_one_that_no_sample_contains(tmp_path: Path) -> None:
     made = plan(tmp_path, conversations(3))
     files = target_files(tmp_path / "target", WITH_TAGS)
-    assert choose_mask_token(files, made.samples, None) == files.tokenizer.convert_tokens_to_ids("<|mask|>")
-    assert choose_mask_token(files, made.samples, 303) == 303
+    assert choose_mask_token(files, made, None) == files.tokenizer.convert_tokens_to_ids("<|mask|>")
+    assert choose_mask_token(files, made, 303) == 303
     with pytest.raises(DflashError, match="no row of the target's embedding table"):
-        choose_mask_token(files, made.samples, 304)
-    used = int(made.samples.flat_ids[5])
+        choose_mask_token(files, made, 304)
+    used = int(made.samples.input_ids(0)[5])
     with pytest.raises(DflashError, match=r"occurs in the data, first in rows\.jsonl:1"):
-        choose_mask_token(files, made.samples, used)
+        choose_mask_token(files, made, used)

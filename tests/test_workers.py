@@ -79,7 +79,7 @@ def _find_rare_token(cache: Path) -> None:
     samples = CacheReader(cache).samples
     holders = {
         int(token): {i for i in range(len(samples)) if token in samples.input_ids(i)}
-        for token in np.unique(samples.flat_ids)
+        for token in np.unique(np.concatenate([samples.input_ids(i) for i in range(len(samples))]))
     }
     RARE = min((token for token, held in holders.items() if len(held) > 1), key=lambda token: len(holders[token]))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, Manifest
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.samples import SampleTable, write_samples
 from dflash_offline.stages.cache import HIDDEN, CacheReader, create_arrays, open_codec, publish_cache
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.extract import extract
@@ -133,25 +133,24 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
         hidden_size=width,
         features=features,
     )
-    table = SampleTable(
-        source=["benchmark"] * len(samples),
-        row=np.arange(1, len(samples) + 1),
-        num_tokens=lengths,
-        num_supervised=lengths,
-        num_anchors=lengths,
-        shard=np.zeros(len(samples), np.int64),
-        start=start,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        flat_ids=np.zeros(lengths.sum(), np.uint32),
-        flat_mask=np.ones(lengths.sum(), np.bool_),
-    )
     building = cache.with_name(f"{cache.name}.building")
     building.mkdir(parents=True)
     layer_ids = list(range(num_layers))
-    table.write(building / SAMPLES)
+    write_samples(
+        building / SAMPLES,
+        sources=["benchmark"],
+        source_index=np.zeros(len(samples), np.int32),
+        numbers={
+            "row": np.arange(1, len(samples) + 1),
+            **dict.fromkeys(("num_tokens", "num_supervised", "num_anchors"), lengths),
+            "shard": np.zeros(len(samples), np.int64),
+            "start": start,
+        },
+        read=lambda begin, end: (np.zeros(end - begin, np.uint32), np.ones(end - begin, np.bool_)),
+    )
     create_arrays(building / FEATURES, layout, layer_ids, _scales(samples, features))
     publish_cache(building, cache, identity={"layer_ids": layer_ids}, origin={}, decoder={}, layout=layout, plan={})
-    manifest = Manifest.read(cache)
+    manifest, table = Manifest.read(cache), SampleTable.read(cache / SAMPLES)
     codec = open_codec(cache, manifest)
     encoder = FeatureEncoder(codec)
     codes = np.full((layout.shard_tokens, num_layers, width), codec.fill, np.uint16)
