@@ -85,11 +85,30 @@ def sealed_bytes(document: dict[str, Any]) -> bytes:
     return (json.dumps(seal(document), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+_CHECKSUM_FIRST = b'{\n "checksum": "'
+
+
+def _holds(content: bytes) -> bool:
+    """Say whether a sealed document's checksum holds, from its text alone: a fifth of the time of writing it anew.
+
+    Without line breaks, indents and the space after a name, the text is the canonical content. False does not mean
+    that it is damaged: names may sort before the checksum, or a string look like a name.
+    """
+    begin = len(_CHECKSUM_FIRST)
+    claimed, body = content[begin : begin + 64], content[begin + 66 :]
+    if not content.startswith(_CHECKSUM_FIRST) or not content.endswith(b"\n}\n") or b'\\": ' in body:
+        return False
+    canonical = b"{" + b"".join([line.lstrip(b" ") for line in body.split(b"\n")]).replace(b'": ', b'":')
+    return hashlib.sha256(canonical).hexdigest().encode() == claimed
+
+
 def read_sealed(path: Path) -> dict[str, Any]:
     """Return a sealed document, its checksum included and checked; `CacheError` if it does not hold."""
     try:
         content = path.read_bytes()
-        document = json.loads(content)
+        document: dict[str, Any] = json.loads(content)
+        if _holds(content):
+            return document
         claimed = document["checksum"]
         body = {key: value for key, value in document.items() if key != "checksum"}
         actual = sha256_bytes(canonical_json(body))
