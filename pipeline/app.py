@@ -308,7 +308,9 @@ def inspect(
             row = row_view(config, sample or 0)
             view.print_json(row) if json_ else print_row(row)
         elif sample is None:
-            found = view.overview(cache)
+            from dflash_offline.pipeline.overview import overview
+
+            found = overview(cache)
             view.print_json(found) if json_ else view.print_overview(found)
         else:
             one = view.sample_view(cache, sample)

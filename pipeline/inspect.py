@@ -11,92 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from dflash_offline.schemas.commits import Commit, read_commits
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.manifest import SAMPLES, TARGET, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.progress import readable_bytes
-
-_BYTES_A_VALUE = 2
-
-
-def overview(cache: Path) -> dict[str, Any]:
-    """Return what the cache holds and how far it is; `CacheError` if it is none or lacks a file."""
-    manifest = Manifest.read(cache)
-    manifest.check_static_files(cache, hashed=False)  # a large target's embeddings take seconds to hash
-    samples = SampleTable.read(cache / SAMPLES)
-    layout = manifest.layout
-    commits, faults = read_commits(cache, layout.num_shards, manifest.checksum)
-    done_tokens = sum(commit.num_tokens for commit in commits.values())
-    raw = done_tokens * layout.num_layers * layout.hidden_size * _BYTES_A_VALUE
-    stored = _bytes_by_array(commits)
-    features = stored.get("hidden_states", 0)
-    return {
-        "cache": str(cache),
-        "target": manifest.origin["target"],
-        "layer_ids": manifest.identity["layer_ids"],
-        "hidden_size": layout.hidden_size,
-        "features": str(layout.features),
-        "mask_rule": manifest.identity["mask_rule"],
-        "mask_token_id": manifest.plan["mask_token_id"],
-        "block_size": manifest.plan["block_size"],
-        "samples": len(samples),
-        "tokens": int(samples.num_tokens.sum()),
-        "supervised": int(samples.num_supervised.sum()),
-        "anchors": int(samples.num_anchors.sum()),
-        "truncated": manifest.plan["truncated"],
-        "formats": manifest.plan.get("formats", {}),  # caches made before other formats were read have none
-        "rejects": manifest.plan["rejects"],
-        "length": _spread(samples.num_tokens),
-        "anchors_per_sample": _spread(samples.num_anchors),
-        "shards": layout.num_shards,
-        "shards_done": len(commits),
-        "shards_left": layout.num_shards - len(commits),
-        "skipped": sum(len(commit.skipped) for commit in commits.values()),
-        "damaged_records": faults,
-        "bytes": stored,
-        "raw_feature_bytes": raw,
-        "compression": features / raw if raw else None,
-        "layers": _layer_statistics(commits),
-        "manifest": manifest.checksum,
-    }
-
-
-def _bytes_by_array(commits: dict[int, Commit]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for commit in commits.values():
-        for name, record in commit.files.items():
-            array = name.split("/")[1]
-            sizes[array] = sizes.get(array, 0) + record.size
-    return sizes
-
-
-def _spread(values: NDArray[np.int64]) -> dict[str, float]:
-    low, median, high = np.percentile(values, [0, 50, 100])
-    return {"least": int(low), "median": float(median), "mean": float(values.mean()), "most": int(high)}
-
-
-def _layer_statistics(commits: dict[int, Commit]) -> list[dict[str, float]]:
-    """Pool each layer's statistics over the finished shards, weighted by their tokens."""
-    if not commits:
-        return []
-    weight = np.array([commit.num_tokens for commit in commits.values()], np.float64)
-    weight /= weight.sum()
-    rows = []
-    for layer in zip(*(commit.layers for commit in commits.values()), strict=True):
-        means = np.array([shard.mean for shard in layer])
-        squares = np.array([shard.std**2 + shard.mean**2 for shard in layer])
-        mean = float(weight @ means)
-        rows.append(
-            {
-                "layer_id": layer[0].layer_id,
-                "mean": mean,
-                "std": float(np.sqrt(max(weight @ squares - mean**2, 0.0))),
-                "max_abs": max(shard.max_abs for shard in layer),
-                "zeros": float(weight @ np.array([shard.zeros for shard in layer])),
-            }
-        )
-    return rows
 
 
 def print_overview(found: dict[str, Any]) -> None:

@@ -192,6 +192,10 @@ class ShardFile:
             raise CacheError(f"{self.path} belongs to another shard or cache: its first chunk differs. {REDO}")
         return index
 
+    def layer_bytes(self) -> NDArray[np.int64]:
+        """Return the encoded bytes of each layer, [L], from the index alone."""
+        return self._index[:, 1].reshape(-1, self.shape[1]).sum(axis=0).astype(np.int64)
+
     def read(
         self,
         start: int,

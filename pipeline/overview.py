@@ -1,0 +1,127 @@
+"""What is in a cache, as one document: from its manifest, the plan's numbers and the commit records.
+
+No feature is read, and neither torch nor zarr is loaded. `dflash inspect CACHE --json` prints exactly this.
+"""
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflash_offline.pipeline.marks import (
+    describe_token,
+    layer_marks,
+    mask_token_marks,
+    plan_marks,
+    shard_marks,
+)
+from dflash_offline.pipeline.plan_numbers import mask_token_use, read_columns, reject_examples, spread
+from dflash_offline.pipeline.shard_figures import (
+    bytes_by_array,
+    pooled_layers,
+    shard_states,
+    state_runs,
+    statistics_by_shard,
+    worker_figures,
+)
+from dflash_offline.schemas.commits import Commit, read_commits
+from dflash_offline.schemas.manifest import Manifest
+
+_TOKENS_SEARCHED = 1 << 22
+"""Tokens of the plan that are looked through for the mask token; a quarter of a second."""
+_SKIPPED_SHOWN = 1000
+
+
+def overview(cache: Path) -> dict[str, Any]:
+    """Return what the cache holds, how far it is and what looks wrong; `CacheError` if it is none or lacks a file."""
+    manifest = Manifest.read(cache)
+    manifest.check_static_files(cache, hashed=False)  # a large target's embeddings take seconds to hash
+    numbers = read_columns(cache, "num_tokens", "num_supervised", "num_anchors")
+    commits, faults = read_commits(cache, manifest.layout.num_shards, manifest.checksum)
+    states = shard_states(cache, manifest.layout, commits)
+    filled, statistics = statistics_by_shard(commits)
+    layers = pooled_layers(filled, statistics)
+    mask_token = int(manifest.plan["mask_token_id"])
+    use = mask_token_use(cache, mask_token, _TOKENS_SEARCHED)
+    marks = [
+        *shard_marks(states, faults, str(cache)),
+        *layer_marks(filled, statistics, layers, str(cache)),
+        *plan_marks(numbers, manifest.plan["block_size"], str(cache)),
+        *mask_token_marks(cache, mask_token, use),
+    ]
+    arrays = bytes_by_array(commits, manifest.layout)
+    hidden = arrays.get("hidden_states")
+    return {
+        "cache": str(cache),
+        **_what_made_it(manifest),
+        "mask_token": describe_token(cache, mask_token)[0],
+        "mask_token_use": use,
+        **_plan_figures(cache, manifest, numbers),
+        **_shard_figures(manifest, commits, states),
+        "damaged_records": faults,
+        "arrays": arrays,
+        "bytes": {name: one["stored"] for name, one in arrays.items()},
+        "raw_feature_bytes": hidden["raw"] if hidden else 0,
+        "compression": hidden["ratio"] if hidden else None,
+        "layers": [row | {"marks": [one.kind for one in marks if one.layer_id == row["layer_id"]]} for row in layers],
+        "workers": worker_figures(commits),
+        "marks": [asdict(mark) for mark in marks],
+    }
+
+
+def _what_made_it(manifest: Manifest) -> dict[str, Any]:
+    layout, identity = manifest.layout, manifest.identity
+    return {
+        "manifest": manifest.checksum,
+        "target": manifest.origin["target"],
+        "origin": manifest.origin,
+        "identity": identity,
+        "layer_ids": identity["layer_ids"],
+        "hidden_size": layout.hidden_size,
+        "features": str(layout.features),
+        "shard_tokens": layout.shard_tokens,
+        "chunk_tokens": layout.chunk_tokens,
+        "mask_rule": identity["mask_rule"],
+        "mask_token_id": manifest.plan["mask_token_id"],
+        "block_size": manifest.plan["block_size"],
+    }
+
+
+def _plan_figures(cache: Path, manifest: Manifest, numbers: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+    tokens, supervised = numbers["num_tokens"], numbers["num_supervised"]
+    plan = manifest.plan
+    return {
+        "samples": len(tokens),
+        "tokens": int(tokens.sum()),
+        "supervised": int(supervised.sum()),
+        "supervised_share": float(supervised.sum() / max(tokens.sum(), 1)),
+        "anchors": int(numbers["num_anchors"].sum()),
+        "truncated": plan["truncated"],
+        "truncated_supervised": plan.get("truncated_supervised", 0),
+        "formats": plan.get("formats", {}),  # caches made before other formats were read have none
+        "not_drawn": plan.get("not_drawn", 0),
+        "rejects": plan["rejects"],
+        "reject_examples": reject_examples(cache, plan["rejects"]),
+        "length": spread(tokens),
+        "supervised_per_sample": spread(supervised / np.maximum(tokens, 1)),
+        "anchors_per_sample": spread(numbers["num_anchors"]),
+    }
+
+
+def _shard_figures(manifest: Manifest, commits: dict[int, Commit], states: dict[int, str]) -> dict[str, Any]:
+    num_shards = manifest.layout.num_shards
+    skipped = [asdict(one) | {"shard": commit.shard} for commit in commits.values() for one in commit.skipped]
+    return {
+        "shards": num_shards,
+        "shards_done": len(commits),
+        "shards_left": num_shards - len(commits),
+        "shard_states": dict(Counter(states.get(shard, "left") for shard in range(num_shards))),
+        "progress": state_runs(states, num_shards),
+        "samples_done": sum(commit.num_samples for commit in commits.values()),
+        "tokens_done": sum(commit.num_tokens for commit in commits.values()),
+        "skipped": len(skipped),
+        "skipped_samples": skipped[:_SKIPPED_SHOWN],
+    }
