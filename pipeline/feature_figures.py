@@ -3,7 +3,6 @@
 Needs numpy, not torch. Axes: T tokens, L captured layers, H hidden size.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,10 @@ from numpy.typing import NDArray
 
 from dflash_offline.pipeline.marks import Mark
 from dflash_offline.pipeline.plan_numbers import spread
-from dflash_offline.schemas.commits import Commit
+from dflash_offline.pipeline.records import Records
 from dflash_offline.schemas.errors import CacheError, DflashError
-from dflash_offline.schemas.manifest import FEATURES, Layout
-from dflash_offline.stages.cache import HIDDEN, CacheReader
+from dflash_offline.schemas.manifest import FEATURES
+from dflash_offline.stages.cache import HIDDEN
 from dflash_offline.stages.shards import ShardFile
 
 OUTLIER = 10_000.0
@@ -29,7 +28,7 @@ _CHANNELS_SHOWN = 5
 _SHARDS_MEASURED = 32
 
 
-def feature_figures(reader: CacheReader, num_samples: int) -> dict[str, Any]:
+def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     """Return what the features of samples spread over the finished shards show, layer by layer.
 
     `layers` holds for each layer the norms of its tokens (root mean square over channels), how often the first token's
@@ -37,9 +36,9 @@ def feature_figures(reader: CacheReader, num_samples: int) -> dict[str, Any]:
     `difference` [L][L] their relative difference in each channel's own deviations. First tokens are left out of
     channels and similarities: many models keep activations there that are thousands of times the rest.
     """
-    samples = _spread_samples(reader, num_samples)
-    layer_ids = list(reader.layer_ids)
-    parts = [reader.read_values(sample) for sample in samples]
+    samples = _spread_samples(records, num_samples)
+    layer_ids = records.manifest.identity["layer_ids"]
+    parts = [records.features(sample) for sample in samples]
     not_finite = np.sum([np.count_nonzero(~np.isfinite(part), axis=(0, 2)) for part in parts], axis=0).tolist()
     for part in parts:
         np.nan_to_num(part, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
@@ -68,17 +67,17 @@ def feature_figures(reader: CacheReader, num_samples: int) -> dict[str, Any]:
     }
 
 
-def _spread_samples(reader: CacheReader, num_samples: int) -> list[int]:
-    usable = reader.usable()
+def _spread_samples(records: Records, num_samples: int) -> list[int]:
+    usable = records.usable()
     if num_samples < 1:
         raise DflashError(f"--features is {num_samples}; expected a number of samples, at least 1.")
     if not len(usable):
         raise CacheError(
-            f"{reader.cache} has no finished shard whose features could be read. Let `dflash extract` run."
+            f"{records.cache} has no finished shard whose features could be read. Let `dflash extract` run."
         )
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, num_samples).round().astype(int))]
-    lengths = np.cumsum(reader.samples.num_tokens[chosen])
-    layout = reader.manifest.layout
+    lengths = np.cumsum(records.numbers["num_tokens"][chosen])
+    layout = records.manifest.layout
     fitting = np.searchsorted(lengths, _MOST_BYTES // (2 * layout.slot_bytes), "right")
     return [int(sample) for sample in chosen[: max(1, int(fitting))]]
 
@@ -152,23 +151,22 @@ def feature_marks(figures: dict[str, Any], cache: str) -> list[Mark]:
     return marks
 
 
-def bytes_by_layer(cache: Path, layout: Layout, commits: dict[int, Commit]) -> dict[str, Any]:
+def bytes_by_layer(records: Records) -> dict[str, Any]:
     """Return each layer's stored bytes and their ratio to raw ones, from the indexes of shards over the whole cache."""
-    filled = [commit for commit in commits.values() if commit.num_tokens]
-    if not filled:
-        return {"shards": 0, "tokens": 0, "stored": [], "ratio": []}
-    places = np.unique(np.linspace(0, len(filled) - 1, _SHARDS_MEASURED).round().astype(int))
-    chosen = [filled[place] for place in places.tolist()]
+    filled = [commit for commit in records.commits.values() if commit.num_tokens]
+    layout = records.manifest.layout
     stored = np.zeros(layout.num_layers, np.int64)
+    places = np.unique(np.linspace(0, len(filled) - 1, min(_SHARDS_MEASURED, len(filled))).round().astype(int))
+    chosen = [filled[place] for place in places.tolist()]
     for commit in chosen:
         name = f"{FEATURES}/{HIDDEN}/c/{commit.shard}/0/0"
         shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
-        stored += ShardFile(cache / name, commit.files[name], shape, layout.chunk_tokens).layer_bytes()
+        stored += ShardFile(records.cache / name, commit.files[name], shape, layout.chunk_tokens).layer_bytes()
     tokens = sum(commit.num_tokens for commit in chosen)
     raw = tokens * layout.hidden_size * 2
     return {
         "shards": len(chosen),
         "tokens": tokens,
         "stored": stored.tolist(),
-        "ratio": (stored / raw).tolist(),
+        "ratio": (stored / raw).tolist() if raw else None,
     }

@@ -4,7 +4,6 @@ A mark is a hint for a person, not a refusal: what is certain to be wrong, extra
 shards with features, L captured layers.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from dflash_offline.schemas.commits import Commit
-from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.manifest import TARGET, Manifest
 
 ZEROS = 0.01
 """Share of exact zeros. A residual stream is a sum; two summands in bfloat16, with 128 values between a number and its
@@ -183,48 +182,37 @@ def plan_marks(numbers: dict[str, NDArray[np.int64]], block_size: int, cache: st
     return marks
 
 
-def mask_token_marks(cache: Path, token: int, use: dict[str, Any]) -> list[Mark]:
+def mask_token_marks(token: int, name: str | None, problem: str, use: dict[str, Any]) -> list[Mark]:
     """Return what is wrong with the token that fills the slots to be drafted."""
-    name, problem = describe_token(cache, token)
-    found = []
+    found = [problem] if problem else []
     if use["samples"]:
         found.append(f"occurs in {use['samples']:,} of {use['samples_checked']:,} samples, first {use['first_sample']}")
-    if problem:
-        found.append(problem)
     if not found:
         return []
     return [
         Mark(
             kind="wrong mask token",
-            where=f"token {token} ({name!r})",
+            where=f"token {token}" + (f" ({name!r})" if name is not None else ""),
             what=" and ".join(found),
             next="extract anew without --mask-token-id, or with a reserved token that no sample contains",
         )
     ]
 
 
-def describe_token(cache: Path, token: int) -> tuple[str | None, str]:
-    """Return a token's text, None beyond the tokenizer's, and why it cannot stand for nothing, if so."""
-    folder = cache / TARGET
+def describe_token(cache: Path, manifest: Manifest, token: int) -> tuple[str | None, str]:
+    """Return a token's text, None if the tokenizer has none, and why it should not fill a slot, if so."""
+    num_rows = manifest.decoder.get("vocab_size", token + 1)
+    if token >= num_rows:
+        return None, f"is no row of the embedding table of {num_rows}"
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception:  # the library raises bare Exception; a cache may be inspected without
+        tokenizer = Tokenizer.from_file(str(cache / TARGET / "tokenizer.json"))
+    except Exception:  # the library raises bare Exception; the rest of a cache can be shown without
         return None, ""
     name = tokenizer.id_to_token(token)
     if name is None:
         return None, ""  # a spare row of the embedding table
-    added = tokenizer.get_added_tokens_decoder().get(token)
-    if token in _end_tokens(folder):
+    if token in manifest.identity["target"].get("end_ids", ()):
         return name, "ends an answer"
-    if added is None:
-        return name, "is an ordinary token of the vocabulary, that a text may contain"
+    if token not in tokenizer.get_added_tokens_decoder():
+        return name, "is an ordinary token, which a prompt may contain"
     return name, ""
-
-
-def _end_tokens(folder: Path) -> set[int]:
-    found: set[int] = set()
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        if path.is_file():
-            ends = json.loads(path.read_text()).get("eos_token_id")
-            found |= set(ends) if isinstance(ends, list) else {ends}
-    return {one for one in found if one is not None}

@@ -18,7 +18,8 @@ from dflash_offline.pipeline.marks import (
     plan_marks,
     shard_marks,
 )
-from dflash_offline.pipeline.plan_numbers import mask_token_use, read_columns, reject_examples, spread
+from dflash_offline.pipeline.plan_numbers import mask_token_use, reject_examples, spread
+from dflash_offline.pipeline.records import Records
 from dflash_offline.pipeline.shard_figures import (
     bytes_by_array,
     pooled_layers,
@@ -27,7 +28,7 @@ from dflash_offline.pipeline.shard_figures import (
     statistics_by_shard,
     worker_figures,
 )
-from dflash_offline.schemas.commits import Commit, read_commits
+from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.manifest import Manifest
 
 _TOKENS_SEARCHED = 1 << 22
@@ -37,31 +38,34 @@ _SKIPPED_SHOWN = 1000
 
 def overview(cache: Path) -> dict[str, Any]:
     """Return what the cache holds, how far it is and what looks wrong; `CacheError` if it is none or lacks a file."""
-    manifest = Manifest.read(cache)
-    manifest.check_static_files(cache, hashed=False)  # a large target's embeddings take seconds to hash
-    numbers = read_columns(cache, "num_tokens", "num_supervised", "num_anchors")
-    commits, faults = read_commits(cache, manifest.layout.num_shards, manifest.checksum)
+    return overview_of(Records.read(cache))
+
+
+def overview_of(records: Records) -> dict[str, Any]:
+    """Return the overview of a cache that is open."""
+    cache, manifest, commits = records.cache, records.manifest, records.commits
     states = shard_states(cache, manifest.layout, commits)
     filled, statistics = statistics_by_shard(commits)
     layers = pooled_layers(filled, statistics)
     mask_token = int(manifest.plan["mask_token_id"])
+    name, problem = describe_token(cache, manifest, mask_token)
     use = mask_token_use(cache, mask_token, _TOKENS_SEARCHED)
     marks = [
-        *shard_marks(states, faults, str(cache)),
+        *shard_marks(states, records.faults, str(cache)),
         *layer_marks(filled, statistics, layers, str(cache)),
-        *plan_marks(numbers, manifest.plan["block_size"], str(cache)),
-        *mask_token_marks(cache, mask_token, use),
+        *plan_marks(records.numbers, manifest.plan["block_size"], str(cache)),
+        *mask_token_marks(mask_token, name, problem, use),
     ]
     arrays = bytes_by_array(commits, manifest.layout)
     hidden = arrays.get("hidden_states")
     return {
         "cache": str(cache),
         **_what_made_it(manifest),
-        "mask_token": describe_token(cache, mask_token)[0],
+        "mask_token": name,
         "mask_token_use": use,
-        **_plan_figures(cache, manifest, numbers),
+        **_plan_figures(cache, manifest, records.numbers),
         **_shard_figures(manifest, commits, states),
-        "damaged_records": faults,
+        "damaged_records": records.faults,
         "arrays": arrays,
         "bytes": {name: one["stored"] for name, one in arrays.items()},
         "raw_feature_bytes": hidden["raw"] if hidden else 0,
@@ -69,7 +73,21 @@ def overview(cache: Path) -> dict[str, Any]:
         "layers": [row | {"marks": [one.kind for one in marks if one.layer_id == row["layer_id"]]} for row in layers],
         "workers": worker_figures(commits),
         "marks": [asdict(mark) for mark in marks],
+        "next": _next(records),
     }
+
+
+def _next(records: Records) -> list[str]:
+    """Return the commands that are of use now."""
+    cache, target = records.cache, records.manifest.origin["target"]
+    if len(records.commits) < records.manifest.layout.num_shards:
+        return ["the `dflash extract` that made it, to go on", f"dflash inspect {cache} --sample 0"]
+    return [
+        f"dflash train {cache} --out RUN",
+        f"dflash verify {cache} --target {target}",
+        f"dflash inspect {cache} --sample 0",
+        f"dflash inspect {cache} --layers --features 8",
+    ]
 
 
 def _what_made_it(manifest: Manifest) -> dict[str, Any]:
