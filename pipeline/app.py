@@ -270,11 +270,27 @@ def extract(
 
 
 @app.command(
-    epilog="Examples: dflash inspect cache --sample 0; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
+    epilog="Examples: dflash inspect cache; dflash inspect cache --sample 0; dflash inspect cache --layers "
+    "--features 8; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
 )
 def inspect(
     cache: Annotated[Path, typer.Argument(help="Cache folder; with --target, data that `dflash extract` would take.")],
-    sample: Annotated[int | None, typer.Option(help="Print this sample's text, the supervised part marked.")] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Show this sample: its text with mask and anchors, its norms along the tokens.")
+    ] = None,
+    shard: Annotated[int | None, typer.Option(help="Show this shard: its record, bytes, statistics, samples.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show each layer's statistics and bytes.")] = False,
+    features: Annotated[
+        int | None,
+        typer.Option(help="With --layers, read the features of so many samples: norms, outlier channels, similarity."),
+    ] = None,
+    top: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the longest or shortest samples, or the rare ones: those of the tokens that are rarest here.",
+            metavar="longest|shortest|rare",
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Show what extracting for this target would make of row --sample of the data.")
     ] = None,
@@ -293,28 +309,26 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Show what a cache holds, without reading a feature; or a row of data, before anything is extracted."""
-    given = locals()
-    with _reported():
-        from dflash_offline.pipeline import inspect as view
+    """Show what a cache holds and what looks wrong in it; or a row of data, before anything is extracted.
 
+    No feature is read but with --sample and --features.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("layers", "features")}
+    with _reported():
         if target is not None:
             from dflash_offline.pipeline.inspect_row import print_row, row_view
+            from dflash_offline.pipeline.terminal import print_json
             from dflash_offline.stages.target import quiet_libraries
 
             quiet_libraries()
             kwargs = _object(chat_template_kwargs, "--chat-template-kwargs")
             config = _settings(ExtractConfig, given, data=(cache,), out=cache, chat_template_kwargs=kwargs)
             row = row_view(config, sample or 0)
-            view.print_json(row) if json_ else print_row(row)
-        elif sample is None:
-            from dflash_offline.pipeline.overview import overview
+            print_json(row) if json_ else print_row(row)
+            return
+        from dflash_offline.pipeline.inspect_cache import show_cache
 
-            found = overview(cache)
-            view.print_json(found) if json_ else view.print_overview(found)
-        else:
-            one = view.sample_view(cache, sample)
-            view.print_json(one) if json_ else view.print_sample(one)
+        show_cache(cache, sample=sample, shard=shard, layers=layers, features=features, top=top, as_json=json_)
 
 
 @app.command(epilog="Examples: dflash verify cache --target Qwen/Qwen3-8B --samples 8; dflash verify draft")

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from dflash_offline.pipeline.inspect import print_json
 from dflash_offline.pipeline.overview import overview
+from dflash_offline.pipeline.terminal import print_json
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
 from dflash_offline.stages.extract import Extracted

@@ -1,12 +1,11 @@
 """`dflash inspect DATA --target MODEL`: what would become of one row, before anything is extracted."""
 
-import re
-import sys
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from dflash_offline.pipeline.inspect import MARKS, marked_runs
+from dflash_offline.pipeline.inspect_sample import legend, marked_runs, marked_text
+from dflash_offline.pipeline.terminal import facts, has_colour, open_console
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.conversations import Chat, RowFaultError, read_content
@@ -14,8 +13,6 @@ from dflash_offline.stages.masks import Masker
 from dflash_offline.stages.samples import Tally, take_row
 from dflash_offline.stages.sources import Data
 from dflash_offline.stages.target import open_target
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
@@ -47,27 +44,28 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "truncated_supervised": tally.num_supervised_cut if tally.num_truncated else None,
         "left_out": tally.rejects[0].reason if tally.rejects else None,
         "detail": tally.rejects[0].detail if tally.rejects else None,
-        "runs": [] if made is None else marked_runs(made.input_ids, made.loss_mask, files.tokenizer.decode),
+        "runs": []
+        if made is None
+        else marked_runs(made.input_ids, made.loss_mask, config.block_size, files.tokenizer.decode),
     }
 
 
 def print_row(view: dict[str, Any]) -> None:
-    """Print a row for a person, the supervised part marked as in a cache's sample."""
-    opening, closing = MARKS[sys.stdout.isatty()]
-    print(f"Row {view['row']} ({view['source']}:{view['line']}), {view['format']}")
-    print(f"Roles       {', '.join(view['roles']) or 'none'}")
-    print(f"Mask        {view['mask_rule']}; supervised {'is green' if sys.stdout.isatty() else 'in [[ ]]'}")
-    print(f"Tokens      {view['tokens']:,}; supervised {view['supervised']:,}")
-    print(f"Anchors     {view['anchors']:,} for blocks of {view['block_size']}")
+    """Print a row for a person, marked as a cache's sample is."""
+    console = open_console()
+    coloured = has_colour(console)
+    rows = [
+        ("Row", f"{view['row']} ({view['source']}:{view['line']}), {view['format']}"),
+        ("Roles", ", ".join(view["roles"]) or "none"),
+        ("Mask", f"{view['mask_rule']}; {legend(view['block_size'], coloured=coloured)}"),
+        ("Tokens", f"{view['tokens']:,}; supervised {view['supervised']:,}"),
+        ("Anchors", f"{view['anchors']:,} for blocks of {view['block_size']}"),
+    ]
     if view["truncated_supervised"] is not None:
-        print(f"            cut at the maximum length, by {view['truncated_supervised']:,} supervised tokens")
+        rows.append(("", f"cut at the maximum length, by {view['truncated_supervised']:,} supervised tokens"))
     if view["left_out"]:
-        print(f"LEFT OUT    {view['left_out']}: {_safe(view['detail'])}")
+        rows.append(("LEFT OUT", f"{view['left_out']}: {view['detail']}"))
+    console.print(facts(rows))
     if view["runs"]:
-        runs = ((_safe(run["text"]), run["supervised"]) for run in view["runs"])
-        print("\n" + "".join(f"{opening}{text}{closing}" if supervised else text for text, supervised in runs))
-
-
-def _safe(text: str) -> str:
-    """Return a text whose control characters a terminal shows instead of obeying them."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+        console.print()
+        console.print(marked_text(view["runs"], coloured=coloured), soft_wrap=True)

@@ -51,6 +51,23 @@ def read_tokens(
         yield [lengths, *(batch.column(name).flatten().to_numpy(zero_copy_only=False) for name in columns)]
 
 
+def read_sample(cache: Path, sample: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """Return the tokens and the mask of a sample that the plan has, [num_tokens] uint32 and bool."""
+    file = pq.ParquetFile(cache / SAMPLES)
+    begin, group = 0, 0
+    while begin + file.metadata.row_group(group).num_rows <= sample:
+        begin += file.metadata.row_group(group).num_rows
+        group += 1
+    for lengths, ids, mask in read_tokens(cache, [group], ("input_ids", "loss_mask")):
+        if sample < begin + len(lengths):
+            ends = np.cumsum(lengths)
+            end = int(ends[sample - begin])
+            own = slice(end - int(lengths[sample - begin]), end)
+            return ids[own], mask[own]
+        begin += len(lengths)
+    raise CacheError(f"{cache / SAMPLES} has fewer samples than it says. Restore it from a copy, or extract again.")
+
+
 def spread(values: NDArray[Any]) -> dict[str, Any]:
     """Return least, quantiles, mean, most and a histogram of some numbers; whole numbers stay whole."""
     if not len(values):

@@ -1,0 +1,65 @@
+"""How results are shown on a terminal: colour where there is one, the width it has, and plain text elsewhere."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_BLOCKS, _PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+
+
+def open_console() -> Console:
+    """Return what prints to stdout: as wide as the terminal, 80 columns elsewhere; no codes where NO_COLOR is set."""
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return Console(highlight=False, markup=False, emoji=False, color_system=None if plain else "auto")
+
+
+def has_colour(console: Console) -> bool:
+    """Say whether colour will be seen."""
+    return console.color_system is not None
+
+
+def safe(text: str) -> str:
+    """Return a text whose control characters a terminal shows instead of obeying them."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Table:
+    """Return names and what there is to say of each, wrapped beside the name; a line break begins a new line."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, min_width=10)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(Text(name, style="bold"), Text(safe(text)))
+    return table
+
+
+def columns(names: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> Table:
+    """Return a table of right-aligned columns, those in `left` left-aligned and wrapped if need be."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for name in names:
+        if name in left:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(safe(cell)) for cell in row))
+    return table
+
+
+def sparkline(levels: Sequence[float]) -> str:
+    """Return numbers from 0 to 1 as a line of blocks, or of other signs where the output's encoding has none."""
+    signs = _BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else _PLAIN_BLOCKS
+    return "".join(signs[min(int(level * len(signs)), len(signs) - 1)] for level in levels)
+
+
+def print_json(document: Any) -> None:
+    """Print a document for a script."""
+    print(json.dumps(document, indent=1))
