@@ -76,7 +76,7 @@ def _spread_samples(records: Records, num_samples: int) -> list[int]:
             f"{records.cache} has no finished shard whose features could be read. Let `dflash extract` run."
         )
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, num_samples).round().astype(int))]
-    lengths = np.cumsum(records.numbers["num_tokens"][chosen])
+    lengths = np.cumsum(records.samples.num_tokens[chosen])
     layout = records.manifest.layout
     fitting = np.searchsorted(lengths, _MOST_BYTES // (2 * layout.slot_bytes), "right")
     return [int(sample) for sample in chosen[: max(1, int(fitting))]]

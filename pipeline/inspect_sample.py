@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from dflash_offline.pipeline.plan_numbers import NUMBERS, read_columns, read_sample, read_sources
 from dflash_offline.pipeline.records import read_features, read_manifest
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
 from dflash_offline.schemas.commits import read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError
-from dflash_offline.schemas.manifest import TARGET, Manifest
+from dflash_offline.schemas.manifest import SAMPLES, TARGET, Manifest
+from dflash_offline.schemas.samples import SampleTable
 
 MARKS = {"anchor": ("[[", "]]", "green"), "tail": ("((", "))", "yellow"), "": ("", "", "")}
 """Around a run of tokens where there is no colour, and its colour: supervised and able to anchor a block, supervised
@@ -33,28 +33,27 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
     reason in `no_features`, if they cannot be read.
     """
     manifest = read_manifest(cache)
-    numbers = read_columns(cache, *NUMBERS)
-    count = len(numbers["row"])
-    if not 0 <= sample < count:
-        raise DflashError(f"{cache} has samples 0 to {count - 1}; {sample} is not one of them.")
+    samples = SampleTable.read(cache / SAMPLES)
+    if not 0 <= sample < len(samples):
+        raise DflashError(f"{cache} has samples 0 to {len(samples) - 1}; {sample} is not one of them.")
     tokenizer = open_tokenizer(cache)
-    ids, mask = read_sample(cache, sample)
-    shard, start = int(numbers["shard"][sample]), int(numbers["start"][sample])
+    ids, mask = samples.input_ids(sample), samples.loss_mask(sample)
+    shard = int(samples.shard[sample])
     block_size = manifest.plan["block_size"]
-    norms, reason = _norms(cache, manifest, shard, start, len(ids), sample)
-    ends_shard = sample + 1 == count or numbers["shard"][sample + 1] != shard
+    norms, reason = _norms(cache, manifest, samples, sample)
+    ends_shard = sample == samples.samples_of_shard(shard)[-1]
     return {
         "cache": str(cache),
         "sample": sample,
-        "source": read_sources(cache, np.array([sample]))[0],
-        "row": int(numbers["row"][sample]),
+        "source": samples.source(sample),
+        "row": int(samples.row[sample]),
         "tokens": len(ids),
         "supervised": int(mask.sum()),
-        "anchors": int(numbers["num_anchors"][sample]),
+        "anchors": int(samples.num_anchors[sample]),
         "block_size": block_size,
         "shard": shard,
-        "start": start,
-        "next_start": (shard + 1) * manifest.layout.shard_tokens if ends_shard else int(numbers["start"][sample + 1]),
+        "start": int(samples.start[sample]),
+        "next_start": (shard + 1) * manifest.layout.shard_tokens if ends_shard else int(samples.start[sample + 1]),
         "runs": marked_runs(ids, mask, block_size, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)),
         "token_ids": ids.tolist(),
         "token_texts": token_texts(tokenizer, ids.tolist()),
@@ -74,9 +73,8 @@ def open_tokenizer(cache: Path) -> Tokenizer:
         raise CacheError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
 
 
-def _norms(
-    cache: Path, manifest: Manifest, shard: int, start: int, num_tokens: int, sample: int
-) -> tuple[list[list[float]] | None, str]:
+def _norms(cache: Path, manifest: Manifest, samples: SampleTable, sample: int) -> tuple[list[list[float]] | None, str]:
+    shard = int(samples.shard[sample])
     try:
         commit = read_finished(cache, shard, manifest.checksum)
         if commit is None:
@@ -84,7 +82,7 @@ def _norms(
         left_out = {one.sample: one.reason for one in commit.skipped}
         if sample in left_out:
             return None, f"left out: {left_out[sample]}"
-        values = read_features(cache, manifest, commit, start, num_tokens)
+        values = read_features(cache, manifest, samples, commit, sample)
     except CacheError as error:
         return None, str(error)
     rms = np.sqrt(np.square(values, dtype=np.float64).mean(axis=2)).T

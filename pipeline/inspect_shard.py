@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from dflash_offline.pipeline.plan_numbers import NUMBERS, read_columns, read_sources, read_tokens
+from dflash_offline.pipeline.plan_numbers import read_tokens
 from dflash_offline.pipeline.records import read_manifest
 from dflash_offline.pipeline.shard_figures import bytes_by_array, commit_seconds, shard_states
 from dflash_offline.pipeline.terminal import columns, facts, open_console
 from dflash_offline.schemas.commits import read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.manifest import SAMPLES
+from dflash_offline.schemas.samples import NUMBERS, SampleTable
 from dflash_offline.stages.progress import readable_bytes
 
 TOP = ("longest", "shortest", "rare")
@@ -27,8 +29,8 @@ def shard_view(cache: Path, shard: int) -> dict[str, Any]:
     layout = manifest.layout
     if not 0 <= shard < layout.num_shards:
         raise DflashError(f"{cache} has shards 0 to {layout.num_shards - 1}; {shard} is not one of them.")
-    numbers = read_columns(cache, *NUMBERS)
-    members = np.flatnonzero(numbers["shard"] == shard)
+    samples = SampleTable.read(cache / SAMPLES)
+    members = samples.samples_of_shard(shard)
     fault = ""
     try:
         commit = read_finished(cache, shard, manifest.checksum)
@@ -41,8 +43,8 @@ def shard_view(cache: Path, shard: int) -> dict[str, Any]:
         "state": state,
         "fault": fault,
         "slots": layout.shard_tokens,
-        "tokens": int(numbers["num_tokens"][members].sum()),
-        "samples": _sample_rows(cache, numbers, members),
+        "tokens": int(samples.num_tokens[members].sum()),
+        "samples": _sample_rows(samples, members),
     }
     if commit is None:
         return view
@@ -58,11 +60,15 @@ def shard_view(cache: Path, shard: int) -> dict[str, Any]:
     }
 
 
-def _sample_rows(cache: Path, numbers: dict[str, NDArray[Any]], samples: NDArray[np.int64]) -> list[dict[str, Any]]:
-    rows = []
-    for sample, source in zip(samples.tolist(), read_sources(cache, samples), strict=True):
-        rows.append({"sample": sample, "source": source, **{name: int(numbers[name][sample]) for name in NUMBERS}})
-    return rows
+def _sample_rows(samples: SampleTable, members: NDArray[np.int64]) -> list[dict[str, Any]]:
+    return [
+        {
+            "sample": sample,
+            "source": samples.source(sample),
+            **{name: int(getattr(samples, name)[sample]) for name in NUMBERS},
+        }
+        for sample in members.tolist()
+    ]
 
 
 def print_shard(view: dict[str, Any]) -> None:
@@ -141,14 +147,14 @@ def top_view(cache: Path, kind: str) -> dict[str, Any]:
     if kind not in TOP:
         raise DflashError(f"--top is {kind!r}; expected one of {', '.join(TOP)}.")
     read_manifest(cache)
-    numbers = read_columns(cache, *NUMBERS)
+    samples = SampleTable.read(cache / SAMPLES)
     if kind == "rare":
         score = token_bits(cache)
         order = np.argsort(-score, kind="stable")[:NUM_TOP]
     else:
-        length = numbers["num_tokens"]
+        length = samples.num_tokens
         order = np.argsort(-length if kind == "longest" else length, kind="stable")[:NUM_TOP]
-    rows = _sample_rows(cache, numbers, order)
+    rows = _sample_rows(samples, order)
     if kind == "rare":
         rows = [row | {"bits": float(score[row["sample"]])} for row in rows]
     return {"cache": str(cache), "top": kind, "samples": rows}

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.manifest import TARGET, Manifest
+from dflash_offline.schemas.samples import SampleTable
 
 ZEROS = 0.01
 """Share of exact zeros. A residual stream is a sum; two summands in bfloat16, with 128 values between a number and its
@@ -161,19 +162,23 @@ def shard_marks(states: dict[int, str], faults: list[str], cache: str) -> list[M
     return marks
 
 
-def plan_marks(numbers: dict[str, NDArray[np.int64]], block_size: int, cache: str) -> list[Mark]:
+def plan_marks(samples: SampleTable, block_size: int, cache: str) -> list[Mark]:
     """Return what is wrong with the samples' numbers: nothing supervised, or nothing to anchor a block at."""
     marks: list[Mark] = []
     for column, kind, what in (
-        ("num_supervised", "all-masked samples", "have no supervised token: they train nothing"),
-        ("num_anchors", "samples without anchors", f"have no supervised token with {block_size - 1} more after it"),
+        (samples.num_supervised, "all-masked samples", "have no supervised token: they train nothing"),
+        (
+            samples.num_anchors,
+            "samples without anchors",
+            f"have no supervised token with {block_size - 1} more after it",
+        ),
     ):
-        empty = np.flatnonzero(numbers[column] == 0)
-        if len(empty) and not (column == "num_anchors" and marks):
+        empty = np.flatnonzero(column == 0)
+        if len(empty) and not marks:
             marks.append(
                 Mark(
                     kind=kind,
-                    where=f"{len(empty):,} of {len(numbers[column]):,} samples, first {int(empty[0])}",
+                    where=f"{len(empty):,} of {len(samples):,} samples, first {int(empty[0])}",
                     what=what,
                     next=f"dflash inspect {cache} --sample {int(empty[0])}; mend the chat template's generation tags "
                     f"or choose another --mask, and extract anew",

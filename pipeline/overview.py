@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dflash_offline.pipeline.marks import (
     describe_token,
@@ -30,6 +29,7 @@ from dflash_offline.pipeline.shard_figures import (
 )
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.samples import SampleTable
 
 _TOKENS_SEARCHED = 1 << 22
 """Tokens of the plan that are looked through for the mask token; a quarter of a second."""
@@ -53,7 +53,7 @@ def overview_of(records: Records) -> dict[str, Any]:
     marks = [
         *shard_marks(states, records.faults, str(cache)),
         *layer_marks(filled, statistics, layers, str(cache)),
-        *plan_marks(records.numbers, manifest.plan["block_size"], str(cache)),
+        *plan_marks(records.samples, manifest.plan["block_size"], str(cache)),
         *mask_token_marks(mask_token, name, problem, use),
     ]
     arrays = bytes_by_array(commits, manifest.layout)
@@ -63,7 +63,7 @@ def overview_of(records: Records) -> dict[str, Any]:
         **_what_made_it(manifest),
         "mask_token": name,
         "mask_token_use": use,
-        **_plan_figures(cache, manifest, records.numbers),
+        **_plan_figures(cache, manifest, records.samples),
         **_shard_figures(manifest, commits, states),
         "damaged_records": records.faults,
         "arrays": arrays,
@@ -108,15 +108,15 @@ def _what_made_it(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _plan_figures(cache: Path, manifest: Manifest, numbers: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
-    tokens, supervised = numbers["num_tokens"], numbers["num_supervised"]
+def _plan_figures(cache: Path, manifest: Manifest, samples: SampleTable) -> dict[str, Any]:
+    tokens, supervised = samples.num_tokens, samples.num_supervised
     plan = manifest.plan
     return {
         "samples": len(tokens),
         "tokens": int(tokens.sum()),
         "supervised": int(supervised.sum()),
         "supervised_share": float(supervised.sum() / max(tokens.sum(), 1)),
-        "anchors": int(numbers["num_anchors"].sum()),
+        "anchors": int(samples.num_anchors.sum()),
         "truncated": plan["truncated"],
         "truncated_supervised": plan.get("truncated_supervised", 0),
         "formats": plan.get("formats", {}),  # caches made before other formats were read have none
@@ -125,7 +125,7 @@ def _plan_figures(cache: Path, manifest: Manifest, numbers: dict[str, NDArray[np
         "reject_examples": reject_examples(cache, plan["rejects"]),
         "length": spread(tokens),
         "supervised_per_sample": spread(supervised / np.maximum(tokens, 1)),
-        "anchors_per_sample": spread(numbers["num_anchors"]),
+        "anchors_per_sample": spread(samples.num_anchors),
     }
 
 

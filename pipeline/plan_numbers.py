@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import REJECTS, SAMPLES
 
-NUMBERS = ("row", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
 NUM_BINS = 32
 """Bars of a histogram, at most."""
 NUM_EXAMPLES = 3
@@ -24,48 +21,15 @@ _BATCH = 8192
 """Samples whose tokens are in memory at once."""
 
 
-def read_columns(cache: Path, *columns: str) -> dict[str, NDArray[Any]]:
-    """Return columns of the plan's numbers, int64 [samples] each; the tokens are not read."""
-    path = cache / SAMPLES
-    try:
-        table = pq.read_table(path, columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
-        raise CacheError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
-    return {name: table[name].to_numpy().astype(np.int64) for name in columns}
-
-
-def read_sources(cache: Path, samples: NDArray[np.int64]) -> list[str]:
-    """Return the file names that some samples came from."""
-    table = pq.read_table(cache / SAMPLES, columns=["source"], read_dictionary=["source"])
-    return [str(name) for name in table["source"].take(pa.array(samples)).to_pylist()]
-
-
 def read_tokens(
-    cache: Path, row_groups: list[int] | None = None, columns: tuple[str, ...] = ("input_ids",)
-) -> Iterator[list[NDArray[Any]]]:
-    """Yield for each few thousand samples their lengths, int64, and the flat values of the list columns asked for."""
+    cache: Path, row_groups: list[int] | None = None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
+    """Yield for each few thousand samples their lengths and their tokens laid end to end."""
     file = pq.ParquetFile(cache / SAMPLES)
     groups = list(range(file.num_row_groups)) if row_groups is None else row_groups
-    for batch in file.iter_batches(_BATCH, row_groups=groups, columns=list(columns)):
-        lengths = pc.list_value_length(batch.column(columns[0])).to_numpy(zero_copy_only=False).astype(np.int64)
-        yield [lengths, *(batch.column(name).flatten().to_numpy(zero_copy_only=False) for name in columns)]
-
-
-def read_sample(cache: Path, sample: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-    """Return the tokens and the mask of a sample that the plan has, [num_tokens] uint32 and bool."""
-    file = pq.ParquetFile(cache / SAMPLES)
-    begin, group = 0, 0
-    while begin + file.metadata.row_group(group).num_rows <= sample:
-        begin += file.metadata.row_group(group).num_rows
-        group += 1
-    for lengths, ids, mask in read_tokens(cache, [group], ("input_ids", "loss_mask")):
-        if sample < begin + len(lengths):
-            ends = np.cumsum(lengths)
-            end = int(ends[sample - begin])
-            own = slice(end - int(lengths[sample - begin]), end)
-            return ids[own], mask[own]
-        begin += len(lengths)
-    raise CacheError(f"{cache / SAMPLES} has fewer samples than it says. Restore it from a copy, or extract again.")
+    for batch in file.iter_batches(_BATCH, row_groups=groups, columns=["input_ids"]):
+        lengths = pc.list_value_length(batch["input_ids"]).to_numpy(zero_copy_only=False).astype(np.int64)
+        yield lengths, batch["input_ids"].flatten().to_numpy()
 
 
 def spread(values: NDArray[Any]) -> dict[str, Any]:

@@ -6,15 +6,14 @@ Axes: T tokens, L captured layers, H hidden size.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.pipeline.plan_numbers import NUMBERS, read_columns
 from dflash_offline.schemas.commits import Commit, read_commits
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import FEATURES, Manifest
+from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest
+from dflash_offline.schemas.samples import SampleTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,7 @@ class Records:
 
     cache: Path
     manifest: Manifest
-    numbers: dict[str, NDArray[Any]]
-    """Columns of the plan, int64 [samples] each: row, num_tokens, num_supervised, num_anchors, shard, start."""
+    samples: SampleTable
     commits: dict[int, Commit]
     faults: list[str]
     """A line for each record that is damaged or lacks its files."""
@@ -33,23 +31,23 @@ class Records:
     def read(cls, cache: Path) -> "Records":
         """Return them; `CacheError` if the folder is no cache or lacks a static file."""
         manifest = read_manifest(cache)
-        numbers = read_columns(cache, *NUMBERS)
+        samples = SampleTable.read(cache / SAMPLES)
         commits, faults = read_commits(cache, manifest.layout.num_shards, manifest.checksum)
-        return cls(cache=cache, manifest=manifest, numbers=numbers, commits=commits, faults=faults)
+        return cls(cache=cache, manifest=manifest, samples=samples, commits=commits, faults=faults)
 
     def usable(self) -> NDArray[np.int64]:
         """Return the samples that have features, in order."""
-        finished = np.isin(self.numbers["shard"], list(self.commits))
+        finished = np.isin(self.samples.shard, list(self.commits))
         finished[[one.sample for commit in self.commits.values() for one in commit.skipped]] = False
         return np.flatnonzero(finished)
 
     def features(self, sample: int) -> NDArray[np.float32]:
         """Return a sample's features [T, L, H], checksums checked; `CacheError` if it has none."""
-        shard, start, count = (int(self.numbers[name][sample]) for name in ("shard", "start", "num_tokens"))
+        shard = int(self.samples.shard[sample])
         commit = self.commits.get(shard)
         if commit is None:
             raise CacheError(f"Shard {shard} of {self.cache} is not extracted. Repeat the `dflash extract`.")
-        return read_features(self.cache, self.manifest, commit, start, count)
+        return read_features(self.cache, self.manifest, self.samples, commit, sample)
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -59,8 +57,10 @@ def read_manifest(cache: Path) -> Manifest:
     return manifest
 
 
-def read_features(cache: Path, manifest: Manifest, commit: Commit, start: int, num_tokens: int) -> NDArray[np.float32]:
-    """Return the features [T, L, H] of the slots from `start` of the arrays, which lie in one finished shard."""
+def read_features(
+    cache: Path, manifest: Manifest, samples: SampleTable, commit: Commit, sample: int
+) -> NDArray[np.float32]:
+    """Return the features [T, L, H] of a sample of a finished shard."""
     from dflash_offline.stages.cache import HIDDEN, open_codec  # zarr takes a third of a second, and few views need it
     from dflash_offline.stages.shards import ShardFile
 
@@ -69,6 +69,6 @@ def read_features(cache: Path, manifest: Manifest, commit: Commit, start: int, n
     shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
     file = ShardFile(cache / name, commit.files[name], shape, layout.chunk_tokens)
     columns = list(range(layout.num_layers))
-    codes = np.empty((num_tokens, layout.num_layers, layout.hidden_size), np.uint16)
-    file.read(start - commit.shard * layout.shard_tokens, columns, codes)
+    codes = np.empty((int(samples.num_tokens[sample]), layout.num_layers, layout.hidden_size), np.uint16)
+    file.read(int(samples.start[sample]) - commit.shard * layout.shard_tokens, columns, codes)
     return open_codec(cache, manifest).values(codes, columns)
