@@ -89,13 +89,12 @@ def print_marks(console: Console, marks: list[dict[str, Any]], otherwise: str) -
 
 def _made_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     target = found["identity"]["target"]
-    how = f"{target['dtype']}, {target['attn_implementation']}" if "dtype" in target else ""
     layers = ", ".join(map(str, found["layer_ids"]))
     name = f" {found['mask_token']}" if found["mask_token"] else ""
     software = found["origin"].get("software", {})
     versions = [f"{one} {software[one]}" for one in ("dflash-offline", "torch", "transformers") if one in software]
     return [
-        ("Target", f"{found['target']}{f' ({how})' if how else ''}"),
+        ("Target", f"{found['target']} ({target['dtype']}, {target['attn_implementation']})"),
         ("Features", f"layers {layers}; width {found['hidden_size']:,}; {found['features']}"),
         ("Mask", f"{found['mask_rule']}; mask token {found['mask_token_id']}{name}"),
         ("Made with", ", ".join(versions) or "unknown versions"),

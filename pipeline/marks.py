@@ -149,16 +149,20 @@ def shard_marks(states: dict[int, str], faults: list[str], cache: str) -> list[M
                 shards=tuple(damaged),
             )
         )
-    if half := by_state.get("half-finished"):
-        marks.append(
-            Mark(
-                kind="half-finished shard",
-                where=name_shards(half),
-                what="has files but no record, and counts for nothing: its worker was stopped, or is at it now",
-                next="if none is, repeat the dflash extract that made the cache: it redoes just what is left",
-                shards=tuple(half),
+    for state, what in (
+        ("half-finished", "has files but no record, and counts for nothing: its worker was stopped, or is at it now"),
+        ("half-written", "was being written when its worker ended, and counts for nothing"),
+    ):
+        if shards := by_state.get(state):
+            marks.append(
+                Mark(
+                    kind=f"{state} shard",
+                    where=name_shards(shards),
+                    what=what,
+                    next="unless one is at it now, repeat the dflash extract that made it: it redoes what is left",
+                    shards=tuple(shards),
+                )
             )
-        )
     return marks
 
 

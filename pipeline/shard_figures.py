@@ -27,17 +27,15 @@ def shard_states(cache: Path, layout: Layout, commits: dict[int, Commit]) -> dic
     """Return the state of every shard that is not simply left to do.
 
     done: a valid record and files of its sizes. damaged: a record without that. half-finished: files without a
-    record, or a part of one in tmp/ whose worker no longer runs. being written: a part whose worker runs here.
-    unknown: a part of another machine's worker.
+    record. half-written: a part in tmp/ whose worker no longer runs. being written: one whose worker runs here.
+    unknown: one of another machine's worker.
     """
     states = dict.fromkeys(_shards_with_files(cache), "half-finished")
     for shard, host, process in _parts(cache):
         if host != socket.gethostname():
             states[shard] = "unknown"
-        elif _runs(process):
-            states[shard] = "being written"
         else:
-            states[shard] = "half-finished"
+            states[shard] = "being written" if _runs(process) else "half-written"
     states |= dict.fromkeys(_recorded(cache), "damaged")
     states |= dict.fromkeys(commits, "done")
     return {shard: state for shard, state in states.items() if shard < layout.num_shards}
@@ -130,7 +128,7 @@ def statistics_by_shard(commits: dict[int, Commit]) -> tuple[list[Commit], NDArr
     """Return the shards that hold features, and their statistics [S, L, 4] in the order of `STATISTICS`."""
     filled = [commit for commit in commits.values() if commit.num_tokens]
     values = [[(layer.mean, layer.std, layer.max_abs, layer.zeros) for layer in commit.layers] for commit in filled]
-    return filled, np.array(values, np.float64).reshape(len(filled), -1, len(STATISTICS))
+    return filled, np.array(values, np.float64) if filled else np.zeros((0, 0, len(STATISTICS)))
 
 
 def pooled_layers(filled: list[Commit], statistics: NDArray[np.float64]) -> list[dict[str, Any]]:

@@ -94,9 +94,8 @@ def _holds(content: bytes) -> bool:
     Without line breaks, indents and the space after a name, the text is the canonical content. False does not mean
     that it is damaged: names may sort before the checksum, or a string look like a name.
     """
-    begin = len(_CHECKSUM_FIRST)
-    claimed, body = content[begin : begin + 64], content[begin + 66 :]
-    if not content.startswith(_CHECKSUM_FIRST) or not content.endswith(b"\n}\n") or b'\\": ' in body:
+    start, (claimed, _, body) = content[: len(_CHECKSUM_FIRST)], content[len(_CHECKSUM_FIRST) :].partition(b'",')
+    if start != _CHECKSUM_FIRST or not content.endswith(b"\n}\n") or b'\\": ' in body:
         return False
     canonical = b"{" + b"".join([line.lstrip(b" ") for line in body.split(b"\n")]).replace(b'": ', b'":')
     return hashlib.sha256(canonical).hexdigest().encode() == claimed

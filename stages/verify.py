@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import locked, sha256_file
-from dflash_offline.schemas.manifest import FEATURES, MANIFEST, TMP, Manifest, refuse_other_identity
+from dflash_offline.schemas.manifest import FEATURES, MANIFEST, SAMPLES, TMP, Manifest, refuse_other_identity
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import IDS, MASK, CacheReader
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
@@ -81,7 +82,7 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
     if static:
         return static
     reader = CacheReader(cache)
-    faults: list[Fault] = []
+    faults = [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, reader.samples)]
 
     def check(shard: int) -> list[Fault]:
         return [Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(cache, reader, shard)]
@@ -93,6 +94,29 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
             progress.advance(1, faults=str(len(faults)))
     progress.finish()
     return faults
+
+
+def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
+    """Yield what is wrong with the plan's tokens: files that are as they were written may hold nothing to train on."""
+    mask_token = manifest.plan["mask_token_id"]
+    wrong: dict[str, list[int]] = {"masked": [], "counted": [], "holding": []}
+    for sample in range(len(samples)):
+        num_supervised = int(np.count_nonzero(samples.loss_mask(sample)))
+        if not num_supervised:
+            wrong["masked"].append(sample)
+        if num_supervised != samples.num_supervised[sample]:
+            wrong["counted"].append(sample)
+        if (samples.input_ids(sample) == mask_token).any():
+            wrong["holding"].append(sample)
+    said = {
+        "masked": "have no supervised token and train nothing; extract anew with another --mask, or mend the template",
+        "counted": "have another number of supervised tokens than their row says; extract anew",
+        "holding": f"hold the mask token {mask_token}, which stands for what is to be drafted; extract anew without "
+        f"--mask-token-id",
+    }
+    for kind, found in wrong.items():
+        if found:
+            yield f"{len(found):,} of {len(samples):,} samples, the first {found[0]}, {said[kind]}"
 
 
 def _shard_faults(cache: Path, reader: CacheReader, shard: int) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,9 @@ Needs no torch, so that it starts quickly: `python tests/feature_writer.py CACHE
 """
 
 import random
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,21 @@ from dflash_offline.schemas.samples import SampleTable, write_rejects, write_sam
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
 from dflash_offline.stages.writer import ShardWriter
 
-CHUNK = 32
+CHUNK, BLOCK = 32, 8
 
 
-def create(cache: Path, *, num_shards: int, shard_tokens: int = 256, width: int = 64, seed: int = 0) -> Manifest:
-    """Publish an empty cache of three layers, with samples of 20 to 90 tokens."""
+def create(
+    cache: Path,
+    *,
+    num_shards: int,
+    shard_tokens: int = 256,
+    width: int = 64,
+    seed: int = 0,
+    supervised: float = 0.8,
+    mask_token_id: int = 1000,
+    tokenizer: Path | None = None,
+) -> Manifest:
+    """Publish an empty cache of three layers, with samples of 20 to 90 tokens, ids below 1,000."""
     rng = np.random.default_rng(seed)
     lengths, starts, shards = [], [], []
     for shard in range(num_shards):
@@ -31,16 +43,17 @@ def create(cache: Path, *, num_shards: int, shard_tokens: int = 256, width: int 
             starts.append(shard * shard_tokens + used)
             shards.append(shard)
             used += -(-length // CHUNK) * CHUNK
+    ids = rng.integers(0, 1000, sum(lengths)).astype(np.uint32)
+    mask = rng.random(sum(lengths)) < supervised
+    parts = np.split(mask, np.cumsum(lengths)[:-1])
     numbers = {
         "row": np.arange(1, len(lengths) + 1),
         "num_tokens": np.array(lengths),
-        "num_supervised": np.array(lengths),
-        "num_anchors": np.array(lengths) - 7,
+        "num_supervised": np.array([part.sum() for part in parts]),
+        "num_anchors": np.array([part[: 1 - BLOCK].sum() for part in parts]),
         "shard": np.array(shards),
         "start": np.array(starts),
     }
-    ids = rng.integers(0, 1000, sum(lengths)).astype(np.uint32)
-    mask = rng.random(sum(lengths)) < 0.8
     layout = Layout(
         num_shards=num_shards,
         shard_tokens=shard_tokens,
@@ -61,19 +74,38 @@ def create(cache: Path, *, num_shards: int, shard_tokens: int = 256, width: int 
         create_arrays(folder / FEATURES, layout, [1, 2, 4])
         (folder / "target").mkdir()
         (folder / "target" / "config.json").write_text('{"model_type": "none"}')
+        if tokenizer is not None:
+            shutil.copy(tokenizer, folder / "target")
         publish_cache(
             folder,
             cache,
-            identity={"layer_ids": [1, 2, 4], "seed": seed},
-            origin={},
-            decoder={},
+            identity={
+                "layer_ids": [1, 2, 4],
+                "seed": seed,
+                "mask_rule": "by chance",
+                "target": {"dtype": "bfloat16", "attn_implementation": "none"},
+            },
+            origin={"target": "none", "software": {}},
+            decoder={"vocab_size": 1001},
             layout=layout,
-            plan={"samples": len(lengths)},
+            plan={
+                "samples": len(lengths),
+                "mask_token_id": mask_token_id,
+                "block_size": BLOCK,
+                "truncated": 0,
+                "rejects": {},
+            },
         )
     return Manifest.read(cache)
 
 
-def features(manifest: Manifest, samples: SampleTable, shard: int, fill: int) -> NDArray[np.uint16]:
+Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Of a sample's features [T, L, H], to plant a fault."""
+
+
+def features(
+    manifest: Manifest, samples: SampleTable, shard: int, fill: int, change: Change | None = None
+) -> NDArray[np.uint16]:
     """Return a shard's codes; a function of the cache's seed and the sample."""
     layout = manifest.layout
     codes = np.full((layout.shard_tokens, layout.num_layers, layout.hidden_size), fill, np.uint16)
@@ -81,12 +113,13 @@ def features(manifest: Manifest, samples: SampleTable, shard: int, fill: int) ->
         rng = np.random.default_rng([manifest.identity["seed"], sample])
         count = int(samples.num_tokens[sample])
         values = rng.standard_normal((count, layout.num_layers, layout.hidden_size), dtype=np.float32)
+        values = values if change is None else change(values)
         begin = int(samples.start[sample]) - shard * layout.shard_tokens
         codes[begin : begin + count] = (values.view(np.uint32) >> 16).astype(np.uint16)
     return codes
 
 
-def fill_cache(cache: Path, worker: int = 0) -> None:
+def fill_cache(cache: Path, worker: int = 0, change: Change | None = None) -> None:
     """Write every shard that is left, in an order of this worker's own."""
     manifest = Manifest.read(cache)
     samples = SampleTable.read(cache / SAMPLES)
@@ -100,7 +133,7 @@ def fill_cache(cache: Path, worker: int = 0) -> None:
                 continue
             with writer.claim(shard, wait=wait) as ours:
                 if ours:
-                    writer.commit(shard, features(manifest, samples, shard, codec.fill))
+                    writer.commit(shard, features(manifest, samples, shard, codec.fill, change))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,9 @@ def test_inspect_does_not_load_torch(cache: Path) -> None:
         ["inspect", str(cache)],
         ["inspect", str(cache), "--sample", "0"],
         ["inspect", str(cache), "--json"],
+        ["inspect", str(cache), "--shard", "0"],
+        ["inspect", str(cache), "--layers", "--features", "2"],
+        ["inspect", str(cache), "--top", "rare"],
     ):
         program = WITHOUT_TORCH.format(arguments=arguments)
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
