@@ -84,7 +84,7 @@ def _next(records: Records) -> list[str]:
         return ["the `dflash extract` that made it, to go on", f"dflash inspect {cache} --sample 0"]
     return [
         f"dflash train {cache} --out RUN",
-        f"dflash verify {cache} --target {target}",
+        f"dflash verify {cache} --target {target}  # is each layer the one it is called?",
         f"dflash inspect {cache} --sample 0",
         f"dflash inspect {cache} --layers --features 8",
     ]

@@ -55,6 +55,8 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
     for fit in fits:
         if fit.fault:
             print(fit.fault)
+    if any(fit.fault for fit in fits):
+        print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
     if not faults and not any(fit.fault for fit in fits):
         print(f"{cache} is sound.")
     elif forgotten:

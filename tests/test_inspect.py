@@ -202,6 +202,31 @@ def test_a_healthy_cache_has_no_mark(cache: Path, tmp_path: Path) -> None:
         assert document(one, "--layers", "--features", 8)["marks"] == []
 
 
+def outlier_channels_and_first_tokens(values: Values) -> Values:
+    """Channels of 100 to 1,000 times the rest, one in 500, and first tokens of 3,000 times the rest."""
+    gain = np.ones(values.shape[1:], np.float32)
+    for layer, channels in enumerate(([7, 300], [7, 412], [7, 33])):
+        gain[layer, channels] = [1000, 100]
+    values *= gain
+    values[0] *= 3000
+    return values
+
+
+def massive_activations_from_the_second_layer_on(values: Values) -> Values:
+    """As published of language models: four channels of the first token alone, ten thousand times the rest, and none
+    in the first layer; which is smaller, too."""
+    values[0, 1:, [3, 99, 600, 601]] *= 10_000
+    values[:, 0] *= 0.05
+    return values
+
+
+@pytest.mark.parametrize("change", [outlier_channels_and_first_tokens, massive_activations_from_the_second_layer_on])
+def test_what_large_models_have_by_nature_is_no_fault(tmp_path: Path, change: Callable[[Values], Values]) -> None:
+    cache = made(tmp_path, change, width=1024)
+    assert document(cache)["marks"] == []
+    assert document(cache, "--layers", "--features", 8)["marks"] == []
+
+
 def test_an_empty_cache_and_a_broken_one_are_shown(tmp_path: Path) -> None:
     create(tmp_path / "cache", num_shards=3)
     found = document(tmp_path / "cache")

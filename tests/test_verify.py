@@ -144,6 +144,10 @@ def test_a_layer_that_is_off_by_one_is_said_to_be(
     assert verify_cache(out, Silent()) == []
     faults = [fit.fault for fit in compare_with_target(out, str(target), 4, 0, Silent())]
     assert all("off by +1" in fault for fault in faults)
+    said = CliRunner().invoke(app, ["verify", str(out), "--target", str(target)])
+    assert said.exit_code == 1 and "layer 1 is off by +1" in said.stdout and "Next: do not train" in said.stdout
+    hint = CliRunner().invoke(app, ["inspect", str(out)]).stdout
+    assert f"dflash verify {out} --target" in hint  # no record shows it, so the first screen names what would
 
 
 def test_another_target_is_refused(cache: Path, tmp_path: Path) -> None:
