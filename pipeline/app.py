@@ -316,6 +316,8 @@ def inspect(
     given = {name: value for name, value in locals().items() if name not in ("layers", "features")}
     with _reported():
         if target is not None:
+            if shard is not None or layers or features is not None or top is not None:
+                raise DflashError("With --target a row of data is shown; --shard, --layers and --top are a cache's.")
             from dflash_offline.pipeline.inspect_row import print_row, row_view
             from dflash_offline.pipeline.terminal import print_json
             from dflash_offline.stages.target import quiet_libraries

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from dflash_offline.pipeline.feature_figures import bytes_by_layer, feature_figures, feature_marks
@@ -73,16 +74,16 @@ def print_overview(found: dict[str, Any]) -> None:
 def print_marks(console: Console, marks: list[dict[str, Any]], otherwise: str) -> None:
     """Print what looks wrong, each with what to do; or that nothing does."""
     if not marks:
-        console.print(f"{'Looks right':<12}nothing is marked; {otherwise}")
+        console.print(f"{'Marks':<12}none; {otherwise}")
         return
     things = "1 thing looks" if len(marks) == 1 else f"{len(marks)} things look"
     console.print(Text(f"{things} wrong", style="bold red"))
+    table = Table.grid(padding=(0, 1, 0, 0))
     for mark in marks[:_MARKS_SHOWN]:
-        text = Text("! ", style="red")
-        text.append(f"{mark['kind']}: ", style="bold")
-        text.append(safe(f"{mark['where']} {mark['what']}"), style="not bold default")
-        console.print(text)
-        console.print(Text(f"  Next: {mark['next']}", style="not bold"))
+        text = Text(f"{mark['kind']}: ", style="bold").append(safe(f"{mark['where']} {mark['what']}"), "not bold")
+        table.add_row(Text("!", style="bold red"), text)
+        table.add_row("", Text(f"Next: {mark['next']}"))
+    console.print(table)
     if len(marks) > _MARKS_SHOWN:
         console.print(f"  and {len(marks) - _MARKS_SHOWN:,} more; all with --json")
 

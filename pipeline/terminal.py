@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,8 @@ _BLOCKS, _PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 def open_console() -> Console:
     """Return what prints to stdout: as wide as the terminal, 80 columns elsewhere; no codes where NO_COLOR is set."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may hold signs that the output's encoding has not
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
     return Console(highlight=False, markup=False, emoji=False, color_system=None if plain else "auto")
 
