@@ -1,14 +1,17 @@
 """What a plan says of its samples in numbers, from columns of samples.parquet and rejects.parquet alone."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import REJECTS, SAMPLES
 
 NUM_BINS = 32
@@ -21,15 +24,28 @@ _BATCH = 8192
 """Samples whose tokens are in memory at once."""
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise `CacheError` where the file cannot be read: of a static file only the size was compared."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise CacheError(
+            f"{path} cannot be read: {' '.join(str(error).split())}. Restore it from a copy, or extract again."
+        ) from error
+
+
 def read_tokens(
     cache: Path, row_groups: list[int] | None = None
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
     """Yield for each few thousand samples their lengths and their tokens laid end to end."""
-    file = pq.ParquetFile(cache / SAMPLES)
-    groups = list(range(file.num_row_groups)) if row_groups is None else row_groups
-    for batch in file.iter_batches(_BATCH, row_groups=groups, columns=["input_ids"]):
-        lengths = pc.list_value_length(batch["input_ids"]).to_numpy(zero_copy_only=False).astype(np.int64)
-        yield lengths, batch["input_ids"].flatten().to_numpy()
+    path = cache / SAMPLES
+    with _readable(path):
+        file = pq.ParquetFile(path)
+        groups = list(range(file.num_row_groups)) if row_groups is None else row_groups
+        for batch in file.iter_batches(_BATCH, row_groups=groups, columns=["input_ids"]):
+            lengths = pc.list_value_length(batch["input_ids"]).to_numpy(zero_copy_only=False).astype(np.int64)
+            yield lengths, batch["input_ids"].flatten().to_numpy()
 
 
 def spread(values: NDArray[Any]) -> dict[str, Any]:
@@ -72,16 +88,17 @@ def reject_examples(cache: Path, reasons: dict[str, int]) -> dict[str, list[dict
     path = cache / REJECTS
     if not reasons or not path.is_file():
         return found
-    seen = 0
-    for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=["source", "row", "reason", "detail"]):
-        for reason in reasons:
-            missing = wanted[reason] - len(found[reason])
-            if missing > 0:
-                rows = batch.filter(pc.equal(batch.column("reason"), reason)).slice(0, missing).to_pylist()
-                found[reason] += [{name: row[name] for name in ("source", "row", "detail")} for row in rows]
-        seen += len(batch)
-        if seen >= _REJECTS_READ or all(len(found[reason]) == wanted[reason] for reason in reasons):
-            break
+    with _readable(path):
+        seen = 0
+        for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=["source", "row", "reason", "detail"]):
+            for reason in reasons:
+                missing = wanted[reason] - len(found[reason])
+                if missing > 0:
+                    rows = batch.filter(pc.equal(batch.column("reason"), reason)).slice(0, missing).to_pylist()
+                    found[reason] += [{name: row[name] for name in ("source", "row", "detail")} for row in rows]
+            seen += len(batch)
+            if seen >= _REJECTS_READ or all(len(found[reason]) == wanted[reason] for reason in reasons):
+                break
     return found
 
 
@@ -91,7 +108,8 @@ def mask_token_use(cache: Path, token: int, most_tokens: int) -> dict[str, Any]:
     Parts of the plan whose smallest and largest token leave it out are settled without being read; of the others the
     first `most_tokens` tokens are read. `dflash verify` reads all of them.
     """
-    file = pq.ParquetFile(cache / SAMPLES)
+    with _readable(cache / SAMPLES):
+        file = pq.ParquetFile(cache / SAMPLES)
     places = [i for i in range(file.metadata.num_columns) if file.schema.column(i).path.startswith("input_ids")]
     found, settled, first = 0, 0, None
     left = most_tokens

@@ -237,6 +237,22 @@ def test_an_empty_cache_and_a_broken_one_are_shown(tmp_path: Path) -> None:
     assert dflash("inspect", tmp_path / "cache").exit_code == 1
 
 
+def test_a_plan_with_a_flipped_byte_is_shown_or_refused_but_never_a_crash(cache: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    path = copy / SAMPLES
+    content = path.read_bytes()
+    refusals = 0
+    for position in np.random.default_rng(0).integers(0, len(content), 25).tolist():
+        broken = bytearray(content)
+        broken[position] ^= 1 << position % 8
+        path.write_bytes(broken)
+        for flags in ([], ["--top", "rare"]):
+            result = dflash("inspect", copy, *flags, "--json")
+            assert isinstance(result.exception, SystemExit | None), (position, result.exception)
+            refusals += result.exit_code
+    assert refusals
+
+
 def shown_error(cache: Path, *flags: object) -> str:
     result = dflash("inspect", cache, *flags)
     assert result.exit_code == 1 and "Traceback" not in result.stderr
