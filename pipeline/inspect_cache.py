@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dflash_offline.pipeline.feature_figures import bytes_by_layer, feature_figures, feature_marks
 from dflash_offline.pipeline.inspect_sample import print_sample, sample_view
-from dflash_offline.pipeline.inspect_shard import print_shard, print_top, shard_view, top_view
+from dflash_offline.pipeline.inspect_shard import print_shard, print_top, shard_view, skipped_text, top_view
 from dflash_offline.pipeline.marks import layer_marks
 from dflash_offline.pipeline.overview import overview
 from dflash_offline.pipeline.records import Records
@@ -140,6 +140,7 @@ def _shards(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("", "; ".join(_run_text(run) for run in found["progress"])))
     if found["skipped"]:
         rows.append(("Left out", f"{found['skipped']:,} samples whose features were bad"))
+        rows.append(("", f"e.g. {skipped_text(found['skipped_samples'][0])}"))
     if found["workers"]:
         seconds = sum(one["seconds"] for one in found["workers"])
         rate = f", {found['tokens_done'] / seconds:,.0f} tokens/s each" if seconds else ""

@@ -82,7 +82,7 @@ def print_shard(view: dict[str, Any]) -> None:
         rate = view["tokens"] / view["seconds"] if view["seconds"] else 0
         rows.append(("Worker", f"{view['worker']}, {view['seconds']:.1f} s, {rate:,.0f} tokens/s"))
         rows.append(("Times", f"{view['started']} to {view['finished']}"))
-        rows += [("Left out", _skipped_text(one)) for one in view["skipped"]]
+        rows += [("Left out", skipped_text(one)) for one in view["skipped"]]
         for name, one in view["arrays"].items():
             rows.append(("Bytes", f"{name}: {readable_bytes(one['stored'])}, {one['ratio'] or 0:.3f} of raw"))
     console.print(facts(rows))
@@ -98,7 +98,8 @@ def print_shard(view: dict[str, Any]) -> None:
         console.print(f"Next: dflash inspect {view['cache']} --sample {view['samples'][0]['sample']}", soft_wrap=True)
 
 
-def _skipped_text(one: dict[str, Any]) -> str:
+def skipped_text(one: dict[str, Any]) -> str:
+    """Return a sample that was left out, why, and where in it."""
     return f"sample {one['sample']}: {one['reason']} at layer {one['layer_id']}, position {one['position']}"
 
 

@@ -102,7 +102,8 @@ def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
             reader.read_codes(sample)
     assert verify_cache(done.cache, Silent()) == []
     shown = CliRunner().invoke(app, ["inspect", str(done.cache)])
-    assert f"left out: {len(holders)} samples whose features were bad" in shown.stdout
+    assert f"{len(holders)} samples whose features were bad" in shown.stdout
+    assert f"e.g. sample {min(holders)}: a feature is not finite at layer 1" in shown.stdout
 
 
 def test_the_plan_alone_says_what_it_would_cost_and_writes_nothing(extract_config: Settings, tmp_path: Path) -> None:
