@@ -10,7 +10,7 @@ OLDEST = .venv-oldest
 FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 LINKED = $(VENV)/linked-$(FILES)
 
-.PHONY: help install demo check lint types test test-slow torture check-clients check-gpu check-oldest
+.PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-gpu check-oldest
 .PHONY: bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target format
 .DEFAULT_GOAL := help
 
@@ -32,10 +32,10 @@ types: $(LINKED)
 	$(BIN)/mypy
 
 test: $(LINKED)
-	$(BIN)/pytest -n 2 -m "not slow and not torture and not gpu and not clients"
+	$(BIN)/pytest -n 2 -m "not slow and not torture and not gpu and not clients and not browser"
 
 test-slow: $(LINKED) ## the tests that take minutes
-	$(BIN)/pytest -m "slow and not torture and not gpu and not clients"
+	$(BIN)/pytest -m "slow and not torture and not gpu and not clients and not browser"
 
 torture: $(LINKED) ## kill and resume twenty times and more; the result must be the same
 	$(BIN)/pytest -m torture
@@ -51,6 +51,15 @@ bench-gpu: $(LINKED) ## time a training step on a GPU at the shapes of a draft f
 format: $(LINKED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+check-browser: $(LINKED) $(VENV)/browser ## open the pages in a real headless Chromium of the system's packages
+	$(BIN)/pytest -m browser
+
+# Chromium and its driver come from the system's packages; where they are missing, root or sudo can install them here.
+$(VENV)/browser: | $(LINKED)
+	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[browser]"
+	sh tests/install_chromium.sh
+	touch $@
 
 CLIENT_STAMPS = $(CLIENTS)/dflash $(CLIENTS)/transformers/installed $(CLIENTS)/speculators/installed
 

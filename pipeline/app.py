@@ -35,6 +35,9 @@ Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
 Number = TypeVar("Number", int, float)
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Html = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a page that opens in a browser, without network.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 TemplateKwargs = Annotated[
@@ -145,6 +148,12 @@ def _given(ctx: typer.Context, name: str) -> bool:
     """Say whether an argument stands on the command line."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_file(path: Path, flag: str) -> None:
+    """Raise `DflashError` before any work if a file could not be written there."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
 
 
 def _is_first_rank() -> bool:
@@ -271,10 +280,17 @@ def extract(
 
 @app.command(
     epilog="Examples: dflash inspect cache; dflash inspect cache --sample 0; dflash inspect cache --layers "
-    "--features 8; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
+    "--features 8; dflash inspect run other --html runs.html; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
 )
 def inspect(
-    cache: Annotated[Path, typer.Argument(help="Cache folder; with --target, data that `dflash extract` would take.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CACHE|RUN...",
+            help="Cache folder; or run folders, compared where there are several; or with --target, data that "
+            "`dflash extract` would take.",
+        ),
+    ],
     sample: Annotated[
         int | None, typer.Option(help="Show this sample: its text with mask and anchors, its norms along the tokens.")
     ] = None,
@@ -307,14 +323,25 @@ def inspect(
     ),
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    html: Html = None,
     json_: Json = False,
 ) -> None:
-    """Show what a cache holds and what looks wrong in it; or a row of data, before anything is extracted.
+    """Show what a cache or a run holds and what looks wrong in it; or a row of data, before anything is extracted.
 
-    No feature is read but with --sample and --features.
+    No feature is read but with --sample, --features and --html.
     """
     given = {name: value for name, value in locals().items() if name not in ("layers", "features")}
     with _reported():
+        from dflash_offline.pipeline import run_view
+
+        if html is not None:
+            _check_file(html, "--html")
+        if target is None and run_view.is_run(folders[0]):
+            _inspect_runs(folders, html, json_)
+            return
+        if len(folders) > 1:
+            raise DflashError("Several folders are compared only where all are runs. Name one cache.")
+        cache = folders[0]
         if target is not None:
             if shard is not None or layers or features is not None or top is not None:
                 raise DflashError("With --target a row of data is shown; --shard, --layers and --top are a cache's.")
@@ -331,6 +358,24 @@ def inspect(
         from dflash_offline.pipeline.inspect_cache import show_cache
 
         show_cache(cache, sample=sample, shard=shard, layers=layers, features=features, top=top, as_json=json_)
+
+
+def _inspect_runs(runs: list[Path], html: Path | None, json_: bool) -> None:
+    from dflash_offline.pipeline import run_report, run_view
+
+    views = [run_view.run_view(run) for run in runs]
+    if html is not None:
+        from dflash_offline.pipeline.run_page import write_run_page
+
+        write_run_page(views, html)
+    if json_:
+        print(json.dumps(views[0] if len(views) == 1 else run_view.compared(views), indent=1))
+    elif html is not None:
+        print(f"{html} shows {len(views)} run{'s' if len(views) > 1 else ''}. Next: open it in a browser.")
+    elif len(views) == 1:
+        run_report.print_run(views[0])
+    else:
+        run_report.print_runs(views)
 
 
 @app.command(epilog="Examples: dflash verify cache --target Qwen/Qwen3-8B --samples 8; dflash verify draft")
@@ -594,8 +639,8 @@ def evaluate(
     given = locals()
     with _reported("Repeat the command."):
         for flag, path in (("--save", save), ("--plot", plot)):
-            if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-                raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
+            if path is not None:
+                _check_file(path, flag)
         config = _settings(
             EvalConfig, given, chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs")
         )

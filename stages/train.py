@@ -169,6 +169,7 @@ def _write_record(training: Training, identity: dict[str, Any]) -> None:
         "caches": [str(cache.resolve()) for cache in training.config.caches],
         "target": cache.manifest.origin["target"],
         "target_identity": cache.manifest.identity["target"],
+        "total_steps": training.total_steps,
         "target_architectures": json.loads((cache.cache / TARGET / "config.json").read_text()).get("architectures"),
         "software": {
             "python": platform.python_version(),

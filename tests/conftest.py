@@ -12,9 +12,10 @@ import torch
 from tiny_target import save_conversations, save_target
 from transformers.utils import logging
 
-from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.train import train
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -51,4 +52,12 @@ def cache(extract_config: dict[str, object], tmp_path_factory: pytest.TempPathFa
     """A complete cache; copy it before changing anything."""
     out = tmp_path_factory.mktemp("cache") / "cache"
     extract(ExtractConfig(**extract_config, out=out), Silent())
+    return out
+
+
+@pytest.fixture(scope="session")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(TrainConfig(caches=(cache,), out=out, steps=4, draft_layers=1, num_anchors=4, device="cpu"), Silent())
     return out

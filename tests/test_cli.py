@@ -10,9 +10,6 @@ from tiny_target import WITHOUT_TAGS, save_conversations, save_target, save_toke
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.schemas.config import TrainConfig
-from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.train import train
 
 
 def dflash(*arguments: object) -> Result:
@@ -26,13 +23,6 @@ def refused(result: Result, *said: str) -> None:
     assert "Traceback" not in result.stderr
     for part in said:
         assert part in result.stderr, result.stderr
-
-
-@pytest.fixture(scope="module")
-def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "run"
-    train(TrainConfig(caches=(cache,), out=out, steps=4, draft_layers=1, num_anchors=4, device="cpu"), Silent())
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_help_does_not_load_torch(arguments: list[str]) -> None:
     assert run.returncode == 0 and "Usage:" in run.stdout, run.stderr
 
 
-def test_inspect_does_not_load_torch(cache: Path) -> None:
+def test_inspect_does_not_load_torch(cache: Path, run: Path, tmp_path: Path) -> None:
     for arguments in (
         ["inspect", str(cache)],
         ["inspect", str(cache), "--sample", "0"],
@@ -79,6 +79,8 @@ def test_inspect_does_not_load_torch(cache: Path) -> None:
         ["inspect", str(cache), "--shard", "0"],
         ["inspect", str(cache), "--layers", "--features", "2"],
         ["inspect", str(cache), "--top", "rare"],
+        ["inspect", str(run)],
+        ["inspect", str(run), str(run), "--html", str(tmp_path / "runs.html")],
     ):
         program = WITHOUT_TORCH.format(arguments=arguments)
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

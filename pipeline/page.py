@@ -1,0 +1,43 @@
+"""One self-contained page: a template, its style, script, plots and data in one file that opens without network."""
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dflash_offline.schemas.files import publish
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write the page whole or not at all; every value is escaped, and nothing but the page's own script can run."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    script = (TEMPLATES / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = environment.get_template(template).render(
+        script=script, script_hash=digest, style=(TEMPLATES / "page.css").read_text(), **values
+    )
+    publish([text.encode("utf-8", "replace")], temporary=path.with_name(f".{path.name}.{os.getpid()}"), path=path)
+
+
+def link(page: Path, to: Path) -> str | None:
+    """Return the address of a file as seen from a page, or None if there is no such file."""
+    if not to.is_file():
+        return None
+    return quote(os.path.relpath(to.resolve(), page.resolve().parent))
+
+
+def visible(text: str) -> str:
+    """Return text with every character that would be invisible, or would reorder others, written as its number."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
+        for c in text
+    )
