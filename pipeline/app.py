@@ -632,25 +632,35 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(help="Also write a PNG of acceptance by slot and of the rounds; needs matplotlib.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write a page of where the draft fails: every round of every prompt, by token."
+        ),
+    ] = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Decode prompts with and without the draft, or walk a cache; exit 1 if an answer changes."""
     given = locals()
     with _reported("Repeat the command."):
-        for flag, path in (("--save", save), ("--plot", plot)):
+        for flag, path in (("--save", save), ("--plot", plot), ("--html", html)):
             if path is not None:
                 _check_file(path, flag)
+        kwargs = _object(chat_template_kwargs, "--chat-template-kwargs")
         config = _settings(
-            EvalConfig, given, chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs")
+            EvalConfig, given, chat_template_kwargs=kwargs, keep_rounds=html is not None and target is not None
         )
+        from dflash_offline.pipeline import eval_page, plots
         from dflash_offline.pipeline import eval_report as report
-        from dflash_offline.pipeline.evaluate import evaluate_folder
+        from dflash_offline.pipeline.evaluate import evaluate_folder, token_decoder
         from dflash_offline.stages.target import quiet_libraries
 
         quiet_libraries()
         if plot is not None:
             report.require_matplotlib()
+        if html is not None:
+            plots.require_matplotlib()
         result = evaluate_folder(config, TerminalProgress(quiet=quiet))
         text = json.dumps(result.to_json(), indent=1)
         print(text) if json_ else report.print_report(result)
@@ -658,6 +668,10 @@ def evaluate(
             save.write_text(text + "\n")
         if plot is not None:
             report.save_plot(result, plot)
+        if html is not None:
+            eval_page.write_eval_page(result, html, token_decoder(config) if config.target else None)
+            if not json_:
+                print(f"{html} shows every round. Next: open it in a browser.")
         if result.lossless is False:
             raise typer.Exit(1)
 

@@ -3,7 +3,7 @@
 import platform
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from dflash_offline.pipeline.held_out import (
 )
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import BadInputError, MismatchError, mismatch_table
-from dflash_offline.schemas.evaluation import Acceptance, Difference, EvalConfig, EvalResult
+from dflash_offline.schemas.evaluation import Acceptance, DecodedPrompt, Difference, EvalConfig, EvalResult
 from dflash_offline.stages.decode import (
     LookupDecoding,
     PlainDecoding,
@@ -146,7 +146,21 @@ def evaluate(
             for o in outcomes
         ]
         figures = _figures(config, trained, draft.config.block_size, rounds, target.device, target.dtype)
-        return EvalResult(**figures, **_live_figures(config, target, outcomes), offline=False, held_out=held_out)
+        decoded = tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None
+        live = _live_figures(config, target, outcomes)
+        return EvalResult(**figures, **live, offline=False, held_out=held_out, decoded=decoded)
+
+
+def token_decoder(config: EvalConfig) -> Callable[[list[int]], str]:
+    """Return what makes text of the target's token ids, special tokens written out."""
+    assert config.target is not None, "only a target's answers are decoded"
+    files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+    def decode(ids: list[int]) -> str:
+        text: str = files.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode
 
 
 def check_draft_fits(draft: DraftConfig, target: Any) -> None:
@@ -231,7 +245,8 @@ def _decode(
 
     plain = plainly() if turn % 2 == 0 else None
     chooser = _chooser(config, target.device, "draft", index)
-    speculative = speculative_decode(target, draft, case.ids, limit, stops, chooser)
+    keep = config.keep_rounds
+    speculative = speculative_decode(target, draft, case.ids, limit, stops, chooser, keep_blocks=keep)
     return plain or plainly(), speculative
 
 
@@ -314,6 +329,20 @@ def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> 
         "differences": tuple(differences),
         "lossless": all(d.tie for d in differences),
     }
+
+
+def _decoded(config: EvalConfig, outcome: _Outcome) -> DecodedPrompt:
+    done = outcome.speculative
+    return DecodedPrompt(
+        prompt=outcome.case.prompt.place,
+        kind=outcome.case.prompt.kind,
+        prompt_ids=tuple(outcome.case.ids),
+        answer=tuple(done.tokens),
+        drafted=tuple(map(tuple, done.blocks or ())),
+        accepted=tuple(done.kept),
+        produced=tuple(done.produced),
+        identical=None if config.temperature else done.tokens == outcome.plain.tokens,
+    )
 
 
 def _acceptance(rounds: Sequence[_Rounds]) -> Acceptance:

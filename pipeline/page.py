@@ -14,13 +14,13 @@ from dflash_offline.schemas.files import publish
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write the page whole or not at all; every value is escaped, and nothing but the page's own script can run."""
+def write_page(path: Path, template: str, scripts: tuple[str, ...] = (), **values: Any) -> None:
+    """Write the page whole or not at all; every value is escaped, and nothing but the page's own scripts can run."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    script = (TEMPLATES / "page.js").read_text()
+    script = "\n".join((TEMPLATES / name).read_text() for name in ("page.js", *scripts))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template(template).render(
         script=script, script_hash=digest, style=(TEMPLATES / "page.css").read_text(), **values
@@ -33,11 +33,3 @@ def link(page: Path, to: Path) -> str | None:
     if not to.is_file():
         return None
     return quote(os.path.relpath(to.resolve(), page.resolve().parent))
-
-
-def visible(text: str) -> str:
-    """Return text with every character that would be invisible, or would reorder others, written as its number."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
-        for c in text
-    )

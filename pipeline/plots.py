@@ -26,6 +26,7 @@ _STYLE: dict[str, Any] = {
     "axes.edgecolor": _FAINT,
     "axes.facecolor": "none",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": _INK,

@@ -53,6 +53,8 @@ class EvalConfig:
     """Run code that comes with the model."""
     threads: int | None = None
     """CPU threads of torch; None for torch's own choice."""
+    keep_rounds: bool = False
+    """Also keep every prompt's rounds, token by token; only where a target decodes."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -119,6 +121,29 @@ class Acceptance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodedPrompt:
+    """One prompt and its rounds, as token ids.
+
+    The answer is its first token, which the prompt's forward gives, and then of each round the first `accepted` of its
+    drafted tokens and the target's own one, if the answer did not end before it.
+    """
+
+    prompt: str
+    """Its file and line."""
+    kind: str | None
+    prompt_ids: tuple[int, ...]
+    answer: tuple[int, ...]
+    drafted: tuple[tuple[int, ...], ...]
+    """Tokens proposed in each round."""
+    accepted: tuple[int, ...]
+    """Of each round, how many of them are in the answer."""
+    produced: tuple[int, ...]
+    """Of each round, tokens of the answer: the accepted ones, and the target's own."""
+    identical: bool | None
+    """Whether the target alone answers the same; None when tokens are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """What an evaluation found, with the settings it ran under; what needs the target is None without one."""
 
@@ -163,6 +188,8 @@ class EvalResult:
     """The other prompts."""
     lossless: bool | None = None
     """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
+    decoded: tuple[DecodedPrompt, ...] | None = None
+    """Every prompt's rounds, if the settings ask to keep them."""
     device: str
     dtype: str
     threads: int

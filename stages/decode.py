@@ -51,6 +51,8 @@ class SpeculativeDecoding:
     """Proposed tokens of each round that are in the answer; the others of a round are the target's own."""
     seconds: float
     """Wall time of the rounds; the prompt's forward, which gives the first token, is not in it."""
+    blocks: list[list[int]] | None = None
+    """The proposed tokens themselves, round by round; None unless they were asked for."""
 
     @property
     def drafted(self) -> int:
@@ -202,12 +204,14 @@ def speculative_decode(
     max_new_tokens: int,
     stop_ids: Collection[int],
     chooser: Chooser | None = None,
+    *,
+    keep_blocks: bool = False,
 ) -> SpeculativeDecoding:
     """Return the target's answer, decoded in rounds that each verify a block of the draft; greedy without a `chooser`.
 
     A round drafts K - 1 tokens after the newest one, has the target read the whole block in one call, and keeps the
     tokens the target agrees with and the target's own next one. The last block is only as long as the answer may
-    still become.
+    still become. `keep_blocks` keeps what was proposed, at the price of one more transfer a round.
     """
     chooser = chooser or Greedy()
     cache, stops = DynamicCache(config=target.config), frozenset(stop_ids)
@@ -216,17 +220,18 @@ def speculative_decode(
     produced: list[int] = []
     proposed: list[int] = []
     kept: list[int] = []
+    kept_blocks: list[list[int]] = []
     watch = Stopwatch(target.device)
     with capture(target, draft.config.target_layer_ids) as features:
         tokens = [int(chooser.choose(_read_prompt(target, prompt_ids, cache)))]
         cache.crop(0)
         start, fresh = len(prompt_ids), len(prompt_ids)
         with watch:
-            blocks = _BlockDraft(target, draft, start + max_new_tokens, chooser)
+            drafting = _BlockDraft(target, draft, start + max_new_tokens, chooser)
             while (room := max_new_tokens - len(tokens)) > 0 and tokens[-1] not in stops:
                 size = min(draft.config.block_size, room + 1)
                 context = torch.cat([layer[:, :fresh] for layer in features], dim=-1)
-                block = blocks.propose(tokens[-1], start, size, context)
+                block = drafting.propose(tokens[-1], start, size, context)
                 logits = target(block, past_key_values=cache, use_cache=True).logits
                 agreed, answer = chooser.verify(block, logits)
                 answer = _until_stop(answer[:room], stops)
@@ -236,8 +241,17 @@ def speculative_decode(
                 produced.append(fresh)
                 proposed.append(size - 1)
                 kept.append(min(agreed, fresh))
+                if keep_blocks:
+                    kept_blocks.append(block[0, 1:].tolist())
                 start += fresh
-    return SpeculativeDecoding(tokens=tokens, produced=produced, proposed=proposed, kept=kept, seconds=watch.seconds)
+    return SpeculativeDecoding(
+        tokens=tokens,
+        produced=produced,
+        proposed=proposed,
+        kept=kept,
+        seconds=watch.seconds,
+        blocks=kept_blocks if keep_blocks else None,
+    )
 
 
 def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from planted_run import plant
@@ -136,3 +137,121 @@ def test_a_page_links_to_the_caches_and_the_evaluations(browser: Browser, run: P
     browser.open(page)
     browser.driver.find_element("link text", "decoded prompts").click()
     assert browser.driver.title == "found"
+
+
+BIDI = "\u202eabc\u2066 \u200f"
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: Path, target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A page of a real evaluation, one prompt of it hostile, and what --json says of it."""
+    folder = tmp_path_factory.mktemp("eval")
+    dflash("export", run, "--out", folder / "draft")
+    texts = ["the red cat sees", f"{HOSTILE} {BIDI}", *(f"count {word} dog" for word in "one two three".split())] * 9
+    prompts = folder / "prompts.jsonl"
+    rows = [{"prompt": text, "kind": HOSTILE if HOSTILE in text else text.split()[0]} for text in texts]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = folder / "eval.html"
+    arguments = ("--target", target, "--prompts", prompts, "--max-new-tokens", 24, "--html", page, "--json")
+    return page, json.loads(dflash("eval", folder / "draft", *arguments))
+
+
+def test_an_evaluations_page_shows_what_json_says(browser: Browser, evaluated: tuple[Path, dict[str, Any]]) -> None:
+    page, found = evaluated
+    check_page(browser, page)
+    pairs = "[...document.querySelectorAll('.facts div')].map((one) => [...one.children].map((c) => c.textContent))"
+    facts = browser.js(f"return {pairs}")
+    assert shown(dict(facts)["acceptance length, pooled"]) == pytest.approx(found["acceptance"]["pooled"], rel=1e-3)
+    assert shown(dict(facts)["drafted tokens"]) == found["drafted_tokens"]
+    kinds = dict(zip(column(browser, "kinds", 0), column(browser, "kinds", 3), strict=True))
+    assert {kind: shown(length) for kind, length in kinds.items()} == pytest.approx(
+        {kind: one["pooled"] for kind, one in found["acceptance_by_kind"].items()}, rel=1e-3
+    )
+
+
+def view_of(browser: Browser) -> dict[str, list[str]]:
+    """Return the texts of the open prompt's tokens by what became of them."""
+    kinds = ("accepted", "rejected", "unused", "own")
+    program = "return [...document.querySelectorAll(`#decoded .tokens .${arguments[0]}`)].map((e) => e.textContent)"
+    return {kind: browser.js(program, kind) for kind in kinds}
+
+
+def test_every_prompts_rounds_add_up_to_json(browser: Browser, evaluated: tuple[Path, dict[str, Any]]) -> None:
+    page, found = evaluated
+    browser.open(page)
+    for i, prompt in enumerate(found["decoded"][:12]):
+        view = view_of(browser)
+        assert len(view["accepted"]) == sum(prompt["accepted"])
+        assert len(view["own"]) == 1 + sum(prompt["produced"]) - sum(prompt["accepted"])
+        assert len(view["accepted"]) + len(view["own"]) == len(prompt["answer"])
+        assert sum(map(len, view.values())) - len(view["own"]) == sum(map(len, prompt["drafted"]))
+        title = browser.driver.find_element("css selector", "#decoded h3").text
+        assert title.startswith(f"prompts.jsonl:{i + 1}")
+        browser.driver.find_element("css selector", "button[data-move='1']").click()
+
+
+def list_rows(browser: Browser) -> list[list[str]]:
+    return browser.js(
+        "return [...document.querySelectorAll('.browse tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))"
+    )
+
+
+def test_the_list_of_prompts_filters_sorts_and_turns_pages(
+    browser: Browser, evaluated: tuple[Path, dict[str, Any]]
+) -> None:
+    page, found = evaluated
+    browser.open(page)
+    count = browser.driver.find_element("css selector", ".browse .count")
+    assert count.text == "45 of 45, page 1 of 3"
+    browser.driver.find_element("css selector", ".pages button:last-child").click()
+    assert [row[0] for row in list_rows(browser)] == [f"prompts.jsonl:{i}" for i in range(21, 41)]
+    field = browser.driver.find_element("css selector", ".browse input")
+    field.send_keys("kind=count rounds>1")
+    wanted = [p for p in found["decoded"] if p["kind"] == "count" and len(p["produced"]) > 1]
+    assert count.text.startswith(f"{len(wanted)} of 45")
+    lengths = sorted((sum(p["produced"]) / len(p["produced"]) for p in wanted), reverse=True)
+    button = browser.driver.find_elements("css selector", ".browse th button")[4]
+    button.click()
+    button.click()
+    assert [shown(row[4]) for row in list_rows(browser)] == pytest.approx(lengths[:20], abs=1e-3)
+    field.clear()
+    field.send_keys("nothing-has-this")
+    assert list_rows(browser) == [] and count.text.startswith("0 of 45")
+
+
+def test_clicks_and_keys_change_the_prompt_and_read_its_tokens(
+    browser: Browser, evaluated: tuple[Path, dict[str, Any]]
+) -> None:
+    page, found = evaluated
+    browser.look()
+    browser.open(page)
+    title = browser.driver.find_element("css selector", "#decoded h3")
+    lines = browser.driver.find_elements("css selector", ".browse tbody tr")
+    lines[3].click()
+    assert title.text.startswith("prompts.jsonl:4,")
+    focused = browser.driver.find_elements("css selector", ".browse tbody tr")[3]
+    focused.send_keys(Keys.ARROW_DOWN)
+    browser.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert title.text.startswith("prompts.jsonl:5,")
+    tokens = browser.driver.find_element("css selector", "#decoded .tokens")
+    tokens.send_keys(Keys.PAGE_DOWN)
+    assert title.text.startswith("prompts.jsonl:6,")
+    tokens.send_keys(Keys.HOME)
+    reading = browser.driver.find_element("css selector", "#decoded .reading")
+    assert reading.text.startswith(f"token {found['decoded'][5]['answer'][0]}, the first")
+    tokens.send_keys(Keys.ARROW_RIGHT)
+    assert reading.text.startswith("token ") and "round 1" in reading.text
+
+
+def test_a_hostile_prompt_and_kind_are_text_that_does_nothing(
+    browser: Browser, evaluated: tuple[Path, dict[str, Any]]
+) -> None:
+    page, _ = evaluated
+    browser.open(page)
+    browser.driver.find_elements("css selector", ".browse tbody tr")[1].click()
+    browser.driver.find_element("css selector", "#decoded summary").click()
+    text = browser.driver.find_element("css selector", "#decoded .prompt").text
+    assert HOSTILE in text and "\\u202eabc\\u2066 \\u200f" in text
+    assert browser.driver.find_element("css selector", "#decoded h3").text == f"prompts.jsonl:2, {HOSTILE}"
+    assert "run over" not in browser.driver.title and browser.console() == []
+    assert browser.js("return document.querySelectorAll('main img, main script:not([type])').length") == 0
