@@ -280,7 +280,8 @@ def extract(
 
 @app.command(
     epilog="Examples: dflash inspect cache; dflash inspect cache --sample 0; dflash inspect cache --layers "
-    "--features 8; dflash inspect run other --html runs.html; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
+    "--features 8; dflash inspect cache --html cache.html; dflash inspect run other --html runs.html; "
+    "dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
 )
 def inspect(
     folders: Annotated[
@@ -336,7 +337,13 @@ def inspect(
 
         if html is not None:
             _check_file(html, "--html")
+        views = {"--sample": sample, "--shard": shard, "--layers": layers or None, "--features": features, "--top": top}
+        named = [name for name, value in views.items() if value is not None]
+        if html is not None and (target is not None or named):
+            raise DflashError(f"--html is a page of a whole cache or run; leave {', '.join(named) or '--target'} out.")
         if target is None and run_view.is_run(folders[0]):
+            if named:
+                raise DflashError(f"{folders[0]} is a run, and {', '.join(named)} shows a part of a cache. Name one.")
             _inspect_runs(folders, html, json_)
             return
         if len(folders) > 1:
@@ -355,6 +362,14 @@ def inspect(
             row = row_view(config, sample or 0)
             print_json(row) if json_ else print_row(row)
             return
+        if html is not None:
+            from dflash_offline.pipeline.cache_page import write_cache_page
+
+            done = write_cache_page(cache, html)
+            if not json_:
+                print(f"{html} lists {done['listed']:,} samples and shows {done['shown']} of them token by token.")
+                print("Next: open it in a browser.")
+                return
         from dflash_offline.pipeline.inspect_cache import show_cache
 
         show_cache(cache, sample=sample, shard=shard, layers=layers, features=features, top=top, as_json=json_)

@@ -102,7 +102,7 @@ def draw(plot: Plot) -> dict[str, Any]:
         (_draw_bars if plot.kind == "bar" else _draw_lines)(axes, plot)
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
         if plot.log_y:
-            axes.set_yscale("log")
+            _set_log(axes)
         _set_ranges(axes, plot)
         if plot.x_ticks:
             axes.set_xticks(list(plot.x_ticks), list(plot.x_ticks.values()))
@@ -166,6 +166,18 @@ def _draw_bars(axes: Any, plot: Plot) -> None:
         places = [x - width / 2 + share * (i + 0.5) for x in one.x]
         axes.bar(places, one.y, share, color=_colour(one), label=one.name)
     axes.grid(visible=False, axis="x")
+
+
+def _set_log(axes: Any) -> None:
+    """Make the y axis logarithmic, its numbers written plainly."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # Within a decade or two the powers of ten alone would leave an axis without numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low < 300 else (1,)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _set_ranges(axes: Any, plot: Plot) -> None:

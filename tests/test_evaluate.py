@@ -156,9 +156,9 @@ def test_the_two_ways_take_turns_after_one_prompt_that_is_not_counted(
     for name in ("plain_decode", "speculative_decode"):
         original = getattr(evaluation, name)
 
-        def spy(*args: Any, name: str = name, original: Any = original) -> Any:
+        def spy(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             calls.append(name.split("_")[0])
-            return original(*args)
+            return original(*args, **kwargs)
 
         monkeypatch.setattr(evaluation, name, spy)
     config = settings(write_lines(tmp_path / "p", PROMPTS), limit=3, max_new_tokens=2)
@@ -211,7 +211,7 @@ def test_a_wrong_token_is_not_lossless(
     target: Any, tokenizer: Any, draft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def faulty(
-        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None
+        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None, **kwargs: Any
     ) -> SpeculativeDecoding:
         right = speculative_decode(target, draft, ids, limit, stops)
         tokens = list(right.tokens)
@@ -246,7 +246,7 @@ def test_a_tie_to_rounding_is_lossless(
     head[twin] = head[answer[0]]
 
     def other_twin(
-        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None
+        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None, **kwargs: Any
     ) -> SpeculativeDecoding:
         right = speculative_decode(target, draft, ids, limit, stops)
         swap = {answer[0]: twin, twin: answer[0]}
