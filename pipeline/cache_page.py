@@ -3,7 +3,6 @@
 Axes: T tokens, L captured layers.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dflash_offline.pipeline.cache_plots import cache_plots
 from dflash_offline.pipeline.feature_figures import bytes_by_layer, feature_figures, feature_marks
 from dflash_offline.pipeline.inspect_sample import open_tokenizer
 from dflash_offline.pipeline.overview import overview_of
-from dflash_offline.pipeline.page import write_page
+from dflash_offline.pipeline.page import page_bytes, write_page
 from dflash_offline.pipeline.plots import draw, require_matplotlib
 from dflash_offline.pipeline.records import Records
 from dflash_offline.pipeline.token_text import token_texts, visible
@@ -195,7 +194,7 @@ def _shown_samples(records: Records) -> list[dict[str, Any]]:
     spent = 0
     for sample in _drawn(usable if len(usable) else listed, NUM_SHOWN).tolist():
         view = _shown_sample(records, sample, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
-        spent += len(json.dumps(view))
+        spent += page_bytes(view)
         if spent > MOST_BYTES and shown:
             break
         shown.append(view)

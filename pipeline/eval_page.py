@@ -1,11 +1,10 @@
 """`dflash eval --html`: an evaluation as a page, with every round of every prompt, and where the draft fails most."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.pipeline.page import write_page
+from dflash_offline.pipeline.page import page_bytes, write_page
 from dflash_offline.pipeline.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.pipeline.token_text import Decode, token_texts, visible
 from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult
@@ -163,7 +162,7 @@ def _fitting(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return as many prompts as a page may hold."""
     spent, fitting = 0, list[dict[str, Any]]()
     for prompt in prompts:
-        spent += len(json.dumps(prompt))
+        spent += page_bytes(prompt)
         if spent > MOST_BYTES and fitting:
             break
         fitting.append(prompt)

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 
 from dflash_offline.schemas.files import publish
 
@@ -26,6 +27,11 @@ def write_page(path: Path, template: str, scripts: tuple[str, ...] = (), **value
         script=script, script_hash=digest, style=(TEMPLATES / "page.css").read_text(), **values
     )
     publish([text.encode("utf-8", "replace")], temporary=path.with_name(f".{path.name}.{os.getpid()}"), path=path)
+
+
+def page_bytes(value: Any) -> int:
+    """Return how many bytes a value takes as data of a page, every character escaped that could end it."""
+    return len(htmlsafe_json_dumps(value, separators=(",", ":")))
 
 
 def link(page: Path, to: Path) -> str | None:

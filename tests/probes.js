@@ -2,7 +2,11 @@
 
 // Text that has less than 4.5:1 contrast to what lies behind it.
 function contrast() {
-  const parse = (text) => (text.match(/[\d.]+/g) || []).map(Number);
+  // A mixed colour is written as color(srgb r g b / a) with parts from 0 to 1.
+  const parse = (text) => {
+    const parts = (text.match(/[\d.e-]+/g) || []).map(Number).filter((part) => !Number.isNaN(part));
+    return text.startsWith("color(") ? parts.map((part, i) => (i < 3 ? part * 255 : part)) : parts;
+  };
   const part = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
   const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
   // Layers of half-transparent colour are mixed, the undermost first.

@@ -1,5 +1,6 @@
 """The pages of `--html` in a real headless Chromium: nothing is fetched, nothing foreign runs, everything answers."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -11,11 +12,15 @@ from planted_run import plant
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
 
 selenium = pytest.importorskip("selenium")
 from browser import DESKTOP, PHONE, Browser  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select  # noqa: E402
 
 pytestmark = pytest.mark.browser
 HOSTILE = "</script><script>document.title='run over'</script><img src=x onerror=document.title='run over'>"
@@ -253,5 +258,121 @@ def test_a_hostile_prompt_and_kind_are_text_that_does_nothing(
     text = browser.driver.find_element("css selector", "#decoded .prompt").text
     assert HOSTILE in text and "\\u202eabc\\u2066 \\u200f" in text
     assert browser.driver.find_element("css selector", "#decoded h3").text == f"prompts.jsonl:2, {HOSTILE}"
+    assert "run over" not in browser.driver.title and browser.console() == []
+    assert browser.js("return document.querySelectorAll('main img, main script:not([type])').length") == 0
+
+
+@pytest.fixture(scope="module")
+def cache_page(target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A cache of which every third answer is hostile, in a file of a hostile name, and its page."""
+    folder = tmp_path_factory.mktemp("hostile")
+    data = folder / "<img src=x onerror=alert(1)>.jsonl"
+    texts = ("the red cat sees one dog " * 3, f"{HOSTILE} {BIDI} & one two three", "naïve 猫 🐈 counts four five six")
+    rows = [
+        {"messages": [{"role": "user", "content": f"count {i}"}, {"role": "assistant", "content": texts[i % 3] * 2}]}
+        for i in range(60)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache, page = folder / "cache", folder / "report.html"
+    settings = {"layers": (1, 2, 4), "block_size": 8, "shard_mib": 1, "chunk_tokens": 32, "device": "cpu"}
+    extract(ExtractConfig(data=(data,), target=str(target), out=cache, **settings), Silent())
+    dflash("inspect", cache, "--html", page)
+    return cache, page
+
+
+def test_a_caches_page_shows_what_json_says(browser: Browser, cache_page: tuple[Path, Path]) -> None:
+    cache, page = cache_page
+    found = json.loads(dflash("inspect", cache, "--json"))
+    layers = json.loads(dflash("inspect", cache, "--layers", "--features", 8, "--json"))
+    check_page(browser, page)
+    pairs = "[...document.querySelectorAll('.facts div')].map((one) => [...one.children].map((c) => c.textContent))"
+    facts = dict(browser.js(f"return {pairs}"))
+    for label, name in (("samples", "samples"), ("tokens", "tokens"), ("anchors", "anchors")):
+        assert shown(facts[label]) == found[name]
+    assert facts["shards done"] == f"{found['shards_done']} of {found['shards']}"
+    assert shown(facts["features stored / raw"]) == pytest.approx(found["compression"], rel=1e-3)
+    assert len(browser.js("return [...document.querySelectorAll('.cells .cell.done')].map(String)")) == found["shards"]
+    for place, values in (
+        (0, found["layer_ids"]),
+        (2, [one["std"] for one in found["layers"]]),
+        (5, [one["norm"]["median"] for one in layers["features"]["layers"]]),
+        (7, layers["bytes_by_layer"]["ratio"]),
+    ):
+        assert [shown(text) for text in column(browser, "layers", place)] == pytest.approx(values, rel=1e-3)
+    for place in range(3):
+        values = [line[place] for line in layers["features"]["similarity"]]
+        assert [shown(text) for text in column(browser, "similarity", place + 1)] == pytest.approx(values, abs=0.006)
+
+
+def test_the_table_of_samples_filters_sorts_and_turns_pages(browser: Browser, cache_page: tuple[Path, Path]) -> None:
+    cache, page = cache_page
+    browser.look()
+    browser.open(page)
+    assert [row[0] for row in list_rows(browser)] == [str(i) for i in range(20)]
+    browser.driver.find_element("css selector", ".pages button:last-child").click()
+    assert [row[0] for row in list_rows(browser)] == [str(i) for i in range(20, 40)]
+    browser.driver.find_elements("css selector", "#samples th button")[3].click()
+    lengths = [shown(row[3]) for row in list_rows(browser)]
+    views = [json.loads(dflash("inspect", cache, "--sample", i, "--json")) for i in range(60)]
+    assert lengths == sorted(view["tokens"] for view in views)[:20]
+    most = max(view["tokens"] for view in views)
+    browser.driver.find_element("css selector", "#samples input").send_keys(f"tokens>={most}")
+    long = [str(view["sample"]) for view in views if view["tokens"] == most]
+    assert [row[0] for row in list_rows(browser)] == long[:20]
+
+
+def test_clicks_and_keys_change_the_sample_and_read_its_numbers(
+    browser: Browser, cache_page: tuple[Path, Path]
+) -> None:
+    cache, page = cache_page
+    browser.look()
+    browser.open(page)
+    browser.driver.find_element("css selector", "#samples input").send_keys("opens=yes")
+    opens = [int(row[0]) for row in list_rows(browser)]
+    title = browser.driver.find_element("css selector", "#sample h3")
+    browser.driver.find_elements("css selector", "#samples tbody tr")[2].click()
+    assert title.text.startswith(f"Sample {opens[2]},")
+    tokens = browser.driver.find_element("css selector", "#sample .tokens")
+    tokens.send_keys(Keys.PAGE_UP)
+    assert title.text.startswith(f"Sample {opens[1]},")
+    browser.driver.find_element("css selector", "#sample button[data-move='1']").click()
+    assert title.text.startswith(f"Sample {opens[2]},")
+    view = json.loads(dflash("inspect", cache, "--sample", opens[2], "--json"))
+    tokens.send_keys(Keys.HOME + Keys.ARROW_RIGHT * 3)
+    reading = browser.driver.find_element("css selector", "#sample .reading").text
+    assert reading.startswith(f"position 3, token {view['token_ids'][3]}, slot {view['start'] + 3}: not supervised")
+    norms = [shown(text) for text in re.findall(r"layer \d+ ([\d.,]+)", reading)]
+    assert norms == pytest.approx([layer[3] for layer in view["norms"]], rel=1e-3, abs=1e-3)
+    kinds = browser.js("return [...document.querySelectorAll('#sample .tokens span')].map((e) => e.className)")
+    assert sum("anchor" in kind for kind in kinds) == view["anchors"]
+    assert sum("anchor" in kind or "tail" in kind for kind in kinds) == view["supervised"]
+
+
+def test_a_tokens_colour_follows_the_chosen_layers_norm(browser: Browser, cache_page: tuple[Path, Path]) -> None:
+    cache, page = cache_page
+    browser.open(page)
+    sample = int(re.findall(r"\d+", browser.driver.find_element("css selector", "#sample h3").text)[0])
+    view = json.loads(dflash("inspect", cache, "--sample", sample, "--json"))
+    choice = Select(browser.driver.find_element("id", "layer"))
+    for place in (2, 0):
+        choice.select_by_visible_text(str(view["layer_ids"][place]))
+        strength = "[...document.querySelectorAll('#sample .tokens span')].map((e) => e.style.getPropertyValue('--v'))"
+        values = [float(text) for text in browser.js(f"return {strength}")]
+        order = sorted(range(len(values)), key=lambda i: view["norms"][place][i])
+        assert values[order[0]] == 0 and values[order[-1]] == 1
+        assert all(values[a] <= values[b] + 0.002 for a, b in itertools.pairwise(order))
+
+
+def test_a_hostile_sample_and_file_name_are_text_that_does_nothing(
+    browser: Browser, cache_page: tuple[Path, Path]
+) -> None:
+    _, page = cache_page
+    browser.open(page)
+    browser.driver.find_element("css selector", "#samples input").send_keys("opens=yes")
+    hostile = next(i for i, row in enumerate(list_rows(browser)) if int(row[0]) % 3 == 1)
+    browser.driver.find_elements("css selector", "#samples tbody tr")[hostile].click()
+    text = browser.js("return document.querySelector('#sample .tokens').textContent").replace("◦", "")
+    assert HOSTILE in text and "\\u202eabc\\u2066 \\u200f" in text and "\u202e" not in text
+    assert "<img src=x onerror=alert(1)>.jsonl" in browser.driver.find_element("css selector", "#sample h3").text
     assert "run over" not in browser.driver.title and browser.console() == []
     assert browser.js("return document.querySelectorAll('main img, main script:not([type])').length") == 0
