@@ -1,14 +1,14 @@
-"""What `dflash inspect RUN ...` prints: state, settings, what looks wrong, and curves; 80 columns, no colour."""
+"""What `dflash inspect RUN ...` prints: state, settings, what looks wrong and curves, as wide as the terminal."""
 
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from dflash_offline.pipeline.run_view import bucket_means, differing_settings
+from dflash_offline.pipeline.terminal import open_console, safe, sparkline
 
-WIDTH = 80
-CURVE_COLUMNS = 28
-TICKS = "▁▂▃▄▅▆▇█"
+_BESIDE_CURVE = 52
+"""Columns of a curve's name and numbers; the curve has the rest of the line."""
 CURVES = (
     ("training", "loss", "training loss"),
     ("validation", "val_loss", "held-out loss"),
@@ -29,26 +29,28 @@ SHOWN_SETTINGS = (
 ).split()
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """Return one character a value, as high as the value lies between the least and the most."""
-    low, high = min(values), max(values)
-    return "".join(TICKS[round((value - low) / (high - low) * 7) if high > low else 3] for value in values)
+def curve(values: Sequence[float], low: float, high: float) -> str:
+    """Return one sign a value, as high as the value lies between `low` and `high`."""
+    return sparkline([(value - low) / (high - low) if high > low else 0.5 for value in values])
 
 
 def print_run(view: dict[str, Any]) -> None:
     """Print one run for a person."""
+    width = open_console().width
     for name, text in _lines(view):
-        # Paths and lists of settings break between words only, and a path longer than a line stays whole.
-        wrapped = textwrap.wrap(text, WIDTH - 12, break_long_words=False, break_on_hyphens=False) or [""]
+        # A path longer than a line stays whole, to be copied.
+        wrapped = textwrap.wrap(safe(text), max(width - 12, 20), break_long_words=False, break_on_hyphens=False) or [""]
         for first, line in zip([name, *[""] * len(wrapped)], wrapped, strict=False):
             print(f"{first:<12}{line}")
+    columns = max(width - _BESIDE_CURVE, 8)
     if view["training"] or view["validation"]:
-        print(f"\n{'Curves, by step':<{CURVE_COLUMNS + 36}} {'first':>7} {'last':>7}")
+        print(f"\n{'Curves, by step':<{columns + 36}} {'first':>7} {'last':>7}")
     for rows, name, label in CURVES:
-        steps, values = bucket_means(view[rows], name, CURVE_COLUMNS)
-        if steps:
+        _, values = bucket_means(view[rows], name, columns)
+        if values:
             first, last = (next(_values(view[rows], name, back)) for back in (False, True))
-            print(f"{label:<35} {sparkline(values):<{CURVE_COLUMNS}} {number(first):>7} {number(last):>7}")
+            signs = curve(values, min(values), max(values))
+            print(f"{label:<35} {signs:<{columns}} {number(first):>7} {number(last):>7}")
     if view["last_validation"]:
         print(f"\nAccuracy by slot, held-out, step {view['last_validation']['step']:,}")
         for slot, share in enumerate(view["last_validation"]["val_accuracy_by_slot"], start=1):
@@ -147,9 +149,10 @@ def print_runs(views: list[dict[str, Any]]) -> None:
             f"{place:>2}  {view['step']:>8,} {view['state']:<14} {number(view['best_serving_walk']):>9} "
             f"{number(row.get('val_loss')):>13} {number(last.get('tokens_per_s')):>9}  {view['run']}"
         )
+    width = open_console().width
     for place, view in enumerate(views, start=1):
         for fault in view["faults"]:
-            lines = textwrap.wrap(f"run {place} looks wrong: {fault}", WIDTH, subsequent_indent="    ")
+            lines = textwrap.wrap(f"run {place} looks wrong: {fault}", width, subsequent_indent="    ")
             print("\n".join(lines))
     print("\nServing walk on held-out samples, by step, all on one scale")
     _print_walks(views)
@@ -158,19 +161,19 @@ def print_runs(views: list[dict[str, Any]]) -> None:
     for name, values in table.items():
         print(f"  {name}")
         for place, value in enumerate(values, start=1):
-            print(f"    {place:>2}  {_setting(value)}")
+            print(f"    {place:>2}  {safe(_setting(value))}")
     if not table:
         print("  none")
 
 
 def _print_walks(views: list[dict[str, Any]]) -> None:
-    curves = [bucket_means(view["validation"], "val_serving_walk", 50)[1] for view in views]
-    found = [value for curve in curves for value in curve]
+    columns = max(open_console().width - 20, 8)
+    curves = [bucket_means(view["validation"], "val_serving_walk", columns)[1] for view in views]
+    found = [value for values in curves for value in values]
     if not found:
         print("  none measured yet")
         return
-    low, high = min(found), max(found)
-    for place, curve in enumerate(curves, start=1):
-        ticks = sparkline([low, high, *curve])[2:]
-        ends = (curve[0], curve[-1]) if curve else (None, None)
-        print(f"{place:>2}  {ticks:<50} {number(ends[0]):>7} {number(ends[1]):>7}")
+    for place, values in enumerate(curves, start=1):
+        signs = curve(values, min(found), max(found))
+        ends = (values[0], values[-1]) if values else (None, None)
+        print(f"{place:>2}  {signs:<{columns}} {number(ends[0]):>7} {number(ends[1]):>7}")

@@ -1,8 +1,11 @@
 """`dflash inspect RUN`: what a run's folder says, in the terminal and to a script."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from planted_run import STEPS, VAL_EVERY, plant, sound_rows
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.pipeline.run_report import sparkline
+from dflash_offline.pipeline.run_report import curve
 from dflash_offline.pipeline.run_view import bucket_means, run_view
 
 Rows = list[dict[str, Any]]
@@ -64,9 +67,21 @@ def test_the_terminal_shows_state_and_both_acceptance_lengths_in_80_columns(soun
     assert "Looks wrong" not in result.stdout
 
 
-def test_a_sparkline_rises_and_falls_with_its_values() -> None:
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert sparkline([5, 5]) == "▄▄"
+def test_a_curve_rises_and_falls_with_its_values() -> None:
+    assert curve([0, 1, 2, 3, 4, 5, 6, 8], 0, 8) in ("▁▂▃▄▅▆▇█", "_.-=+*#@")
+    assert curve([5, 5], 5, 5) in ("▅▅", "++")
+
+
+def test_the_curves_follow_the_terminals_width(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = dflash("inspect", sound).stdout.splitlines()
+    assert {len(line) for line in lines if line.startswith(("training loss", "learning rate"))} == {120}
+
+
+def test_an_output_without_block_characters_gets_plain_ones(sound: Path) -> None:
+    command = [sys.executable, "-m", "dflash_offline.pipeline.app", "inspect", str(sound)]
+    shown = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True)
+    assert b"training loss" in shown.stdout and shown.stdout.isascii()
 
 
 def test_bucket_means_keep_every_row_of_a_short_curve_and_the_mean_of_a_long_one() -> None:
