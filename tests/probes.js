@@ -49,9 +49,12 @@ function clipped() {
   return poor;
 }
 
-// Text of the page itself that is wider than the box that holds it and cannot be scrolled to.
+// What is wider than the window and cannot be scrolled to within a box of its own.
 function spilled() {
-  const wide = document.documentElement.clientWidth;
+  const root = document.documentElement, wide = root.clientWidth;
   const all = [...document.querySelectorAll("main *")].filter((e) => !e.closest(".scroll, svg, script"));
-  return all.filter((e) => e.getBoundingClientRect().right > wide + 1).map((e) => `${e.tagName} ${e.className}`);
+  const boxes = all.filter((e) => e.getBoundingClientRect().right > wide + 1 || (e.scrollWidth > e.clientWidth + 1 && e.clientWidth));
+  const hidden = (e) => getComputedStyle(e).display === "inline" || getComputedStyle(e).overflowX === "auto";
+  const poor = boxes.filter((e) => !hidden(e)).map((e) => `${e.tagName} ${e.className}`);
+  return root.scrollWidth > wide ? [`the page scrolls sideways by ${root.scrollWidth - wide}`, ...poor] : poor;
 }
