@@ -92,9 +92,10 @@ def gather_texts(value: Any, texts: list[str]) -> bool:
         return True
     if kind is dict:
         texts += value
-        return all([gather_texts(item, texts) for item in value.values()])
-    if kind is list:
-        return all([gather_texts(item, texts) for item in value])
+        value = [*value.values()]
+    if kind in (dict, list):
+        found = [gather_texts(item, texts) for item in value]  # all of them, even after one that is not
+        return False not in found
     return value is None or kind in (int, float, bool)
 
 

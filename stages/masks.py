@@ -84,7 +84,7 @@ class Masker:
         self.end_ids = np.array(sorted(target.end_ids()), np.uint32)
         special = [str(token) for token in target.tokenizer.added_tokens_decoder.values() if token.special]
         spelled = sorted({*special} - {*REASONING_TAGS, ""}, key=len, reverse=True)
-        self._special_firsts = {text[0] for text in spelled}
+        self._special_firsts = sorted({text[0] for text in spelled})
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     def tokenize(self, content: Content) -> Tokenized:
@@ -168,8 +168,11 @@ class Masker:
             raise UnmaskableError("far too long", f"{size:,} characters; at most {MOST_CHARACTERS:,} are tokenized")
         if self._special is None or self.config.keep_special_tokens:
             return plain
+        whole = "".join(texts)
+        if not any(first in whole for first in self._special_firsts):
+            return plain
         for text in texts:
-            if any(first in text for first in self._special_firsts) and (found := self._special.search(text)):
+            if found := self._special.search(text):
                 place = next(place for place, one in strings(vars(content)) if one == text)
                 raise UnmaskableError("special token in content", f"{place} spells {found.group()!r}")
         return plain
