@@ -4,6 +4,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class ChatTokenizer:
         """
         if not plain or not self._is_plain:
             return str(self._convert_and_render(messages, tools, add_generation_prompt=prompt)[0][0])
-        return str(self._template(tools).render(self._given(messages, tools, prompt)))
+        return str(_compiled(self._templates[tools is not None]).render(self._given(messages, tools, prompt)))
 
     def render_tagged(
         self, messages: Sequence[Any], tools: Any = None, *, plain: bool = False
@@ -83,14 +84,12 @@ class ChatTokenizer:
         if not plain or not self._is_plain:
             rendered, found = self._convert_and_render(messages, tools, return_assistant_tokens_mask=True)
             return rendered[0], found[0]
-        template, blocks, spans = self._template(tools), list[str](), list[tuple[int, int]]()
+        template = _compiled(self._templates[tools is not None])
+        blocks, spans = list[str](), list[tuple[int, int]]()
         with template.environment.activate_tracker(blocks, spans):
             for block in template.generate(self._given(messages, tools, prompt=False)):
                 blocks.append(block)
         return "".join(blocks), spans
-
-    def _template(self, tools: Any) -> Any:
-        return _compile_jinja_template(self._templates[tools is not None])
 
     def _given(self, messages: Sequence[Any], tools: Any, prompt: bool) -> dict[str, Any]:
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
@@ -143,6 +142,14 @@ class ChatTokenizer:
             character = starts_one.cumsum() - 1
             begins, ends = character[begins], character[ends - 1] + 1
         return Encoded(ids, begins, ends, ordered=True)
+
+
+@cache
+def _compiled(template: str) -> Any:
+    """Return the template as transformers compiles it."""
+    compiled = _compile_jinja_template(template)
+    compiled.globals = dict(compiled.globals)  # a chain of dicts takes longer to copy, for every text, than to render
+    return compiled
 
 
 def _encoded(ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:

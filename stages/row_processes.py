@@ -23,8 +23,8 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.row_batches import BatchOutcome, RowWorker, Unread, unread
 from dflash_offline.stages.rows import RawRow
 
-ALONE_BYTES = 4 << 20
-"""Of content, before other processes are started: some two seconds of work."""
+ALONE_BYTES = 2 << 20
+"""Of content, before other processes are started: some seconds of work."""
 _AHEAD = 2
 """Batches for each process that are under way or wait for an earlier one."""
 _COMMAND = "from dflash_offline.stages.row_processes import serve; serve()"
