@@ -177,7 +177,9 @@ class Peak:
 
 
 def _children() -> list[int]:
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in _words(task / "children")]
+    found = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in _words(task / "children")]
+    # One that has not begun its own program still has this one's memory, and its name.
+    return [pid for pid in found if _words(Path(f"/proc/{pid}/cmdline")) != _words(Path("/proc/self/cmdline"))]
 
 
 def _words(path: Path) -> list[str]:
@@ -225,7 +227,7 @@ def rates(name: str, target: Path, data: Path, rounds: int) -> bool:
 def memory(target: Path, folder: Path, num_rows: int) -> bool:
     """Print what ten times the rows take in memory; returns whether it is little enough."""
     bounds = []
-    for side in ("plan", "plan-without-duplicates"):
+    for side in ("plan", "plan without duplicates"):
         peaks = []
         for count in (num_rows, 10 * num_rows):
             data = folder / f"{count}.jsonl"
