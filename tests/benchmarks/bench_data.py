@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "TARGET", "DATA"), help="what a process of its own runs")
     parser.add_argument("--rows", type=int, default=100_000, help="conversations of the larger tokenizer")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--memory-rows", type=int, default=30_000, help="rows of which ten times as many are planned")
+    parser.add_argument("--memory-rows", type=int, default=100_000, help="rows of which ten times as many are planned")
     arguments = parser.parse_args()
     if arguments.side:
         side, target, data = arguments.side
