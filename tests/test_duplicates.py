@@ -24,4 +24,4 @@ def test_digests_take_little_more_than_their_bytes() -> None:
     for count in range(1, 30_000):
         digests.add(chance.randbytes(16))
         if count > 2000:
-            assert sum(map(len, digests._tables)) < 30 * count
+            assert sum(map(len, digests._tables)) < 25 * count
