@@ -22,7 +22,6 @@ class Encoded:
     ids: NDArray[np.uint32]
     begins: NDArray[np.int64]
     ends: NDArray[np.int64]
-
     ordered: bool = False
     """Whether each token begins and ends where the one before does or later, and none is empty."""
 
@@ -49,10 +48,11 @@ class ChatTokenizer:
         given = {**tokenizer.special_tokens_map, **template_kwargs}
         self._tools = given.pop("tools", None)
         self._documents = given.pop("documents", None)
+        template = given.pop("chat_template", None)
         self._variables = given
         self._is_plain = self._tools is None and self._documents is None and gather_texts(given, [])
         # A tokenizer may have a template of its own for rows with tools.
-        self._templates = [tokenizer.get_chat_template(tools=tools) for tools in (None, list[Any]([{}]))]
+        self._templates = [tokenizer.get_chat_template(template, tools) for tools in (None, list[Any]([{}]))]
         self.backend: Tokenizer = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()

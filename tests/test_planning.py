@@ -187,6 +187,15 @@ def test_any_tokenizer_is_planned_as_plainly(tmp_path: Path, shape: str, change:
     compared(planned(config, files, tmp_path / "plan"), config, files)
 
 
+def test_a_template_of_the_users_own_and_tools_for_all_rows_are_rendered_as_plainly(tmp_path: Path) -> None:
+    template = SHAPES["none"][0] + "{{ tools | tojson if tools else '' }}{{ word }}"
+    kwargs = {"chat_template": template, "tools": [{"name": "f"}], "word": "one"}
+    config = settings(tmp_path, write_hostile(tmp_path / "a.jsonl", 80), mask="all", chat_template_kwargs=kwargs)
+    files = target(tmp_path / "target", "none")
+    plan = planned(config, files, tmp_path / "plan")
+    compared(plan, config, files)
+
+
 def slowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have this process take its time over a batch, so that others get some; returns the sizes of its own."""
     own: list[int] = []
