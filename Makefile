@@ -11,7 +11,7 @@ FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' 
 LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-gpu check-oldest
-.PHONY: bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target format
+.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -99,6 +99,9 @@ bench-store: $(LINKED) ## the feature store's size, error and speed beside other
 
 bench-inspect: $(LINKED) ## `dflash inspect` on a plan of a million samples in 20,000 shards: time and memory
 	$(BIN)/python tests/benchmarks/bench_inspect.py
+
+bench-data: $(LINKED) ## planning beside the bare tokenizer on two cores, and memory at ten times the rows (half an hour)
+	$(BIN)/python tests/benchmarks/bench_data.py
 
 bench-extract: $(LINKED) ## extraction's rate beside the forward alone; on a GPU: make bench-extract ARGS=--gpu
 	$(BIN)/python tests/benchmarks/bench_extract.py $(ARGS)

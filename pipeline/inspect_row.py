@@ -10,7 +10,7 @@ from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.conversations import Chat, RowFaultError, read_content
 from dflash_offline.stages.masks import Masker
-from dflash_offline.stages.samples import Tally, take_row
+from dflash_offline.stages.row_batches import RowWorker, unread
 from dflash_offline.stages.sources import Data
 from dflash_offline.stages.target import open_target
 
@@ -20,13 +20,14 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
     files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
     most = files.decoder()["max_position_embeddings"]
     config = replace(config, max_length=min(config.max_length, most))
-    data, masker, tally = Data(config), Masker(files, config), Tally()
-    row = next(islice(data.rows(), number, None), None) if number >= 0 else None
+    data, masker = Data(config), Masker(files, config)
+    row = next(islice(data.raw_rows(), number, None), None) if number >= 0 else None
     if row is None:
         raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
-    made = take_row(row, config, data, masker, tally)
+    batch = RowWorker(config, masker, data.format.layout)(unread([row]))
+    (made,) = batch.rows
     try:
-        content = read_content(row.value, data.format.layout)[1]
+        content = read_content(row.parsed().value, data.format.layout)[1]
         roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
     except RowFaultError:
         roles = []
@@ -34,19 +35,19 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "row": number,
         "source": row.source.name,
         "line": row.line,
-        "format": next(iter(tally.formats), row.source.container),
+        "format": f"{row.source.container}, {made.layout}" if made.layout else row.source.container,
         "roles": roles,
         "mask_rule": masker.rule,
-        "tokens": 0 if made is None else len(made.input_ids),
-        "supervised": 0 if made is None else int(made.loss_mask.sum()),
-        "anchors": tally.kept[0][3] if tally.kept else 0,
+        "tokens": made.num_tokens,
+        "supervised": made.num_supervised,
+        "anchors": made.num_anchors,
         "block_size": config.block_size,
-        "truncated_supervised": tally.num_supervised_cut if tally.num_truncated else None,
-        "left_out": tally.rejects[0].reason if tally.rejects else None,
-        "detail": tally.rejects[0].detail if tally.rejects else None,
-        "runs": []
-        if made is None
-        else marked_runs(made.input_ids, made.loss_mask, config.block_size, files.tokenizer.decode),
+        "truncated_supervised": made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
+        "left_out": made.reason or None,
+        "detail": made.detail or None,
+        "runs": marked_runs(batch.ids, batch.mask, config.block_size, files.tokenizer.decode)
+        if made.num_tokens
+        else [],
     }
 
 

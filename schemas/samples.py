@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ _REJECTS_AT_ONCE = 8_192
 _READ_ROWS = 65_536
 _FAULTS = (OSError, pa.ArrowException)
 
+Numbers = NDArray[np.int64] | NDArray[np.int32]
 Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
 """Token ids and which of them are supervised, of the same length."""
 
@@ -59,15 +59,40 @@ class Reject:
     """What was found in this row."""
 
 
+class RejectWriter:
+    """Writes rejects.parquet as rejects come, row group by row group; a context that is left when all have."""
+
+    def __init__(self, path: Path) -> None:
+        self._names = [field.name for field in fields(Reject)]
+        schema = [(name, pa.int64() if name == "row" else pa.string()) for name in self._names]
+        self._file = pq.ParquetWriter(path, pa.schema(schema))
+        self._waiting: list[Reject] = []
+
+    def add(self, reject: Reject) -> None:
+        """Take one more."""
+        self._waiting.append(reject)
+        if len(self._waiting) == _REJECTS_AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        columns = {name: [getattr(reject, name) for reject in self._waiting] for name in self._names}
+        self._file.write_table(pa.table(columns, schema=self._file.schema))
+        self._waiting = []
+
+    def __enter__(self) -> "RejectWriter":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        with self._file:
+            if self._waiting:
+                self._write()
+
+
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write rejects.parquet, row group by row group."""
-    names = [field.name for field in fields(Reject)]
-    schema = pa.schema([(name, pa.int64() if name == "row" else pa.string()) for name in names])
-    left = iter(rejects)
-    with pq.ParquetWriter(path, schema) as file:
-        while part := list(islice(left, _REJECTS_AT_ONCE)):
-            columns = {name: [getattr(reject, name) for reject in part] for name in names}
-            file.write_table(pa.table(columns, schema=schema))
+    """Write rejects.parquet."""
+    with RejectWriter(path) as writer:
+        for reject in rejects:
+            writer.add(reject)
 
 
 def read_rejects(path: Path) -> list[Reject]:
@@ -83,7 +108,7 @@ def write_samples(
     *,
     sources: Sequence[str],
     source_index: NDArray[np.int32],
-    numbers: Mapping[str, NDArray[np.int64] | NDArray[np.int32]],
+    numbers: Mapping[str, Numbers],
     read: Callable[[int, int], Tokens],
 ) -> None:
     """Write samples.parquet, row group by row group; the same samples always give the same bytes.
@@ -109,7 +134,7 @@ def write_samples(
             begin += len(ids)
 
 
-def _groups(num_tokens: NDArray[np.int64] | NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _groups(num_tokens: Numbers) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield each row group's first sample and where its samples end in its tokens."""
     first = 0
     while first < len(num_tokens):

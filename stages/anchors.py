@@ -15,22 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.errors import NoValidAnchorsError
+from dflash_offline.stages.candidates import document_anchors
 
 Anchors = tuple[Tensor, Tensor]
 """Positions int64 [B, N] and keep mask bool [B, N]; slots that are not kept hold position 0."""
-
-
-def document_anchors(loss_mask: NDArray[np.bool_], block_size: int) -> NDArray[np.int64]:
-    """Return the candidates of one document, ascending: supervised positions with K-1 further tokens after them.
-
-    `loss_mask` is bool [T]. A document shorter than K has none.
-    """
-    return np.flatnonzero(loss_mask[: max(len(loss_mask) - block_size + 1, 0)]).astype(np.int64, copy=False)
-
-
-def count_anchors(loss_mask: NDArray[np.bool_], block_size: int) -> int:
-    """Return how many candidates a document has."""
-    return int(np.count_nonzero(loss_mask[: max(len(loss_mask) - block_size + 1, 0)]))
 
 
 def draw_anchors(

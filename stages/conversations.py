@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from dflash_offline.stages.rows import shown
+from dflash_offline.stages.rows import MOST_NESTED, is_too_deep, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -84,6 +84,21 @@ def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
             yield from strings(item, f"{place}[{index}]")
 
 
+def gather_texts(value: Any, texts: list[str]) -> bool:
+    """Add every text that `strings` yields to a list; returns whether the value is of JSON's types alone."""
+    kind = type(value)
+    if kind is str:
+        texts.append(value)
+        return True
+    if kind is dict:
+        texts += value
+        value = [*value.values()]
+    if kind in (dict, list):
+        found = [gather_texts(item, texts) for item in value]  # all of them, even after one that is not
+        return False not in found
+    return value is None or kind in (int, float, bool)
+
+
 def read_messages(value: dict[str, Any]) -> Chat:
     """Return a row's `messages` and `tools`, checked; content parts become one text, call arguments an object."""
     messages = value.get("messages")
@@ -126,7 +141,8 @@ def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise RowFaultError(f"has {place} of type {type(value).__name__}; expected text")
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError as error:
         raise RowFaultError(f"has {place} with an unpaired surrogate at character {error.start}") from None
     return value
@@ -162,11 +178,16 @@ def _tools(value: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def _json(value: Any, kind: type, place: str) -> Any:
     """Return an object or a list, which may also be written as a text of JSON."""
+    deep = f"has {place} whose text is nested more than {MOST_NESTED} deep"
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RowFaultError(f"has {place} whose text is not JSON ({error})") from None
+        except RecursionError:
+            raise RowFaultError(deep) from None
+        if isinstance(value, (dict, list)) and is_too_deep(value):
+            raise RowFaultError(deep)
     if not isinstance(value, kind):
         raise RowFaultError(f"has {place} that is no {kind.__name__} but {type(value).__name__}")
     return value

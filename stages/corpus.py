@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import sha256_bytes
 from dflash_offline.schemas.manifest import differences
-from dflash_offline.stages.anchors import count_anchors
 from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.candidates import count_anchors
 
 
 class Corpus:

@@ -1,8 +1,10 @@
 """Rows of data files: JSON, JSONL (plain, gzip, zstd), Parquet and Arrow, read as a stream, each with its place."""
 
+import codecs
 import gzip
 import io
 import json
+import pickle
 import re
 import reprlib
 import zlib
@@ -32,6 +34,9 @@ MOST_LINE_BYTES = 1 << 28
 """A longer line is no row but a file of another kind; it is named and passed over without being held."""
 MOST_NAMED = 20
 """Faults that an error names before it only counts them."""
+MOST_NESTED = 100
+"""Levels of objects and lists within one another that a row may have."""
+_TOO_DEEP = f"is nested more than {MOST_NESTED} deep"
 _PIECE = 1 << 16
 _ARROW_ROWS = 256
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -64,6 +69,32 @@ class Row:
         return f"{self.source.path}:{self.line}"
 
 
+@dataclass(frozen=True)
+class RawRow:
+    """One row of a file before it is parsed, so that another process can do that."""
+
+    source: DataFile
+    line: int
+    content: bytes
+    """A line of JSON, or a pickled value."""
+    fault: str
+
+    def parsed(self) -> Row:
+        """Return the row."""
+        value, fault = parse(self.content, self.fault, is_json=self.source.container == "jsonl")
+        return Row(self.source, self.line, value, fault)
+
+
+def parse(content: bytes, fault: str, *, is_json: bool) -> tuple[dict[str, Any], str]:
+    """Return the object that a row's content spells, or what is wrong with it."""
+    value: Any = {}
+    if not fault:
+        value, fault = _line(content) if is_json else (pickle.loads(content), "")
+    if not fault and not isinstance(value, dict):
+        fault = f"is a JSON {type(value).__name__}; expected an object"
+    return ({}, fault) if fault else (value, "")
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxlist, _SHORT.maxdict = 60, 8, 4
 
@@ -73,13 +104,17 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def refuse_bad_rows(faults: list[str], what_to_do: str) -> None:
-    """Raise `BadInputError` naming the first faulty rows and counting the rest, if there are any."""
+def refuse_bad_rows(faults: list[str], what_to_do: str, count: int | None = None) -> None:
+    """Raise `BadInputError` naming the first faulty rows and counting the rest, if there are any.
+
+    There are `count` of them, where `faults` holds only the first.
+    """
     if faults:
         named = "\n  ".join(faults[:MOST_NAMED])
-        rest = f"\n  ... and {len(faults) - MOST_NAMED} more" if len(faults) > MOST_NAMED else ""
-        rows = "row" if len(faults) == 1 else "rows"
-        raise BadInputError(f"{len(faults)} bad {rows}:\n  {named}{rest}\n{what_to_do}")
+        count = count or len(faults)
+        rest = f"\n  ... and {count - MOST_NAMED} more" if count > MOST_NAMED else ""
+        rows = "row" if count == 1 else "rows"
+        raise BadInputError(f"{count} bad {rows}:\n  {named}{rest}\n{what_to_do}")
 
 
 def identify(path: Path, *, name: str = "", container: str | None = None) -> DataFile:
@@ -93,12 +128,16 @@ def identify(path: Path, *, name: str = "", container: str | None = None) -> Dat
 
 def read_rows(file: DataFile) -> Iterator[Row]:
     """Yield each row; `BadInputError` if the file breaks off or is not what it seemed: then rows would be lost."""
+    return (row.parsed() for row in read_raw_rows(file))
+
+
+def read_raw_rows(file: DataFile) -> Iterator[RawRow]:
+    """Yield each row unparsed; `BadInputError` as from `read_rows`."""
     line = 0
     try:
         for line, value, fault in _READERS[file.container](file.path):
-            if not fault and not isinstance(value, dict):
-                fault = f"is a JSON {type(value).__name__}; expected an object"
-            yield Row(file, line, {} if fault else value, fault)
+            content = b"" if fault else value if file.container == "jsonl" else pickle.dumps(value)
+            yield RawRow(file, line, content, fault)
     except (*_STREAM_FAULTS, ValueError, RecursionError) as error:
         raise BadInputError(
             f"{file.path} cannot be read as {file.container} after row {line}: {_said(error)}. "
@@ -149,7 +188,7 @@ class _BrokenError(ValueError):
 
 
 Found = Iterator[tuple[int, Any, str]]
-"""Row by row: its number from 1, what it holds, and what is wrong with it."""
+"""Row by row: its number from 1, what it holds (a line of JSON as bytes), and what is wrong with it."""
 
 
 @dataclass
@@ -172,11 +211,26 @@ class _Decoder:
         """Return the value that begins at `at`, where it ends, and its fault."""
         self.doubled.clear()
         value, end = self.decoder.raw_decode(text, at)
-        return value, end, f"has the key {shown(self.doubled[0])} twice in one object" if self.doubled else ""
+        fault = f"has the key {shown(self.doubled[0])} twice in one object" if self.doubled else ""
+        brackets = text.count("[", at, end) + text.count("{", at, end)
+        return value, end, _TOO_DEEP if brackets > MOST_NESTED and is_too_deep(value) else fault
+
+
+def is_too_deep(value: Any) -> bool:
+    """Say whether a value of JSON is nested more than `MOST_NESTED` deep.
+
+    Where the interpreter gives up depends on how deep the caller is; this does not.
+    """
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MOST_NESTED):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _jsonl(path: Path) -> Found:
-    decoder = _Decoder()
     with _open(path) as stream:
         number = 0
         while content := stream.readline(MOST_LINE_BYTES):
@@ -186,18 +240,20 @@ def _jsonl(path: Path) -> Found:
                     pass
                 yield number, None, f"is longer than {MOST_LINE_BYTES >> 20} MiB"
             elif content.strip():
-                yield number, *_line(decoder, content, first=number == 1)
+                yield number, content.removeprefix(codecs.BOM_UTF8) if number == 1 else content, ""
 
 
-def _line(decoder: _Decoder, content: bytes, *, first: bool) -> tuple[Any, str]:
+def _line(content: bytes) -> tuple[Any, str]:
     try:
-        text = content.decode("utf-8-sig" if first else "utf-8").strip(" \t\r\n")
-        value, end, fault = decoder.decode(text)
+        text = content.decode().strip(" \t\r\n")
+        value, end, fault = _Decoder().decode(text)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError as error:
         return None, f"is not UTF-8 (byte {error.start}: {error.reason})"
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return None, _TOO_DEEP
+    except ValueError as error:
         return None, f"is not JSON ({_said(error)})"
     return value, fault
 

@@ -13,7 +13,7 @@ from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.stages.conversations import LAYOUTS
-from dflash_offline.stages.rows import COMPRESSED, CONTAINERS, ENDINGS, DataFile, Row, identify, read_rows
+from dflash_offline.stages.rows import COMPRESSED, CONTAINERS, ENDINGS, DataFile, RawRow, Row, identify, read_raw_rows
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,27 @@ class Data:
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order; with weights, the arguments mixed at rates in proportion to them."""
+        return (row.parsed() for row in self.raw_rows())
+
+    def raw_rows(self) -> Iterator[RawRow]:
+        """Yield the rows of `rows` unparsed."""
         self.num_not_drawn = 0
         readers = [self._drawn(index) for index in range(len(self.sources))]
         weights = self.weights
         mixed = (row for reader in readers for row in reader) if weights is None else self._mixed(readers, weights)
         return islice(mixed, self.config.limit)
 
-    def _drawn(self, index: int) -> Iterator[Row]:
+    def _drawn(self, index: int) -> Iterator[RawRow]:
         source = self.sources[index]
         chance = random.Random(f"{self.config.seed} {index}")
         for file in source.files:
-            for row in read_rows(file):
+            for row in read_raw_rows(file):
                 if source.weight is None or chance.random() < source.weight:
                     yield row
                 else:
                     self.num_not_drawn += 1
 
-    def _mixed(self, readers: list[Iterator[Row]], weights: Sequence[float]) -> Iterator[Row]:
+    def _mixed(self, readers: list[Iterator[RawRow]], weights: Sequence[float]) -> Iterator[RawRow]:
         chance = random.Random(f"{self.config.seed} mix")
         open_ones = list(range(len(readers)))
         while open_ones:

@@ -8,14 +8,13 @@ from tiny import pack, tiny_batch, tiny_draft_config, tiny_trainer
 from dflash_offline.schemas.errors import NoValidAnchorsError
 from dflash_offline.stages.anchors import (
     collate_anchors,
-    count_anchors,
-    document_anchors,
     document_candidates,
     document_starts,
     draw_anchors,
     sample_anchors,
     sample_document_anchors,
 )
+from dflash_offline.stages.candidates import count_anchors, document_anchors
 
 
 def random_mask(length: int, seed: int = 0) -> np.ndarray:

@@ -71,6 +71,11 @@ def test_help_does_not_load_torch(arguments: list[str]) -> None:
     assert run.returncode == 0 and "Usage:" in run.stdout, run.stderr
 
 
+def test_a_process_that_tokenizes_does_not_load_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import dflash_offline.stages.row_processes"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_inspect_does_not_load_torch(cache: Path, run: Path, tmp_path: Path) -> None:
     for arguments in (
         ["inspect", str(cache)],

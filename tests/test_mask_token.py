@@ -39,12 +39,12 @@ def test_a_mask_goes_before_a_reserved_token_and_that_before_any_other(files: Ta
     mask, pad = files.tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
     for expected in (mask, reserved, other, pad):
         assert choose_mask_token(files, made, None) == expected
-        made.used[expected] = 0  # from now on a sample contains it
+        made.first_uses[expected] = 0  # from now on a sample contains it
 
 
 def test_no_token_that_ends_an_answer_is_chosen_even_if_no_sample_contains_it(files: TargetFiles, made: Plan) -> None:
     mask, pad = files.tokenizer.convert_tokens_to_ids(["<|mask|>", "<|endoftext|>"])
-    made.used[mask] = 0
+    made.first_uses[mask] = 0
     assert choose_mask_token(files, made, None) == pad
     (files.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, pad]}))
     with pytest.raises(DflashError, match=r"has no reserved token .* Name an unused row .* with --mask-token-id"):
@@ -53,7 +53,7 @@ def test_no_token_that_ends_an_answer_is_chosen_even_if_no_sample_contains_it(fi
 
 def test_a_reserved_token_without_a_row_in_the_table_is_not_chosen(files: TargetFiles, made: Plan) -> None:
     (beyond,) = reserve(files, "<|mask_2|>")
-    made.used[files.tokenizer.convert_tokens_to_ids("<|mask|>")] = 0
+    made.first_uses[files.tokenizer.convert_tokens_to_ids("<|mask|>")] = 0
     files.config.vocab_size = beyond
     assert choose_mask_token(files, made, None) != beyond
 
