@@ -1,24 +1,38 @@
 """The command line: each command converts its arguments, calls one function and prints what it made."""
 
-import errno
 import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated
 
 import typer
 
+from dflash_offline.pipeline.arguments import (
+    Attention,
+    Device,
+    InputFormat,
+    Json,
+    KeepSpecialTokens,
+    Mask,
+    NoReasoning,
+    Quiet,
+    Revision,
+    Target,
+    TemplateKwargs,
+    TrustRemoteCode,
+)
+from dflash_offline.pipeline.arguments import ids as _ids
+from dflash_offline.pipeline.arguments import json_object as _object
+from dflash_offline.pipeline.arguments import settings as _settings
+from dflash_offline.pipeline.arguments import settings_over_file as _settings_over_file
+from dflash_offline.pipeline.arguments import shares as _shares
+from dflash_offline.pipeline.command import is_first_rank as _is_first_rank
+from dflash_offline.pipeline.command import reported as _reported
 from dflash_offline.pipeline.progress import TerminalProgress
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
-from dflash_offline.schemas.settings import read_settings, require_fields
 from dflash_offline.stages.cores import limit_threads
 from dflash_offline.stages.progress import readable_bytes
 
@@ -30,125 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
-Number = TypeVar("Number", int, float)
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-TemplateKwargs = Annotated[
-    str, typer.Option(metavar="JSON", help="""Passed to the chat template, e.g. '{"enable_thinking": false}'.""")
-]
-InputFormat = Annotated[
-    str | None,
-    typer.Option(
-        help="json, jsonl, parquet or arrow, and/or messages, sharegpt, prompt-response, text or tokens, as in "
-        "parquet,messages. [default: found out]"
-    ),
-]
-Mask = Annotated[str, typer.Option(help="Supervised: every assistant turn, the last-turn, or all tokens.")]
-NoReasoning = Annotated[bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")]
-KeepSpecialTokens = Annotated[
-    bool, typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served.")
-]
-Attention = Annotated[str, typer.Option(help="As transformers names it.")]
-Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
-
-
-_OUTSIDE_FAULTS = {
-    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
-}
-"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name."""
-
-
-@contextmanager
-def _reported(go_on: str = "") -> Iterator[None]:
-    """Turn a user's errors into one message and exit 1, and Ctrl-C into exit 130; a bug keeps its traceback."""
-    try:
-        yield
-    except DflashError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt as error:
-        said = f"{error} " if str(error) else "Stopped. "
-        _fail(f"{said}{go_on}".rstrip(), 130)
-    except OSError as error:
-        if error.errno not in _OUTSIDE_FAULTS:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror}. {go_on}".rstrip(), 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    if _is_first_rank():
-        print(f"dflash: {message}", file=sys.stderr)
-    elif code != 130:  # all ranks stop at a signal; one of them says so
-        print(f"dflash, rank {os.environ['RANK']}: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _listed(kind: type[Number], text: str | None, flag: str, example: str) -> tuple[Number, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise DflashError(
-            f"{flag} is {text!r}; expected numbers with commas between, as in {flag} {example}."
-        ) from None
-
-
-def _ids(text: str | None, flag: str) -> tuple[int, ...] | None:
-    return _listed(int, text, flag, "1,9,17")
-
-
-def _shares(text: str | None, flag: str) -> tuple[float, ...] | None:
-    return _listed(float, text, flag, "1,0.3")
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _object(text: str, flag: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_constant=_no_number)
-    except ValueError as error:
-        raise DflashError(
-            f"{flag} is not JSON ({error}): {text!r}. Give an object, as in '{{\"a\": true}}'."
-        ) from error
-    if not isinstance(value, dict):
-        raise DflashError(f"{flag} is a JSON {type(value).__name__}; expected an object, as in '{{\"a\": true}}'.")
-    return value
-
-
-def _settings(kind: type[Config], given: dict[str, Any], **converted: Any) -> Config:
-    """Return a command's settings: its arguments by name, some of them converted first."""
-    names = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in given.items() if name in names} | converted)
-
-
-def _settings_over_file(kind: type[Config], ctx: typer.Context, path: Path | None, given: dict[str, Any]) -> Config:
-    """Return a command's settings: a file's, where there is one, and over them what stands on the command line."""
-    settings = read_settings(path, kind) if path else {}
-    for field in fields(kind):
-        if field.name not in settings or _given(ctx, field.name):
-            settings[field.name] = given[field.name]
-    if _given(ctx, "epochs") and not _given(ctx, "steps"):
-        settings["steps"] = None  # the file's, which would go before the epochs asked for
-    require_fields(kind, settings)
-    return kind(**settings)
-
-
-def _given(ctx: typer.Context, name: str) -> bool:
-    """Say whether an argument stands on the command line."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _show_version(wanted: bool) -> None:
