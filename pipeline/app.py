@@ -13,6 +13,7 @@ from dflash_offline.pipeline.arguments import (
     InputFormat,
     Json,
     KeepSpecialTokens,
+    LogFormatOption,
     Mask,
     NoReasoning,
     Quiet,
@@ -28,7 +29,7 @@ from dflash_offline.pipeline.arguments import settings_over_file as _settings_ov
 from dflash_offline.pipeline.arguments import shares as _shares
 from dflash_offline.pipeline.command import is_first_rank as _is_first_rank
 from dflash_offline.pipeline.command import reported as _reported
-from dflash_offline.pipeline.progress import TerminalProgress
+from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
@@ -139,11 +140,13 @@ def extract(
         bool, typer.Option("--ignore-free-space", help="Start although the disk cannot hold the cache.")
     ] = ExtractConfig.ignore_free_space,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Run a target over conversations once and cache its hidden states."""
     given = locals()
-    with _reported("Finished shards are kept; repeat the command to go on."):
+    go_on = "Finished shards are kept; repeat the command to go on."
+    with _reported(go_on, quiet=quiet, log_format=log_format) as progress:
         config = _settings(
             ExtractConfig,
             given,
@@ -157,11 +160,10 @@ def extract(
         from dflash_offline.stages.target import quiet_libraries
 
         quiet_libraries()
-        progress = TerminalProgress(quiet=quiet)
         if plan:
             print_plan(config, *plan_only(config, progress), as_json=json_)
         else:
-            print_done(run(config, progress), as_json=json_)
+            print_done(run(config, progress), out, as_json=json_)
 
 
 @app.command(
@@ -223,10 +225,11 @@ def verify(
         bool, typer.Option("--repair", help="Forget a cache's faulty shards; `dflash extract` redoes just those.")
     ] = False,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
-    with _reported():
+    with _reported(quiet=quiet, log_format=log_format) as progress:
         from dflash_offline.pipeline import verify as report
         from dflash_offline.schemas.draft_lint import is_draft
         from dflash_offline.schemas.manifest import MANIFEST
@@ -239,7 +242,6 @@ def verify(
         from dflash_offline.stages.verify import compare_with_target, verify_cache
         from dflash_offline.stages.verify import repair as forget
 
-        progress = TerminalProgress(quiet=quiet)
         faults = verify_cache(folder, progress)
         quiet_libraries()
         forgotten = forget(folder, faults) if repair else []
@@ -358,11 +360,13 @@ def train(
         bool, typer.Option("--dry-run", help="Do two steps, say what the run would take, and write nothing.")
     ] = False,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Train a draft from caches; the target is not loaded. Under torchrun, every rank runs this command."""
     given = locals()
-    with _reported("" if dry_run else "Repeat the command to go on from the last checkpoint."):
+    go_on = "" if dry_run else "Repeat the command to go on from the last checkpoint."
+    with _reported(go_on, quiet=quiet, log_format=log_format) as progress:
         given |= {
             "caches": tuple(caches or ()),
             "layers": _ids(layers, "--layers"),
@@ -373,7 +377,6 @@ def train(
         from dflash_offline.pipeline import training
         from dflash_offline.stages import train as stage
 
-        progress = TerminalProgress(quiet=quiet)
         if dry_run:
             found = stage.rehearse(settings)
             if _is_first_rank():
@@ -402,9 +405,11 @@ def export(
         typer.Option("--eval", help="Result of `dflash eval --save` for the model card. [default: RUN/eval.json]"),
     ] = None,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint as a folder that the serving clients load, checked by their rules."""
-    with _reported("Repeat the command."):
+    with _reported("Repeat the command.", quiet=quiet, log_format=log_format):
         if checkpoint not in ("best", "last"):
             raise DflashError(f"--checkpoint is {checkpoint!r}; expected best or last.")
         from dflash_offline.pipeline.export import export as write
@@ -416,8 +421,7 @@ def export(
             return
         size = f"{done.num_parameters:,} parameters, {readable_bytes(done.num_bytes)}"
         print(f"{out} holds the draft of step {done.step}: {size}.")
-        if format_ == FORMATS[0]:
-            print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
+        print(done.next_line(out))
 
 
 @app.command(
@@ -465,11 +469,12 @@ def evaluate(
         Path | None, typer.Option(help="Also write a PNG of acceptance by slot and of the rounds; needs matplotlib.")
     ] = None,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Decode prompts with and without the draft, or walk a cache; exit 1 if an answer changes."""
     given = locals()
-    with _reported("Repeat the command."):
+    with _reported("Repeat the command.", quiet=quiet, log_format=log_format) as progress:
         for flag, path in (("--save", save), ("--plot", plot)):
             if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
                 raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
@@ -483,13 +488,15 @@ def evaluate(
         quiet_libraries()
         if plot is not None:
             report.require_matplotlib()
-        result = evaluate_folder(config, TerminalProgress(quiet=quiet))
+        result = evaluate_folder(config, progress)
         text = json.dumps(result.to_json(), indent=1)
         print(text) if json_ else report.print_report(result)
         if save is not None:
             save.write_text(text + "\n")
         if plot is not None:
             report.save_plot(result, plot)
+        if not json_:
+            report.print_made([path for path in (save, plot) if path is not None], result)
         if result.lossless is False:
             raise typer.Exit(1)
 
@@ -497,12 +504,14 @@ def evaluate(
 @app.command(epilog="Example: dflash demo --out demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for cache, run and draft.")] = Path("dflash-demo"),
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
 ) -> None:
     """Run extract, inspect, train, export and eval on the target that ships with the package."""
-    with _reported("Repeat the command to go on."):
+    with _reported("Repeat the command to go on.", quiet=quiet, log_format=log_format):
         from dflash_offline.pipeline.demo import run_demo
 
-        run_demo(out)
+        run_demo(out, [f"--log-format={log_format}", *(["--quiet"] if quiet else [])])
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
@@ -14,7 +15,10 @@ from dflash_offline.schemas.settings import read_settings, require_fields
 
 Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
 Number = TypeVar("Number", int, float)
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
+LogFormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="Progress on stderr for people, or as events, a JSON object a line.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

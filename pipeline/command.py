@@ -1,47 +1,133 @@
-"""What every command does around its work: a user's errors told in one message, and its exit code."""
+"""What every command does around its work: progress, a user's errors told in one message, and the exit code."""
 
 import errno
+import logging
 import os
+import shlex
 import sys
+import time
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
 
 import typer
 
+from dflash_offline.pipeline.progress import EventProgress, LogFormat, is_live, open_progress
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.progress import Progress, Silent
 
 _OUTSIDE_FAULTS = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
 }
 """System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name."""
+_LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""Variables that keep libraries which are loaded from now on from drawing bars of their own."""
 
 
 @contextmanager
-def reported(go_on: str = "") -> Iterator[None]:
-    """Turn a user's errors into one message and exit 1, and Ctrl-C into exit 130; a bug keeps its traceback."""
+def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Progress]:
+    """Give a command its progress, and end it: a user's error is one message and exit 1, Ctrl-C is exit 130.
+
+    A bug keeps its traceback. With `log_format` json, errors and warnings are events too, and the last event is
+    `finished`. Of the ranks of one job the first alone shows progress.
+    """
+    began, code = time.monotonic(), 1
+    events = EventProgress() if log_format is LogFormat.json else None
+    silent = quiet or not is_first_rank()
+    progress = open_progress(quiet=silent, log_format=log_format)
+    if silent or events or not is_live(sys.stderr):
+        for name in _LIBRARY_BARS:
+            os.environ.setdefault(name, "1")
     try:
-        yield
-    except DflashError as error:
-        _fail(str(error), 1)
+        with _warnings_as(events):
+            try:
+                yield progress
+                code = 0
+            finally:
+                progress.finish()
+    except typer.Exit as done:
+        code = done.exit_code
     except KeyboardInterrupt as error:
+        code = 130
         said = f"{error} " if str(error) else "Stopped. "
-        _fail(f"{said}{go_on}".rstrip(), 130)
-    except OSError as error:
-        if error.errno not in _OUTSIDE_FAULTS:
+        if is_first_rank():  # all ranks stop at a signal; one of them says so
+            _tell(f"{said}{go_on}".rstrip(), code, events)
+    except Exception as error:
+        message = _users_error(error, go_on)
+        if message is None and events is None:
             raise
+        _tell(message or f"A bug of dflash: {error!r}", code, events, error if message is None else None)
+    finally:
+        if events and not isinstance(progress, Silent):
+            events.event("finished", exit_code=code, seconds=round(time.monotonic() - began, 3))
+    if code:
+        raise typer.Exit(code)
+
+
+def _users_error(error: Exception, go_on: str) -> str | None:
+    """Return what to tell of an error that is nobody's bug; None for a bug."""
+    if isinstance(error, DflashError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror}. {go_on}".rstrip(), 1)
+        return f"{place}{error.strerror}. {go_on}".rstrip()
+    return None
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    if is_first_rank():
-        print(f"dflash: {message}", file=sys.stderr)
-    elif code != 130:  # all ranks stop at a signal; one of them says so
-        print(f"dflash, rank {os.environ['RANK']}: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+def _tell(message: str, code: int, events: EventProgress | None, bug: Exception | None = None) -> None:
+    rank = os.environ.get("RANK", "0")
+    if events is None:
+        print(f"dflash{'' if rank == '0' else f', rank {rank}'}: {message}", file=sys.stderr)
+        return
+    where = {"traceback": "".join(traceback.format_exception(bug))} if bug else {}
+    events.event("error", message=message, exit_code=code, rank=rank, **where)
+
+
+class _LogEvents(logging.Handler):
+    """Turns what libraries log into events."""
+
+    def __init__(self, events: EventProgress) -> None:
+        super().__init__(logging.WARNING)
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one event."""
+        self._events.event("warning", message=record.getMessage(), source=record.name)
+
+
+@contextmanager
+def _warnings_as(events: EventProgress | None) -> Iterator[None]:
+    """Have Python's warnings and the log records of libraries come as events, if there are such."""
+    if events is None:
+        yield
+        return
+    handler = _LogEvents(events)
+
+    def show(message: Warning | str, category: type[Warning], *_place: object) -> None:
+        events.event("warning", message=str(message), source=category.__name__)
+
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show  # type: ignore[assignment]
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def is_first_rank() -> bool:
     """Say whether this process is the one that speaks; without torchrun it is."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def dflash_line(*arguments: object) -> str:
+    """Return a command line that runs as it stands."""
+    return shlex.join(["dflash", *map(str, arguments)])
+
+
+def free_name(beside: Path, name: str) -> Path:
+    """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on."""
+    paths = (beside.parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in paths if not path.exists())
