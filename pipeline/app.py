@@ -29,6 +29,7 @@ from dflash_offline.pipeline.arguments import settings_over_file as _settings_ov
 from dflash_offline.pipeline.arguments import shares as _shares
 from dflash_offline.pipeline.command import is_first_rank as _is_first_rank
 from dflash_offline.pipeline.command import reported as _reported
+from dflash_offline.pipeline.help import OVERVIEW, taught
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.draft_formats import FORMATS
@@ -40,6 +41,7 @@ from dflash_offline.stages.progress import readable_bytes
 app = typer.Typer(
     name="dflash",
     help="Train DFlash drafters offline: cache a target's hidden states once, then train from the cache.",
+    epilog=OVERVIEW,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -62,10 +64,7 @@ def _main(
     pass
 
 
-@app.command(
-    epilog="Example: dflash extract chats.jsonl --target Qwen/Qwen3-8B --out cache --plan, then without --plan. "
-    "The same command again goes on where it stopped, with any number of --workers."
-)
+@app.command(**taught("extract"))
 def extract(
     data: Annotated[
         list[Path],
@@ -166,9 +165,7 @@ def extract(
             print_done(run(config, progress), out, as_json=json_)
 
 
-@app.command(
-    epilog="Examples: dflash inspect cache --sample 0; dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
-)
+@app.command(**taught("inspect"))
 def inspect(
     cache: Annotated[Path, typer.Argument(help="Cache folder; with --target, data that `dflash extract` would take.")],
     sample: Annotated[int | None, typer.Option(help="Print this sample's text, the supervised part marked.")] = None,
@@ -212,7 +209,7 @@ def inspect(
             view.print_json(one) if json_ else view.print_sample(one)
 
 
-@app.command(epilog="Examples: dflash verify cache --target Qwen/Qwen3-8B --samples 8; dflash verify draft")
+@app.command(**taught("verify"))
 def verify(
     folder: Annotated[Path, typer.Argument(help="Cache folder, or draft folder.")],
     target: Annotated[
@@ -254,9 +251,7 @@ def verify(
             raise typer.Exit(1)
 
 
-@app.command(
-    epilog="Example: dflash train cache --out run --epochs 6. The same command again goes on from its last checkpoint."
-)
+@app.command(**taught("train"))
 def train(
     ctx: typer.Context,
     caches: Annotated[
@@ -387,7 +382,7 @@ def train(
             print(training.trained_json(done)) if json_ else training.print_trained(done, settings.out)
 
 
-@app.command(epilog="Example: dflash export run --out draft")
+@app.command(**taught("export"))
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder made by `dflash train`.")],
     out: Annotated[Path, typer.Option(help="Draft folder to write.")],
@@ -424,10 +419,7 @@ def export(
         print(done.next_line(out))
 
 
-@app.command(
-    name="eval",
-    epilog="Examples: dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl; dflash eval run --cache cache",
-)
+@app.command(**taught("eval"))
 def evaluate(
     draft: Annotated[
         Path, typer.Argument(help="Draft folder, ours or another's; or a run folder, for its best checkpoint.")
@@ -501,7 +493,7 @@ def evaluate(
             raise typer.Exit(1)
 
 
-@app.command(epilog="Example: dflash demo --out demo")
+@app.command(**taught("demo"))
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for cache, run and draft.")] = Path("dflash-demo"),
     log_format: LogFormatOption = LogFormat.text,
@@ -514,9 +506,7 @@ def demo(
         run_demo(out, [f"--log-format={log_format}", *(["--quiet"] if quiet else [])])
 
 
-@app.command(
-    epilog="Examples: dflash doctor; dflash doctor --out /data --target Qwen/Qwen3-8B; dflash doctor --json > here.json"
-)
+@app.command(**taught("doctor"))
 def doctor(
     out: Annotated[Path, typer.Option(help="Folder whose disk is tried: where caches and runs will be.")] = Path(),
     target: Annotated[

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,11 +12,10 @@ from typing import Any
 from dflash_offline.pipeline.disk import Disk, try_disk
 from dflash_offline.pipeline.installed import Package, installed, needed_packages, optional_packages
 from dflash_offline.pipeline.machine import CodecRates, Machine, look_at_machine, time_codec
+from dflash_offline.pipeline.trial_process import run_trials
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.progress import Progress, readable_bytes
 
-TRIALS_TIMEOUT_S = 240
-"""After which a trial that runs torch is given up."""
 HUB_TIMEOUT_S = 10
 FEW_BYTES = 1 << 30
 FEW_FILES = 1024
@@ -99,43 +95,6 @@ def _codec() -> CodecRates | str:
         return time_codec()
     except ImportError as error:  # a package that is missing or broken is what this looks for
         return str(error)
-
-
-def run_trials(what: str, *arguments: str) -> list[dict[str, Any]]:
-    """Return what `trials.py` finds in a process of its own; of a trial in which it dies or hangs, how that was."""
-    command = [sys.executable, "-m", "dflash_offline.pipeline.trials", what, *arguments]
-    settings = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **settings},
-    )
-    try:
-        printed, errors = process.communicate(timeout=TRIALS_TIMEOUT_S)
-        end = f"ended with {_exit_text(process.returncode)}: {(errors.strip().splitlines() or [''])[-1]}"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
-        end = f"had not ended after {TRIALS_TIMEOUT_S} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    results = [line for line in lines if "trial" in line]
-    if lines and "trying" in lines[-1]:
-        fields = dict(lines[-1])
-        results.append({"trial": fields.pop("trying"), "seconds": None, **fields, "error": end})
-    elif not lines:
-        results.append({"trial": what, "seconds": None, "error": end})
-    return results
-
-
-def _exit_text(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _try_hub() -> str:

@@ -22,7 +22,11 @@ _TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}
 def main(what: str, target: str | None) -> None:
     """Run the trials: torch with devices and attention, the compiler, or a target."""
     warnings.simplefilter("ignore")
-    trials = {"torch": _try_torch, "compile": _try_compile, "target": partial(_try_target, str(target))}
+    trials: dict[str, Callable[[], None]] = {
+        "torch": _try_torch,
+        "compile": _try_compile,
+        "target": partial(_try_target, str(target)),
+    }
     trials[what]()
 
 
