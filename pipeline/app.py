@@ -21,6 +21,7 @@ from dflash_offline.pipeline.arguments import (
     Target,
     TemplateKwargs,
     TrustRemoteCode,
+    one_of,
 )
 from dflash_offline.pipeline.arguments import ids as _ids
 from dflash_offline.pipeline.arguments import json_object as _object
@@ -31,12 +32,26 @@ from dflash_offline.pipeline.command import is_first_rank as _is_first_rank
 from dflash_offline.pipeline.command import reported as _reported
 from dflash_offline.pipeline.help import OVERVIEW, taught
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import ExtractConfig, TrainConfig
+from dflash_offline.schemas.config import (
+    ATTENTION_BACKENDS,
+    AUTOCAST_DTYPES,
+    DTYPES,
+    LOSSES,
+    ON_BAD_FEATURES,
+    OPTIMIZERS,
+    REPORTERS,
+    ExtractConfig,
+    TrainConfig,
+)
+from dflash_offline.schemas.draft import CAUSAL_LAYERS
 from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
+from dflash_offline.schemas.manifest import FEATURE_KINDS
 from dflash_offline.stages.cores import limit_threads
 from dflash_offline.stages.progress import readable_bytes
+
+CHECKPOINTS = ("best", "last")
 
 app = typer.Typer(
     name="dflash",
@@ -75,18 +90,26 @@ def extract(
     target: Target,
     out: Annotated[Path, typer.Option(help="Cache folder; continued if it already holds the same cache.")],
     layers: Annotated[
-        str | None, typer.Option(metavar="IDS", help="Captured layers, as in 1,9,17; id i is layer i's output.")
+        str | None,
+        typer.Option(metavar="IDS", help="Captured layers, as in 1,9,17; id i is layer i's output. [default: spread]"),
     ] = None,
     num_layers: Annotated[
-        int | None, typer.Option(help="Number of captured layers, spread over the target. [default: 5, if it has room]")
+        int | None,
+        typer.Option(
+            help="Captured layers, spread over the target. [default: 5 as published, fewer in a small target]"
+        ),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(help="Longest block that drafts of this cache may have: an anchor and the drafted tokens.")
+        int,
+        typer.Option(help="Longest block of drafts from this cache: an anchor and the drafted tokens; as published."),
     ] = ExtractConfig.block_size,
     mask_token_id: Annotated[
-        int | None, typer.Option(help="Token that fills the slots to be drafted. [default: a reserved one]")
+        int | None,
+        typer.Option(help="Token that fills the slots to be drafted. [default: a reserved one that no data holds]"),
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of each conversation.")] = ExtractConfig.max_length,
+    max_length: Annotated[
+        int, typer.Option(help="Kept of each conversation, from its start; as published.")
+    ] = ExtractConfig.max_length,
     chat_template_kwargs: TemplateKwargs = "{}",
     input_format: InputFormat = ExtractConfig.input_format,
     limit: Annotated[int | None, typer.Option(help="Rows read, at most. [default: all]")] = ExtractConfig.limit,
@@ -101,36 +124,58 @@ def extract(
         bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.",
+            autocompletion=one_of(*DTYPES),
+        ),
     ] = ExtractConfig.dtype,
     attn_implementation: Attention = ExtractConfig.attn_implementation,
     device: Device = ExtractConfig.device,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of one forward.")] = ExtractConfig.batch_tokens,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens of one forward; fewer take less memory.")
+    ] = ExtractConfig.batch_tokens,
     shard_mib: Annotated[
-        int, typer.Option(help="MiB of raw features in one shard, the unit of resuming.")
+        int, typer.Option(help="Raw features in one shard: what a kill can cost, and memory holds three.")
     ] = ExtractConfig.shard_mib,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens of one compressed chunk.")] = ExtractConfig.chunk_tokens,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Of one compressed chunk: the least that is read and rounded up to.")
+    ] = ExtractConfig.chunk_tokens,
     features: Annotated[
-        str, typer.Option(help="lossless, rounded or scaled: about 0.68, 0.49 and 0.33 of raw bfloat16 on disk.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="lossless, rounded or scaled: about 0.68, 0.49 and 0.33 of raw bfloat16 on disk.",
+            autocompletion=one_of(*FEATURE_KINDS),
+        ),
     ] = ExtractConfig.features,
     mantissa_bits: Annotated[
-        int, typer.Option(help="Mantissa bits that rounded features keep, of 7.")
+        int, typer.Option(help="Kept of 7 by rounded features; 4 err by 1.4 %.")
     ] = ExtractConfig.mantissa_bits,
     step: Annotated[
-        float, typer.Option(help="Step of scaled features, in standard deviations of the channel.")
+        float, typer.Option(help="Of scaled features, in standard deviations of the channel; 0.125 errs by 2.6 %.")
     ] = ExtractConfig.step,
     on_bad_features: Annotated[
-        str, typer.Option(help="refuse a sample whose features are not finite or dead, or skip it, recorded.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="refuse a sample whose features are not finite or dead, or skip it, recorded.",
+            autocompletion=one_of(*ON_BAD_FEATURES),
+        ),
     ] = ExtractConfig.on_bad_features,
     device_map: Annotated[
-        str | None, typer.Option(help="auto spreads a target that is larger than one GPU over all of them.")
+        str | None,
+        typer.Option(metavar="NAME", help="auto spreads a target that is larger than one GPU over all of them."),
     ] = ExtractConfig.device_map,
     workers: Annotated[
-        int, typer.Option(help="Processes on this machine, dealt to its GPUs in turn.")
+        int, typer.Option(help="On this machine, dealt to its GPUs in turn: one a GPU.")
     ] = ExtractConfig.workers,
-    rank: Annotated[int, typer.Option(help="Which share is this command's, in an array job.")] = ExtractConfig.rank,
+    rank: Annotated[
+        int, typer.Option(help="Which share is this command's, in an array job: 0 to --world-size - 1.")
+    ] = ExtractConfig.rank,
     world_size: Annotated[int, typer.Option(help="Commands of the array job.")] = ExtractConfig.world_size,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it would make: samples, shards, disk, time. Writes nothing.")
@@ -265,44 +310,67 @@ def train(
         str | None,
         typer.Option(metavar="SHARES", help="Share of each cache that an epoch takes, as in 1,0.3. [default: all]"),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = TrainConfig.epochs,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Over the training samples; as published.")] = TrainConfig.epochs,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer, instead of --epochs.")] = None,
     packing: Annotated[
         bool, typer.Option(help="Pack whole documents into rows of one length, or pad a sample a row.")
     ] = TrainConfig.packing,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed micro-batch.")] = TrainConfig.batch_tokens,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Of a packed micro-batch; fewer take less memory.")
+    ] = TrainConfig.batch_tokens,
     row_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Length of a packed row. [default: all of them with flex attention, else the longest document's]"
-        ),
+        typer.Option(help="Of a packed row. [default: all of them with flex attention, else the longest document's]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples of a padded micro-batch.")] = TrainConfig.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(help="Of a padded micro-batch, with --no-packing.")
+    ] = TrainConfig.batch_size,
     accumulation: Annotated[
-        int, typer.Option(help="Micro-batches of each rank in one step.")
+        int, typer.Option(help="Micro-batches of each rank in one step; the loss is their exact mean.")
     ] = TrainConfig.accumulation,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, as published; or muon, which needs fewer steps.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="adamw, as published; or muon, which needs fewer steps.",
+            autocompletion=one_of(*OPTIMIZERS),
+        ),
     ] = TrainConfig.optimizer,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--lr", help="Peak of the schedule.")
+        float,
+        typer.Option(
+            "--learning-rate", "--lr", help="Peak of the schedule, after which it falls to zero; as published."
+        ),
     ] = TrainConfig.learning_rate,
     init_from: Annotated[
         Path | None, typer.Option(metavar="DRAFT", help="Draft folder to start from, ours or z-lab's.")
     ] = None,
     ema: Annotated[
-        float | None, typer.Option(help="Decay of averaged weights, which are then validated and exported.")
+        float | None,
+        typer.Option(help="Of averaged weights, which are then validated and exported, as in 0.999. [default: none]"),
     ] = None,
-    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = TrainConfig.warmup_ratio,
+    warmup_ratio: Annotated[
+        float, typer.Option(help="Of the steps, that warm up; as published.")
+    ] = TrainConfig.warmup_ratio,
     weight_decay: Annotated[float, typer.Option(help="On matrices; norms do not decay.")] = TrainConfig.weight_decay,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; as published.")] = TrainConfig.clip,
     num_anchors: Annotated[
-        int, typer.Option(help="Blocks drawn from each sample and step, at most.")
+        int, typer.Option(help="Drawn from each sample and step, at most; as published.")
     ] = TrainConfig.num_anchors,
-    block_size: Annotated[int | None, typer.Option(help="Block size. [default: the cache's]")] = None,
-    loss: Annotated[str, typer.Option(help="dflash or dpace.")] = TrainConfig.loss,
+    block_size: Annotated[
+        int | None, typer.Option(help="An anchor and the drafted tokens. [default: the cache's]")
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="dflash, whose weights fall with the slot; or dpace, whose weights follow the draft's confidence.",
+            autocompletion=one_of(*LOSSES),
+        ),
+    ] = TrainConfig.loss,
     gamma: Annotated[
-        float | None, typer.Option(help="Decay of the dflash loss. [default: 7, 5, 4 for blocks of 16, 10, 8]")
+        float | None,
+        typer.Option(help="In which the weights of dflash fall to 1/e. [default: 7, 5, 4 for blocks of 16, 10, 8]"),
     ] = None,
     layers: Annotated[str | None, typer.Option(metavar="IDS", help="Target layers to read. [default: all]")] = None,
     draft_layers: Annotated[
@@ -326,31 +394,53 @@ def train(
         str | None, typer.Option(metavar="IDS", help="Draft layers with that window, from 0. [default: every one]")
     ] = None,
     causal_layers: Annotated[
-        str | None, typer.Option(help="Draft layers causal within a block: none, sliding or all. [default: none]")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Draft layers causal within a block: none, sliding or all. [default: none]",
+            autocompletion=one_of(*CAUSAL_LAYERS),
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and anchors.")] = TrainConfig.seed,
     val_samples: Annotated[
-        int, typer.Option(help="Samples held out, at most; never over a tenth.")
+        int, typer.Option(help="Held out, at most; never over a tenth of them.")
     ] = TrainConfig.val_samples,
     val_every: Annotated[int, typer.Option(help="Steps between validations.")] = TrainConfig.val_every,
     patience: Annotated[
-        int | None, typer.Option(help="Validations without a better serving walk before it stops.")
+        int | None, typer.Option(help="Without a better serving walk, before it stops. [default: never]")
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = TrainConfig.save_every,
-    keep: Annotated[int, typer.Option(help="Newest checkpoints kept, beside the best.")] = TrainConfig.keep,
+    keep: Annotated[int, typer.Option(help="The newest that are kept, beside the best.")] = TrainConfig.keep,
     attention_backend: Annotated[
-        str, typer.Option(help="flex_attention, sdpa or eager; auto is the first on a GPU, the second on a CPU.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="flex_attention, sdpa or eager; auto is the first on a GPU, the second on a CPU.",
+            autocompletion=one_of(*ATTENTION_BACKENDS),
+        ),
     ] = TrainConfig.attention_backend,
     dtype: Annotated[
-        str, typer.Option(help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.",
+            autocompletion=one_of(*AUTOCAST_DTYPES),
+        ),
     ] = TrainConfig.dtype,
     device: Device = TrainConfig.device,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Compute layers twice: less memory, more time.")
     ] = TrainConfig.gradient_checkpointing,
     compile: Annotated[bool | None, typer.Option(help="torch.compile. [default: on a GPU]")] = None,
-    report_to: Annotated[str | None, typer.Option(help="wandb or trackio, if installed.")] = None,
-    loader_threads: Annotated[int, typer.Option(help="Threads that read ahead.")] = TrainConfig.loader_threads,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="wandb or trackio, if installed. [default: none]", autocompletion=one_of(*REPORTERS)
+        ),
+    ] = None,
+    loader_threads: Annotated[
+        int, typer.Option(help="That read ahead; more where the log shows waiting.")
+    ] = TrainConfig.loader_threads,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do two steps, say what the run would take, and write nothing.")
     ] = False,
@@ -386,13 +476,17 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder made by `dflash train`.")],
     out: Annotated[Path, typer.Option(help="Draft folder to write.")],
-    checkpoint: Annotated[str, typer.Option(help="best (by the serving walk) or last.", metavar="best|last")] = "best",
+    checkpoint: Annotated[
+        str,
+        typer.Option(help="best (by the serving walk) or last.", metavar="NAME", autocompletion=one_of(*CHECKPOINTS)),
+    ] = "best",
     format_: Annotated[
         str,
         typer.Option(
             "--format",
             help="zlab, for z-lab's client, vLLM and SGLang; or speculators; or transformers, for its own generator.",
-            metavar="|".join(FORMATS),
+            metavar="NAME",
+            autocompletion=one_of(*FORMATS),
         ),
     ] = FORMATS[0],
     eval_: Annotated[
@@ -405,8 +499,8 @@ def export(
 ) -> None:
     """Write a checkpoint as a folder that the serving clients load, checked by their rules."""
     with _reported("Repeat the command.", quiet=quiet, log_format=log_format):
-        if checkpoint not in ("best", "last"):
-            raise DflashError(f"--checkpoint is {checkpoint!r}; expected best or last.")
+        if checkpoint not in CHECKPOINTS:
+            raise DflashError(f"--checkpoint is {checkpoint!r}; expected {' or '.join(CHECKPOINTS)}.")
         from dflash_offline.pipeline.export import export as write
 
         done = write(run, out, checkpoint, format_, eval_)
@@ -432,8 +526,8 @@ def evaluate(
         Path | None, typer.Option(help='JSONL of {"messages": [...]} or {"prompt": "..."}, and "kind" if wanted.')
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Cache; its held-out samples are the prompts, or walked.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts, or held-out samples, from the first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer, at most.")] = EvalConfig.max_new_tokens,
+    limit: Annotated[int | None, typer.Option(help="Or held-out samples, from the first. [default: all]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one answer, at most.")] = EvalConfig.max_new_tokens,
     temperature: Annotated[
         float, typer.Option(help="0 is greedy; above, tokens are drawn, and drafted ones kept by rejection sampling.")
     ] = EvalConfig.temperature,
@@ -442,14 +536,19 @@ def evaluate(
     ] = EvalConfig.top_p,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = EvalConfig.seed,
     repeats: Annotated[
-        int, typer.Option(help="Times each prompt is decoded each way, in turn; speeds are of the medians.")
+        int, typer.Option(help="Each prompt is decoded each way, in turn; speeds are of the medians.")
     ] = EvalConfig.repeats,
     prompt_lookup: Annotated[
         bool, typer.Option("--prompt-lookup", help="Also decode with prompt lookup, for comparison.")
     ] = EvalConfig.prompt_lookup,
     chat_template_kwargs: TemplateKwargs = "{}",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.",
+            autocompletion=one_of(*DTYPES),
+        ),
     ] = EvalConfig.dtype,
     attn_implementation: Attention = EvalConfig.attn_implementation,
     device: Device = EvalConfig.device,

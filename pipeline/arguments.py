@@ -1,6 +1,7 @@
 """Arguments that several commands have, and what they are converted to."""
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -8,19 +9,34 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import ExtractConfig, TrainConfig
+from dflash_offline.schemas.config import MASKS, ExtractConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
 from dflash_offline.schemas.settings import read_settings, require_fields
 
+_INPUT_FORMATS = "json jsonl parquet arrow messages sharegpt prompt-response text tokens".split()
 Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
 Number = TypeVar("Number", int, float)
+
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """Return what completes an option that takes one of a few names; a wrong one is refused with all other settings."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result and errors.")]
 LogFormatOption = Annotated[
     LogFormat, typer.Option("--log-format", help="Progress on stderr for people, or as events, a JSON object a line.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+        autocompletion=one_of("auto", "cpu", "cuda", "cuda:0"),
+    ),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 TemplateKwargs = Annotated[
     str, typer.Option(metavar="JSON", help="""Passed to the chat template, e.g. '{"enable_thinking": false}'.""")
@@ -28,18 +44,34 @@ TemplateKwargs = Annotated[
 InputFormat = Annotated[
     str | None,
     typer.Option(
+        metavar="NAME[,NAME]",
+        autocompletion=one_of(*_INPUT_FORMATS),
         help="json, jsonl, parquet or arrow, and/or messages, sharegpt, prompt-response, text or tokens, as in "
-        "parquet,messages. [default: found out]"
+        "parquet,messages. [default: found out]",
     ),
 ]
-Mask = Annotated[str, typer.Option(help="Supervised: every assistant turn, the last-turn, or all tokens.")]
+Mask = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Supervised: every assistant turn, the last-turn, or all tokens.",
+        autocompletion=one_of(*MASKS),
+    ),
+]
 NoReasoning = Annotated[bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")]
 KeepSpecialTokens = Annotated[
     bool, typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served.")
 ]
-Attention = Annotated[str, typer.Option(help="As transformers names it.")]
-Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+Attention = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Of the target, as transformers names it: sdpa, eager, flash_attention_2, ...",
+        autocompletion=one_of("sdpa", "eager", "flash_attention_2", "flex_attention"),
+    ),
+]
+Target = Annotated[str, typer.Option(metavar="MODEL", help="Hugging Face model: a folder, or a hub id.")]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Of a hub id: a branch, a tag or a commit.")]
 
 
 def _listed(kind: type[Number], text: str | None, flag: str, example: str) -> tuple[Number, ...] | None:

@@ -66,8 +66,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("what it would make and take, before any work", "chats.jsonl --target Qwen/Qwen3-8B --out cache --plan"),
         ("the same without --plan; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out cache"),
         (
-            "a third of one file, all of another, half the disk, two GPUs",
-            "a.jsonl:0.3 b.jsonl --target MODEL --out cache --features scaled --workers 2",
+            "three tenths of a file and all of another, on two GPUs",
+            "a.jsonl:0.3 b.jsonl --target Qwen/Qwen3-8B --out cache --workers 2",
         ),
     ),
     "inspect": (
@@ -82,14 +82,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "train": (
         ("parameters, memory, steps and time; writes nothing", "cache --out run --dry-run"),
-        ("the published recipe; repeated, it goes on", "cache --out run"),
+        ("all by default; repeated, it goes on", "cache --out run"),
         ("two caches, of one three tenths an epoch", "cache more --weights 1,0.3 --out run"),
         ("the settings of another run, one of them changed", "--config run/config.toml --out again --lr 3e-4"),
     ),
     "export": (
         ("for z-lab's client, vLLM and SGLang", "run --out draft"),
         (
-            "the newest checkpoint, for another format's client",
+            "the newest checkpoint, for another client",
             "run --out draft --checkpoint last --format speculators",
         ),
     ),
@@ -97,8 +97,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("speed and losslessness too", "draft --target Qwen/Qwen3-8B --prompts held_out.jsonl"),
         ("acceptance length alone; no target is loaded", "run --cache cache"),
         (
-            "drawn tokens, and the figures in files",
-            "draft --target MODEL --cache cache --temperature 0.7 --save e.json",
+            "tokens drawn at a temperature",
+            "run --target Qwen/Qwen3-8B --cache cache --temperature 0.7",
         ),
     ),
     "demo": (("six minutes on two cores", "--out demo"),),
