@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "Device": "device dtype attn_implementation threads",
         "Output": f"save plot {_OUTPUT}",
     },
-    "demo": {"Output": f"out {_OUTPUT}"},
+    "demo": {"Output": "out log_format quiet help"},
     "doctor": {"What is looked at": "out target hub", "Output": _OUTPUT},
 }
 """The options of a command under headings; one that stands nowhere comes last, under `Options`."""
@@ -66,8 +66,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("what it would make and take, before any work", "chats.jsonl --target Qwen/Qwen3-8B --out cache --plan"),
         ("the same without --plan; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out cache"),
         (
-            "three tenths of a file and all of another, on two GPUs",
-            "a.jsonl:0.3 b.jsonl --target Qwen/Qwen3-8B --out cache --workers 2",
+            "three tenths of a file and all of another, mixed",
+            "a.jsonl:0.3 b.jsonl --target Qwen/Qwen3-8B --out mixed",
         ),
     ),
     "inspect": (

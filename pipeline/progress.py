@@ -50,7 +50,7 @@ class Work:
     """Units that were done before it began."""
     done: int
     figures: dict[str, Figure] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         self._marks = deque([(self.began, self.done)], maxlen=_RATE_MARKS)
