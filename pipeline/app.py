@@ -42,6 +42,7 @@ from dflash_offline.schemas.config import (
     REPORTERS,
     ExtractConfig,
     TrainConfig,
+    choice_problem,
 )
 from dflash_offline.schemas.draft import CAUSAL_LAYERS
 from dflash_offline.schemas.draft_formats import FORMATS
@@ -499,8 +500,8 @@ def export(
 ) -> None:
     """Write a checkpoint as a folder that the serving clients load, checked by their rules."""
     with _reported("Repeat the command.", quiet=quiet, log_format=log_format):
-        if checkpoint not in CHECKPOINTS:
-            raise DflashError(f"--checkpoint is {checkpoint!r}; expected {' or '.join(CHECKPOINTS)}.")
+        if problem := choice_problem("--checkpoint", checkpoint, CHECKPOINTS):
+            raise DflashError(problem)
         from dflash_offline.pipeline.export import export as write
 
         done = write(run, out, checkpoint, format_, eval_)

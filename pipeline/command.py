@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +30,8 @@ _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_B
 def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Progress]:
     """Give a command its progress, and end it: a user's error is one message and exit 1, Ctrl-C is exit 130.
 
-    A bug keeps its traceback. With `log_format` json, errors and warnings are events too, and the last event is
-    `finished`. Of the ranks of one job the first alone shows progress.
+    A bug keeps its traceback. Warnings are shown as progress is. With `log_format` json, errors are events too, and the
+    last event is `finished`. Of the ranks of one job the first alone shows progress.
     """
     began, code = time.monotonic(), 1
     events = EventProgress() if log_format is LogFormat.json else None
@@ -41,7 +41,7 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
         for name in _LIBRARY_BARS:
             os.environ.setdefault(name, "1")
     try:
-        with _warnings_as(events):
+        with _warnings_shown(progress):
             try:
                 yield progress
                 code = 0
@@ -85,33 +85,36 @@ def _tell(message: str, code: int, events: EventProgress | None, bug: Exception 
     events.event("error", message=message, exit_code=code, rank=rank, **where)
 
 
-class _LogEvents(logging.Handler):
-    """Turns what libraries log into events."""
+class _LogShown(logging.Handler):
+    """Shows what libraries log, each record by one call with its message and the logger's name."""
 
-    def __init__(self, events: EventProgress) -> None:
+    def __init__(self, show: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
-        self._events = events
+        self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one event."""
-        self._events.event("warning", message=record.getMessage(), source=record.name)
+        """Show one record."""
+        self._show(record.getMessage(), record.name)
 
 
 @contextmanager
-def _warnings_as(events: EventProgress | None) -> Iterator[None]:
-    """Have Python's warnings and the log records of libraries come as events, if there are such."""
-    if events is None:
-        yield
-        return
-    handler = _LogEvents(events)
+def _warnings_shown(progress: Progress) -> Iterator[None]:
+    """Have Python's warnings and the log records of libraries come above the bar, or as events, or not if quiet."""
 
-    def show(message: Warning | str, category: type[Warning], *_place: object) -> None:
-        events.event("warning", message=str(message), source=category.__name__)
+    def show(message: str, source: str) -> None:
+        if isinstance(progress, EventProgress):
+            progress.event("warning", message=message, source=source)
+        else:
+            progress.say(f"{source}: {message}")
 
+    def show_warning(message: Warning | str, category: type[Warning], *_place: object) -> None:
+        show(str(message), category.__name__)
+
+    handler = _LogShown(show)
     logging.getLogger().addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.showwarning = show_warning  # type: ignore[assignment]
             yield
     finally:
         logging.getLogger().removeHandler(handler)

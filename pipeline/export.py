@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dflash_offline.pipeline.card import card
 from dflash_offline.pipeline.command import dflash_line
+from dflash_offline.schemas.config import choice_problem
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.draft_formats import FORMATS, ZLAB, config_json, tensor_name
 from dflash_offline.schemas.draft_lint import RECORD, DraftFault, lint_draft
@@ -67,8 +68,8 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     rule. The same checkpoint exported again to the same folder changes nothing but the card; a folder that holds
     anything else is refused.
     """
-    if kind not in FORMATS:
-        raise DflashError(f"The format is {kind!r}; expected one of {', '.join(FORMATS)}.")
+    if problem := choice_problem("The format", kind, FORMATS):
+        raise DflashError(problem)
     out = output_folder(out, marker="config.json", kind="draft", renamed=True)
     record = RunRecord.read(run)
     checkpoint = choose_checkpoint(run, which)

@@ -34,7 +34,7 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
         print(f"{fault.place} {fault.what}.\n    {broken} ({fault.rule}): {fault.why}")
     if is_sound:
         print(f"{draft} is sound.")
-        print(f"Next: {dflash_line('eval', '--help')}, for how to measure it")
+        print(f"Next: {dflash_line('eval', '--help')}")
     return is_sound
 
 

@@ -11,17 +11,19 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
 
 
+def choice_problem(name: str, value: str | None, allowed: tuple[str, ...]) -> str | None:
+    """Return what is wrong with a setting that takes one of a few names, with the nearest of them; None for nothing."""
+    if value is None or value in allowed:
+        return None
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{name} is {value!r}; expected {', '.join(allowed[:-1])} or {allowed[-1]}.{hint}"
+
+
 def choice_problems(config: Any, **choices: tuple[str, ...]) -> list[str]:
-    """Return what is wrong with settings that take one of a few names, each with the nearest of them."""
-    problems = []
-    for name, allowed in choices.items():
-        value = getattr(config, name)
-        if value is None or value in allowed:
-            continue
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        problems.append(f"{name} is {value!r}; expected {', '.join(allowed[:-1])} or {allowed[-1]}.{hint}")
-    return problems
+    """Return what is wrong with those settings of a config that take one of a few names."""
+    found = (choice_problem(name, getattr(config, name), allowed) for name, allowed in choices.items())
+    return [problem for problem in found if problem]
 
 
 def _refuse(what: str, problems: list[str]) -> None:

@@ -72,6 +72,16 @@ def test_warnings_and_log_records_of_libraries_are_events(capsys: Captured) -> N
     assert logging.getLogger().handlers == handlers
 
 
+def test_warnings_come_as_lines_without_json_logs(capsys: Captured) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for quiet in (False, True):
+            with reported(quiet=quiet):
+                warnings.warn("old", DeprecationWarning, stacklevel=1)
+                logging.getLogger("a.library").warning("at %s", "it")
+    assert capsys.readouterr().err == "DeprecationWarning: old\na.library: at it\n"
+
+
 def test_quiet_leaves_the_error_alone(capsys: Captured) -> None:
     assert [event["event"] for event in ended(DflashError("Wrong."), capsys, quiet=True)[1]] == ["error"]
     assert ended(None, capsys, quiet=True)[1] == []
