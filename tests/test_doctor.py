@@ -150,6 +150,8 @@ def test_a_torch_that_crashes_hangs_or_is_broken_is_a_finding_and_no_more(
 def test_the_attention_trial_computes_and_notices_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trials._attention("cpu", "sdpa") == {"backward": True}
     assert trials._attention("cpu", "flex_attention") == {"backward": False}
+    plain, halved = trials._step("cpu", "sdpa", True), trials._step("cpu", "sdpa", True, bfloat16=True)
+    assert 0 < abs(plain[0] - halved[0]) <= trials._BFLOAT16_TOLERANCE * plain[0]
     tiled_mask = trainer.tiled_mask
     monkeypatch.setattr(trainer, "tiled_mask", lambda blocks, rule: tiled_mask(blocks, rule._replace(causal=True)))
     with pytest.raises(ArithmeticError, match="differs from eager"):
