@@ -1,163 +1,70 @@
 """The command line: each command converts its arguments, calls one function and prints what it made."""
 
-import errno
 import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated
 
 import typer
 
-from dflash_offline.pipeline.progress import TerminalProgress
-from dflash_offline.schemas.config import ExtractConfig, TrainConfig
+from dflash_offline.pipeline.arguments import (
+    Attention,
+    Device,
+    Html,
+    InputFormat,
+    Json,
+    KeepSpecialTokens,
+    LogFormatOption,
+    Mask,
+    NoReasoning,
+    Quiet,
+    Revision,
+    Target,
+    TemplateKwargs,
+    TrustRemoteCode,
+    one_of,
+)
+from dflash_offline.pipeline.arguments import check_file as _check_file
+from dflash_offline.pipeline.arguments import ids as _ids
+from dflash_offline.pipeline.arguments import json_object as _object
+from dflash_offline.pipeline.arguments import settings as _settings
+from dflash_offline.pipeline.arguments import settings_over_file as _settings_over_file
+from dflash_offline.pipeline.arguments import shares as _shares
+from dflash_offline.pipeline.command import is_first_rank as _is_first_rank
+from dflash_offline.pipeline.command import reported as _reported
+from dflash_offline.pipeline.help import OVERVIEW, taught
+from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.schemas.config import (
+    ATTENTION_BACKENDS,
+    AUTOCAST_DTYPES,
+    DTYPES,
+    LOSSES,
+    ON_BAD_FEATURES,
+    OPTIMIZERS,
+    REPORTERS,
+    ExtractConfig,
+    TrainConfig,
+    choice_problem,
+)
+from dflash_offline.schemas.draft import CAUSAL_LAYERS
 from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
-from dflash_offline.schemas.settings import read_settings, require_fields
+from dflash_offline.schemas.manifest import FEATURE_KINDS
 from dflash_offline.stages.cores import limit_threads
 from dflash_offline.stages.progress import readable_bytes
+
+CHECKPOINTS = ("best", "last")
 
 app = typer.Typer(
     name="dflash",
     help="Train DFlash drafters offline: cache a target's hidden states once, then train from the cache.",
+    epilog=OVERVIEW,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig)
-Number = TypeVar("Number", int, float)
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Html = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write a page that opens in a browser, without network.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-TemplateKwargs = Annotated[
-    str, typer.Option(metavar="JSON", help="""Passed to the chat template, e.g. '{"enable_thinking": false}'.""")
-]
-InputFormat = Annotated[
-    str | None,
-    typer.Option(
-        help="json, jsonl, parquet or arrow, and/or messages, sharegpt, prompt-response, text or tokens, as in "
-        "parquet,messages. [default: found out]"
-    ),
-]
-Mask = Annotated[str, typer.Option(help="Supervised: every assistant turn, the last-turn, or all tokens.")]
-NoReasoning = Annotated[bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")]
-KeepSpecialTokens = Annotated[
-    bool, typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served.")
-]
-Attention = Annotated[str, typer.Option(help="As transformers names it.")]
-Target = Annotated[str, typer.Option(help="Hugging Face model: a folder, or a hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
-
-
-_OUTSIDE_FAULTS = {
-    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
-}
-"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name."""
-
-
-@contextmanager
-def _reported(go_on: str = "") -> Iterator[None]:
-    """Turn a user's errors into one message and exit 1, and Ctrl-C into exit 130; a bug keeps its traceback."""
-    try:
-        yield
-    except DflashError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt as error:
-        said = f"{error} " if str(error) else "Stopped. "
-        _fail(f"{said}{go_on}".rstrip(), 130)
-    except OSError as error:
-        if error.errno not in _OUTSIDE_FAULTS:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror}. {go_on}".rstrip(), 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    if _is_first_rank():
-        print(f"dflash: {message}", file=sys.stderr)
-    elif code != 130:  # all ranks stop at a signal; one of them says so
-        print(f"dflash, rank {os.environ['RANK']}: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _listed(kind: type[Number], text: str | None, flag: str, example: str) -> tuple[Number, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise DflashError(
-            f"{flag} is {text!r}; expected numbers with commas between, as in {flag} {example}."
-        ) from None
-
-
-def _ids(text: str | None, flag: str) -> tuple[int, ...] | None:
-    return _listed(int, text, flag, "1,9,17")
-
-
-def _shares(text: str | None, flag: str) -> tuple[float, ...] | None:
-    return _listed(float, text, flag, "1,0.3")
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _object(text: str, flag: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_constant=_no_number)
-    except ValueError as error:
-        raise DflashError(
-            f"{flag} is not JSON ({error}): {text!r}. Give an object, as in '{{\"a\": true}}'."
-        ) from error
-    if not isinstance(value, dict):
-        raise DflashError(f"{flag} is a JSON {type(value).__name__}; expected an object, as in '{{\"a\": true}}'.")
-    return value
-
-
-def _settings(kind: type[Config], given: dict[str, Any], **converted: Any) -> Config:
-    """Return a command's settings: its arguments by name, some of them converted first."""
-    names = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in given.items() if name in names} | converted)
-
-
-def _settings_over_file(kind: type[Config], ctx: typer.Context, path: Path | None, given: dict[str, Any]) -> Config:
-    """Return a command's settings: a file's, where there is one, and over them what stands on the command line."""
-    settings = read_settings(path, kind) if path else {}
-    for field in fields(kind):
-        if field.name not in settings or _given(ctx, field.name):
-            settings[field.name] = given[field.name]
-    if _given(ctx, "epochs") and not _given(ctx, "steps"):
-        settings["steps"] = None  # the file's, which would go before the epochs asked for
-    require_fields(kind, settings)
-    return kind(**settings)
-
-
-def _given(ctx: typer.Context, name: str) -> bool:
-    """Say whether an argument stands on the command line."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _check_file(path: Path, flag: str) -> None:
-    """Raise `DflashError` before any work if a file could not be written there."""
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _show_version(wanted: bool) -> None:
@@ -175,10 +82,7 @@ def _main(
     pass
 
 
-@app.command(
-    epilog="Example: dflash extract chats.jsonl --target Qwen/Qwen3-8B --out cache --plan, then without --plan. "
-    "The same command again goes on where it stopped, with any number of --workers."
-)
+@app.command(**taught("extract"))
 def extract(
     data: Annotated[
         list[Path],
@@ -189,18 +93,26 @@ def extract(
     target: Target,
     out: Annotated[Path, typer.Option(help="Cache folder; continued if it already holds the same cache.")],
     layers: Annotated[
-        str | None, typer.Option(metavar="IDS", help="Captured layers, as in 1,9,17; id i is layer i's output.")
+        str | None,
+        typer.Option(metavar="IDS", help="Captured layers, as in 1,9,17; id i is layer i's output. [default: spread]"),
     ] = None,
     num_layers: Annotated[
-        int | None, typer.Option(help="Number of captured layers, spread over the target. [default: 5, if it has room]")
+        int | None,
+        typer.Option(
+            help="Captured layers, spread over the target. [default: 5 as published, fewer in a small target]"
+        ),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(help="Longest block that drafts of this cache may have: an anchor and the drafted tokens.")
+        int,
+        typer.Option(help="Longest block of drafts from this cache: an anchor and the drafted tokens; as published."),
     ] = ExtractConfig.block_size,
     mask_token_id: Annotated[
-        int | None, typer.Option(help="Token that fills the slots to be drafted. [default: a reserved one]")
+        int | None,
+        typer.Option(help="Token that fills the slots to be drafted. [default: a reserved one that no data holds]"),
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens kept of each conversation.")] = ExtractConfig.max_length,
+    max_length: Annotated[
+        int, typer.Option(help="Kept of each conversation, from its start; as published.")
+    ] = ExtractConfig.max_length,
     chat_template_kwargs: TemplateKwargs = "{}",
     input_format: InputFormat = ExtractConfig.input_format,
     limit: Annotated[int | None, typer.Option(help="Rows read, at most. [default: all]")] = ExtractConfig.limit,
@@ -215,36 +127,58 @@ def extract(
         bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.",
+            autocompletion=one_of(*DTYPES),
+        ),
     ] = ExtractConfig.dtype,
     attn_implementation: Attention = ExtractConfig.attn_implementation,
     device: Device = ExtractConfig.device,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of one forward.")] = ExtractConfig.batch_tokens,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens of one forward; fewer take less memory.")
+    ] = ExtractConfig.batch_tokens,
     shard_mib: Annotated[
-        int, typer.Option(help="MiB of raw features in one shard, the unit of resuming.")
+        int, typer.Option(help="Raw features in one shard: what a kill can cost, and memory holds three.")
     ] = ExtractConfig.shard_mib,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens of one compressed chunk.")] = ExtractConfig.chunk_tokens,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Of one compressed chunk: the least that is read and rounded up to.")
+    ] = ExtractConfig.chunk_tokens,
     features: Annotated[
-        str, typer.Option(help="lossless, rounded or scaled: about 0.68, 0.49 and 0.33 of raw bfloat16 on disk.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="lossless, rounded or scaled: about 0.68, 0.49 and 0.33 of raw bfloat16 on disk.",
+            autocompletion=one_of(*FEATURE_KINDS),
+        ),
     ] = ExtractConfig.features,
     mantissa_bits: Annotated[
-        int, typer.Option(help="Mantissa bits that rounded features keep, of 7.")
+        int, typer.Option(help="Kept of 7 by rounded features; 4 err by 1.4 %.")
     ] = ExtractConfig.mantissa_bits,
     step: Annotated[
-        float, typer.Option(help="Step of scaled features, in standard deviations of the channel.")
+        float, typer.Option(help="Of scaled features, in standard deviations of the channel; 0.125 errs by 2.6 %.")
     ] = ExtractConfig.step,
     on_bad_features: Annotated[
-        str, typer.Option(help="refuse a sample whose features are not finite or dead, or skip it, recorded.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="refuse a sample whose features are not finite or dead, or skip it, recorded.",
+            autocompletion=one_of(*ON_BAD_FEATURES),
+        ),
     ] = ExtractConfig.on_bad_features,
     device_map: Annotated[
-        str | None, typer.Option(help="auto spreads a target that is larger than one GPU over all of them.")
+        str | None,
+        typer.Option(metavar="NAME", help="auto spreads a target that is larger than one GPU over all of them."),
     ] = ExtractConfig.device_map,
     workers: Annotated[
-        int, typer.Option(help="Processes on this machine, dealt to its GPUs in turn.")
+        int, typer.Option(help="On this machine, dealt to its GPUs in turn: one a GPU.")
     ] = ExtractConfig.workers,
-    rank: Annotated[int, typer.Option(help="Which share is this command's, in an array job.")] = ExtractConfig.rank,
+    rank: Annotated[
+        int, typer.Option(help="Which share is this command's, in an array job: 0 to --world-size - 1.")
+    ] = ExtractConfig.rank,
     world_size: Annotated[int, typer.Option(help="Commands of the array job.")] = ExtractConfig.world_size,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it would make: samples, shards, disk, time. Writes nothing.")
@@ -253,11 +187,13 @@ def extract(
         bool, typer.Option("--ignore-free-space", help="Start although the disk cannot hold the cache.")
     ] = ExtractConfig.ignore_free_space,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Run a target over conversations once and cache its hidden states."""
     given = locals()
-    with _reported("Finished shards are kept; repeat the command to go on."):
+    go_on = "Finished shards are kept; repeat the command to go on."
+    with _reported(go_on, quiet=quiet, log_format=log_format) as progress:
         config = _settings(
             ExtractConfig,
             given,
@@ -271,18 +207,13 @@ def extract(
         from dflash_offline.stages.target import quiet_libraries
 
         quiet_libraries()
-        progress = TerminalProgress(quiet=quiet)
         if plan:
             print_plan(config, *plan_only(config, progress), as_json=json_)
         else:
-            print_done(run(config, progress), as_json=json_)
+            print_done(run(config, progress), out, as_json=json_)
 
 
-@app.command(
-    epilog="Examples: dflash inspect cache; dflash inspect cache --sample 0; dflash inspect cache --layers "
-    "--features 8; dflash inspect cache --html cache.html; dflash inspect run other --html runs.html; "
-    "dflash inspect chats.jsonl --target Qwen/Qwen3-8B --sample 3"
-)
+@app.command(**taught("inspect"))
 def inspect(
     folders: Annotated[
         list[Path],
@@ -393,7 +324,7 @@ def _inspect_runs(runs: list[Path], html: Path | None, json_: bool) -> None:
         run_report.print_runs(views)
 
 
-@app.command(epilog="Examples: dflash verify cache --target Qwen/Qwen3-8B --samples 8; dflash verify draft")
+@app.command(**taught("verify"))
 def verify(
     folder: Annotated[Path, typer.Argument(help="Cache folder, or draft folder.")],
     target: Annotated[
@@ -406,10 +337,11 @@ def verify(
         bool, typer.Option("--repair", help="Forget a cache's faulty shards; `dflash extract` redoes just those.")
     ] = False,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
-    with _reported():
+    with _reported(quiet=quiet, log_format=log_format) as progress:
         from dflash_offline.pipeline import verify as report
         from dflash_offline.schemas.draft_lint import is_draft
         from dflash_offline.schemas.manifest import MANIFEST
@@ -422,7 +354,6 @@ def verify(
         from dflash_offline.stages.verify import compare_with_target, verify_cache
         from dflash_offline.stages.verify import repair as forget
 
-        progress = TerminalProgress(quiet=quiet)
         faults = verify_cache(folder, progress)
         quiet_libraries()
         forgotten = forget(folder, faults) if repair else []
@@ -435,9 +366,7 @@ def verify(
             raise typer.Exit(1)
 
 
-@app.command(
-    epilog="Example: dflash train cache --out run --epochs 6. The same command again goes on from its last checkpoint."
-)
+@app.command(**taught("train"))
 def train(
     ctx: typer.Context,
     caches: Annotated[
@@ -451,44 +380,67 @@ def train(
         str | None,
         typer.Option(metavar="SHARES", help="Share of each cache that an epoch takes, as in 1,0.3. [default: all]"),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = TrainConfig.epochs,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Over the training samples; as published.")] = TrainConfig.epochs,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer, instead of --epochs.")] = None,
     packing: Annotated[
         bool, typer.Option(help="Pack whole documents into rows of one length, or pad a sample a row.")
     ] = TrainConfig.packing,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a packed micro-batch.")] = TrainConfig.batch_tokens,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Of a packed micro-batch; fewer take less memory.")
+    ] = TrainConfig.batch_tokens,
     row_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Length of a packed row. [default: all of them with flex attention, else the longest document's]"
-        ),
+        typer.Option(help="Of a packed row. [default: all of them with flex attention, else the longest document's]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples of a padded micro-batch.")] = TrainConfig.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(help="Of a padded micro-batch, with --no-packing.")
+    ] = TrainConfig.batch_size,
     accumulation: Annotated[
-        int, typer.Option(help="Micro-batches of each rank in one step.")
+        int, typer.Option(help="Micro-batches of each rank in one step; the loss is their exact mean.")
     ] = TrainConfig.accumulation,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, as published; or muon, which needs fewer steps.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="adamw, as published; or muon, which needs fewer steps.",
+            autocompletion=one_of(*OPTIMIZERS),
+        ),
     ] = TrainConfig.optimizer,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--lr", help="Peak of the schedule.")
+        float,
+        typer.Option(
+            "--learning-rate", "--lr", help="Peak of the schedule, after which it falls to zero; as published."
+        ),
     ] = TrainConfig.learning_rate,
     init_from: Annotated[
         Path | None, typer.Option(metavar="DRAFT", help="Draft folder to start from, ours or z-lab's.")
     ] = None,
     ema: Annotated[
-        float | None, typer.Option(help="Decay of averaged weights, which are then validated and exported.")
+        float | None,
+        typer.Option(help="Of averaged weights, which are then validated and exported, as in 0.999. [default: none]"),
     ] = None,
-    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = TrainConfig.warmup_ratio,
+    warmup_ratio: Annotated[
+        float, typer.Option(help="Of the steps, that warm up; as published.")
+    ] = TrainConfig.warmup_ratio,
     weight_decay: Annotated[float, typer.Option(help="On matrices; norms do not decay.")] = TrainConfig.weight_decay,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = TrainConfig.clip,
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; as published.")] = TrainConfig.clip,
     num_anchors: Annotated[
-        int, typer.Option(help="Blocks drawn from each sample and step, at most.")
+        int, typer.Option(help="Drawn from each sample and step, at most; as published.")
     ] = TrainConfig.num_anchors,
-    block_size: Annotated[int | None, typer.Option(help="Block size. [default: the cache's]")] = None,
-    loss: Annotated[str, typer.Option(help="dflash or dpace.")] = TrainConfig.loss,
+    block_size: Annotated[
+        int | None, typer.Option(help="An anchor and the drafted tokens. [default: the cache's]")
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="dflash, whose weights fall with the slot; or dpace, whose weights follow the draft's confidence.",
+            autocompletion=one_of(*LOSSES),
+        ),
+    ] = TrainConfig.loss,
     gamma: Annotated[
-        float | None, typer.Option(help="Decay of the dflash loss. [default: 7, 5, 4 for blocks of 16, 10, 8]")
+        float | None,
+        typer.Option(help="In which the weights of dflash fall to 1/e. [default: 7, 5, 4 for blocks of 16, 10, 8]"),
     ] = None,
     layers: Annotated[str | None, typer.Option(metavar="IDS", help="Target layers to read. [default: all]")] = None,
     draft_layers: Annotated[
@@ -512,40 +464,64 @@ def train(
         str | None, typer.Option(metavar="IDS", help="Draft layers with that window, from 0. [default: every one]")
     ] = None,
     causal_layers: Annotated[
-        str | None, typer.Option(help="Draft layers causal within a block: none, sliding or all. [default: none]")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Draft layers causal within a block: none, sliding or all. [default: none]",
+            autocompletion=one_of(*CAUSAL_LAYERS),
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and anchors.")] = TrainConfig.seed,
     val_samples: Annotated[
-        int, typer.Option(help="Samples held out, at most; never over a tenth.")
+        int, typer.Option(help="Held out, at most; never over a tenth of them.")
     ] = TrainConfig.val_samples,
     val_every: Annotated[int, typer.Option(help="Steps between validations.")] = TrainConfig.val_every,
     patience: Annotated[
-        int | None, typer.Option(help="Validations without a better serving walk before it stops.")
+        int | None, typer.Option(help="Without a better serving walk, before it stops. [default: never]")
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = TrainConfig.save_every,
-    keep: Annotated[int, typer.Option(help="Newest checkpoints kept, beside the best.")] = TrainConfig.keep,
+    keep: Annotated[int, typer.Option(help="The newest that are kept, beside the best.")] = TrainConfig.keep,
     attention_backend: Annotated[
-        str, typer.Option(help="flex_attention, sdpa or eager; auto is the first on a GPU, the second on a CPU.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="flex_attention, sdpa or eager; auto is the first on a GPU, the second on a CPU.",
+            autocompletion=one_of(*ATTENTION_BACKENDS),
+        ),
     ] = TrainConfig.attention_backend,
     dtype: Annotated[
-        str, typer.Option(help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Autocast: bfloat16 or float32; auto is bfloat16 on a GPU.",
+            autocompletion=one_of(*AUTOCAST_DTYPES),
+        ),
     ] = TrainConfig.dtype,
     device: Device = TrainConfig.device,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Compute layers twice: less memory, more time.")
     ] = TrainConfig.gradient_checkpointing,
     compile: Annotated[bool | None, typer.Option(help="torch.compile. [default: on a GPU]")] = None,
-    report_to: Annotated[str | None, typer.Option(help="wandb or trackio, if installed.")] = None,
-    loader_threads: Annotated[int, typer.Option(help="Threads that read ahead.")] = TrainConfig.loader_threads,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="wandb or trackio, if installed. [default: none]", autocompletion=one_of(*REPORTERS)
+        ),
+    ] = None,
+    loader_threads: Annotated[
+        int, typer.Option(help="That read ahead; more where the log shows waiting.")
+    ] = TrainConfig.loader_threads,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do two steps, say what the run would take, and write nothing.")
     ] = False,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Train a draft from caches; the target is not loaded. Under torchrun, every rank runs this command."""
     given = locals()
-    with _reported("" if dry_run else "Repeat the command to go on from the last checkpoint."):
+    go_on = "" if dry_run else "Repeat the command to go on from the last checkpoint."
+    with _reported(go_on, quiet=quiet, log_format=log_format) as progress:
         given |= {
             "caches": tuple(caches or ()),
             "layers": _ids(layers, "--layers"),
@@ -556,7 +532,6 @@ def train(
         from dflash_offline.pipeline import training
         from dflash_offline.stages import train as stage
 
-        progress = TerminalProgress(quiet=quiet)
         if dry_run:
             found = stage.rehearse(settings)
             if _is_first_rank():
@@ -567,17 +542,21 @@ def train(
             print(training.trained_json(done)) if json_ else training.print_trained(done, settings.out)
 
 
-@app.command(epilog="Example: dflash export run --out draft")
+@app.command(**taught("export"))
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder made by `dflash train`.")],
     out: Annotated[Path, typer.Option(help="Draft folder to write.")],
-    checkpoint: Annotated[str, typer.Option(help="best (by the serving walk) or last.", metavar="best|last")] = "best",
+    checkpoint: Annotated[
+        str,
+        typer.Option(help="best (by the serving walk) or last.", metavar="NAME", autocompletion=one_of(*CHECKPOINTS)),
+    ] = "best",
     format_: Annotated[
         str,
         typer.Option(
             "--format",
             help="zlab, for z-lab's client, vLLM and SGLang; or speculators; or transformers, for its own generator.",
-            metavar="|".join(FORMATS),
+            metavar="NAME",
+            autocompletion=one_of(*FORMATS),
         ),
     ] = FORMATS[0],
     eval_: Annotated[
@@ -585,11 +564,13 @@ def export(
         typer.Option("--eval", help="Result of `dflash eval --save` for the model card. [default: RUN/eval.json]"),
     ] = None,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint as a folder that the serving clients load, checked by their rules."""
-    with _reported("Repeat the command."):
-        if checkpoint not in ("best", "last"):
-            raise DflashError(f"--checkpoint is {checkpoint!r}; expected best or last.")
+    with _reported("Repeat the command.", quiet=quiet, log_format=log_format):
+        if problem := choice_problem("--checkpoint", checkpoint, CHECKPOINTS):
+            raise DflashError(problem)
         from dflash_offline.pipeline.export import export as write
 
         done = write(run, out, checkpoint, format_, eval_)
@@ -599,14 +580,10 @@ def export(
             return
         size = f"{done.num_parameters:,} parameters, {readable_bytes(done.num_bytes)}"
         print(f"{out} holds the draft of step {done.step}: {size}.")
-        if format_ == FORMATS[0]:
-            print(f"Next: dflash eval {out} --target MODEL --prompts FILE")
+        print(done.next_line(out))
 
 
-@app.command(
-    name="eval",
-    epilog="Examples: dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl; dflash eval run --cache cache",
-)
+@app.command(**taught("eval"))
 def evaluate(
     draft: Annotated[
         Path, typer.Argument(help="Draft folder, ours or another's; or a run folder, for its best checkpoint.")
@@ -619,8 +596,8 @@ def evaluate(
         Path | None, typer.Option(help='JSONL of {"messages": [...]} or {"prompt": "..."}, and "kind" if wanted.')
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Cache; its held-out samples are the prompts, or walked.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts, or held-out samples, from the first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer, at most.")] = EvalConfig.max_new_tokens,
+    limit: Annotated[int | None, typer.Option(help="Or held-out samples, from the first. [default: all]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one answer, at most.")] = EvalConfig.max_new_tokens,
     temperature: Annotated[
         float, typer.Option(help="0 is greedy; above, tokens are drawn, and drafted ones kept by rejection sampling.")
     ] = EvalConfig.temperature,
@@ -629,14 +606,19 @@ def evaluate(
     ] = EvalConfig.top_p,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = EvalConfig.seed,
     repeats: Annotated[
-        int, typer.Option(help="Times each prompt is decoded each way, in turn; speeds are of the medians.")
+        int, typer.Option(help="Each prompt is decoded each way, in turn; speeds are of the medians.")
     ] = EvalConfig.repeats,
     prompt_lookup: Annotated[
         bool, typer.Option("--prompt-lookup", help="Also decode with prompt lookup, for comparison.")
     ] = EvalConfig.prompt_lookup,
     chat_template_kwargs: TemplateKwargs = "{}",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.",
+            autocompletion=one_of(*DTYPES),
+        ),
     ] = EvalConfig.dtype,
     attn_implementation: Attention = EvalConfig.attn_implementation,
     device: Device = EvalConfig.device,
@@ -654,11 +636,12 @@ def evaluate(
         ),
     ] = None,
     json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Decode prompts with and without the draft, or walk a cache; exit 1 if an answer changes."""
     given = locals()
-    with _reported("Repeat the command."):
+    with _reported("Repeat the command.", quiet=quiet, log_format=log_format) as progress:
         for flag, path in (("--save", save), ("--plot", plot), ("--html", html)):
             if path is not None:
                 _check_file(path, flag)
@@ -676,7 +659,7 @@ def evaluate(
             report.require_matplotlib()
         if html is not None:
             plots.require_matplotlib()
-        result = evaluate_folder(config, TerminalProgress(quiet=quiet))
+        result = evaluate_folder(config, progress)
         text = json.dumps(result.to_json(), indent=1)
         print(text) if json_ else report.print_report(result)
         if save is not None:
@@ -687,19 +670,46 @@ def evaluate(
             eval_page.write_eval_page(result, html, token_decoder(config) if config.target else None)
             if not json_:
                 print(f"{html} shows every round. Next: open it in a browser.")
+        if not json_:
+            report.print_made([path for path in (save, plot) if path is not None], result)
         if result.lossless is False:
             raise typer.Exit(1)
 
 
-@app.command(epilog="Example: dflash demo --out demo")
+@app.command(**taught("demo"))
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for cache, run and draft.")] = Path("dflash-demo"),
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
 ) -> None:
     """Run extract, inspect, train, export and eval on the target that ships with the package."""
-    with _reported("Repeat the command to go on."):
+    with _reported("Repeat the command to go on.", quiet=quiet, log_format=log_format):
         from dflash_offline.pipeline.demo import run_demo
 
-        run_demo(out)
+        run_demo(out, [f"--log-format={log_format}", *(["--quiet"] if quiet else [])])
+
+
+@app.command(**taught("doctor"))
+def doctor(
+    out: Annotated[Path, typer.Option(help="Folder whose disk is tried: where caches and runs will be.")] = Path(),
+    target: Annotated[
+        str | None, typer.Option(help="Look at this target as well: a folder, or a hub id that was fetched before.")
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Also see whether the model hub answers.")] = False,
+    json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
+) -> None:
+    """Look at packages, devices, disk and speed; exit 1 if something that is needed is wrong."""
+    with _reported(quiet=quiet, log_format=log_format) as progress:
+        from dflash_offline.pipeline.doctor import examine, require_folder
+        from dflash_offline.pipeline.doctor_report import print_examination
+
+        require_folder(out)
+        found = examine(out, target, hub, progress)
+        print(found.to_json()) if json_ else print_examination(found, out)
+        if any(finding.needed for finding in found.findings):
+            raise typer.Exit(1)
 
 
 def main() -> None:

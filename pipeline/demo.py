@@ -1,7 +1,6 @@
 """`dflash demo`: the whole pipeline on the target that ships with the package, each command printed before it runs."""
 
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.embedded import CONVERSATIONS, PROMPTS, TARGET
 from dflash_offline.schemas.errors import DflashError
 
@@ -30,19 +30,22 @@ def demo_commands(out: Path) -> list[list[str]]:
     return [extract, ["inspect", cache], train, ["export", run, "--out", draft], evaluate]
 
 
-def run_demo(out: Path) -> None:
-    """Run the five commands as a user would and close with a table of what came out."""
+def run_demo(out: Path, flags: list[str]) -> None:
+    """Run the five commands as a user would, with `flags` of how they log, and close with a table of what came out."""
     spent: list[tuple[str, float]] = []
     for command in demo_commands(out):
-        print(f"\n$ {shlex.join(['dflash', *command])}", flush=True)
+        print(f"\n$ {dflash_line(*command)}", flush=True)
         began = time.perf_counter()
-        code = _run([sys.executable, "-m", "dflash_offline.pipeline.app", *command])
+        logged = [] if command[0] == "inspect" else flags
+        code = _run([sys.executable, "-m", "dflash_offline.pipeline.app", *command, *logged])
         spent.append((command[0], time.perf_counter() - began))
         if code == 130:
             raise KeyboardInterrupt
         if code:
             raise DflashError(f"`dflash {command[0]}` ended with exit code {code}; its message stands above.")
     _print_table(json.loads((out / "eval.json").read_text()), spent)
+    print(f"\n{out} holds the cache, the run, the draft and eval.json.")
+    print(f"Next: {dflash_line('inspect', out / 'cache', '--sample', 0)}")
 
 
 def _run(command: list[str]) -> int:

@@ -3,8 +3,10 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalResult
+from dflash_offline.schemas.run import RUN
 
 BAR_WIDTH = 50
 
@@ -96,6 +98,19 @@ def _lossless_lines(result: EvalResult) -> list[str]:
     if result.lossless is False:
         lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
     return lines
+
+
+def print_made(files: list[Path], result: EvalResult) -> None:
+    """Print where the result lies and what to do next with a draft that changes no answer."""
+    draft = result.config.draft
+    for path in files:
+        print(f"{path} is written.")
+    if result.lossless is False:
+        return
+    if (draft / RUN).is_file():
+        print(f"Next: {dflash_line('export', draft, '--out', free_name(draft, 'draft'))}")
+    elif (draft / "README.md").is_file():
+        print(f"Next: serve it as {draft / 'README.md'} says.")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -132,13 +132,13 @@ def evaluate(
     progress = progress or Silent()
     outcomes: list[_Outcome] = []
     with _torch_threads(config.threads):
-        progress.start("decoding", len(cases), "prompts")
+        progress.start("Decoding", len(cases), "prompts")
         try:
             _decode(config, target, draft, cases[0], stops, 0)
             for i, case in enumerate(cases):
                 outcomes.append(_decode_repeatedly(config, target, draft, case, stops, i))
                 produced = [n for o in outcomes for n in o.speculative.produced]
-                progress.advance(1, acceptance=f"{sum(produced) / max(len(produced), 1):.2f}")
+                progress.advance(1, acceptance=sum(produced) / max(len(produced), 1))
         finally:
             progress.finish()
         rounds = [

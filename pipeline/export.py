@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_offline.pipeline.card import card
+from dflash_offline.pipeline.command import dflash_line
+from dflash_offline.schemas.config import choice_problem
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.draft_formats import FORMATS, ZLAB, config_json, tensor_name
 from dflash_offline.schemas.draft_lint import RECORD, DraftFault, lint_draft
@@ -34,6 +36,19 @@ class Exported:
     step: int
     num_parameters: int
     num_bytes: int
+    kind: str
+    """One of `FORMATS`."""
+    target: str
+    """As the cache was extracted with."""
+    cache: Path
+    """The first that it was trained from."""
+
+    def next_line(self, out: Path) -> str:
+        """Return what to do next with the draft that the user calls `out`: measure it, if it can be done from here."""
+        if self.kind == ZLAB and self.cache.is_dir():
+            source = ("--target", self.target, "--cache", self.cache, "--limit", 20)
+            return f"Next: {dflash_line('eval', out, *source)}"
+        return f"Next: serve it as {out / CARD} says."
 
 
 def choose_checkpoint(run: Path, which: str) -> Path:
@@ -53,8 +68,8 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     rule. The same checkpoint exported again to the same folder changes nothing but the card; a folder that holds
     anything else is refused.
     """
-    if kind not in FORMATS:
-        raise DflashError(f"The format is {kind!r}; expected one of {', '.join(FORMATS)}.")
+    if problem := choice_problem("The format", kind, FORMATS):
+        raise DflashError(problem)
     out = output_folder(out, marker="config.json", kind="draft", renamed=True)
     record = RunRecord.read(run)
     checkpoint = choose_checkpoint(run, which)
@@ -80,6 +95,9 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
         step=state.step,
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
         num_bytes=(out / WEIGHTS).stat().st_size,
+        kind=kind,
+        target=record.origin["target"],
+        cache=Path(record.origin["caches"][0]),
     )
 
 

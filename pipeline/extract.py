@@ -1,8 +1,10 @@
 """What `dflash extract` prints."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.pipeline.overview import overview
 from dflash_offline.pipeline.terminal import print_json
 from dflash_offline.schemas.config import ExtractConfig
@@ -13,19 +15,24 @@ from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.samples import Plan
 
 
-def print_done(done: Extracted, *, as_json: bool) -> None:
-    """Print what the cache holds now and what to do next."""
+def print_done(done: Extracted, cache: Path, *, as_json: bool) -> None:
+    """Print what the cache, here named as the user does, holds now and what to do next."""
     if as_json:
         print_json(overview(done.cache))
         return
-    written = f"{done.shards_written} written now, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s"
+    written = f"{done.shards_written} shards, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s"
     samples = f"{done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
     if done.shards_left:
-        print(f"{done.cache}: this share is done ({written}). {done.shards_left} of {samples} are left to other ranks.")
-        return
-    skipped = f" {done.num_skipped} samples with bad features were left out." if done.num_skipped else ""
-    print(f"{done.cache} is complete: {samples} ({written}).{skipped}")
-    print(f"Next: dflash train {done.cache} --out RUN        Look: dflash inspect {done.cache}")
+        print(f"{cache}: this share is done. Written now: {written}.")
+        print(f"{done.shards_left} of {samples} are left to other ranks.")
+    else:
+        print(f"{cache} is complete: {samples}.")
+        print(f"Written now: {written}.")
+    if done.num_skipped:
+        print(f"{done.num_skipped} samples with bad features were left out.")
+    if not done.shards_left:
+        print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
+    print(f"Look: {dflash_line('inspect', cache)}")
 
 
 def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Forecast, *, as_json: bool) -> None:

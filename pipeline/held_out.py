@@ -142,7 +142,7 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
     order = held.samples[np.argsort(reader.samples.num_tokens[held.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
     walked: list[WalkedTurn] = []
-    progress.start("walking", len(order), "samples")
+    progress.start("Walking", len(order), "samples")
     try:
         with torch.inference_mode():
             for batch in loader.stream(parts, threads=1, device=device):

@@ -1,9 +1,12 @@
 """What `dflash train` prints: what was trained, or what a dry run found."""
 
 import json
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.train import Rehearsal, Trained
 
@@ -24,18 +27,15 @@ def trained_json(done: Trained) -> str:
     return json.dumps(found, indent=1)
 
 
-def print_trained(done: Trained, out: object) -> None:
+def print_trained(done: Trained, out: Path) -> None:
     """Print where the run stands and what to do next."""
-    print(
-        f"{out} is trained: {done.state.step:,} steps over {done.num_train:,} samples, {done.parameters:,} "
-        f"parameters, {done.seconds:.0f} s."
-    )
+    print(f"{out} is trained: {done.state.step:,} steps over {done.num_train:,} samples, {done.seconds:.0f} s.")
+    print(f"The draft has {done.parameters:,} parameters.")
     if done.state.best_step:
-        print(
-            f"Best acceptance length in the serving walk over {done.num_held_out} held-out samples: "
-            f"{done.state.best_walk:.2f} (step {done.state.best_step})."
-        )
-    print(f"Next: dflash export {out} --out DRAFT        Curves: tensorboard --logdir {out}")
+        print(f"Best acceptance length in the serving walk: {done.state.best_walk:.2f} tokens a round,")
+        print(f"at step {done.state.best_step:,}, over {done.num_held_out:,} held-out samples.")
+    print(f"Next: {dflash_line('export', out, '--out', free_name(out, 'draft'))}")
+    print(f"Look: {shlex.join(['tensorboard', '--logdir', str(out)])}")
 
 
 def rehearsal_json(found: Rehearsal) -> str:

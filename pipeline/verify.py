@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.schemas.draft_lint import lint_draft
 from dflash_offline.schemas.errors import DflashError
 
@@ -33,6 +34,7 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
         print(f"{fault.place} {fault.what}.\n    {broken} ({fault.rule}): {fault.why}")
     if is_sound:
         print(f"{draft} is sound.")
+        print(f"Next: {dflash_line('eval', '--help')}")
     return is_sound
 
 
@@ -59,7 +61,9 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
         print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
     if not faults and not any(fit.fault for fit in fits):
         print(f"{cache} is sound.")
+        print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
     elif forgotten:
         print(f"Forgot shards {', '.join(map(str, forgotten))}. Next: the `dflash extract` that made {cache}.")
     elif any(fault.shard is not None for fault in faults):
-        print(f"{len(faults)} faults. Next: dflash verify {cache} --repair, then the `dflash extract` that made it.")
+        print(f"{len(faults)} faults. Next: {dflash_line('verify', cache, '--repair')}")
+        print("and then the `dflash extract` that made it.")

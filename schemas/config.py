@@ -1,5 +1,6 @@
 """What a user may set for the two stages. Each default exists here and nowhere else."""
 
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +9,21 @@ from typing import Any
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
+
+
+def choice_problem(name: str, value: str | None, allowed: tuple[str, ...]) -> str | None:
+    """Return what is wrong with a setting that takes one of a few names, with the nearest of them; None for nothing."""
+    if value is None or value in allowed:
+        return None
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{name} is {value!r}; expected {', '.join(allowed[:-1])} or {allowed[-1]}.{hint}"
+
+
+def choice_problems(config: Any, **choices: tuple[str, ...]) -> list[str]:
+    """Return what is wrong with those settings of a config that take one of a few names."""
+    found = (choice_problem(name, getattr(config, name), allowed) for name, allowed in choices.items())
+    return [problem for problem in found if problem]
 
 
 def _refuse(what: str, problems: list[str]) -> None:
@@ -32,6 +48,8 @@ def template_problems(kwargs: dict[str, Any]) -> list[str]:
 
 
 MASKS = ("assistant", "last-turn", "all")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ON_BAD_FEATURES = ("refuse", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +151,17 @@ class ExtractConfig:
             problems.append(f"max_length {self.max_length} is shorter than one block of {self.block_size}.")
         if self.layers is not None and self.num_layers is not None:
             problems.append("Both layers and num_layers are given; name one of them.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
+        problems += choice_problems(
+            self, dtype=DTYPES, mask=MASKS, features=FEATURE_KINDS, on_bad_features=ON_BAD_FEATURES
+        )
         if not self.data:
             problems.append("No data file is given.")
-        if self.mask not in MASKS:
-            problems.append(f"mask is {self.mask!r}; expected {', '.join(MASKS)}.")
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit is {self.limit}; expected at least 1.")
-        if self.features not in FEATURE_KINDS:
-            problems.append(f"features is {self.features!r}; expected {', '.join(FEATURE_KINDS)}.")
         if not 1 <= self.mantissa_bits <= 7:
             problems.append(f"mantissa_bits is {self.mantissa_bits}; expected 1 to 7.")
         if not 0 < self.step <= 1:
             problems.append(f"step is {self.step}; expected more than 0 and at most 1 standard deviation.")
-        if self.on_bad_features not in ("refuse", "skip"):
-            problems.append(f"on_bad_features is {self.on_bad_features!r}; expected refuse or skip.")
         if not 0 <= self.rank < self.world_size:
             problems.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
         if self.workers > 1 and self.device not in ("auto", "cpu", "cuda"):
@@ -163,6 +176,10 @@ class ExtractConfig:
 MAX_EPOCHS = 1_000_000
 """Passes over the samples; far above any run, and few enough to count the steps of."""
 REPORTERS = ("wandb", "trackio")
+OPTIMIZERS = ("adamw", "muon")
+LOSSES = ("dflash", "dpace")
+ATTENTION_BACKENDS = ("auto", "flex_attention", "sdpa", "eager")
+AUTOCAST_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,18 +299,11 @@ class TrainConfig:
             )
         if not 0 <= self.warmup_ratio < 1:
             problems.append(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1.")
-        if self.optimizer not in ("adamw", "muon"):
-            problems.append(f"optimizer is {self.optimizer!r}; expected adamw or muon.")
-        if self.loss not in ("dflash", "dpace"):
-            problems.append(f"loss is {self.loss!r}; expected dflash or dpace.")
-        if self.attention_backend not in ("auto", "sdpa", "eager", "flex_attention"):
-            problems.append(
-                f"attention_backend is {self.attention_backend!r}; expected auto, sdpa, eager or flex_attention."
-            )
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            problems.append(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16.")
-        if self.report_to not in (None, *REPORTERS):
-            problems.append(f"report_to is {self.report_to!r}; expected {' or '.join(REPORTERS)}.")
+        problems += choice_problems(
+            self,
+            **{"optimizer": OPTIMIZERS, "loss": LOSSES, "attention_backend": ATTENTION_BACKENDS},
+            **{"dtype": AUTOCAST_DTYPES, "report_to": REPORTERS},
+        )
         if self.ema is not None and not 0 < self.ema < 1:
             problems.append(f"ema is {self.ema}; expected more than 0 and less than 1, as in 0.999.")
         _refuse("train", problems)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.config import template_problems
+from dflash_offline.schemas.config import DTYPES, choice_problems, template_problems
 from dflash_offline.schemas.errors import DflashError
 
 MIN_TEMPERATURE = 1e-5
@@ -69,8 +69,7 @@ class EvalConfig:
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed is {self.seed}; expected 0 or more, below 2**63.")
         problems += self._source_problems()
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            problems.append(f"dtype is {self.dtype!r}; expected auto, float32, bfloat16 or float16.")
+        problems += choice_problems(self, dtype=DTYPES)
         problems += template_problems(self.chat_template_kwargs)
         if problems:
             raise DflashError("These settings of `dflash eval` cannot be used:\n  " + "\n  ".join(problems))

@@ -2,6 +2,9 @@
 
 from typing import Protocol
 
+Figure = str | int | float
+"""What is shown beside the progress."""
+
 
 class Progress(Protocol):
     """Receives what a long piece of work says of itself."""
@@ -12,7 +15,7 @@ class Progress(Protocol):
     def start(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
         """Begin a piece of work of `total` units, `done` of which were finished before."""
 
-    def advance(self, amount: int, **figures: str) -> None:
+    def advance(self, amount: int, **figures: Figure) -> None:
         """Note that `amount` more units are finished; figures are shown beside the bar."""
 
     def finish(self) -> None:
@@ -37,7 +40,7 @@ class Silent:
     def start(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
         """Show nothing."""
 
-    def advance(self, amount: int, **figures: str) -> None:
+    def advance(self, amount: int, **figures: Figure) -> None:
         """Show nothing."""
 
     def finish(self) -> None:

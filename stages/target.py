@@ -32,6 +32,8 @@ def quiet_libraries() -> None:
     """Keep transformers' own bars and notices off the terminal; its errors still arrive as exceptions."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    logging.disable_default_handler()  # what is left to say goes where the command's own warnings go
+    logging.enable_propagation()
 
 
 def choose_device(device: str) -> torch.device:

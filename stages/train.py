@@ -203,7 +203,7 @@ def _run_steps(
             if log:
                 log.write(step, row)
             window = Window()
-            progress.advance(0, loss=f"{row['loss']:.3f}", accept=f"{row['accept_len_over_anchors']:.2f}")
+            progress.advance(0, loss=row["loss"], accept=row["accept_len_over_anchors"])
         progress.advance(1)
         improved = False
         if validates:

@@ -91,7 +91,7 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
         for found in pool.map(check, range(manifest.layout.num_shards)):
             faults += found
-            progress.advance(1, faults=str(len(faults)))
+            progress.advance(1, faults=len(faults))
     progress.finish()
     return faults
 

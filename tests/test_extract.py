@@ -176,7 +176,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(extract_config: Settings, tmp_pa
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "repeat the command" in said and "Traceback" not in said
 
 

@@ -63,7 +63,9 @@ def without_torch(arguments: list[str]) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["train", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["extract", "--help"], ["train", "--help"], ["eval", "--help"], ["doctor", "--help"]]
+)
 def test_help_does_not_load_torch(arguments: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH.format(arguments=arguments)], capture_output=True, text=True
@@ -90,3 +92,14 @@ def test_inspect_does_not_load_torch(cache: Path, run: Path, tmp_path: Path) -> 
         program = WITHOUT_TORCH.format(arguments=arguments)
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert run.returncode == 0 and run.stdout, run.stderr
+
+
+def test_the_doctor_leaves_torch_to_a_process_of_its_own() -> None:
+    program = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from dflash_offline.pipeline import doctor, doctor_report, machine
+print(machine.time_codec().ratio, all(package.fits for package in doctor.needed_packages()))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.endswith("True\n"), run.stderr

@@ -1,0 +1,136 @@
+"""What every command does around its work: progress, a user's errors told in one message, and the exit code."""
+
+import errno
+import logging
+import os
+import shlex
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from dflash_offline.pipeline.progress import EventProgress, LogFormat, is_live, open_progress
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.progress import Progress, Silent
+
+_OUTSIDE_FAULTS = {
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
+}
+"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name."""
+_LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""Variables that keep libraries which are loaded from now on from drawing bars of their own."""
+
+
+@contextmanager
+def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Progress]:
+    """Give a command its progress, and end it: a user's error is one message and exit 1, Ctrl-C is exit 130.
+
+    A bug keeps its traceback. Warnings are shown as progress is. With `log_format` json, errors are events too, and the
+    last event is `finished`. Of the ranks of one job the first alone shows progress.
+    """
+    began, code = time.monotonic(), 1
+    events = EventProgress() if log_format is LogFormat.json else None
+    silent = quiet or not is_first_rank()
+    progress = open_progress(quiet=silent, log_format=log_format)
+    if silent or events or not is_live(sys.stderr):
+        for name in _LIBRARY_BARS:
+            os.environ.setdefault(name, "1")
+    try:
+        with _warnings_shown(progress):
+            try:
+                yield progress
+                code = 0
+            finally:
+                progress.finish()
+    except typer.Exit as done:
+        code = done.exit_code
+    except KeyboardInterrupt as error:
+        code = 130
+        said = f"{error} " if str(error) else "Stopped. "
+        if is_first_rank():  # all ranks stop at a signal; one of them says so
+            _tell(f"{said}{go_on}".rstrip(), code, events)
+    except Exception as error:
+        message = _users_error(error, go_on)
+        if message is None and events is None:
+            raise
+        _tell(message or f"A bug of dflash: {error!r}", code, events, error if message is None else None)
+    finally:
+        if events and not isinstance(progress, Silent):
+            events.event("finished", exit_code=code, seconds=round(time.monotonic() - began, 3))
+    if code:
+        raise typer.Exit(code)
+
+
+def _users_error(error: Exception, go_on: str) -> str | None:
+    """Return what to tell of an error that is nobody's bug; None for a bug."""
+    if isinstance(error, DflashError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}. {go_on}".rstrip()
+    return None
+
+
+def _tell(message: str, code: int, events: EventProgress | None, bug: Exception | None = None) -> None:
+    rank = os.environ.get("RANK", "0")
+    if events is None:
+        print(f"dflash{'' if rank == '0' else f', rank {rank}'}: {message}", file=sys.stderr)
+        return
+    where = {"traceback": "".join(traceback.format_exception(bug))} if bug else {}
+    events.event("error", message=message, exit_code=code, rank=rank, **where)
+
+
+class _LogShown(logging.Handler):
+    """Shows what libraries log, each record by one call with its message and the logger's name."""
+
+    def __init__(self, show: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        self._show(record.getMessage(), record.name)
+
+
+@contextmanager
+def _warnings_shown(progress: Progress) -> Iterator[None]:
+    """Have Python's warnings and the log records of libraries come above the bar, or as events, or not if quiet."""
+
+    def show(message: str, source: str) -> None:
+        if isinstance(progress, EventProgress):
+            progress.event("warning", message=message, source=source)
+        else:
+            progress.say(f"{source}: {message}")
+
+    def show_warning(message: Warning | str, category: type[Warning], *_place: object) -> None:
+        show(str(message), category.__name__)
+
+    handler = _LogShown(show)
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # type: ignore[assignment]
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def is_first_rank() -> bool:
+    """Say whether this process is the one that speaks; without torchrun it is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def dflash_line(*arguments: object) -> str:
+    """Return a command line that runs as it stands."""
+    return shlex.join(["dflash", *map(str, arguments)])
+
+
+def free_name(beside: Path, name: str) -> Path:
+    """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on."""
+    paths = (beside.parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in paths if not path.exists())
