@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.regeneration import RegenerateConfig
@@ -139,7 +139,8 @@ class ServerAnswerer:
         first = self.config.backoff_s
         assert state.outcome is not None
         asked_for = getattr(state.outcome.exception(), "retry_after_s", 0.0)
-        return max(wait_exponential_jitter(initial=first, max=LONGEST_BACKOFF_S, jitter=first)(state), asked_for)
+        backoff = wait_exponential(multiplier=first, max=LONGEST_BACKOFF_S) + wait_random(0, first)
+        return max(backoff(state), asked_for)
 
     def _request(self, dialogue: Dialogue) -> bytes:
         config, turn = self.config, len(dialogue.answers)
