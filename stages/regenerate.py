@@ -105,8 +105,8 @@ def regenerate(config: RegenerateConfig, progress: Progress | None = None) -> Re
 
             answerer.answer(journal.replay(read_dialogues(data)), note, num_open)
             seconds = time.perf_counter() - began
-            progress.finish()
         finally:
+            progress.finish()
             journal.close()
         counts = _write_rows(config, folder, journal.replay(read_dialogues(data)))
         origin = {
