@@ -209,7 +209,7 @@ def regenerate(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     batch_rows: Annotated[
-        int, typer.Option(help="Conversations that a target loaded here answers at once.")
+        int, typer.Option(help="Conversations answered at once here; another number may decide a near tie otherwise.")
     ] = RegenerateConfig.batch_rows,
     concurrency: Annotated[
         int, typer.Option(help="Requests on their way to all servers together.")

@@ -50,6 +50,8 @@ class Servers:
         self.say = say
         self.servers = [Server(url) for url in urls]
         self.num_answers = 0
+        self.was_heard = False
+        """Whether any of them has said anything at all."""
 
     async def acquire(self, avoid: Server | None) -> Server:
         """Return a server that is ready, once one is: another than `avoid` where there is one."""
@@ -66,12 +68,14 @@ class Servers:
 
     def answered(self, server: Server, *, counts: bool) -> None:
         """Note that a server does its work; a refusal does not count among the answers."""
+        self.was_heard = True
         self.num_answers += counts
         server.failures = server.rests = 0
         server.on_trial = False
 
-    def failed(self, server: Server, what: str, retry_after_s: float = 0.0) -> None:
-        """Note a try without an answer; `ServersGoneError` if that was the last hope."""
+    def failed(self, server: Server, what: str, *, heard: bool, retry_after_s: float) -> None:
+        """Note a try without an answer, though something may have been heard; `ServersGoneError` ends all hope."""
+        self.was_heard |= heard
         server.failures += 1
         server.last = what
         was_sent_before_the_rest = server.rests and not server.on_trial
@@ -85,12 +89,13 @@ class Servers:
             listed = "".join(
                 f"\n  {one.url}: {one.failures} tries in a row; the last: {one.last}" for one in self.servers
             )
+            check = "" if self.was_heard else " See that --server is right."
             raise ServersGoneError(
-                f"No server answers:{listed}\nThe answers so far are kept. Repeat the command when one is back."
+                f"No server answers:{listed}\nThe answers so far are kept. Repeat the command when one is back.{check}"
             )
         self.say(f"{server.url} rests for {rest_s:.0f} s after {server.failures} tries in a row: {what}")
 
     def _is_gone(self, server: Server) -> bool:
-        # Before any answer at all the likely fault is the URL, and nobody should wait to be told.
-        rests = self.config.rests if self.num_answers else 0
+        # Where nothing was ever heard the likely fault is the URL, and nobody should wait to be told.
+        rests = self.config.rests if self.was_heard else 0
         return server.rests > rests and not server.on_trial

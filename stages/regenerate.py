@@ -166,7 +166,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Regenerated | None:
     if not out.exists() or not provenance.exists():
         return None
     document = read_sealed(provenance)
-    refuse_other_identity(out, document["identity"], identity)
+    refuse_other_identity(out, document["identity"], identity, "before")
     if sha256_file(out) != document["sha256"]:
         raise DflashError(
             f"{out} has changed since it was made, as {provenance} knows it. Remove {provenance} to keep the file as "
@@ -197,7 +197,7 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
             raise DflashError(f"{folder} is being worked on by another command. Wait for it, or name another --out.")
         path = folder / IDENTITY
         if path.is_file():
-            refuse_other_identity(folder, read_sealed(path)["identity"], identity)
+            refuse_other_identity(folder, read_sealed(path)["identity"], identity, "before")
         else:
             document = {"format": FORMAT, "identity": identity}
             publish([sealed_bytes(document)], temporary=folder / f".{IDENTITY}", path=path)

@@ -36,8 +36,10 @@ _FINISHED = {"stop", "eos", "eos_token", "stop_sequence"}
 class NoAnswerError(Exception):
     """A try gave no answer, and the next one may."""
 
-    def __init__(self, what: str, *, of_row: bool, retry_after_s: float = 0.0) -> None:
+    def __init__(self, what: str, *, of_row: bool, heard: bool = True, retry_after_s: float = 0.0) -> None:
         super().__init__(what)
+        self.heard = heard
+        """Whether there was a server at all."""
         self.of_row = of_row
         """Whether the row may be what made it fail."""
         self.retry_after_s = retry_after_s
@@ -119,7 +121,7 @@ class ServerAnswerer:
             try:
                 answer = await self._post(client, server, dialogue)
             except NoAnswerError as error:
-                self._servers.failed(server, str(error), error.retry_after_s)
+                self._servers.failed(server, str(error), heard=error.heard, retry_after_s=error.retry_after_s)
                 raise
             finally:
                 server.busy -= 1
@@ -171,7 +173,8 @@ class ServerAnswerer:
                     if len(body) > MOST_ANSWER_BYTES:
                         raise NoAnswerError(f"more than {MOST_ANSWER_BYTES >> 20} MiB", of_row=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise NoAnswerError(f"cannot connect ({str(error) or type(error).__name__})", of_row=False) from error
+            said = f"cannot connect ({str(error) or type(error).__name__})"
+            raise NoAnswerError(said, of_row=False, heard=False) from error
         except TimeoutError as error:
             raise NoAnswerError(f"no answer within {self.config.timeout_s:g} s", of_row=True) from error
         except httpx2.RequestError as error:

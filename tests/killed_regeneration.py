@@ -10,31 +10,43 @@ import random
 import signal
 import sys
 import time
+import traceback
+from importlib import import_module
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from dflash_offline.schemas.regeneration import RegenerateConfig
-from dflash_offline.stages import generation  # noqa: F401  (its imports take seconds)
 from dflash_offline.stages.regenerate import regenerate
+
+SERVER = ["dflash_offline.stages.server"]
+LOCAL = ["dflash_offline.stages.generation", "transformers.models.qwen3.modeling_qwen3"]
 
 
 def start(config: RegenerateConfig) -> int:
     child = os.fork()
     if child == 0:
-        regenerate(config)
+        try:
+            regenerate(config)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
     return child
 
 
 def main(kills: int, settings: dict[str, object]) -> None:
-    config = RegenerateConfig(**{**settings, "data": (Path(str(settings["data"])),), "out": Path(str(settings["out"]))})
+    given = {"data": (Path(str(settings["data"])),), "out": Path(str(settings["out"]))}
+    config = RegenerateConfig(**{**settings, **given})
+    for name in SERVER if config.servers else LOCAL:
+        import_module(name)
     answers = Path(f"{config.out}.partial/answers")
     chance, in_work = random.Random(0), 0
     for _ in range(kills):
         before = answers.stat().st_size if answers.exists() else 0
         child = start(config)
-        while not config.out.exists() and (not answers.exists() or answers.stat().st_size == before):
+        while not answers.exists() or answers.stat().st_size == before:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it came through, or broke, before its kill"
             time.sleep(0.001)
         time.sleep(chance.random() * 0.1)
         os.kill(child, signal.SIGKILL)

@@ -116,10 +116,10 @@ def test_kills_at_random_instants_leave_what_one_more_run_completes(
 ) -> None:
     out = tmp_path / "new.jsonl"
     given = settings(talker, chats, out) | {"data": str(chats), "out": str(out)}
-    program = [sys.executable, str(Path(__file__).with_name("killed_regeneration.py")), "4", json.dumps(given)]
+    program = [sys.executable, str(Path(__file__).with_name("killed_regeneration.py")), "3", json.dumps(given)]
     killed = subprocess.run(program, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout) >= 3
+    assert int(killed.stdout) == 3
     assert out.read_bytes() == whole.read_bytes()
     assert Path(f"{out}.rejects").read_bytes() == Path(f"{whole}.rejects").read_bytes()
 
@@ -150,7 +150,7 @@ def test_a_journal_cut_or_damaged_anywhere_leads_to_the_same_file(
         patched.setattr(stage, "_write_rows", stop)
         run(talker, chats, out)
     kept = (tmp_path / "new.jsonl.partial/answers").read_bytes()
-    for trial in range(6):
+    for trial in range(4):
         content = kept[: chance.randrange(len(kept) + 1)]
         if trial % 2:
             place = chance.randrange(len(content))
