@@ -1,6 +1,7 @@
 """Which server a request goes to: the least busy of those that answer; one that does not is left to rest.
 
-A server that gives nothing for some tries in a row rests; one single try follows, and without an answer a longer rest.
+A server that gives nothing for some tries in a row rests; one single try follows, of something harmless, and without an
+answer a longer rest.
 After some rests in a row it is gone: it is still tried at times, but when all are gone the work stops.
 """
 

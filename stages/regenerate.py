@@ -4,6 +4,7 @@ Reads top to bottom: what is asked for, what was answered before, the answers, t
 """
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -239,6 +240,8 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
                 left_out[reason] += 1
                 reject = {"source": dialogue.source, "row": dialogue.line, "reason": reason, "detail": detail}
                 rejects.write(json.dumps(reject) + "\n")
+            rejects.flush()
+            os.fsync(rejects.fileno())
 
     write_synced(folder / "rows", rows())
     if not num_rows:

@@ -31,6 +31,8 @@ _WRONG_ROW = {400, 413, 414, 422}
 _BUSY = {408, 425, 429, 502, 503, 504}
 """Of the server, whichever row it was."""
 _FINISHED = {"stop", "eos", "eos_token", "stop_sequence"}
+PROBE = Dialogue(index=0, source="", line=0, said=[[{"role": "user", "content": "Say yes."}]])
+"""What a server is asked after a rest: no row, for there may be rows that it never answers."""
 
 
 class NoAnswerError(Exception):
@@ -119,7 +121,9 @@ class ServerAnswerer:
             nonlocal avoid
             avoid = server = await self._servers.acquire(avoid)
             try:
-                answer = await self._post(client, server, dialogue)
+                if server.on_trial:
+                    await self._probe(client, server)
+                answer = await self._post(client, server, dialogue, self.config.max_new_tokens)
             except NoAnswerError as error:
                 self._servers.failed(server, str(error), heard=error.heard, retry_after_s=error.retry_after_s)
                 raise
@@ -137,6 +141,15 @@ class ServerAnswerer:
             said = f"{failures} tries; the last: {error}"
             return Answer(fault="no answer from the server", detail=f"turn {len(dialogue.answers)}: {said}")
 
+    async def _probe(self, client: Any, server: Server) -> None:
+        """Note that a server answers again; `NoAnswerError`, for which no row is to blame, if it does not."""
+        try:
+            answer = await self._post(client, server, PROBE, 1)
+        except NoAnswerError as error:
+            error.of_row = False
+            raise
+        self._servers.answered(server, counts=answer.fault != REFUSED)
+
     def _wait(self, state: RetryCallState) -> float:
         first = self.config.backoff_s
         assert state.outcome is not None
@@ -144,12 +157,12 @@ class ServerAnswerer:
         backoff = wait_exponential(multiplier=first, max=LONGEST_BACKOFF_S) + wait_random(0, first)
         return max(backoff(state), asked_for)
 
-    def _request(self, dialogue: Dialogue) -> bytes:
+    def _request(self, dialogue: Dialogue, max_tokens: int) -> bytes:
         config, turn = self.config, len(dialogue.answers)
         request = {
             "model": config.model_name,
             "messages": [_sent(message) for message in dialogue.prompt(turn)],
-            "max_tokens": config.max_new_tokens,
+            "max_tokens": max_tokens,
             "temperature": config.temperature,
         }
         if config.temperature:
@@ -160,8 +173,8 @@ class ServerAnswerer:
             request["chat_template_kwargs"] = config.chat_template_kwargs
         return json.dumps(request).encode()
 
-    async def _post(self, client: Any, server: Server, dialogue: Dialogue) -> Answer:
-        content = self._request(dialogue)
+    async def _post(self, client: Any, server: Server, dialogue: Dialogue, max_tokens: int) -> Answer:
+        content = self._request(dialogue, max_tokens)
         body = bytearray()
         try:
             async with (
@@ -181,7 +194,7 @@ class ServerAnswerer:
             raise NoAnswerError(f"connection broken ({type(error).__name__}: {error})", of_row=True) from error
         turn = f"turn {len(dialogue.answers)}"
         if response.status_code == 200:
-            return _read(body, turn, self.config.max_new_tokens)
+            return _read(body, turn, max_tokens)
         said = f"status {response.status_code}: {_error_text(body)}"
         if response.status_code in _WRONG_ROW:
             return Answer(fault=REFUSED, detail=f"{turn}: {said}")
@@ -236,7 +249,7 @@ def _sent(message: Message) -> Message:
     return message if reasoning is None else {**message, "reasoning": reasoning}
 
 
-def _read(body: bytearray, turn: str, max_new_tokens: int) -> Answer:
+def _read(body: bytearray, turn: str, max_tokens: int) -> Answer:
     """Return the answer that a response holds; `NoAnswerError` if it is none of the protocol's."""
     try:
         choice = json.loads(body)["choices"][0]
@@ -251,9 +264,7 @@ def _read(body: bytearray, turn: str, max_new_tokens: int) -> Answer:
         said = f"{type(error).__name__}: {error}"[:200]
         raise NoAnswerError(f"status 200, but no chat completion ({said})", of_row=True) from error
     if finish == "length":
-        return Answer(
-            fault="truncated answer", detail=f"{turn}: longer than {max_new_tokens} tokens or the server's room"
-        )
+        return Answer(fault="truncated answer", detail=f"{turn}: longer than {max_tokens} tokens or the server's room")
     if calls or finish == "tool_calls":
         return Answer(fault="answer calls a tool", detail=f"{turn}: nothing here could give the tool's result")
     if finish not in _FINISHED:

@@ -47,6 +47,8 @@ class ChatServer:
         """Of each answer."""
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
+        self.probes = 0
+        """Requests of one token, which ask whether it is there; they are not among the others."""
         self.keys: set[str | None] = set()
         self.most_at_once = 0
         self.faults: Counter[str] = Counter()
@@ -102,8 +104,11 @@ class ChatServer:
             key = json.dumps(messages)
             tries = self._tries[key]
             self._tries[key] += 1
-            self.requests.append({"path": handler.path, **request})
-            self.times.append(time.monotonic())
+            if request["max_tokens"] == 1:
+                self.probes += 1
+            else:
+                self.requests.append({"path": handler.path, **request})
+                self.times.append(time.monotonic())
             self.keys.add(handler.headers["Authorization"])
             fault = self.fault(messages[-1]["content"], tries)
             self.faults[fault or "none"] += 1
