@@ -1,7 +1,8 @@
 """Answers so far, on disk: a line each, appended as they come, so that a killed run loses at most the last ones.
 
-A line is the CRC-32 of a JSON object, a blank and the object: {"row", "turn", ...}. Lines stand in the order in which
-the answers came, which differs from the rows' order by no more than the rows that were being answered at once.
+A line is the CRC-32 of a JSON object, a blank and the object: {"row", "content", ...}. A row's lines are its turns in
+order; rows stand as their answers came, in an order that differs from the data's by no more than the rows that were
+being answered at once.
 """
 
 import json
@@ -53,36 +54,30 @@ class Journal:
 
         Holds no more answers than lie between a row's first and its last line.
         """
-        waiting: dict[int, list[tuple[int, Answer]]] = {}
+        waiting: dict[int, list[Answer]] = {}
         with self.path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size
             for dialogue in dialogues:
-                _give(dialogue, waiting.pop(dialogue.index, []))
+                for answer in waiting.pop(dialogue.index, []):
+                    dialogue.add(answer)
                 while dialogue.is_open and file.tell() < end:
-                    row, turn, answer = _entry(file.readline())
+                    row, answer = _entry(file.readline())
                     if row == dialogue.index:
-                        _give(dialogue, [(turn, answer)])
-                    elif row > dialogue.index:
-                        waiting.setdefault(row, []).append((turn, answer))
+                        dialogue.add(answer)
+                    else:
+                        waiting.setdefault(row, []).append(answer)
                 yield dialogue
-
-
-def _give(dialogue: Dialogue, answers: list[tuple[int, Answer]]) -> None:
-    for turn, answer in answers:
-        if turn == len(dialogue.answers) and dialogue.is_open:  # a batch done again repeats some
-            dialogue.add(answer)
 
 
 def _line(dialogue: Dialogue, answer: Answer) -> bytes:
     said = {name: value for name, value in asdict(answer).items() if value}
-    entry = {"row": dialogue.index, "turn": len(dialogue.answers) - 1, **said}
-    content = json.dumps(entry).encode()
+    content = json.dumps({"row": dialogue.index, **said}).encode()
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
-def _entry(line: bytes) -> tuple[int, int, Answer]:
+def _entry(line: bytes) -> tuple[int, Answer]:
     document = json.loads(line[9:])
-    return document.pop("row"), document.pop("turn"), Answer(**document)
+    return document.pop("row"), Answer(**document)
 
 
 def _valid_bytes(path: Path) -> int:
