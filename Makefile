@@ -11,7 +11,7 @@ FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' 
 LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-gpu check-oldest
-.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target format
+.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target demo-data format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -110,6 +110,20 @@ target: $(LINKED) ## train the embedded target again, into target-run/ (about an
 	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/first --steps 3200 --seed 0
 	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/target --steps 2600 --seed 1 \
 	  --init target-run/first --rate-scale 0.5
+
+DATA = demo-data
+EMBEDDED = pipeline/embedded
+REFERENCES = $(BIN)/python -m dflash_offline.pipeline.embedded.conversations
+ANSWER = $(BIN)/dflash regenerate --target $(EMBEDDED)/target --max-new-tokens 256
+
+# Another processor may round otherwise where two words all but tie, and then differ in a few answers.
+demo-data: $(LINKED) ## make the demo's conversations again, into demo-data/, and compare (minutes)
+	$(REFERENCES) --out $(DATA)/references/conversations.jsonl --num 3000 --split train --seed 1
+	$(REFERENCES) --out $(DATA)/references/prompts.jsonl --num 240 --split heldout --seed 2
+	$(ANSWER) $(DATA)/references/conversations.jsonl --out $(DATA)/conversations.jsonl
+	$(ANSWER) $(DATA)/references/prompts.jsonl --out $(DATA)/prompts.jsonl
+	cmp $(DATA)/conversations.jsonl $(EMBEDDED)/conversations.jsonl
+	cmp $(DATA)/prompts.jsonl $(EMBEDDED)/prompts.jsonl
 
 # Without a GPU a CPU build of torch is taken wherever one can be had: from pip's own sources, or by uv, which knows
 # where PyTorch keeps them; only failing both, the default build with its CUDA packages.

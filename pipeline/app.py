@@ -51,6 +51,7 @@ from dflash_offline.schemas.draft_formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
 from dflash_offline.schemas.manifest import FEATURE_KINDS
+from dflash_offline.schemas.regeneration import RegenerateConfig
 from dflash_offline.stages.cores import limit_threads
 from dflash_offline.stages.progress import readable_bytes
 
@@ -80,6 +81,90 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command(**taught("regenerate"))
+def regenerate(
+    data: Annotated[list[Path], typer.Argument(help="Conversations, named as for `dflash extract`.")],
+    out: Annotated[Path, typer.Option(help="JSONL file of the conversations with the target's own answers.")],
+    target: Annotated[
+        str | None, typer.Option(help="Hugging Face model: a folder, or a hub id. With --server only a name.")
+    ] = RegenerateConfig.target,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="OpenAI-compatible server that answers; may be given several times."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name on the servers. [default: the target]")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 for the likeliest token each time; above, tokens are drawn.")
+    ] = RegenerateConfig.temperature,
+    top_p: Annotated[
+        float, typer.Option(help="When drawn: the likeliest tokens with this much together.")
+    ] = RegenerateConfig.top_p,
+    seed: Annotated[int, typer.Option(help="Of the draws, a row's own by its number.")] = RegenerateConfig.seed,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of an answer; a longer one leaves its row out.")
+    ] = RegenerateConfig.max_new_tokens,
+    chat_template_kwargs: TemplateKwargs = "{}",
+    input_format: InputFormat = RegenerateConfig.input_format,
+    limit: Annotated[int | None, typer.Option(help="Rows read, at most. [default: all]")] = RegenerateConfig.limit,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
+    ] = RegenerateConfig.skip_bad_rows,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.")
+    ] = RegenerateConfig.dtype,
+    attn_implementation: Attention = RegenerateConfig.attn_implementation,
+    device: Device = RegenerateConfig.device,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a target that is larger than one GPU over all of them.")
+    ] = RegenerateConfig.device_map,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_rows: Annotated[
+        int, typer.Option(help="Conversations answered at once here; another number may decide a near tie otherwise.")
+    ] = RegenerateConfig.batch_rows,
+    concurrency: Annotated[
+        int, typer.Option(help="Requests on their way to all servers together.")
+    ] = RegenerateConfig.concurrency,
+    timeout_s: Annotated[
+        float, typer.Option(help="Seconds until a server's answer must be there.")
+    ] = RegenerateConfig.timeout_s,
+    row_tries: Annotated[
+        int, typer.Option(help="Tries until a row is left out that fails while others are answered.")
+    ] = RegenerateConfig.row_tries,
+    backoff_s: Annotated[
+        float, typer.Option(help="Seconds before a second try; doubled each time, or as the server asks.")
+    ] = RegenerateConfig.backoff_s,
+    server_tries: Annotated[
+        int, typer.Option(help="Tries in a row without an answer until a server rests.")
+    ] = RegenerateConfig.server_tries,
+    rest_s: Annotated[
+        float, typer.Option(help="Seconds of its first rest; the next ones are longer.")
+    ] = RegenerateConfig.rest_s,
+    rests: Annotated[
+        int, typer.Option(help="Rests in a row until a server is gone; without one left the command stops.")
+    ] = RegenerateConfig.rests,
+    json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
+) -> None:
+    """Replace the assistant's turns of conversations by the target's own answers."""
+    given = locals()
+    with _reported(
+        "The answers so far are kept; repeat the command to go on.", quiet=quiet, log_format=log_format
+    ) as progress:
+        config = _settings(
+            RegenerateConfig,
+            given,
+            data=tuple(data),
+            servers=tuple(server or ()),
+            chat_template_kwargs=_object(chat_template_kwargs, "--chat-template-kwargs"),
+        )
+        from dflash_offline.pipeline.regenerate import print_done
+        from dflash_offline.stages.regenerate import regenerate as run
+
+        print_done(run(config, progress), target, as_json=json_)
 
 
 @app.command(**taught("extract"))

@@ -18,6 +18,15 @@ UNITS = {
     **dict.fromkeys("learning_rate weight_decay".split(), "RATE"),
     **{"sample": "INDEX", "limit": "ROWS", "eval limit": "PROMPTS", "mask_token_id": "ID", "seed": "SEED"},
     **{"shard_mib": "MIB", "mantissa_bits": "BITS", "step": "DEVIATIONS"},
+    **dict.fromkeys("timeout_s backoff_s rest_s".split(), "SECONDS"),
+    **{
+        "batch_rows": "ROWS",
+        "concurrency": "REQUESTS",
+        "row_tries": "TRIES",
+        "server_tries": "TRIES",
+        "rests": "TIMES",
+    },
+    **{"features": "SAMPLES", "shard": "INDEX"},
     **{"workers": "PROCESSES", "rank": "RANK", "world_size": "COMMANDS"},
     **{"epochs": "PASSES", "accumulation": "BATCHES", "ema": "DECAY", "clip": "NORM"},
     **{"num_anchors": "BLOCKS", "gamma": "SLOTS", "draft_rope_theta": "BASE", "draft_rms_norm_eps": "EPSILON"},
@@ -27,6 +36,13 @@ UNITS = {
 
 _OUTPUT = "json_ log_format quiet help"
 GROUPS: dict[str, dict[str, str]] = {
+    "regenerate": {
+        "Data": "out input_format limit skip_bad_rows",
+        "Target": "target revision trust_remote_code dtype attn_implementation device device_map batch_rows",
+        "Answers": "max_new_tokens temperature top_p seed chat_template_kwargs",
+        "Servers": "server model concurrency timeout_s row_tries backoff_s server_tries rest_s rests",
+        "Output": _OUTPUT,
+    },
     "extract": {
         "Cache": "out plan ignore_free_space",
         "Data": "input_format limit seed drop_duplicates skip_bad_rows max_length chat_template_kwargs",
@@ -54,7 +70,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "What is decoded": "target prompts cache limit chat_template_kwargs revision trust_remote_code",
         "How it is decoded": "max_new_tokens temperature top_p seed repeats prompt_lookup",
         "Device": "device dtype attn_implementation threads",
-        "Output": f"save plot {_OUTPUT}",
+        "Output": f"save plot html {_OUTPUT}",
     },
     "demo": {"Output": "out log_format quiet help"},
     "doctor": {"What is looked at": "out target hub", "Output": _OUTPUT},
@@ -62,6 +78,13 @@ GROUPS: dict[str, dict[str, str]] = {
 """The options of a command under headings; one that stands nowhere comes last, under `Options`."""
 
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "regenerate": (
+        ("answered here; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out own.jsonl"),
+        (
+            "answered by a server that runs the model",
+            "chats.jsonl --target Qwen/Qwen3-8B --server http://127.0.0.1:8000/v1 --out own.jsonl",
+        ),
+    ),
     "extract": (
         ("what it would make and take, before any work", "chats.jsonl --target Qwen/Qwen3-8B --out cache --plan"),
         ("the same without --plan; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out cache"),
@@ -114,8 +137,9 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 """A remark and the arguments of each example."""
 
 _SUMMARIES = {
+    "regenerate": "Replace a corpus's answers by the target's own.",
     "extract": "Run a target over conversations once, into a cache.",
-    "inspect": "Show what a cache holds, or a row of data.",
+    "inspect": "Show what a cache, a run or a row of data holds.",
     "verify": "Check a cache, or a draft; exit 1 if it is wrong.",
     "train": "Train a draft from caches, without the target.",
     "export": "Write a checkpoint as serving clients load it.",

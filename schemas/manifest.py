@@ -166,12 +166,12 @@ def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, o
     ]
 
 
-def refuse_other_identity(cache: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
-    """Raise `MismatchError` with a table of fields if a cache was made from something else than is asked for."""
+def refuse_other_identity(made: Path, have: dict[str, Any], want: dict[str, Any], found: str = "cache") -> None:
+    """Raise `MismatchError` with a table of fields if what is there was made from something else than is asked for."""
     rows = differences(have, want)
     if rows:
         raise MismatchError(
-            f"{cache} was made with other settings or other input than this command's:\n"
-            f"{mismatch_table(rows, found='cache', asked='now')}\n"
+            f"{made} was made with other settings or other input than this command's:\n"
+            f"{mismatch_table(rows, found=found, asked='now')}\n"
             f"Repeat the command that made it to go on with it, or name a new --out."
         )

@@ -15,6 +15,10 @@ from dflash_offline.pipeline.embedded.conversations import KINDS, Conversation, 
 from dflash_offline.pipeline.embedded.measure import table, tally
 from dflash_offline.pipeline.embedded.target_tokenizer import MASK, SPECIAL, TURN_END, VOCAB_SIZE, train_tokenizer
 from dflash_offline.pipeline.embedded.train_target import Recipe, batches, rate, weighted_loss, work
+from dflash_offline.schemas.files import sha256_file
+from dflash_offline.schemas.regeneration import RegenerateConfig
+from dflash_offline.stages.regenerate import regenerate
+from dflash_offline.stages.target import open_target
 
 MAX_WEIGHT_BYTES = 6_000_000
 MAX_CONVERSATIONS_BYTES = 4_000_000
@@ -157,6 +161,29 @@ def test_shipped_answers_are_the_greedy_ones(loaded: tuple[Any, Any], shipped: d
         assert alone == ids
         assert alone_nll == pytest.approx(nll, abs=1e-3)
         assert tokenizer.decode(ids) == one["messages"][-1]["content"] + TURN_END
+
+
+@pytest.mark.parametrize(("file", "split", "seed"), [(CONVERSATIONS, "train", 1), (PROMPTS, "heldout", 2)])
+def test_shipped_files_are_what_regenerating_the_generated_ones_made(
+    file: Path, split: Split, seed: int, shipped: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    made = json.loads(Path(f"{file}.provenance").read_text())
+    assert made["sha256"] == sha256_file(file)
+    identity = open_target(str(TARGET)).identity()
+    for name in ("config_sha256", "weights_sha256", "chat_template_sha256"):
+        assert made["identity"]["target"][name] == identity[name]
+    assert made["identity"]["temperature"] == 0 and made["counts"]["left_out"] == {}
+    references = tmp_path / "conversations.jsonl"
+    rows = [one.record() for one in drawn(split, len(shipped[split]), seed)]
+    references.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert made["identity"]["data"] == {"file_0_sha256": sha256_file(references)}
+    out = tmp_path / "new.jsonl"
+    few = {"data": (references,), "out": out, "limit": 12, "max_new_tokens": 256, "device": "cpu"}
+    regenerate(RegenerateConfig(**few, target=str(TARGET)))
+    new = [json.loads(line) for line in out.read_text().splitlines()]
+    free = ("letter", "story")  # as below
+    pairs = zip(new, shipped[split], strict=False)
+    assert len(new) == 12 and all(a["messages"] == b["messages"] or a["kind"] in free for a, b in pairs)
 
 
 def test_target_answers_held_out_prompts_in_form_and_often_right(loaded: tuple[Any, Any]) -> None:

@@ -1,24 +1,17 @@
-"""Writes conversations in which every assistant turn is the target's own greedy answer.
+"""The target's greedy answers with the likelihood of each token, for its measurements.
 
-    python -m dflash_offline.pipeline.embedded.answer --target DIR --out FILE --num N --split train --seed S
-
-One JSON object a line: {"messages": [...], "kind": ...}. Later turns answer the target's own earlier answers.
+Written apart from `dflash regenerate`, which makes the shipped conversations, so that the two can be compared.
 """
 
-import argparse
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dflash_offline.pipeline.embedded import TARGET
-from dflash_offline.pipeline.embedded.conversations import Conversation, Message, generate
+from dflash_offline.pipeline.embedded.conversations import Conversation, Message
 
 MAX_NEW_TOKENS = 256
 BATCH = 64
@@ -93,39 +86,3 @@ def answer(model: Any, tokenizer: Any, conversations: Iterable[Conversation]) ->
                 one.messages.append({"role": "assistant", "content": said})
                 one.nll += nll
     return all_answered
-
-
-def answered(model: Any, tokenizer: Any, split: Any, seed: int, num: int, left_out: Counter[str]) -> Iterator[Answered]:
-    """Yield `num` fully answered conversations of a split; those that failed are counted in `left_out`."""
-    stream = generate(split, seed)
-    while num:
-        for one in answer(model, tokenizer, islice(stream, num)):
-            if one.failure:
-                left_out[one.failure] += 1
-            else:
-                num -= 1
-                yield one
-
-
-def main() -> None:
-    """Read the command line, answer, write the file, say what was left out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--out", type=Path, required=True, help="file of conversations, one JSON object a line")
-    parser.add_argument("--num", type=int, required=True, help="conversations to write")
-    parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    model, tokenizer = load(args.target)
-    left_out: Counter[str] = Counter()
-    lines = []
-    for one in answered(model, tokenizer, args.split, args.seed, args.num, left_out):
-        lines.append(json.dumps({"messages": one.messages, "kind": one.conversation.kind}) + "\n")
-    partial = args.out.with_suffix(".partial")
-    partial.write_text("".join(lines))
-    partial.replace(args.out)
-    print(f"{args.out}: {len(lines)} conversations; left out: {dict(left_out) or 'none'}")
-
-
-if __name__ == "__main__":
-    main()

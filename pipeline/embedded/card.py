@@ -44,11 +44,12 @@ $table
 cd pipeline/embedded
 $commands
 python -m dflash_offline.pipeline.embedded.measure --num $num --seed $measure_seed --card
-python -m dflash_offline.pipeline.embedded.answer --out conversations.jsonl --num 3000 --split train --seed 1
-python -m dflash_offline.pipeline.embedded.answer --out prompts.jsonl --num 240 --split heldout --seed 2
 ```
 Another machine, or another number of processes, rounds sums in another order and so gives slightly other weights, and
 some other answers.
+
+The conversations that ship with it are generated ones, their answers replaced by the target's own with
+`dflash regenerate`: `make demo-data` makes both files again and compares them.
 """)
 
 _TRAIN = "python -m dflash_offline.pipeline.embedded.train_target"

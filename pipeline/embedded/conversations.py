@@ -1,9 +1,18 @@
-"""Seeded conversations with reference answers, split by what they say into training and held-out ones."""
+"""Seeded conversations with reference answers, split by what they say into training and held-out ones.
 
+    python -m dflash_offline.pipeline.embedded.conversations --out FILE --num N --split train --seed S
+
+writes the first N of them, one JSON object a line: {"messages": [...], "kind": ...}.
+"""
+
+import argparse
 import hashlib
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 from dflash_offline.pipeline.embedded.arithmetic_kinds import ARITHMETIC
@@ -72,3 +81,20 @@ def check(conversation: Conversation, index: int, answer: str) -> tuple[bool, bo
     if conversation.required:
         return well_formed, well_formed and all(part in answer for part in conversation.required)
     return well_formed, answer == conversation.messages[index]["content"]
+
+
+def main() -> None:
+    """Read the command line and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num", type=int, required=True, help="conversations to write")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    drawn = islice(generate(args.split, args.seed), args.num)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(json.dumps(one.record()) + "\n" for one in drawn))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Replaces the assistant's turns of conversations by the target's own answers, in the order of the data.
+
+Reads top to bottom: what is asked for, what was answered before, the answers, the new file. No torch with servers.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import BadInputError, DflashError
+from dflash_offline.schemas.files import (
+    locked,
+    move_synced,
+    output_folder,
+    publish,
+    read_sealed,
+    sealed_bytes,
+    sha256_file,
+    write_synced,
+)
+from dflash_offline.schemas.manifest import refuse_other_identity
+from dflash_offline.schemas.regeneration import RegenerateConfig
+from dflash_offline.stages.dialogues import BAD_ROW, Answer, Dialogue, read_dialogues
+from dflash_offline.stages.journal import Journal
+from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.rows import refuse_bad_rows
+from dflash_offline.stages.sources import Data
+
+IDENTITY = "identity"
+ANSWERS = "answers"
+FORMAT = "dflash-regenerated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regenerated:
+    """What `regenerate` left."""
+
+    out: Path
+    num_rows: int
+    """Of the new file."""
+    num_answers: int
+    left_out: dict[str, int]
+    """Rows by the reason for which they are not in it."""
+    num_answers_now: int
+    """Answers that this call got; the rest was there before."""
+    seconds: float
+    """Spent on them."""
+
+    @property
+    def rejects(self) -> Path:
+        """The file that names each row that was left out; there is none where none was."""
+        return _beside(self.out, "rejects")
+
+
+class Answerer(Protocol):
+    """What gives the answers: the target itself, or servers."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the answers."""
+
+    def origin(self) -> dict[str, Any]:
+        """Return what is worth recording beside it."""
+
+    def answer(
+        self, dialogues: Iterable[Dialogue], note: Callable[[list[tuple[Dialogue, Answer]]], None], num_open: int
+    ) -> None:
+        """Answer every open turn of the dialogues, `num_open` of which have one, and note each answer once added."""
+
+
+def regenerate(config: RegenerateConfig, progress: Progress | None = None) -> Regenerated:
+    """Make `config.out` hold the conversations with the target's own answers, whole or not at all.
+
+    Beside it stand the rejects, if there are any, and last the provenance, which says what made it. Until then the
+    answers are kept in a folder beside it, from which the same call goes on. Raises `DflashError` for bad rows, for
+    settings other than those it was begun with, and where no server answers.
+    """
+    progress = progress or Silent()
+    answerer = _answerer(config, progress)
+    data = _data(config)
+    identity = _identity(config, data, answerer)
+    before = _finished(config.out, identity)
+    if before is not None:
+        return before
+    with _work_folder(config.out, identity) as folder:
+        journal = Journal(folder / ANSWERS)
+        try:
+            num_rows, num_open = _survey(config, data, journal, progress)
+            progress.start("Answering", num_rows, "rows", done=num_rows - num_open)
+            began, answers_now = time.perf_counter(), 0
+
+            def note(noted: list[tuple[Dialogue, Answer]]) -> None:
+                nonlocal answers_now
+                journal.note(noted)
+                answers_now += len(noted)
+                rate = answers_now / (time.perf_counter() - began)
+                progress.advance(sum(not dialogue.is_open for dialogue, _ in noted), answers_per_s=f"{rate:.2f}")
+
+            answerer.answer(journal.replay(read_dialogues(data)), note, num_open)
+            seconds = time.perf_counter() - began
+        finally:
+            progress.finish()
+            journal.close()
+        counts = _write_rows(config, folder, journal.replay(read_dialogues(data)))
+        origin = {
+            **answerer.origin(),
+            "data": [str(argument) for argument in config.data],
+            "dflash_offline": version("dflash-offline"),
+        }
+        _publish(config.out, folder, {"identity": identity, "origin": origin, "counts": counts})
+    return _regenerated(config.out, counts, answers_now, seconds)
+
+
+def _answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
+    if config.servers:
+        from dflash_offline.stages.server import ServerAnswerer
+
+        return ServerAnswerer(config, progress)
+    from dflash_offline.stages.generation import LocalAnswerer
+
+    return LocalAnswerer(config, progress)
+
+
+def _data(config: RegenerateConfig) -> Data:
+    chosen = {name: getattr(config, name) for name in ("data", "out", "input_format", "limit", "seed")}
+    data = Data(ExtractConfig(**chosen, target=config.target or ""))
+    if config.out.resolve() in (file.path.resolve() for source in data.sources for file in source.files):
+        raise DflashError(f"{config.out} is itself among the data. Name an --out elsewhere.")
+    return data
+
+
+def _identity(config: RegenerateConfig, data: Data, answerer: Answerer) -> dict[str, Any]:
+    """Return every field that decides the new file's content."""
+    drawn = config.temperature > 0
+    return {
+        **answerer.identity(),
+        "data": data.identity(),
+        "weights": data.weights,
+        "input_format": config.input_format,
+        "limit": config.limit,
+        "seed": config.seed if drawn or data.weights is not None else None,
+        "temperature": config.temperature,
+        "top_p": config.top_p if drawn else None,
+        "max_new_tokens": config.max_new_tokens,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "skip_bad_rows": config.skip_bad_rows,
+    }
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}.{what}")
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> Regenerated | None:
+    """Return what an earlier call left, if it is whole; `DflashError` if `out` is something else."""
+    provenance, partial = _beside(out, "provenance"), _beside(out, "partial")
+    if out.is_dir() or (out.exists() and not provenance.exists() and not (partial / IDENTITY).is_file()):
+        raise DflashError(f"{out} exists and was not made by `dflash regenerate`. Name a new file with --out.")
+    if not out.exists() or not provenance.exists():
+        return None
+    document = read_sealed(provenance)
+    refuse_other_identity(out, document["identity"], identity, "before")
+    if sha256_file(out) != document["sha256"]:
+        raise DflashError(
+            f"{out} has changed since it was made, as {provenance} knows it. Remove {provenance} to keep the file as "
+            f"your own and name another --out, or remove both to make it again."
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    return _regenerated(out, document["counts"], 0, 0.0)
+
+
+def _regenerated(out: Path, counts: dict[str, Any], answers_now: int, seconds: float) -> Regenerated:
+    return Regenerated(
+        out=out,
+        num_rows=counts["rows"],
+        num_answers=counts["answers"],
+        left_out=counts["left_out"],
+        num_answers_now=answers_now,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """Give the locked folder of what is answered so far; `MismatchError` if it was begun with other settings."""
+    folder = output_folder(_beside(out, "partial"), marker=IDENTITY, kind="begun regeneration", renamed=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait=False) as held:
+        if not held:
+            raise DflashError(f"{folder} is being worked on by another command. Wait for it, or name another --out.")
+        path = folder / IDENTITY
+        if path.is_file():
+            refuse_other_identity(folder, read_sealed(path)["identity"], identity, "before")
+        else:
+            document = {"format": FORMAT, "identity": identity}
+            publish([sealed_bytes(document)], temporary=folder / f".{IDENTITY}", path=path)
+        yield folder
+
+
+def _survey(config: RegenerateConfig, data: Data, journal: Journal, progress: Progress) -> tuple[int, int]:
+    """Return how many rows there are and how many are to be answered yet; `BadInputError` naming the bad ones."""
+    num_rows = num_open = 0
+    faults: list[str] = []
+    progress.start("Reading", None, "rows")
+    for dialogue in journal.replay(read_dialogues(data)):
+        num_rows += 1
+        num_open += dialogue.is_open
+        if dialogue.fault is not None and dialogue.fault[0] == BAD_ROW and not config.skip_bad_rows:
+            faults.append(dialogue.fault[1])
+        progress.advance(1)
+    progress.finish()
+    refuse_bad_rows(faults, "Mend them, or leave them out with --skip-bad-rows.")
+    return num_rows, num_open
+
+
+def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dialogue]) -> dict[str, Any]:
+    """Write rows and rejects, in the order of the data, into the folder; returns the counts."""
+    left_out: Counter[str] = Counter()
+    num_answers = num_rows = 0
+
+    def rows() -> Iterator[bytes]:
+        nonlocal num_answers, num_rows
+        with (folder / "rejects").open("w", encoding="utf-8") as rejects:
+            for dialogue in dialogues:
+                assert not dialogue.is_open, "every row was answered, or has a reason"
+                if dialogue.fault is None:
+                    num_rows += 1
+                    num_answers += len(dialogue.answers)
+                    yield (json.dumps(dialogue.record(), ensure_ascii=False) + "\n").encode()
+                    continue
+                reason, detail = dialogue.fault
+                left_out[reason] += 1
+                reject = {"source": dialogue.source, "row": dialogue.line, "reason": reason, "detail": detail}
+                rejects.write(json.dumps(reject) + "\n")
+            rejects.flush()
+            os.fsync(rejects.fileno())
+
+    write_synced(folder / "rows", rows())
+    if not num_rows:
+        listed = "".join(f"\n  {count} rows: {reason}" for reason, count in left_out.most_common()) or "\n  no rows"
+        raise BadInputError(
+            f"No row of {', '.join(map(str, config.data))} was answered:{listed}\n"
+            f"{folder / 'rejects'} names each. Remove {folder} to ask again."
+        )
+    return {"rows": num_rows, "answers": num_answers, "left_out": dict(sorted(left_out.items()))}
+
+
+def _publish(out: Path, folder: Path, document: dict[str, Any]) -> None:
+    """Put the new file in place, then what says how it was made; then forget the answers."""
+    document = {"format": FORMAT, **document, "sha256": sha256_file(folder / "rows")}
+    if document["counts"]["left_out"]:
+        move_synced(folder / "rejects", _beside(out, "rejects"))
+    else:
+        _beside(out, "rejects").unlink(missing_ok=True)
+    move_synced(folder / "rows", out)
+    publish([sealed_bytes(document)], temporary=folder / ".provenance", path=_beside(out, "provenance"))
+    shutil.rmtree(folder, ignore_errors=True)
