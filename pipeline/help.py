@@ -1,6 +1,7 @@
 """How the commands' help reads: options in groups, every number with its unit, examples that run as printed."""
 
 import inspect
+import textwrap
 from typing import Any
 
 import typer.core
@@ -150,7 +151,8 @@ _SUMMARIES = {
 OVERVIEW = """\b
 The way through:
   dflash doctor
-  dflash extract chats.jsonl --target Qwen/Qwen3-8B --out cache
+  dflash regenerate chats.jsonl --target Qwen/Qwen3-8B --out own.jsonl
+  dflash extract own.jsonl --target Qwen/Qwen3-8B --out cache
   dflash inspect cache
   dflash train cache --out run
   dflash export run --out draft
@@ -161,13 +163,18 @@ dflash COMMAND --help has examples. dflash --install-completion lets the shell c
 
 def taught(command: str) -> dict[str, Any]:
     """Return what `app.command` takes to make a command's help teach it."""
-    lines = [f"  # {remark}\n  dflash {command} {arguments}".rstrip() for remark, arguments in EXAMPLES[command]]
+    lines = [f"  # {remark}\n  {_broken(f'dflash {command} {arguments}')}" for remark, arguments in EXAMPLES[command]]
     return {
         "name": command,
         "cls": _grouped(command),
         "short_help": _SUMMARIES[command],
         "epilog": "\b\nExamples:\n" + "\n".join(lines),
     }
+
+
+def _broken(line: str) -> str:
+    """Return a command as it may be pasted, on as many lines as 80 columns need."""
+    return " \\\n    ".join(textwrap.wrap(line, 74, break_long_words=False, break_on_hyphens=False))
 
 
 def _grouped(command: str) -> type[typer.core.TyperCommand]:
