@@ -7,13 +7,24 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dflash_offline.schemas.errors import CacheError, DflashError
 
+Piece = bytes | NDArray[np.uint8]
+"""Some of a file's content."""
+_PIECES_AT_ONCE = 64
+"""Of a file that is written; a call takes at most 1,024."""
+_SYNC_BYTES = 32 << 20
+"""Written bytes from which a file is synced while it is still being written."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Of file systems that know no locks."""
 
@@ -27,22 +38,48 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a new file's parts and make its content durable; the file may be left half-written by a crash."""
+def write_synced(path: Path, pieces: Iterable[Piece]) -> None:
+    """Write a new file's pieces and make its content durable; the file may be left half-written by a crash.
+
+    Of a large file, what is written goes to the disk while the next pieces are made.
+    """
     try:
-        with path.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "sync") as syncer:
+            descriptor, unsynced = file.fileno(), 0
+            syncing: Future[None] | None = None
+            pieces = iter(pieces)
+            while batch := list(islice(pieces, _PIECES_AT_ONCE)):
+                unsynced += _write_all(descriptor, batch)
+                if syncing is not None and syncing.done():
+                    syncing.result()
+                    syncing = None
+                if syncing is None and unsynced >= _SYNC_BYTES:
+                    syncing, unsynced = syncer.submit(os.fdatasync, descriptor), 0
+            if syncing is not None:
+                syncing.result()
+            os.fsync(descriptor)
     except OSError as error:
         error.filename = str(path)  # a full disk does not say which file it was
         raise
 
 
-def publish(parts: Iterable[bytes], *, temporary: Path, path: Path) -> None:
-    """Make `path` hold the parts, whole or not at all: write `temporary`, sync, rename, sync the folder."""
-    write_synced(temporary, parts)
+def _write_all(descriptor: int, pieces: Sequence[Piece]) -> int:
+    """Write the pieces with as few calls as it takes; returns their bytes."""
+    views = [memoryview(piece) for piece in pieces]
+    total = left = sum(view.nbytes for view in views)
+    while left:
+        written = os.writev(descriptor, views)
+        left -= written
+        while views and written >= views[0].nbytes:
+            written -= views.pop(0).nbytes
+        if views:
+            views[0] = views[0].cast("B")[written:]
+    return total
+
+
+def publish(pieces: Iterable[Piece], *, temporary: Path, path: Path) -> None:
+    """Make `path` hold the pieces, whole or not at all: write `temporary`, sync, rename, sync the folder."""
+    write_synced(temporary, pieces)
     move_synced(temporary, path)
 
 

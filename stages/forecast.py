@@ -99,7 +99,7 @@ def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> floa
     stored = [encoder.encode(values[:, layer], layer).numpy() for layer in range(layout.num_layers)]
     chunks = [layer[i : i + layout.chunk_tokens] for layer in stored for i in range(0, len(layer), layout.chunk_tokens)]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return sum(map(len, pool.map(encode_chunk, chunks))) / (2 * codes.numel())
+        return sum(chunk.num_bytes for chunk in pool.map(encode_chunk, chunks)) / (2 * codes.numel())
 
 
 def _free_bytes(out: Path) -> int:

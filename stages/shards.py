@@ -19,7 +19,7 @@ import threading
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import Piece
 from dflash_offline.stages.scratch import scratch
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
@@ -43,6 +44,13 @@ _PARALLEL_BYTES = 1 << 20
 REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
 
 _local = threading.local()
+
+
+class Encoded(NamedTuple):
+    """A chunk as it stands in a shard file, in pieces that follow each other; the last is its crc32c."""
+
+    pieces: list[Piece]
+    num_bytes: int
 
 
 def _literals() -> zstandard.ZstdCompressor:
@@ -60,10 +68,11 @@ def _crc32c(data: bytes | NDArray[np.uint8]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
 
 
-def encode_chunks(values: NDArray[Any]) -> list[bytes]:
+def encode_chunks(values: NDArray[Any]) -> list[Encoded]:
     """Return chunks [N, ...] as they stand in a shard file: each a Blosc frame of one block, then its crc32c.
 
-    Their bytes are dealt to planes all at once: every operation costs a turn among the threads that encode.
+    Their bytes are dealt to planes all at once, and pieces are never joined: every operation costs a turn among the
+    threads that encode, and what Python copies itself keeps the others waiting.
     """
     size, count = values.dtype.itemsize, values[0].size
     words = scratch("words", values.shape, f"<u{size}")
@@ -77,22 +86,24 @@ def encode_chunks(values: NDArray[Any]) -> list[bytes]:
     return [_frame(list(planes[:, number]), size, values[0].nbytes) for number in range(len(values))]
 
 
-def encode_chunk(values: NDArray[Any]) -> bytes:
+def encode_chunk(values: NDArray[Any]) -> Encoded:
     """Return one chunk as it stands in a shard file."""
     return encode_chunks(values[None])[0]
 
 
-def _frame(planes: list[NDArray[np.uint8]], item_size: int, num_bytes: int) -> bytes:
-    streams: list[bytes | memoryview] = []
+def _frame(planes: list[NDArray[np.uint8]], item_size: int, num_bytes: int) -> Encoded:
+    streams: list[Piece] = []
     for plane in planes:
         packed = _literals().compress(plane.data)
-        stream = packed if len(packed) < len(plane) else plane.data
+        stream = packed if len(packed) < len(plane) else plane.copy()
         streams += [struct.pack("<i", len(stream)), stream]
     shuffled, zstd = 1, 4 << 5
     length = 20 + sum(map(len, streams))
     header = struct.pack("<4B4I", 2, 1, shuffled | zstd, item_size, num_bytes, num_bytes, length, 20)
-    frame = b"".join([header, *streams])
-    return frame + _crc32c(frame)
+    crc = 0
+    for piece in (header, *streams):
+        crc = google_crc32c.extend(crc, piece)
+    return Encoded([header, *streams, crc.to_bytes(_CRC_BYTES, "little")], length + _CRC_BYTES)
 
 
 def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any]) -> bool:
@@ -109,7 +120,7 @@ def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any]) -> bool:
 class EncodedShard:
     """The content of one shard file and what a commit record says of it."""
 
-    parts: list[bytes]
+    pieces: list[Piece]
     record: ShardFileRecord
 
 
@@ -121,12 +132,13 @@ class ShardSummary:
         self._digest = hashlib.sha256()
         self._first_crc = b""
 
-    def add(self, chunks: list[bytes]) -> None:
+    def add(self, chunks: list[Encoded]) -> None:
         """Take the next encoded chunks in the order of the index."""
-        self._first_crc = self._first_crc or chunks[0][-_CRC_BYTES:]
+        self._first_crc = self._first_crc or bytes(chunks[0].pieces[-1])
         for chunk in chunks:
-            self._sizes.append(len(chunk))
-            self._digest.update(chunk)
+            self._sizes.append(chunk.num_bytes)
+            for piece in chunk.pieces:
+                self._digest.update(piece)
 
     def finish(self) -> bytes:
         """Return the index that ends the file; `record` is the whole file's from now on."""
@@ -143,11 +155,12 @@ class ShardSummary:
         return index + crc
 
 
-def join_chunks(chunks: list[bytes]) -> EncodedShard:
+def join_chunks(chunks: list[Encoded]) -> EncodedShard:
     """Return the shard file of encoded chunks in the order of its index."""
     summary = ShardSummary()
     summary.add(chunks)
-    return EncodedShard([*chunks, summary.finish()], summary.record)
+    pieces = [piece for chunk in chunks for piece in chunk.pieces]
+    return EncodedShard([*pieces, summary.finish()], summary.record)
 
 
 class ShardFile:

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path, read_finished
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import locked, move_synced, publish, write_synced
+from dflash_offline.schemas.files import Piece, locked, move_synced, publish, write_synced
 from dflash_offline.schemas.manifest import FEATURES, TMP, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.scratch import scratch
-from dflash_offline.stages.shards import ShardSummary, encode_chunk, encode_chunks, join_chunks
+from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks, join_chunks
 from dflash_offline.stages.statistics import Sums, layer_statistics
 
 _JOB_BYTES = 1 << 20
@@ -44,7 +44,8 @@ class ShardWriter:
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
+        self.encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
+        """Where chunks are encoded, side by side."""
         self._hasher = ThreadPoolExecutor(1, "hash", initializer=_yield_to_forward)
 
     def finished(self, shard: int) -> Commit | None:
@@ -111,7 +112,7 @@ class ShardWriter:
         move_synced(temporary, self.cache / next(iter(files)))
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
             encoded = join_chunks([encode_chunk(values)])
-            publish(encoded.parts, temporary=temporary, path=self.cache / name)
+            publish(encoded.pieces, temporary=temporary, path=self.cache / name)
             files[name] = encoded.record
         now = time.time()
         commit = Commit(
@@ -148,8 +149,8 @@ class ShardWriter:
         counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
         stride = -(-_JOB_BYTES // (layout.chunk_tokens * layout.slot_bytes))
 
-        def encode(first: int) -> tuple[list[bytes], list[Sums]]:
-            chunks: list[bytes] = []
+        def encode(first: int) -> tuple[list[Encoded], list[Sums]]:
+            chunks: list[Encoded] = []
             by_layer = [Sums()] * layout.num_layers
             for row in range(first, min(first + stride, len(counts))):
                 slot = row * layout.chunk_tokens
@@ -161,15 +162,16 @@ class ShardWriter:
         summary = ShardSummary()
         by_layer = [Sums()] * layout.num_layers
 
-        def parts() -> Iterator[bytes]:
-            for chunks, sums in self._encoders.map(encode, range(0, len(counts), stride)):
+        def pieces() -> Iterator[Piece]:
+            for chunks, sums in self.encoders.map(encode, range(0, len(counts), stride)):
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
                 hashed = self._hasher.submit(summary.add, chunks)
-                yield from chunks
+                for chunk in chunks:
+                    yield from chunk.pieces
             hashed.result()
             yield summary.finish()
 
-        write_synced(path, parts())
+        write_synced(path, pieces())
         return summary.record, by_layer
 
     def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:

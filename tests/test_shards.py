@@ -45,7 +45,7 @@ def write(folder: Path, shape: Layout, shard: int, values: NDArray[np.uint16]) -
         encoded = encode_shard(values, (shape.chunk_tokens, 1, shape.hidden_size), pool)
     folder.mkdir(exist_ok=True)
     path = folder / HIDDEN / "c" / str(shard) / "0" / "0"
-    publish(encoded.parts, temporary=folder / "tmp", path=path)
+    publish(encoded.pieces, temporary=folder / "tmp", path=path)
     return path, encoded
 
 

@@ -5,6 +5,7 @@ Axes: T tokens, L captured layers, H hidden size; a feature set is a list of sam
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
         for layer in range(num_layers):
             encoded = encoder.encode(sample[:, layer], layer)
             codes[begin : begin + len(sample), layer] = encoded.numpy().view(np.uint16)
-    writer, one_thread = (ShardWriter(cache, manifest, table, codec, threads) for threads in (None, 1))
+    writer, one_thread = (ShardWriter(cache, manifest, table, codec) for _ in range(2))
+    one_thread.encoders = ThreadPoolExecutor(1)
     return Store(writer, one_thread, codes)
 
 
