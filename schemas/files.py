@@ -12,15 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeAlias
 
 from dflash_offline.schemas.errors import CacheError, DflashError
 
-Piece = bytes | NDArray[np.uint8]
-"""Some of a file's content."""
+Piece: TypeAlias = Any
+"""Some of a file's content: bytes, or an array of them."""
 _PIECES_AT_ONCE = 64
 """Of a file that is written; a call takes at most 1,024."""
 _SYNC_BYTES = 32 << 20

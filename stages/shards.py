@@ -83,7 +83,11 @@ def encode_chunks(values: NDArray[Any]) -> list[Encoded]:
         words >>= 8
     if count < _SMALLEST_SPLIT:
         planes = planes.transpose(1, 0, 2).reshape(1, len(values), -1)
-    return [_frame(list(planes[:, number]), size, values[0].nbytes) for number in range(len(values))]
+    streams = [plane[number] for number in range(len(values)) for plane in planes]
+    packed = _literals().multi_compress_to_buffer([stream.data for stream in streams])
+    kept = [packed[i] if len(packed[i]) < len(stream) else stream.copy() for i, stream in enumerate(streams)]
+    each = len(planes)
+    return [_frame(kept[i * each : (i + 1) * each], size, values[0].nbytes) for i in range(len(values))]
 
 
 def encode_chunk(values: NDArray[Any]) -> Encoded:
@@ -91,19 +95,18 @@ def encode_chunk(values: NDArray[Any]) -> Encoded:
     return encode_chunks(values[None])[0]
 
 
-def _frame(planes: list[NDArray[np.uint8]], item_size: int, num_bytes: int) -> Encoded:
-    streams: list[Piece] = []
-    for plane in planes:
-        packed = _literals().compress(plane.data)
-        stream = packed if len(packed) < len(plane) else plane.copy()
-        streams += [struct.pack("<i", len(stream)), stream]
+def _frame(streams: list[Piece], item_size: int, num_bytes: int) -> Encoded:
+    """Return the frame of a chunk whose planes are these streams."""
+    body: list[Piece] = []
+    for stream in streams:
+        body += [struct.pack("<i", len(stream)), stream]
     shuffled, zstd = 1, 4 << 5
-    length = 20 + sum(map(len, streams))
+    length = 20 + sum(map(len, body))
     header = struct.pack("<4B4I", 2, 1, shuffled | zstd, item_size, num_bytes, num_bytes, length, 20)
     crc = 0
-    for piece in (header, *streams):
+    for piece in (header, *body):
         crc = google_crc32c.extend(crc, piece)
-    return Encoded([header, *streams, crc.to_bytes(_CRC_BYTES, "little")], length + _CRC_BYTES)
+    return Encoded([header, *body, crc.to_bytes(_CRC_BYTES, "little")], length + _CRC_BYTES)
 
 
 def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any]) -> bool:
