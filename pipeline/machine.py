@@ -115,7 +115,7 @@ def time_codec() -> CodecRates:
     out = np.empty(_CHUNK[1:], np.uint16)
     return CodecRates(
         encode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: encode_chunks(codes)),
-        decode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: [decode_chunk(chunk, out) for chunk in packed]),
+        decode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: [decode_chunk(one, out, len(out)) for one in packed]),
         ratio=sum(map(len, packed)) / codes.nbytes,
     )
 

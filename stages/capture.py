@@ -164,7 +164,8 @@ class Capturer:
         for layer, state in enumerate(states):
             tokens = state.flatten(0, 1).index_select(0, real.to(state.device)).to(self.device)
             codes[:, layer] = encoder.encode(tokens, layer)
-            marks[:, layer, 0], marks[:, layer, 1] = tokens.aminmax(dim=-1)
+            marks[:, layer, 0] = tokens.amin(dim=-1)  # on a CPU a tenth of the time of `aminmax`
+            marks[:, layer, 1] = tokens.amax(dim=-1)
             marks[:, layer, 2] = encoder.storable(codes[:, layer])
         return codes, marks
 

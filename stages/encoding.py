@@ -14,6 +14,7 @@ from dflash_offline.stages.features import ABSENT, FAR_SHIFT, LINEAR, LINEAR_BIT
 
 _MANTISSA_BITS = 7
 _EXPONENT = 0x7F80
+_SIGN = -0x8000
 
 
 class FeatureEncoder:
@@ -45,9 +46,10 @@ class FeatureEncoder:
 
     def storable(self, codes: Tensor) -> Tensor:
         """Return which tokens' codes, int16 [..., H], hold no feature that could not be stored; bool [...]."""
+        # The largest by int16, where ABSENT is the largest once its sign is turned: on a CPU a tenth of the time of `all`.
         if self.codec.layout.kind == "scaled":
-            return (codes != -1).all(dim=-1)
-        return ((codes & _EXPONENT) != _EXPONENT).all(dim=-1)
+            return (codes ^ _SIGN).amax(dim=-1) != ~_SIGN
+        return (codes & _EXPONENT).amax(dim=-1) != _EXPONENT
 
     def widen(self, codes: Tensor, columns: Sequence[int]) -> Tensor:
         """Return the bfloat16 features of codes, int16 [..., C, H], of the captured layers `columns`."""

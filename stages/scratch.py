@@ -4,6 +4,7 @@ Fresh arrays of megabytes cost more than what is computed in them: the system ha
 for all threads of a process in turn.
 """
 
+import math
 import threading
 from typing import Any
 
@@ -15,7 +16,7 @@ _local = threading.local()
 
 def scratch(use: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Return an array of undefined content, this thread's own until it asks again for the same use."""
-    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer: NDArray[np.uint8] | None = getattr(_local, use, None)
     if buffer is None or len(buffer) < num_bytes:
         buffer = np.empty(num_bytes, np.uint8)

@@ -16,14 +16,16 @@ import hashlib
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import zstandard
+from crc32c import crc32c
 from numcodecs import blosc
 from numpy.typing import NDArray
 
@@ -37,8 +39,11 @@ BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "bl
 CODEC = "blosc, zstd, each byte plane a stream of literals"
 """What is written here; the bytes of a cache depend on it."""
 _CRC_BYTES = 4
+_HEADER_BYTES = 20
 _SMALLEST_SPLIT = 128
 """Elements below which Blosc takes the planes for one stream."""
+_LARGEST_PLANE = 1 << 16
+"""Bytes of a plane up to which it is quicker to decode the planes one by one; larger ones' memory costs too much."""
 _PARALLEL_BYTES = 1 << 20
 """Raw bytes from which a sample's chunks are decoded side by side."""
 REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
@@ -64,8 +69,16 @@ def _literals() -> zstandard.ZstdCompressor:
     return compressor
 
 
-def _crc32c(data: bytes | NDArray[np.uint8]) -> bytes:
-    return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """Return this thread's zstd decompressor."""
+    decompressor = getattr(_local, "decompressor", None)
+    if decompressor is None:
+        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
+    return decompressor
+
+
+def _crc32c(data: Piece) -> bytes:
+    return int(crc32c(data)).to_bytes(_CRC_BYTES, "little")
 
 
 def encode_chunks(values: NDArray[Any]) -> list[Encoded]:
@@ -100,22 +113,55 @@ def _frame(streams: list[Piece], item_size: int, num_bytes: int) -> Encoded:
     body: list[Piece] = []
     for stream in streams:
         body += [struct.pack("<i", len(stream)), stream]
-    shuffled, zstd = 1, 4 << 5
-    length = 20 + sum(map(len, body))
-    header = struct.pack("<4B4I", 2, 1, shuffled | zstd, item_size, num_bytes, num_bytes, length, 20)
+    length = _HEADER_BYTES + sum(map(len, body))
+    header = _header(item_size, num_bytes, length)
     crc = 0
     for piece in (header, *body):
-        crc = google_crc32c.extend(crc, piece)
+        crc = crc32c(piece, crc)
     return Encoded([header, *body, crc.to_bytes(_CRC_BYTES, "little")], length + _CRC_BYTES)
 
 
-def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any]) -> bool:
-    """Fill a contiguous array with one chunk's values; False, with nothing done, if its crc32c does not hold."""
-    body = data[:-_CRC_BYTES]
-    if _crc32c(body) != data[-_CRC_BYTES:].tobytes():
+@lru_cache
+def _header(item_size: int, num_bytes: int, length: int) -> bytes:
+    """Return the start of a Blosc frame of `length` bytes that holds one block of split planes."""
+    shuffled, zstd = 1, 4 << 5
+    return struct.pack("<4B4I", 2, 1, shuffled | zstd, item_size, num_bytes, num_bytes, length, _HEADER_BYTES)
+
+
+def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any], num_rows: int) -> bool:
+    """Fill `out` [N, ...] with the first N of a chunk's rows; False, with nothing done, if its crc32c does not hold."""
+    body = data.data[:-_CRC_BYTES]
+    if crc32c(body) != int.from_bytes(data.data[-_CRC_BYTES:], "little"):
         return False
-    blosc.use_threads = False  # several chunks are decoded at once instead
-    blosc.decompress(body, out)
+    if not _decode_planes(body, out, num_rows * out[0].size):
+        rows = scratch("rows", (num_rows, *out.shape[1:]), out.dtype)
+        blosc.use_threads = False  # several chunks are decoded at once instead
+        blosc.decompress(body, rows)
+        out[...] = rows[: len(out)]
+    return True
+
+
+def _decode_planes(body: memoryview, out: NDArray[Any], count: int) -> bool:
+    """Fill `out` with the first words of a small chunk of `count`; False, with nothing done, if it is not of that kind.
+
+    Blosc would take room for its work anew for every chunk.
+    """
+    item_size = out.itemsize
+    if item_size != 2 or not _SMALLEST_SPLIT <= count <= _LARGEST_PLANE or body[:12] != _header(2, 2 * count, 0)[:12]:
+        return False
+    decompress = _decompressor().decompress
+    planes, at = [], _HEADER_BYTES
+    for _ in range(2):
+        begin = at + 4
+        at = begin + int.from_bytes(body[at:begin], "little")
+        stream = body[begin:at]
+        plane = stream if len(stream) == count else decompress(stream, max_output_size=count)
+        planes.append(np.frombuffer(plane, np.uint8, out.size))
+    low, high = planes
+    words = high.astype(np.uint16)
+    words <<= 8
+    words |= low
+    out[...] = words.reshape(out.shape)
     return True
 
 
@@ -220,50 +266,43 @@ class ShardFile:
         executor: Executor | None = None,
         num_helpers: int = 0,
     ) -> None:
-        """Fill `out` [tokens, layers, H] with the codes of the slots from `start` of the chosen layer columns.
+        """Fill `out` [tokens, layers, H] with the codes of the slots from `start`, where a chunk begins.
 
-        With a large sample's chunks, `num_helpers` threads of the executor help the calling one.
+        `layers` are columns of the shard. With a large sample's chunks, `num_helpers` threads of the executor help the
+        calling one.
         """
-        step, (_, num_layers, width) = self.chunk_tokens, self.shape
-        end = start + out.shape[0]
-        first, last = start // step, -(-end // step)
-        jobs = [(chunk, column) for chunk in range(first, last) for column in range(len(layers))]
-        left = iter(jobs)  # shared: each chunk goes to the thread that is free
-
-        def decode(fetched: tuple[int, NDArray[np.uint8]] | None = None) -> None:
-            rows = scratch("decoded", (step, width), np.uint16)
-            for chunk, column in left:
-                place, slot = chunk * num_layers + layers[column], chunk * step
-                self._decode(place, fetched or self._fetch(place, place), rows)
-                low, high = max(slot, start), min(slot + step, end)
-                out[low - start : high - start, column] = rows[low - slot : high - slot]
-
+        step, (_, num_layers, _) = self.chunk_tokens, self.shape
+        assert start % step == 0, "a sample begins with a chunk"
+        first = start // step * num_layers
+        index = self._index[first : first + -(-len(out) // step) * num_layers].tolist()
+        chunks = [
+            (*index[row // step * num_layers + layer], layer, out[row : row + step, column])
+            for row in range(0, len(out), step)
+            for column, layer in enumerate(layers)
+        ]
+        helpers = []
         if executor is None or out.nbytes < _PARALLEL_BYTES:
-            decode(self._fetch(first * num_layers + min(layers), (last - 1) * num_layers + max(layers)))
-            return
-        helpers = [executor.submit(decode) for _ in range(min(num_helpers, len(jobs) - 1))]
+            groups = iter([chunks])
+        else:  # shared: each chunk goes to the thread that is free
+            groups = iter([[chunk] for chunk in chunks])
+            helpers = [executor.submit(self._read, groups) for _ in range(min(num_helpers, len(chunks) - 1))]
         try:
-            decode()
+            self._read(groups)
         finally:  # whatever happens, nobody writes into `out` any more
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
 
-    def _fetch(self, first: int, last: int) -> tuple[int, NDArray[np.uint8]]:
-        """Return an offset in the file and the bytes from there, from one chunk's to another's, in index order."""
-        offset, end = int(self._index[first, 0]), int(self._index[last].sum())
-        data = scratch("encoded", (end - offset,), np.uint8)
-        return offset, data[: os.preadv(self._file, [data.data], offset)]
-
-    def _decode(self, place: int, fetched: tuple[int, NDArray[np.uint8]], rows: NDArray[np.uint16]) -> None:
-        """Fill `rows` [chunk_tokens, H] with the chunk at a place of the index, from bytes that hold it."""
-        offset, length = self._index[place].tolist()
-        begin = offset - fetched[0]
-        data = fetched[1][begin : begin + length]
-        if len(data) != length or not decode_chunk(data, rows):
-            chunk, layer = divmod(place, self.shape[1])
-            slot = chunk * self.chunk_tokens
-            raise CacheError(
-                f"{self.path}, slots {slot} to {slot + self.chunk_tokens}, layer {layer}, is damaged: its checksum "
-                f"does not hold. {REDO}"
-            )
+    def _read(self, groups: Iterator[list[tuple[int, int, int, NDArray[np.uint16]]]]) -> None:
+        """Decode groups of (offset, size, layer, where to) chunks that lie near each other in the file."""
+        for chunks in groups:
+            begin = min(chunk[0] for chunk in chunks)
+            data = scratch("encoded", (max(offset + size for offset, size, _, _ in chunks) - begin,), np.uint8)
+            data = data[: os.preadv(self._file, [data.data], begin)]
+            for offset, size, layer, rows in chunks:
+                encoded = data[offset - begin : offset - begin + size]
+                if len(encoded) != size or not decode_chunk(encoded, rows, self.chunk_tokens):
+                    raise CacheError(
+                        f"{self.path}, bytes {offset} to {offset + size}, layer {layer}, is damaged: its checksum does "
+                        f"not hold. {REDO}"
+                    )
