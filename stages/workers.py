@@ -87,10 +87,11 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
 
     def write(shard: int, capture: Capture, started: float, claim: ExitStack) -> None:
         with claim:
-            bad = capture.wait()
+            captured = capture.wait()
+            bad = captured.bad
             if bad and work.on_bad_features == "refuse":
                 raise CacheError(_bad_features_text(bad, writer.samples, shard))
-            size = writer.commit(shard, capture.buffer.array, bad, started)
+            size = writer.commit(shard, capture.buffer.array, bad, started, captured.sums)
             for one in bad:
                 report.say(f"Left out: {_place(one, writer.samples)}")
             capture.buffer.clear()

@@ -32,7 +32,7 @@ from dflash_offline.stages.statistics import Sums, layer_statistics
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes in a go."""
 _NICENESS = 10
-"""How far encoding stands back behind the forward."""
+"""How far encoding stands back behind the forward; hashing, one thread that all wait for, half as far."""
 
 
 class ShardWriter:
@@ -44,9 +44,11 @@ class ShardWriter:
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self.encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
+        self.encoders = ThreadPoolExecutor(
+            usable_cores(), "encode", initializer=_yield_to_forward, initargs=(_NICENESS,)
+        )
         """Where chunks are encoded, side by side."""
-        self._hasher = ThreadPoolExecutor(1, "hash", initializer=_yield_to_forward)
+        self._hasher = ThreadPoolExecutor(1, "hash", initializer=_yield_to_forward, initargs=(_NICENESS // 2,))
 
     def finished(self, shard: int) -> Commit | None:
         """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
@@ -75,18 +77,23 @@ class ShardWriter:
             yield free and not self.is_done(shard)
 
     def commit(
-        self, shard: int, codes: NDArray[np.uint16], skipped: Sequence[SkippedSample] = (), started: float | None = None
+        self,
+        shard: int,
+        codes: NDArray[np.uint16],
+        skipped: Sequence[SkippedSample] = (),
+        started: float | None = None,
+        sums: Sequence[Sums] | None = None,
     ) -> int:
         """Check, encode and write a claimed shard's files whole, then its record; returns the bytes written.
 
         `codes` is [shard_tokens, L, H] uint16; slots between samples, and those of skipped samples, hold the fill
-        value. If another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing
-        is put in place and 0 returned.
+        value. `sums` are each layer's; without them they are added up here. If another worker has finished the shard
+        meanwhile, where locks do not reach, its record wins: nothing is put in place and 0 returned.
         """
         # A name of this process's own: where locks do not reach, two may be writing the same shard.
         temporary = self.cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
         try:
-            return self._commit(shard, codes, skipped, started, temporary)
+            return self._commit(shard, codes, skipped, started, sums, temporary)
         finally:
             temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
 
@@ -96,6 +103,7 @@ class ShardWriter:
         codes: NDArray[np.uint16],
         skipped: Sequence[SkippedSample],
         started: float | None,
+        sums: Sequence[Sums] | None,
         temporary: Path,
     ) -> int:
         layout = self.manifest.layout
@@ -105,7 +113,7 @@ class ShardWriter:
         for sample in members:
             slots = self._slots(sample)
             ids[slots], mask[slots] = self.samples.input_ids(sample), self.samples.loss_mask(sample)
-        record, sums = self._write_hidden(temporary, codes, members)
+        record, added_up = self._write_hidden(temporary, codes, members, add_up=sums is None)
         if self.is_done(shard):
             return 0
         files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
@@ -122,7 +130,7 @@ class ShardWriter:
             num_tokens=int(self.samples.num_tokens[members].sum()),
             skipped=list(skipped),
             files=files,
-            layers=layer_statistics(sums, self.layer_ids),
+            layers=layer_statistics(added_up if sums is None else sums, self.layer_ids),
             worker=f"{socket.gethostname()}:{os.getpid()}",
             started=_time(now if started is None else started),
             finished=_time(now),
@@ -136,9 +144,9 @@ class ShardWriter:
         return slice(begin, begin + int(self.samples.num_tokens[sample]))
 
     def _write_hidden(
-        self, path: Path, codes: NDArray[np.uint16], members: list[int]
+        self, path: Path, codes: NDArray[np.uint16], members: list[int], *, add_up: bool
     ) -> tuple[ShardFileRecord, list[Sums]]:
-        """Write the features' shard file, synced; returns its record and each layer's statistics.
+        """Write the features' shard file, synced; returns its record and each layer's sums, if they are to be added up.
 
         Chunks are encoded side by side, and hashed and written in order meanwhile.
         """
@@ -155,7 +163,10 @@ class ShardWriter:
             for row in range(first, min(first + stride, len(counts))):
                 slot = row * layout.chunk_tokens
                 part = codes[slot : slot + layout.chunk_tokens]
-                by_layer = [*map(Sums.__add__, by_layer, self._sums(part[: counts[row]], slot))]
+                features = part[: counts[row]]
+                self._refuse_not_finite(features, slot)
+                if add_up:
+                    by_layer = [*map(Sums.__add__, by_layer, self._sums(features))]
                 chunks += encode_chunks(part.transpose(1, 0, 2))
             return chunks, by_layer
 
@@ -174,25 +185,26 @@ class ShardWriter:
         write_synced(path, pieces())
         return summary.record, by_layer
 
-    def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
-        """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""
+    def _refuse_not_finite(self, codes: NDArray[np.uint16], slot: int) -> None:
+        """Raise `CacheError` if codes of a sample, [T, L, H], are fill or not finite."""
+        if codes.size and not self.codec.all_stored(codes):
+            bad = [i for column, i in enumerate(self.layer_ids) if not self.codec.all_stored(codes[:, column])]
+            raise CacheError(
+                f"A feature of layer {bad[0]} that is to be stored in slots {slot} to "
+                f"{slot + self.manifest.layout.chunk_tokens} of a shard is not finite. Nothing of it was put in place."
+            )
+
+    def _sums(self, codes: NDArray[np.uint16]) -> list[Sums]:
+        """Return the sums of each layer's features, of codes [T, L, H]."""
         values = scratch("values", (codes.shape[1], codes.shape[0], codes.shape[2]), np.float32)
         self.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
-        found = Sums.of_layers(values)
-        for layer_id, sums in zip(self.layer_ids, found, strict=True):
-            if not np.isfinite(sums.max_abs):
-                raise CacheError(
-                    f"A feature of layer {layer_id} that is to be stored in slots {slot} to "
-                    f"{slot + self.manifest.layout.chunk_tokens} of a shard is not finite. Nothing of the shard was "
-                    f"put in place."
-                )
-        return found
+        return Sums.of_layers(values)
 
 
-def _yield_to_forward() -> None:
+def _yield_to_forward(niceness: int) -> None:
     """Give this thread the cores that a target on the CPU leaves: its threads wait for the slowest of them."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
 
 
 def _time(seconds: float) -> str:

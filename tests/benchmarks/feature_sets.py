@@ -5,7 +5,6 @@ Axes: T tokens, L captured layers, H hidden size; a feature set is a list of sam
 
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dflash_offline.stages.cache import HIDDEN, CacheReader, create_arrays, open
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.shards import encode_chunk
+from dflash_offline.stages.statistics import Sums
 from dflash_offline.stages.writer import ShardWriter
 
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
@@ -97,27 +96,30 @@ class Store:
     """A cache of one shard, static files published, and its codes, ready to be committed."""
 
     writer: ShardWriter
-    one_thread: ShardWriter
-    """Encodes in a single thread."""
     codes: NDArray[np.uint16]
     """[shard_tokens, L, H]."""
+    sums: list[Sums]
+    """Of each layer, as extraction adds them up on its device."""
 
     @property
     def cache(self) -> Path:
         """Where it is."""
         return self.writer.cache
 
-    def commit(self, *, one_thread: bool = False) -> int:
-        """Write the shard anew, synced; returns the bytes of its features' file."""
-        commit_path(self.cache, 0).unlink(missing_ok=True)
-        (self.one_thread if one_thread else self.writer).commit(0, self.codes)
-        return (self.cache / FEATURES / HIDDEN / "c" / "0" / "0" / "0").stat().st_size
+    @property
+    def path(self) -> Path:
+        """The shard's file of features."""
+        return self.cache / FEATURES / HIDDEN / "c" / "0" / "0" / "0"
 
-    def encode(self) -> None:
-        """Encode every chunk in this thread, and nothing else."""
-        for begin in range(0, len(self.codes), CHUNK_TOKENS):
-            for layer in range(self.codes.shape[1]):
-                encode_chunk(self.codes[begin : begin + CHUNK_TOKENS, layer])
+    def forget(self) -> None:
+        """Remove the shard."""
+        commit_path(self.cache, 0).unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+    def commit(self) -> int:
+        """Write the shard, synced; returns the bytes of its features' file."""
+        self.writer.commit(0, self.codes, sums=self.sums)
+        return self.path.stat().st_size
 
 
 def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -> Store:
@@ -159,9 +161,12 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
         for layer in range(num_layers):
             encoded = encoder.encode(sample[:, layer], layer)
             codes[begin : begin + len(sample), layer] = encoded.numpy().view(np.uint16)
-    writer, one_thread = (ShardWriter(cache, manifest, table, codec) for _ in range(2))
-    one_thread.encoders = ThreadPoolExecutor(1)
-    return Store(writer, one_thread, codes)
+    values = [
+        codec.values(codes[begin : begin + len(s)], range(num_layers))
+        for begin, s in zip(start.tolist(), samples, strict=True)
+    ]
+    sums = Sums.of_layers(np.concatenate(values).transpose(1, 0, 2))
+    return Store(ShardWriter(cache, manifest, table, codec), codes, sums)
 
 
 def _scales(

@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    sides: Mapping[str, Callable[[], object]], rounds: int, between: Callable[[], object] = int
+) -> dict[str, list[float]]:
     """Return each side's seconds, one a round; every round runs every side once, in an order that rotates.
 
-    A first round is run and dropped: it warms caches and compilers.
+    A first round is run and dropped: it warms caches and compilers. `between` is called before each turn, untimed.
     """
     names = list(sides)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            between()
             began = time.perf_counter()
             sides[name]()
             spent = time.perf_counter() - began
