@@ -22,6 +22,8 @@ _PIECES_AT_ONCE = 64
 """Of a file that is written; a call takes at most 1,024."""
 _SYNC_BYTES = 32 << 20
 """Written bytes from which a file is synced while it is still being written."""
+_HASH_BYTES = 4 << 20
+"""That are hashed in one go while a file is written."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Of file systems that know no locks."""
 
@@ -35,29 +37,50 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, pieces: Iterable[Piece]) -> None:
-    """Write a new file's pieces and make its content durable; the file may be left half-written by a crash.
+def write_synced(path: Path, pieces: Iterable[Piece]) -> str:
+    """Write a new file's pieces, make its content durable, and return its sha256; a crash may leave it half-written.
 
-    Of a large file, what is written goes to the disk while the next pieces are made.
+    Of a large file, what is written is hashed and goes to the disk while the next pieces are made. It is read back for
+    that: a few large reads keep other threads from the interpreter less than many pieces.
     """
     try:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "sync") as syncer:
-            descriptor, unsynced = file.fileno(), 0
-            syncing: Future[None] | None = None
+        with (
+            path.open("w+b", buffering=0) as file,
+            ThreadPoolExecutor(1, "hash") as hasher,
+            ThreadPoolExecutor(1, "sync") as syncer,
+        ):
+            descriptor = file.fileno()
+            digest = hashlib.sha256()
+            hashing: list[Future[None]] = []
+            syncing: list[Future[None]] = []
+            written = hashed = unsynced = 0
             pieces = iter(pieces)
             while batch := list(islice(pieces, _PIECES_AT_ONCE)):
-                unsynced += _write_all(descriptor, batch)
-                if syncing is not None and syncing.done():
-                    syncing.result()
-                    syncing = None
-                if syncing is None and unsynced >= _SYNC_BYTES:
-                    syncing, unsynced = syncer.submit(os.fdatasync, descriptor), 0
-            if syncing is not None:
-                syncing.result()
+                written += _write_all(descriptor, batch)
+                if written - hashed >= _HASH_BYTES:
+                    hashing.append(hasher.submit(_hash_part, digest, descriptor, hashed, written))
+                    hashed = written
+                if written - unsynced >= _SYNC_BYTES and all(job.done() for job in syncing):
+                    syncing.append(syncer.submit(os.fdatasync, descriptor))
+                    unsynced = written
+            for job in (*hashing, *syncing):
+                job.result()
+            _hash_part(digest, descriptor, hashed, written)
             os.fsync(descriptor)
+            return digest.hexdigest()
     except OSError as error:
         error.filename = str(path)  # a full disk does not say which file it was
         raise
+
+
+def _hash_part(digest: "hashlib._Hash", descriptor: int, begin: int, end: int) -> None:
+    """Add a part of a file to a digest."""
+    while begin < end:
+        block = os.pread(descriptor, min(_HASH_BYTES, end - begin), begin)
+        if not block:
+            raise OSError(errno.EIO, "The file became shorter while it was written")
+        digest.update(block)
+        begin += len(block)
 
 
 def _write_all(descriptor: int, pieces: Sequence[Piece]) -> int:
@@ -74,10 +97,14 @@ def _write_all(descriptor: int, pieces: Sequence[Piece]) -> int:
     return total
 
 
-def publish(pieces: Iterable[Piece], *, temporary: Path, path: Path) -> None:
-    """Make `path` hold the pieces, whole or not at all: write `temporary`, sync, rename, sync the folder."""
-    write_synced(temporary, pieces)
+def publish(pieces: Iterable[Piece], *, temporary: Path, path: Path) -> str:
+    """Make `path` hold the pieces, whole or not at all: write `temporary`, sync, rename, sync the folder.
+
+    Returns their sha256.
+    """
+    sha256 = write_synced(temporary, pieces)
     move_synced(temporary, path)
+    return sha256
 
 
 def move_synced(temporary: Path, path: Path) -> None:

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.manifest import FeatureLayout
-from dflash_offline.stages.scratch import scratch
 
 NAN = 0x7FC0
 """bfloat16 bits of the fill value: zarr reads a missing shard as fill, so fill must not look like a feature."""
 ABSENT = 0xFFFF
 """The fill value of `scaled` features."""
-_EXPONENT = np.uint16(0x7F80)
+_EXPONENT = 0x7F80
 LINEAR = 1 << 14
 """Steps that a code counts one by one; larger values are kept to ten mantissa bits, so nothing is ever clipped."""
 LINEAR_BITS = int(np.float32(LINEAR).view(np.int32))
@@ -72,12 +71,11 @@ class FeatureCodec:
         out += self.center[chosen]
         return out
 
-    def all_stored(self, codes: NDArray[np.uint16]) -> bool:
-        """Say whether all of some codes, one at least, stand for finite features; fill does not."""
+    def holds_fill(self, codes: NDArray[np.uint16]) -> bool:
+        """Say whether fill is among some codes, one at least, or a bfloat16 like it: a NaN or infinity with no sign."""
         if self.layout.kind == "scaled":
-            return int(codes.max()) != ABSENT
-        exponents = scratch("exponents", codes.shape, np.uint16)
-        return int(np.bitwise_and(codes, _EXPONENT, out=exponents).max()) != _EXPONENT
+            return int(codes.max()) == ABSENT
+        return int(codes.view(np.int16).max()) >= _EXPONENT
 
 
 def _steps() -> NDArray[np.float32]:

@@ -12,13 +12,11 @@ and time than the letters they stand for.
 """
 
 import errno
-import hashlib
 import os
 import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,9 +89,10 @@ def encode_chunks(values: NDArray[Any]) -> list[Encoded]:
     words = scratch("words", values.shape, f"<u{size}")
     words[...] = values
     planes = scratch("planes", (size, len(values), count), np.uint8)
-    for plane in planes:  # the lowest byte first
+    for number, plane in enumerate(planes):  # the lowest byte first
+        if number:
+            words >>= 8
         np.copyto(plane, words.reshape(plane.shape), casting="unsafe")
-        words >>= 8
     if count < _SMALLEST_SPLIT:
         planes = planes.transpose(1, 0, 2).reshape(1, len(values), -1)
     streams = [plane[number] for number in range(len(values)) for plane in planes]
@@ -165,51 +164,33 @@ def _decode_planes(body: memoryview, out: NDArray[Any], count: int) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class EncodedShard:
-    """The content of one shard file and what a commit record says of it."""
-
-    pieces: list[Piece]
-    record: ShardFileRecord
-
-
 class ShardSummary:
     """What stands after a shard file's chunks, and what its commit record says, from the chunks as they come."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._digest = hashlib.sha256()
         self._first_crc = b""
 
     def add(self, chunks: list[Encoded]) -> None:
         """Take the next encoded chunks in the order of the index."""
         self._first_crc = self._first_crc or bytes(chunks[0].pieces[-1])
-        for chunk in chunks:
-            self._sizes.append(chunk.num_bytes)
-            for piece in chunk.pieces:
-                self._digest.update(piece)
+        self._sizes += [chunk.num_bytes for chunk in chunks]
 
-    def finish(self) -> bytes:
-        """Return the index that ends the file; `record` is the whole file's from now on."""
+    def index(self) -> bytes:
+        """Return the index, and its crc32c, that end the file."""
         sizes = np.array(self._sizes, "<u8")
         index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).tobytes()
-        crc = _crc32c(index)
-        self._digest.update(index + crc)
-        self.record = ShardFileRecord(
-            size=int(sizes.sum()) + len(index) + _CRC_BYTES,
-            sha256=self._digest.hexdigest(),
-            index_crc32c=int.from_bytes(crc, "little"),
+        return index + _crc32c(index)
+
+    def record(self, sha256: str) -> ShardFileRecord:
+        """Return the record of the whole file, whose sha256 is given."""
+        index = self.index()
+        return ShardFileRecord(
+            size=sum(self._sizes) + len(index),
+            sha256=sha256,
+            index_crc32c=int.from_bytes(index[-_CRC_BYTES:], "little"),
             first_chunk_crc32c=int.from_bytes(self._first_crc, "little"),
         )
-        return index + crc
-
-
-def join_chunks(chunks: list[Encoded]) -> EncodedShard:
-    """Return the shard file of encoded chunks in the order of its index."""
-    summary = ShardSummary()
-    summary.add(chunks)
-    pieces = [piece for chunk in chunks for piece in chunk.pieces]
-    return EncodedShard([*pieces, summary.finish()], summary.record)
 
 
 class ShardFile:

@@ -26,13 +26,13 @@ from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.scratch import scratch
-from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks, join_chunks
+from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks
 from dflash_offline.stages.statistics import Sums, layer_statistics
 
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes in a go."""
 _NICENESS = 10
-"""How far encoding stands back behind the forward; hashing, one thread that all wait for, half as far."""
+"""How far encoding stands back behind the forward."""
 
 
 class ShardWriter:
@@ -44,11 +44,8 @@ class ShardWriter:
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self.encoders = ThreadPoolExecutor(
-            usable_cores(), "encode", initializer=_yield_to_forward, initargs=(_NICENESS,)
-        )
+        self.encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
         """Where chunks are encoded, side by side."""
-        self._hasher = ThreadPoolExecutor(1, "hash", initializer=_yield_to_forward, initargs=(_NICENESS // 2,))
 
     def finished(self, shard: int) -> Commit | None:
         """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
@@ -119,9 +116,10 @@ class ShardWriter:
         files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
         move_synced(temporary, self.cache / next(iter(files)))
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
-            encoded = join_chunks([encode_chunk(values)])
-            publish(encoded.pieces, temporary=temporary, path=self.cache / name)
-            files[name] = encoded.record
+            chunk, summary = encode_chunk(values), ShardSummary()
+            summary.add([chunk])
+            pieces = [*chunk.pieces, summary.index()]
+            files[name] = summary.record(publish(pieces, temporary=temporary, path=self.cache / name))
         now = time.time()
         commit = Commit(
             shard=shard,
@@ -164,9 +162,10 @@ class ShardWriter:
                 slot = row * layout.chunk_tokens
                 part = codes[slot : slot + layout.chunk_tokens]
                 features = part[: counts[row]]
-                self._refuse_not_finite(features, slot)
+                if features.size and self.codec.holds_fill(features):
+                    raise self._not_finite(slot)
                 if add_up:
-                    by_layer = [*map(Sums.__add__, by_layer, self._sums(features))]
+                    by_layer = [*map(Sums.__add__, by_layer, self._sums(features, slot))]
                 chunks += encode_chunks(part.transpose(1, 0, 2))
             return chunks, by_layer
 
@@ -176,35 +175,33 @@ class ShardWriter:
         def pieces() -> Iterator[Piece]:
             for chunks, sums in self.encoders.map(encode, range(0, len(counts), stride)):
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
-                hashed = self._hasher.submit(summary.add, chunks)
+                summary.add(chunks)
                 for chunk in chunks:
                     yield from chunk.pieces
-            hashed.result()
-            yield summary.finish()
+            yield summary.index()
 
-        write_synced(path, pieces())
-        return summary.record, by_layer
+        return summary.record(write_synced(path, pieces())), by_layer
 
-    def _refuse_not_finite(self, codes: NDArray[np.uint16], slot: int) -> None:
-        """Raise `CacheError` if codes of a sample, [T, L, H], are fill or not finite."""
-        if codes.size and not self.codec.all_stored(codes):
-            bad = [i for column, i in enumerate(self.layer_ids) if not self.codec.all_stored(codes[:, column])]
-            raise CacheError(
-                f"A feature of layer {bad[0]} that is to be stored in slots {slot} to "
-                f"{slot + self.manifest.layout.chunk_tokens} of a shard is not finite. Nothing of it was put in place."
-            )
-
-    def _sums(self, codes: NDArray[np.uint16]) -> list[Sums]:
-        """Return the sums of each layer's features, of codes [T, L, H]."""
+    def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
+        """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""
         values = scratch("values", (codes.shape[1], codes.shape[0], codes.shape[2]), np.float32)
         self.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
-        return Sums.of_layers(values)
+        found = Sums.of_layers(values)
+        if not np.isfinite([sums.max_abs for sums in found]).all():
+            raise self._not_finite(slot)
+        return found
+
+    def _not_finite(self, slot: int) -> CacheError:
+        return CacheError(
+            f"A feature that is to be stored in slots {slot} to {slot + self.manifest.layout.chunk_tokens} of a shard "
+            f"is missing or not finite. Nothing of the shard was put in place."
+        )
 
 
-def _yield_to_forward(niceness: int) -> None:
+def _yield_to_forward() -> None:
     """Give this thread the cores that a target on the CPU leaves: its threads wait for the slowest of them."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
 
 
 def _time(seconds: float) -> str:

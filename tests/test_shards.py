@@ -1,20 +1,24 @@
 """Shard files against zarr-python, in both directions and at real widths."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import publish
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.stages.cache import HIDDEN, create_arrays
-from dflash_offline.stages.shards import EncodedShard, ShardFile, encode_chunk, join_chunks
+from dflash_offline.stages.shards import Encoded, ShardFile, ShardSummary, encode_chunk
 
 WIDTHS = [32, 1000, 4096]
 
@@ -34,6 +38,22 @@ def chunk_slices(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tup
     counts = [-(-size // step) for size, step in zip(shape, chunk, strict=True)]
     for position in product(*map(range, counts)):
         yield tuple(slice(p * step, (p + 1) * step) for p, step in zip(position, chunk, strict=True))
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """The content of one shard file and its record."""
+
+    pieces: list[Any]
+    record: ShardFileRecord
+
+
+def join_chunks(chunks: list[Encoded]) -> EncodedShard:
+    """Return the shard file of encoded chunks in the order of its index."""
+    summary = ShardSummary()
+    summary.add(chunks)
+    pieces = [*(piece for chunk in chunks for piece in chunk.pieces), summary.index()]
+    return EncodedShard(pieces, summary.record(hashlib.sha256(b"".join(pieces)).hexdigest()))
 
 
 def encode_shard(values: NDArray[np.uint16], chunk: tuple[int, ...], pool: ThreadPoolExecutor) -> EncodedShard:
