@@ -31,7 +31,7 @@ from dflash_offline.stages.workers import Work, run_shards
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
 TARGET = EMBEDDED / "target"
 BOUND = 0.95
-ROUNDS = 5
+ROUNDS = 9
 SHAPE_100M = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -176,7 +176,7 @@ def main() -> int:
                         out=folder / "embedded",
                         device="cpu",
                         block_size=8,
-                        shard_mib=8,
+                        shard_mib=16,
                     ),
                 ),
                 compare(
@@ -187,7 +187,7 @@ def main() -> int:
                         out=folder / "random",
                         device="cpu",
                         block_size=8,
-                        shard_mib=4,
+                        shard_mib=8,
                         batch_tokens=512,
                     ),
                 ),
