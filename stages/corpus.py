@@ -1,12 +1,12 @@
 """The samples of one or more caches of the same target, numbered through."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
-from dflash_offline.schemas.files import sha256_bytes
 from dflash_offline.schemas.manifest import differences
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.candidates import count_anchors
@@ -61,15 +61,17 @@ class Corpus:
 
     def num_anchors(self, block_size: int, at_most: int) -> NDArray[np.int64]:
         """Return how many anchors an epoch draws from each sample."""
-        counts = [count_anchors(self.loss_mask(sample), block_size) for sample in range(len(self))]
-        return np.minimum(np.array(counts, np.int64), at_most)
+        counts = [_anchor_counts(reader, block_size) for reader in self.readers]
+        return np.minimum(np.concatenate(counts), at_most)
 
     def split(self, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (training, held-out) samples: at most `num_held_out`, and at most a tenth, are held out.
 
         A function of content: the same tokens always fall on the same side, so repeated conversations do not leak.
         """
-        digests = np.array([sha256_bytes(self.input_ids(sample).tobytes()) for sample in self.usable.tolist()])
+        digests = np.array(
+            [hashlib.sha256(self.input_ids(sample).tobytes()).digest() for sample in self.usable.tolist()]
+        )
         room = min(num_held_out, len(self.usable) // 10)
         held_out = []
         for digest, copies in zip(*np.unique(digests, return_counts=True), strict=True):
@@ -92,6 +94,15 @@ class Corpus:
             if numbers:
                 texts.append(f"{numbers[:at_most]}{more} of {self.readers[cache].cache}")
         return ", ".join(texts)
+
+
+def _anchor_counts(reader: CacheReader, block_size: int) -> NDArray[np.int64]:
+    """Return how many candidates each sample has; the plan counted those of its own block size."""
+    samples = reader.samples
+    if block_size == int(reader.manifest.plan["block_size"]):
+        return samples.num_anchors
+    counts = [count_anchors(samples.loss_mask(number), block_size) for number in range(len(samples))]
+    return np.array(counts, np.int64)
 
 
 def _made_by(reader: CacheReader) -> dict[str, object]:
