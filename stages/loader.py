@@ -118,12 +118,14 @@ class BatchLoader:
         samples, spans = [], []
         for b, row in enumerate(rows):
             for document, (sample, stop) in enumerate(zip(row.tolist(), ends[b].tolist(), strict=True)):
-                start = stop - int(corpus.num_tokens[sample])
+                input_ids, loss_mask = corpus.tokens(sample)
+                start = stop - len(input_ids)
                 self._read_codes(sample, codes[b, start:stop])
-                ids[b, start:stop] = corpus.input_ids(sample)
-                mask[b, start:stop] = corpus.loss_mask(sample)
-                documents[b, start:stop] = document
-                anchors[b].append(self._draw(sample, epoch))
+                ids[b, start:stop], mask[b, start:stop], documents[b, start:stop] = input_ids, loss_mask, document
+                drawn = draw_anchors(
+                    loss_mask, self.block_size, self.num_anchors, self.seed, epoch, corpus.anchor_id(sample)
+                )
+                anchors[b].append(drawn)
                 starts[b].append(start)
                 samples.append(sample)
                 spans.append((b, start, stop))
@@ -169,10 +171,6 @@ class BatchLoader:
                 here = self.encoders[cache].widen(codes[row, start:stop], self.columns[cache])
                 features[row, start:stop] = here
         return replace(batch, hidden_states=features.flatten(2))
-
-    def _draw(self, sample: int, epoch: int) -> NDArray[np.int64]:
-        mask, identity = self.corpus.loss_mask(sample), self.corpus.anchor_id(sample)
-        return draw_anchors(mask, self.block_size, self.num_anchors, self.seed, epoch, identity)
 
     def stream(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Generator[Batch, None, None]:
         """Yield a micro-batch on the device for each (rows, epoch); `threads` read, decode and copy ahead."""
