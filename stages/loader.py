@@ -151,12 +151,12 @@ class BatchLoader:
 
     def _fetch(self, rows: Rows, epoch: int) -> Batch:
         """Return a loaded micro-batch on the device. To a GPU it is copied beside the computation, and waited for."""
-        batch = self.load(rows, epoch)
         if self._copies is None:
-            return batch.to(self.device)
-        with torch.cuda.stream(self._copies):
-            placed = batch.to(self.device)
-        self._copies.synchronize()
+            return self.load(rows, epoch).to(self.device)
+        with torch.cuda.stream(self._copies):  # which also makes its GPU the one that this thread pins memory for
+            loaded = self.load(rows, epoch)
+            placed = loaded.to(self.device)
+            self._copies.synchronize()
         return placed
 
     def widen(self, batch: Batch) -> Batch:
