@@ -42,7 +42,8 @@ torture: $(LINKED) ## kill and resume twenty times and more; the result must be 
 
 bench-train: $(LINKED) ## a step against a straightforward one, and streaming against memory
 	$(BIN)/python tests/benchmarks/bench_train.py
-	OMP_NUM_THREADS=2 $(BIN)/python tests/benchmarks/bench_stream.py
+	OMP_NUM_THREADS=2 $(BIN)/python tests/benchmarks/bench_stream.py --rounds 40
+	OMP_NUM_THREADS=2 $(BIN)/python tests/benchmarks/bench_stream.py --lean
 	OMP_NUM_THREADS=2 MALLOC_ARENA_MAX=2 $(BIN)/python tests/benchmarks/bench_stream.py --limit-mib 900
 
 bench-gpu: $(LINKED) ## time a training step on a GPU at the shapes of a draft for Qwen3-8B

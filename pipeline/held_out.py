@@ -137,7 +137,7 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
         num_anchors=1,
         seed=0,
         shape=None,
-        pinned=False,
+        device=device,
     )
     order = held.samples[np.argsort(reader.samples.num_tokens[held.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
@@ -145,7 +145,7 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
     progress.start("Walking", len(order), "samples")
     try:
         with torch.inference_mode():
-            for batch in loader.stream(parts, threads=1, device=device):
+            for batch in loader.stream(parts, threads=1):
                 prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
                 for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
                     source = reader.samples.source(sample)

@@ -1,13 +1,15 @@
 """The samples of one or more caches of the same target, numbered through."""
 
+import hashlib
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
-from dflash_offline.schemas.files import sha256_bytes
 from dflash_offline.schemas.manifest import differences
+from dflash_offline.schemas.samples import Tokens
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.candidates import count_anchors
 
@@ -20,6 +22,7 @@ class Corpus:
         for reader in readers:
             reader.samples.tokens.load()  # samples are asked for in any order, all of them
         self.starts = np.cumsum([0, *(len(reader.samples) for reader in readers)])
+        self._firsts: list[int] = self.starts.tolist()
         self.num_tokens = np.concatenate([reader.samples.num_tokens for reader in readers])
         usable = [reader.usable() + start for reader, start in zip(readers, self.starts[:-1], strict=True)]
         self.usable: NDArray[np.int64] = np.concatenate(usable)
@@ -41,18 +44,13 @@ class Corpus:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Return (number of the cache, number of the sample in it)."""
-        cache = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return cache, int(sample - self.starts[cache])
+        cache = bisect_right(self._firsts, sample) - 1
+        return cache, sample - self._firsts[cache]
 
-    def input_ids(self, sample: int) -> NDArray[np.uint32]:
-        """Return the sample's tokens, [num_tokens] uint32."""
+    def tokens(self, sample: int) -> Tokens:
+        """Return the sample's tokens, uint32 [num_tokens], and which are supervised, bool [num_tokens]."""
         cache, number = self.locate(sample)
-        return self.readers[cache].samples.input_ids(number)
-
-    def loss_mask(self, sample: int) -> NDArray[np.bool_]:
-        """Return which tokens are supervised, [num_tokens] bool."""
-        cache, number = self.locate(sample)
-        return self.readers[cache].samples.loss_mask(number)
+        return self.readers[cache].samples.tokens.of(number)
 
     def anchor_id(self, sample: int) -> int:
         """Return what the sample's anchors are drawn by: no other cache's size changes it."""
@@ -61,15 +59,16 @@ class Corpus:
 
     def num_anchors(self, block_size: int, at_most: int) -> NDArray[np.int64]:
         """Return how many anchors an epoch draws from each sample."""
-        counts = [count_anchors(self.loss_mask(sample), block_size) for sample in range(len(self))]
-        return np.minimum(np.array(counts, np.int64), at_most)
+        counts = [_anchor_counts(reader, block_size) for reader in self.readers]
+        return np.minimum(np.concatenate(counts), at_most)
 
     def split(self, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (training, held-out) samples: at most `num_held_out`, and at most a tenth, are held out.
 
         A function of content: the same tokens always fall on the same side, so repeated conversations do not leak.
         """
-        digests = np.array([sha256_bytes(self.input_ids(sample).tobytes()) for sample in self.usable.tolist()])
+        texts = (self.tokens(sample)[0].tobytes() for sample in self.usable.tolist())
+        digests = np.array([hashlib.sha256(text).digest() for text in texts])
         room = min(num_held_out, len(self.usable) // 10)
         held_out = []
         for digest, copies in zip(*np.unique(digests, return_counts=True), strict=True):
@@ -92,6 +91,15 @@ class Corpus:
             if numbers:
                 texts.append(f"{numbers[:at_most]}{more} of {self.readers[cache].cache}")
         return ", ".join(texts)
+
+
+def _anchor_counts(reader: CacheReader, block_size: int) -> NDArray[np.int64]:
+    """Return how many candidates each sample has; the plan counted those of its own block size."""
+    samples = reader.samples
+    if block_size == int(reader.manifest.plan["block_size"]):
+        return samples.num_anchors
+    counts = [count_anchors(samples.loss_mask(number), block_size) for number in range(len(samples))]
+    return np.array(counts, np.int64)
 
 
 def _made_by(reader: CacheReader) -> dict[str, object]:

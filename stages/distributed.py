@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.target import choose_device
 
+_LARGE = 1 << 20
+"""Numbers of a gradient that is worth a reduction of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -33,17 +36,25 @@ class Ranks:
         return tensor
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make every gradient the sum of all ranks'; a rank without one adds zero, so that none waits for it."""
+        """Make every gradient the sum of all ranks'; a rank without one adds zero, so that none waits for it.
+
+        Large gradients are summed where they are, all small ones as one: a reduction of few bytes costs as much.
+        """
         if self.count == 1:
             return
-        waiting = []
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            waiting.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in waiting:
+            gradients.append(parameter.grad)
+        small = [gradient for gradient in gradients if gradient.numel() < _LARGE]
+        large = [gradient for gradient in gradients if gradient.numel() >= _LARGE]
+        together = torch.cat([gradient.flatten() for gradient in small])
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*large, together)]:
             if work is not None:
                 work.wait()
+        for gradient, part in zip(small, together.split([gradient.numel() for gradient in small]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def meet(self) -> None:
         """Return when every rank is here."""

@@ -5,7 +5,7 @@ Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -36,7 +36,7 @@ class Batch:
     input_ids: Tensor
     """[B, S] int64."""
     hidden_states: Tensor
-    """[B, S, L*H] bfloat16; as it was loaded, before `BatchLoader.place`, stored codes [B, S, L, H] int16."""
+    """[B, S, L*H] bfloat16; as it was loaded, before `BatchLoader.widen`, stored codes [B, S, L, H] int16."""
     loss_mask: Tensor
     """[B, S] bool."""
     document_ids: Tensor
@@ -54,16 +54,24 @@ class Batch:
         return sum(stop - start for _, start, stop in self.spans)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
+        """Return the batch on a device; on a GPU once its stream gets there."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
         """Return the batch in page-locked memory, from which copies to a GPU run beside the computation."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Any) -> "Batch":
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+    def used_by(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory from being given to another batch before a stream is done with it."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        changes: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changes)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 
 class BatchLoader:
@@ -78,7 +86,7 @@ class BatchLoader:
         num_anchors: int,
         seed: int,
         shape: RowShape | None,
-        pinned: bool,
+        device: torch.device,
     ) -> None:
         """`shape` is that of every micro-batch; None for one as small as its documents allow."""
         self.corpus = corpus
@@ -88,7 +96,8 @@ class BatchLoader:
         self.num_anchors = num_anchors
         self.seed = seed
         self.shape = shape
-        self.pinned = pinned
+        self.device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(self, rows: Rows, epoch: int) -> Batch:
         """Return the rows' samples as one micro-batch of stored codes, on the CPU.
@@ -100,7 +109,8 @@ class BatchLoader:
         num_rows = self.shape.rows if self.shape else len(rows)
         seq_len = self.shape.tokens if self.shape else int(max(end[-1] for end in ends))
         width = corpus.readers[0].manifest.layout.hidden_size
-        codes = torch.zeros((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=self.pinned)
+        pinned = self._copies is not None
+        codes = torch.zeros((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=pinned)
         ids = np.zeros((num_rows, seq_len), np.int64)
         mask, documents = np.zeros(ids.shape, np.bool_), np.full(ids.shape, -1, np.int64)
         anchors: list[list[NDArray[np.int64]]] = [[] for _ in range(num_rows)]
@@ -108,12 +118,14 @@ class BatchLoader:
         samples, spans = [], []
         for b, row in enumerate(rows):
             for document, (sample, stop) in enumerate(zip(row.tolist(), ends[b].tolist(), strict=True)):
-                start = stop - int(corpus.num_tokens[sample])
+                input_ids, loss_mask = corpus.tokens(sample)
+                start = stop - len(input_ids)
                 self._read_codes(sample, codes[b, start:stop])
-                ids[b, start:stop] = corpus.input_ids(sample)
-                mask[b, start:stop] = corpus.loss_mask(sample)
-                documents[b, start:stop] = document
-                anchors[b].append(self._draw(sample, epoch))
+                ids[b, start:stop], mask[b, start:stop], documents[b, start:stop] = input_ids, loss_mask, document
+                drawn = draw_anchors(
+                    loss_mask, self.block_size, self.num_anchors, self.seed, epoch, corpus.anchor_id(sample)
+                )
+                anchors[b].append(drawn)
                 starts[b].append(start)
                 samples.append(sample)
                 spans.append((b, start, stop))
@@ -130,16 +142,25 @@ class BatchLoader:
             anchors=F.pad(positions, (0, room)),
             keep_mask=F.pad(keep, (0, room)),
         )
-        return batch.pinned() if self.pinned else batch
+        return batch.pinned() if pinned else batch
 
     def _read_codes(self, sample: int, out: Tensor) -> None:
         """Read one document's features as they are stored into `out`, int16 [tokens, L, H]."""
         cache, number = self.corpus.locate(sample)
         self.corpus.readers[cache].read_codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
 
-    def place(self, batch: Batch, device: torch.device) -> Batch:
-        """Return a loaded micro-batch on a device, its codes widened to bfloat16 there."""
-        batch = batch.to(device)
+    def _fetch(self, rows: Rows, epoch: int) -> Batch:
+        """Return a loaded micro-batch on the device. To a GPU it is copied beside the computation, and waited for."""
+        if self._copies is None:
+            return self.load(rows, epoch).to(self.device)
+        with torch.cuda.stream(self._copies):  # which also makes its GPU the one that this thread pins memory for
+            loaded = self.load(rows, epoch)
+            placed = loaded.to(self.device)
+            self._copies.synchronize()
+        return placed
+
+    def widen(self, batch: Batch) -> Batch:
+        """Return a micro-batch whose codes are bfloat16 features, made on the device where they are."""
         codes = batch.hidden_states
         if len(self.encoders) == 1:
             features = self.encoders[0].widen(codes, self.columns[0])
@@ -151,21 +172,15 @@ class BatchLoader:
                 features[row, start:stop] = here
         return replace(batch, hidden_states=features.flatten(2))
 
-    def _draw(self, sample: int, epoch: int) -> NDArray[np.int64]:
-        mask, identity = self.corpus.loss_mask(sample), self.corpus.anchor_id(sample)
-        return draw_anchors(mask, self.block_size, self.num_anchors, self.seed, epoch, identity)
-
-    def stream(
-        self, batches: Iterable[tuple[Rows, int]], threads: int, device: torch.device
-    ) -> Generator[Batch, None, None]:
-        """Yield a micro-batch on the device for each (rows, epoch); `threads` read ahead."""
+    def stream(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Generator[Batch, None, None]:
+        """Yield a micro-batch on the device for each (rows, epoch); `threads` read, decode and copy ahead."""
         pending: deque[Future[Batch]] = deque()
         source = iter(batches)
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
 
             def submit() -> None:
                 for rows, epoch in source:
-                    pending.append(pool.submit(self.load, rows, epoch))
+                    pending.append(pool.submit(self._fetch, rows, epoch))
                     return
 
             try:
@@ -176,7 +191,9 @@ class BatchLoader:
                     batch = pending.popleft().result()
                     submit()
                     waited = time.perf_counter() - began
-                    yield replace(self.place(batch, device), wait_s=waited)
+                    if self._copies is not None:
+                        batch.used_by(torch.cuda.current_stream(self.device))
+                    yield replace(self.widen(batch), wait_s=waited)
             finally:
                 for future in pending:
                     future.cancel()

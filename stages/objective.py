@@ -59,22 +59,26 @@ def default_chunk_slots(vocab_size: int, device: torch.device) -> int:
     return max(slots // 128 * 128, 128)
 
 
-def _chunk_loss(logits: Tensor, label: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_loss(
+    logits: Tensor, label: Tensor, with_grad: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return a chunk's cross-entropy float32 [M, 1], whether the greedy token is the label, and the gradient [M, V].
 
-    The gradient is with respect to the logits and in their dtype; everything before it is float32. The largest
-    probability is at least 1 / V, so its logarithm is exact where that of the label's own would underflow. `out`,
-    float32 [M, V], receives the softmax.
+    The gradient, None if not asked for, is with respect to the logits and in their dtype; everything before it is
+    float32. The largest probability is at least 1 / V, so its logarithm is exact where that of the label's own would
+    underflow. `out`, float32 [M, V], receives the softmax.
     """
     top, greedy = logits.max(dim=-1, keepdim=True)
     probability = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
     ce = top.float() - logits.gather(1, label).float() - probability.gather(1, greedy).log()
+    if not with_grad:
+        return ce, greedy == label, None
     less_one = (probability.gather(1, label) - 1).to(logits.dtype)
     return ce, greedy == label, probability.to(logits.dtype).scatter_(1, label, less_one)
 
 
 @functools.cache
-def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
     return torch.compile(_chunk_loss)
 
 
@@ -115,11 +119,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits[rows] += bias
             if softmax is None:
-                chunk_ce, hit, by_logit = _compiled_chunk_loss()(logits[rows], label)
+                chunk_ce, hit, by_logit = _compiled_chunk_loss()(logits[rows], label, with_grad)
             else:
-                chunk_ce, hit, by_logit = _chunk_loss(logits[rows], label, softmax[rows])
+                chunk_ce, hit, by_logit = _chunk_loss(logits[rows], label, with_grad, softmax[rows])
             ce[chunk], correct[chunk] = chunk_ce[:, 0], hit[:, 0]
-            if grad is not None:
+            if grad is not None and by_logit is not None:
                 grad[chunk] = by_logit @ weight
         if grad is not None:
             ctx.save_for_backward(grad)

@@ -14,6 +14,9 @@ from dflash_offline.schemas.errors import DflashError
 
 POOL = 64
 """Documents looked at for the next place in a row."""
+STRETCH = 16_384
+"""Documents packed by themselves, at most; the last row of each stretch is seldom full."""
+NOBODY = -1
 BUCKET = 32
 """Padded batches whose samples are sorted by length together, so that rows of a batch are padded little."""
 ALIGNMENT = 64
@@ -59,23 +62,37 @@ def pack(num_tokens: Samples, num_anchors: Samples, order: Samples, shape: RowSh
 
     Rows are filled one after the other. The next document is the one, of the first `POOL` in `order` that are left,
     which fits and takes most of what the row has most of (the largest inner product of its needs and what is free).
+    Stretches of `order` are packed each by itself, in lockstep: all of them take hardly longer than one.
     """
-    needs = np.stack([num_tokens[order] / shape.tokens, num_anchors[order] / shape.anchors], axis=1)
-    pool, following = np.arange(min(POOL, len(order))), POOL
-    rows = []
-    while len(pool):
-        row, free = [], np.ones(2)
-        while len(pool) and (fits := (needs[pool] <= free + 1e-9).all(axis=1)).any():
-            place = int(np.where(fits, needs[pool] @ free, -1.0).argmax())
-            row.append(order[pool[place]])
-            free -= needs[pool[place]]
-            if following < len(order):
-                pool[place] = following
-                following += 1
-            else:
-                pool = np.delete(pool, place)
-        rows.append(np.array(row, np.int64))
-    return rows
+    # Axes: two needs (tokens, anchors), G stretches, POOL documents to choose from.
+    if not len(order):
+        return []
+    parts = np.array_split(order, math.ceil(len(order) / STRETCH))
+    queue = np.full((len(parts), len(parts[0]) + POOL), NOBODY)
+    for stretch, part in enumerate(parts):
+        queue[stretch, : len(part)] = part
+    needs = np.stack([num_tokens[queue] / shape.tokens, num_anchors[queue] / shape.anchors])
+    needs[:, queue == NOBODY] = 2.0  # more than any row has
+    pool, wanted, following = queue[:, :POOL].copy(), needs[:, :, :POOL].copy(), np.full(len(parts), POOL)
+    row, free = np.arange(len(parts)) * len(order), np.ones((2, len(parts), 1))
+    documents, rows, num_left = [], [], len(order)
+    while num_left:
+        fits = np.all(wanted <= free + 1e-9, axis=0)
+        place = np.where(fits, (wanted * free).sum(axis=0), -1.0).argmax(axis=1)
+        takes = np.take_along_axis(fits, place[:, None], axis=1)[:, 0]
+        row[~takes] += 1
+        free[:, ~takes] = 1.0
+        (one,) = takes.nonzero()
+        place, then = place[one], following[one]
+        documents.append(pool[one, place])
+        rows.append(row[one])
+        free[:, one, 0] -= wanted[:, one, place]
+        pool[one, place], wanted[:, one, place] = queue[one, then], needs[:, one, then]
+        following[one] += 1
+        num_left -= len(one)
+    number = np.concatenate(rows)
+    by_row = number.argsort(kind="stable")
+    return np.split(np.concatenate(documents)[by_row], np.flatnonzero(np.diff(number[by_row])) + 1)
 
 
 def pad(num_tokens: Samples, order: Samples, batch_size: int) -> list[Rows]:

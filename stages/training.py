@@ -134,14 +134,14 @@ class Training:
             num_anchors=self.config.num_anchors,
             seed=seed,
             shape=self.batching.shape,
-            pinned=self.device.type == "cuda",
+            device=self.device,
         )
 
     def stream(self) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches of all steps that are left; where they begin follows from the step alone."""
         first, last = self.state.step * self.per_step, self.total_steps * self.per_step
         mine = islice(self.schedule.between(first, last), self.ranks.rank, None, self.ranks.count)
-        return self.loader(self.config.seed).stream(mine, self.config.loader_threads, self.device)
+        return self.loader(self.config.seed).stream(mine, self.config.loader_threads)
 
     def step(self, batches: Iterable[Batch], stop: bool = False) -> StepResult:
         """Do one optimizer step on this rank's micro-batches together with the other ranks.
@@ -219,7 +219,7 @@ class Training:
         """Return the held-out samples' row of metrics, of the averaged weights if there are such."""
         batches = self.batching.batches(self.held_out)[self.ranks.rank :: self.ranks.count]
         numbered = ((rows, 0) for rows in batches)
-        stream = self.loader(VAL_SEED).stream(numbered, self.config.loader_threads, self.device)
+        stream = self.loader(VAL_SEED).stream(numbered, self.config.loader_threads)
         with self.average.served(self.draft) if self.average else nullcontext():
             return validate(self.module, stream, self.autocast, self.ranks)
 

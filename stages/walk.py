@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dflash_offline.stages.loader import Batch
 from dflash_offline.stages.trainer import DFlashTrainerModule
@@ -77,7 +78,7 @@ def accepted_prefixes(module: DFlashTrainerModule, batch: Batch, anchors_at_once
     """
     num_rows, seq_len = batch.input_ids.shape
     prefix = torch.zeros(num_rows, seq_len, dtype=torch.int64, device=batch.input_ids.device)
-    for anchors, keep in _every_anchor(batch.loss_mask, anchors_at_once):
+    for anchors, keep in _every_anchor(batch.loss_mask, anchors_at_once, module.compiled):
         tokens = module.draft_tokens(batch.input_ids, batch.hidden_states, batch.document_ids, anchors, keep)
         position = anchors[:, :, None] + torch.arange(1, module.block_size, device=anchors.device)
         inside = position < seq_len
@@ -90,9 +91,12 @@ def accepted_prefixes(module: DFlashTrainerModule, batch: Batch, anchors_at_once
     return prefix.cpu().numpy()
 
 
-def _every_anchor(loss_mask: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every supervised position, `at_once` a row; `alike` pads the last ones, so that nothing compiles anew."""
     counts = loss_mask.sum(dim=1)
-    order = torch.argsort((~loss_mask).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
+    most = int(counts.max())
+    order = torch.argsort((~loss_mask).to(torch.int8), dim=1, stable=True)[:, :most]
+    order = F.pad(order, (0, -most % at_once if alike else 0))
     keep = torch.arange(order.shape[1], device=order.device) < counts[:, None]
     order = order * keep
     for begin in range(0, order.shape[1], at_once):

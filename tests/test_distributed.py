@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dflash_offline.stages import distributed
 from dflash_offline.stages.checkpoint import list_checkpoints
+from dflash_offline.stages.distributed import Ranks
 
 SETTINGS = {
     "steps": 12,
@@ -76,6 +78,26 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(cache: Path, one: Path,
     assert_same_run(tmp_path / "run", one, "loss", "accuracy", "accept_len_over_anchors")
     states = [json.loads((list_checkpoints(run)[-1] / "state.json").read_text()) for run in (tmp_path / "run", one)]
     assert states[0]["tokens"] == states[1]["tokens"]
+
+
+def test_gradients_large_and_small_and_absent_become_the_ranks_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_LARGE", 12)
+    reduced: list[int] = []
+
+    def two_alike(tensor: torch.Tensor, async_op: bool) -> None:
+        reduced.append(tensor.numel())
+        tensor *= 2
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", two_alike)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(3, 4), (2, 5), (7,), (20,)]]
+    mine = [torch.randn_like(parameter) for parameter in parameters[:3]]
+    for parameter, grad in zip(parameters, mine, strict=False):
+        parameter.grad = grad.clone()
+    Ranks(rank=0, count=2, device=torch.device("cpu")).add_gradients(parameters)
+    assert sorted(reduced) == [12, 17, 20]
+    for parameter, grad in zip(parameters, [*mine, torch.zeros(20)], strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2 * grad, rtol=0, atol=0)
 
 
 def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import ATTENTION, pack, tiny_batch, tiny_draft, tiny_trainer
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.stages.attention import Blocks, flex_mask, tiled_mask
+from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.drafter import DraftModel, attend
 from dflash_offline.stages.extract import extract
+from dflash_offline.stages.loader import BatchLoader
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
 from dflash_offline.stages.trainer import DFlashStepMetrics
@@ -101,6 +104,27 @@ def test_a_compiled_step_with_checkpointing_equals_a_plain_one() -> None:
     metrics, grads = trained(checkpointing=True, attention_backend="flex_attention", compiled=True)
     assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     check_close(grads, wanted, 1e-4)
+
+
+def test_batches_copied_beside_the_computation_are_the_loaded_ones(cache: Path) -> None:
+    loader = BatchLoader(
+        Corpus.open((cache,)),
+        layer_ids=(1, 4),
+        block_size=8,
+        num_anchors=5,
+        seed=0,
+        shape=None,
+        device=torch.device(DEVICE),
+    )
+    busy = torch.randn(4096, 4096, device=DEVICE)
+    order = [[np.array([sample % 80])] for sample in range(200)]
+    sums = []
+    for batch in loader.stream(((rows, 0) for rows in order), threads=3):
+        busy = busy @ busy / 64  # the computation lags behind, as the copies must not know
+        sums.append(batch.hidden_states.double().sum() + batch.input_ids.sum())
+    for rows, found in zip(order, sums, strict=True):
+        batch = loader.widen(loader.load(rows, 0))
+        assert found.item() == pytest.approx((batch.hidden_states.double().sum() + batch.input_ids.sum()).item())
 
 
 def test_extract_and_train_on_the_gpu(extract_config: dict[str, Any], tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from tiny_target import save_conversations, save_target
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
+from dflash_offline.stages import schedule as schedules
 from dflash_offline.stages.cache import CacheReader
+from dflash_offline.stages.candidates import document_anchors
 from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.loader import BatchLoader
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.schedule import Batching, Rows, RowShape, Schedule, pack, row_shape
+from dflash_offline.stages.schedule import POOL, Batching, Rows, RowShape, Schedule, pack, row_shape
 from dflash_offline.stages.train import train
 
 CPU = torch.device("cpu")
@@ -53,10 +55,38 @@ def test_no_row_has_more_tokens_or_anchors_than_the_shape_and_rows_are_full() ->
     assert ANCHORS.sum() / (len(rows) * SHAPE.anchors) > 0.9
 
 
-def test_packing_follows_from_the_order_given() -> None:
-    order = np.random.default_rng(3).permutation(500)
-    first, second = (pack(LENGTHS, ANCHORS, order, SHAPE) for _ in range(2))
-    assert [row.tolist() for row in first] == [row.tolist() for row in second]
+def plain_pack(order: list[int]) -> list[list[int]]:
+    """Pack one stretch, a document at a time."""
+    pool, left, rows = order[:POOL], order[POOL:], []
+    while pool:
+        row, tokens, anchors = [], 1.0, 1.0
+        while True:
+            gains = {}
+            for sample in pool:
+                needs = LENGTHS[sample] / SHAPE.tokens, ANCHORS[sample] / SHAPE.anchors
+                if needs[0] <= tokens + 1e-9 and needs[1] <= anchors + 1e-9:
+                    gains[sample] = needs[0] * tokens + needs[1] * anchors
+            if not gains:
+                break
+            best = max(gains, key=lambda sample: gains[sample])
+            row.append(best)
+            tokens, anchors = tokens - LENGTHS[best] / SHAPE.tokens, anchors - ANCHORS[best] / SHAPE.anchors
+            place = pool.index(best)
+            pool[place : place + 1] = [left.pop(0)] if left else []
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("stretch", [10_000, 130, 500 // 3])
+@pytest.mark.parametrize("num_documents", [0, 1, 63, 64, 65, 500])
+def test_packing_equals_a_plain_one_of_each_stretch_of_the_order(
+    num_documents: int, stretch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "STRETCH", stretch)
+    order = np.random.default_rng(3).permutation(500)[:num_documents]
+    packed = pack(LENGTHS, ANCHORS, order, SHAPE)
+    parts = np.array_split(order, max(-(-num_documents // stretch), 1))
+    assert [row.tolist() for row in packed] == [row for part in parts for row in plain_pack(part.tolist())]
 
 
 def test_a_document_longer_than_a_row_or_the_budget_is_refused() -> None:
@@ -113,7 +143,7 @@ def second_cache(target: Path, extract_config: dict[str, object], tmp_path_facto
 
 def loader(*caches: Path, shape: RowShape | None = None) -> BatchLoader:
     return BatchLoader(
-        Corpus.open(caches), layer_ids=(1, 4), block_size=8, num_anchors=5, seed=3, shape=shape, pinned=False
+        Corpus.open(caches), layer_ids=(1, 4), block_size=8, num_anchors=5, seed=3, shape=shape, device=CPU
     )
 
 
@@ -124,7 +154,7 @@ def rows_of(*rows: list[int]) -> Rows:
 def test_a_packed_batch_holds_the_caches_features_tokens_and_mask(cache: Path, second_cache: Path) -> None:
     shape = RowShape(rows=3, tokens=400, anchors=20)
     both = loader(cache, second_cache, shape=shape)
-    batch = both.place(both.load(rows_of([7, 82], [30]), 0), CPU)
+    batch = both.widen(both.load(rows_of([7, 82], [30]), 0))
     readers = [CacheReader(cache), CacheReader(second_cache)]
     assert batch.input_ids.shape == (3, 400) and batch.anchors.shape == (3, 20)
     assert batch.samples == [7, 82, 30] and [span[0] for span in batch.spans] == [0, 0, 1]
@@ -158,6 +188,15 @@ def test_anchors_depend_on_sample_and_epoch_not_on_the_batch_or_other_caches(cac
     one, both = Corpus.open((second_cache,)), Corpus.open((cache, second_cache))
     ids = {both.anchor_id(sample) for sample in range(len(both))}
     assert len(ids) == len(both) == 110 and one.anchor_id(2) not in {both.anchor_id(82)}
+
+
+@pytest.mark.parametrize("block_size", [8, 5])
+def test_anchors_are_counted_as_they_are_drawn_whatever_the_plan_counted(cache: Path, block_size: int) -> None:
+    corpus = Corpus.open((cache,))
+    assert corpus.readers[0].manifest.plan["block_size"] == 8
+    drawn = [len(document_anchors(corpus.tokens(sample)[1], block_size)) for sample in range(len(corpus))]
+    assert corpus.num_anchors(block_size, 10**6).tolist() == drawn
+    assert corpus.num_anchors(block_size, 3).tolist() == [min(count, 3) for count in drawn]
 
 
 def test_the_split_follows_content(cache: Path) -> None:
@@ -212,6 +251,6 @@ def test_weights_that_mean_nothing_are_refused(tmp_path: Path) -> None:
 
 def test_read_ahead_keeps_the_order(cache: Path) -> None:
     order: list[NDArray[np.int64]] = [np.array([sample]) for sample in (5, 1, 60, 2, 33, 8, 13)]
-    streamed = list(loader(cache).stream((([row], 0) for row in order), 3, CPU))
+    streamed = list(loader(cache).stream((([row], 0) for row in order), 3))
     assert [batch.samples[0] for batch in streamed] == [5, 1, 60, 2, 33, 8, 13]
     assert all(batch.wait_s >= 0 for batch in streamed)

@@ -1,12 +1,14 @@
 """The objective: chunked cross-entropy against full logits, weights and prefixes against loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflash_offline.stages import objective
 from dflash_offline.stages.objective import (
     accepted_prefix,
     dpace_weights,
@@ -59,11 +61,18 @@ def test_head_cross_entropy_leaves_the_head_without_a_gradient_and_stores_no_log
     assert (13, 8) in stored and all(20 not in shape for shape in stored)
 
 
-def test_head_cross_entropy_without_gradients_forms_none() -> None:
+def test_head_cross_entropy_without_gradients_forms_none(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, labels, head = problem()
+    chunk_loss, formed = objective._chunk_loss, []
+
+    def note(*arguments: Any) -> Any:
+        formed.append(chunk_loss(*arguments))
+        return formed[-1]
+
+    monkeypatch.setattr(objective, "_chunk_loss", note)
     with torch.no_grad():
         ce, _ = head_cross_entropy(hidden, labels, head, 4)
-    assert not ce.requires_grad
+    assert not ce.requires_grad and [grad for *_, grad in formed] == [None] * 4
     torch.testing.assert_close(ce, F.cross_entropy(head(hidden), labels, reduction="none").detach())
 
 

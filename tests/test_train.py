@@ -258,7 +258,7 @@ def training(cache: Path, out: Path, **changes: object) -> Training:
 
 def placed(one: Training, rows: Rows, epoch: int = 0) -> Batch:
     loader = one.loader(0)
-    return loader.place(loader.load(rows, epoch), CPU)
+    return loader.widen(loader.load(rows, epoch))
 
 
 def rows_of(*rows: list[int]) -> Rows:

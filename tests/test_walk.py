@@ -1,8 +1,10 @@
 """The serving walk against a plain step-by-step one, and its arithmetic on cases worked by hand."""
 
 import numpy as np
+import pytest
 import torch
 from tiny import tiny_draft_config
+from torch import Tensor
 
 from dflash_offline.stages.drafter import DraftModel
 from dflash_offline.stages.loader import Batch
@@ -94,3 +96,18 @@ def test_prefixes_equal_drafting_one_block_at_a_time() -> None:
     produced = [sum(map(sum, walks)) for walks in serving_walks(module, batch)]
     expected = [sum(last - first for first, last in turns(mask.numpy())) for mask in batch.loss_mask]
     assert produced == expected
+
+
+def test_a_compiled_draft_is_asked_for_equally_many_anchors_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batch = _module_and_batch()
+    expected, draft_tokens, asked = accepted_prefixes(module, batch, anchors_at_once=5), module.draft_tokens, []
+
+    def note(*arguments: Tensor) -> Tensor:
+        asked.append(arguments[3].shape)
+        return draft_tokens(*arguments)
+
+    monkeypatch.setattr(module, "draft_tokens", note)
+    monkeypatch.setattr(module, "compiled", True)
+    assert int(batch.loss_mask.sum(dim=1).max()) % 5
+    np.testing.assert_array_equal(accepted_prefixes(module, batch, anchors_at_once=5), expected)
+    assert len(asked) > 1 and set(asked) == {(2, 5)}
