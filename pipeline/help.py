@@ -55,8 +55,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "Output": _OUTPUT,
     },
     "verify": {
-        "Checks": "repair samples seed",
-        "Target": "target revision trust_remote_code attn_implementation device device_map",
+        "Checks": "repair",
+        "Target": "target samples seed revision trust_remote_code attn_implementation device device_map",
         "Output": _OUTPUT,
     },
     "train": {

@@ -140,7 +140,7 @@ def _shards(found: dict[str, Any]) -> list[tuple[str, str]]:
     if 1 < len(found["progress"]) <= _RUNS_SHOWN:
         rows.append(("", "; ".join(_run_text(run) for run in found["progress"])))
     if found["half_written"]["files"]:
-        rows.append(("At work", told(found["half_written"])))
+        rows.append(("In tmp/", told(found["half_written"])))
     if found["skipped"]:
         rows.append(("Left out", f"{found['skipped']:,} samples whose features were bad"))
         rows.append(("", f"e.g. {skipped_text(found['skipped_samples'][0])}"))

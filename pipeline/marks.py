@@ -144,7 +144,7 @@ def half_written_marks(found: dict[str, Any]) -> list[Mark]:
         Mark(
             kind="abandoned files",
             where="tmp/",
-            what=f"of workers that died: {told(found)}",
+            what=f"holds {told(found)}: of workers that died",
             next="repeat the `dflash extract` that made it, which removes what nobody can be at",
         )
     ]

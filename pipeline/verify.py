@@ -60,7 +60,7 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
         if fit.fault:
             print(fit.fault)
     if half_written := told(figures(cache)):
-        print(f"No fault, but room taken: {half_written}. `dflash extract` removes what nobody can be at.")
+        print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
     if any(fit.fault for fit in fits):
         print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
     if not faults and not any(fit.fault for fit in fits):

@@ -39,6 +39,7 @@ from dflash_offline.schemas.manifest import (
     differences,
     refuse_other_identity,
 )
+from dflash_offline.schemas.paths import refuse_other_than_utf8, utf8_name
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
@@ -301,7 +302,7 @@ class Extraction:
         return {
             "target": self.files.name,
             "revision": self.config.revision,
-            "data": [str(path) for path in self.config.data],
+            "data": [utf8_name(path) for path in self.config.data],
             "software": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in _SOFTWARE},
@@ -330,7 +331,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
 
     Raises `MismatchError` if the folder holds a cache of something else, and `DflashError` for unusable input.
     """
-    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    out = _cache_folder(config.out)
     extraction = Extraction(replace(config, out=out), progress)
     config = extraction.config
     identity = extraction.identity()
@@ -382,6 +383,12 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     )
 
 
+def _cache_folder(path: Path) -> Path:
+    out = output_folder(path, marker=MANIFEST, kind="feature cache", renamed=True)
+    refuse_other_than_utf8(out, "a feature cache")
+    return out
+
+
 def open_worker(config: ExtractConfig) -> Work:
     """Return the work of an existing cache, in a worker process."""
     manifest = Manifest.read(config.out)
@@ -390,7 +397,7 @@ def open_worker(config: ExtractConfig) -> Work:
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
     """Return what `extract` would do and what it would cost; what is written on the way does not outlast the call."""
-    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    out = _cache_folder(config.out)
     extraction = Extraction(replace(config, out=out), progress)
     identity = extraction.identity()
     if (out / MANIFEST).exists():

@@ -87,6 +87,6 @@ def told(found: dict[str, Any]) -> str:
     files = "1 half-written file" if found["files"] == 1 else f"{found['files']:,} half-written files"
     hosts = ", ".join(found["hosts"][:_HOSTS_SHOWN]) + (", ..." if len(found["hosts"]) > _HOSTS_SHOWN else "")
     return (
-        f"{files} in {TMP}/, {readable_bytes(found['bytes'])}, of {hosts}, untouched for up to "
+        f"{files}, {readable_bytes(found['bytes'])}, of {hosts}, untouched for up to "
         f"{found['untouched_s'] / 60:,.0f} min"
     )

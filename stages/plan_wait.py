@@ -21,12 +21,12 @@ def wait_for_plan(out: Path, timeout_s: float, progress: Progress) -> None:
     files that planning makes beside the cache; no clock is compared with another machine's.
     """
     progress.say(f"Waiting for rank 0 to plan {out}.")
-    signs, since, begun = _signs(out), time.monotonic(), False
+    signs, silent_s, begun = _signs(out), 0.0, False
     while not (out / MANIFEST).exists():
         time.sleep(POLL_S)
+        silent_s += POLL_S  # of looking: a machine that was asleep has missed no sign
         if (seen := _signs(out)) != signs:
-            signs, since, begun = seen, time.monotonic(), True
-        silent_s = time.monotonic() - since
+            signs, silent_s, begun = seen, 0.0, True
         if begun and not signs and silent_s > GONE_S and not (out / MANIFEST).exists():
             raise DflashError(
                 f"Rank 0 began to plan {out} and ended without a plan; what it said tells why. Mend that, and start "

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
+from dflash_offline.schemas.paths import refuse_other_than_utf8
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
@@ -57,6 +58,7 @@ def choose_device(device: str) -> torch.device:
 def target_folder(name: str, revision: str | None = None) -> Path:
     """Return the folder that holds a target: the one named, or a hub id's files in the hub's cache."""
     folder = Path(name).expanduser()
+    refuse_other_than_utf8(folder, "a model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DflashError(f"{folder} is not a model: it has no config.json. Name a Hugging Face model folder.")
