@@ -84,9 +84,10 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
         return static
     reader = CacheReader(cache)
     faults = [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, reader.samples)]
+    group = zarr.open_group(str(cache / FEATURES), mode="r")
 
     def check(shard: int) -> list[Fault]:
-        return [Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(cache, reader, shard)]
+        return [Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(reader, group, shard)]
 
     progress.start("Verifying", manifest.layout.num_shards, "shards")
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
@@ -120,7 +121,8 @@ def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
             yield f"{len(found):,} of {len(samples):,} samples, the first {found[0]}, {said[kind]}"
 
 
-def _shard_faults(cache: Path, reader: CacheReader, shard: int) -> Iterator[tuple[str, str]]:
+def _shard_faults(reader: CacheReader, group: zarr.Group, shard: int) -> Iterator[tuple[str, str]]:
+    cache = reader.cache
     place = str(commit_path(cache, shard).relative_to(cache))
     try:
         commit = read_commit(cache, shard, reader.manifest.checksum)
@@ -144,7 +146,7 @@ def _shard_faults(cache: Path, reader: CacheReader, shard: int) -> Iterator[tupl
         faulty = True
         yield name, what
     if not faulty:
-        yield from _content_faults(cache, reader, commit)
+        yield from _content_faults(reader, group, commit)
 
 
 def _samples_hit(reader: CacheReader, shard: int, name: str) -> str:
@@ -159,12 +161,11 @@ def _samples_hit(reader: CacheReader, shard: int, name: str) -> str:
     return "; all samples can still be read"
 
 
-def _content_faults(cache: Path, reader: CacheReader, commit: Commit) -> Iterator[tuple[str, str]]:
+def _content_faults(reader: CacheReader, group: zarr.Group, commit: Commit) -> Iterator[tuple[str, str]]:
     samples, shard, layout = reader.samples, commit.shard, reader.manifest.layout
     skipped = {one.sample for one in commit.skipped}
     members = np.array([i for i in samples.samples_of_shard(shard).tolist() if i not in skipped], np.int64)
     place = f"shard {shard}"
-    group = zarr.open_group(str(cache / FEATURES), mode="r")
     slots = slice(shard * layout.shard_tokens, (shard + 1) * layout.shard_tokens)
     for name, wanted in ((IDS, samples.input_ids), (MASK, samples.loss_mask)):
         array = group[name]

@@ -36,7 +36,7 @@ def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
     chance = random.Random(0)
     for path in sorted(path for path in copy.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        for position in chance.sample(range(len(content)), min(3, len(content))):
+        for position in chance.sample(range(len(content)), 1):
             broken = bytearray(content)
             broken[position] ^= 1 << chance.randrange(8)
             path.write_bytes(broken)
@@ -50,7 +50,7 @@ def test_a_reader_never_decodes_a_flipped_byte_silently(copy: Path) -> None:
     content = path.read_bytes()
     members = CacheReader(copy).samples.samples_of_shard(0).tolist()
     sound = [CacheReader(copy).read_codes(sample) for sample in members]
-    for position in chance.sample(range(len(content)), 100):
+    for position in chance.sample(range(len(content)), 30):
         broken = bytearray(content)
         broken[position] ^= 1 << chance.randrange(8)
         path.write_bytes(broken)
