@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from feature_writer import create, features
+from processes import FORKING
 from test_extract import Settings
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -49,8 +50,10 @@ def broken(target: Path, folder: Path, harm: Callable[[torch.nn.Module], None]) 
 
 
 def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
-    extract_config: Settings, target: Path, tmp_path: Path, rare: int
+    extract_config: Settings, target: Path, tmp_path: Path, rare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+
     def harm(model: torch.nn.Module) -> None:
         model.model.embed_tokens.weight.data[rare] = float("inf")  # type: ignore[union-attr,operator,index]
 

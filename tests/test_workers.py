@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_extract import Settings, command, content
+from processes import FORKING, Command, run
+from test_extract import Settings, arguments, command, content
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
@@ -48,11 +50,13 @@ def test_ranks_do_their_shares_in_any_order_and_another_mix_finishes(
 
 def test_a_later_rank_waits_for_the_plan_of_rank_0(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    ranked = [[*command(extract_config, out), "--rank", str(rank), "--world-size", "2"] for rank in (1, 0)]
-    processes = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True) for one in ranked]
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "Waiting for rank 0" in said[0] and "Tokenizing" not in said[0]
+    ranked = [[*arguments(extract_config, out), "--rank", str(rank), "--world-size", "2"] for rank in (1, 0)]
+    later = Command(ranked[0])
+    time.sleep(0.5)
+    code, said = run(ranked[1])
+    assert code == 0, said
+    code, said = later.wait()
+    assert code == 0 and "Waiting for rank 0" in said and "Tokenizing" not in said, said
     assert content(out) == content(cache)
 
 
@@ -110,6 +114,7 @@ def test_a_compact_cache_is_sound_and_close_to_the_target(
 
 PLAIN_DECODER = """
 import sys
+import time
 sys.modules["dflash_offline"] = None
 import numpy as np, zarr
 group = zarr.open_group(sys.argv[1] + "/features.zarr", mode="r")
@@ -161,6 +166,7 @@ def test_a_killed_worker_whose_shards_the_others_did_is_no_failure(
 ) -> None:
     from dflash_offline.stages import extract as stage
 
+    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
     monkeypatch.setattr(stage, "open_worker", _die_as_worker_0)
     said: list[str] = []
 
