@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def _token_bytes(samples: SampleTable, batch: NDArray[np.int64]) -> float:
     """Return the bytes that one token's id and mask take in the arrays."""
     ids = np.concatenate([samples.input_ids(sample) for sample in batch.tolist()])
     mask = np.concatenate([samples.loss_mask(sample) for sample in batch.tolist()])
-    return (len(encode_chunk(ids)) + len(encode_chunk(mask))) / len(ids)
+    return (_encoded_bytes(ids) + _encoded_bytes(mask)) / len(ids)
 
 
 def _index_bytes(layout: Layout) -> int:
@@ -130,7 +131,11 @@ def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> floa
     stored = [encoder.encode(values[:, layer], layer).numpy() for layer in range(layout.num_layers)]
     chunks = [layer[i : i + layout.chunk_tokens] for layer in stored for i in range(0, len(layer), layout.chunk_tokens)]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return sum(map(len, pool.map(encode_chunk, chunks))) / (2 * codes.numel())
+        return sum(pool.map(_encoded_bytes, chunks)) / (2 * codes.numel())
+
+
+def _encoded_bytes(values: NDArray[Any]) -> int:
+    return len(encode_chunk(values))
 
 
 def _free_bytes(out: Path) -> int:
