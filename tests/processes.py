@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -42,9 +43,10 @@ class Command:
         return self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal, unless it has ended."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def wait(self, timeout_s: float = 120) -> tuple[int, str]:
         """Wait for its end; returns exit code and what it wrote to stderr."""

@@ -25,22 +25,25 @@ STAGES = ("starting", "planning", "writing")
 """Where kills are aimed at, in turn: before anything is on disk, before the plan is published, among the shards."""
 
 
-def begun(out: Path) -> int:
-    """Return what tells one stage from the next: nothing there, a plan being made, or the number of records."""
-    if out.exists():
-        return 1 + len(list((out / "commits").glob("*.json")))
-    return -1 if not list(out.parent.glob(f".{out.name}.building-*/*")) else 0
+def plans(out: Path) -> set[str]:
+    """Return the folders in which plans are being made, or were when a kill came."""
+    return {folder.name for folder in out.parent.glob(f".{out.name}.building-*")}
 
 
-def killed(process: Command, out: Path, stage: str, chance: random.Random) -> bool:
-    """Kill the command a random instant after a stage has begun; returns whether it was still running."""
-    before = begun(out)
+def records(out: Path) -> int:
+    return len(list((out / "commits").glob("*.json")))
+
+
+def killed(config: list[str], out: Path, stage: str, chance: random.Random) -> bool:
+    """Start the command and kill it a random instant after a stage has begun; returns whether it was still running."""
+    before = plans(out), records(out)
+    process = Command(config)
     while (
         process.poll() is None
         and not {
             "starting": True,
-            "planning": begun(out) >= 0,
-            "writing": begun(out) > max(before, 0),
+            "planning": bool(plans(out) - before[0]),
+            "writing": records(out) > before[1],
         }[stage]
     ):
         time.sleep(0.002)
@@ -57,16 +60,14 @@ def test_a_hundred_kills_of_the_whole_command_leave_the_same_bytes(
     landed: Counter[str] = Counter()
     completed = 0
     while landed.total() < KILLS:
-        if out.exists() and begun(out) > CacheReader(cache).manifest.layout.num_shards:
+        if records(out) == CacheReader(cache).manifest.layout.num_shards:
             assert run(arguments(extract_config, out))[0] == 0
             assert content(out) == content(cache)
             shutil.rmtree(out)
             completed += 1
         workers = ["--workers", "2"] if landed.total() % 3 == 2 else []
         stage = STAGES[landed.total() % len(STAGES)] if not out.exists() else "writing"
-        process = Command([*arguments(extract_config, out), *workers])
-        if killed(process, out, stage, chance):
-            landed[stage] += 1
+        landed[stage] += killed([*arguments(extract_config, out), *workers], out, stage, chance)
     code, said = run(arguments(extract_config, out))
     assert code == 0, said
     assert content(out) == content(cache)
