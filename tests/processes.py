@@ -7,7 +7,6 @@ That a fresh interpreter does the same is seen by the tests that start one.
 import multiprocessing
 import os
 import resource
-import signal
 import sys
 import tempfile
 from contextlib import suppress
@@ -66,7 +65,6 @@ def run(arguments: list[str], *, most_file_bytes: int | None = None) -> tuple[in
 def _run(arguments: list[str], stderr: str, most_file_bytes: int | None) -> None:
     from dflash_offline.pipeline.app import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
     for stream, path in ((1, os.devnull), (2, stderr)):
         opened = os.open(path, os.O_WRONLY)
         os.dup2(opened, stream)
