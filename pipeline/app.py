@@ -43,6 +43,7 @@ from dflash_offline.schemas.config import (
     OPTIMIZERS,
     REPORTERS,
     ExtractConfig,
+    RerunConfig,
     TrainConfig,
     choice_problem,
 )
@@ -254,6 +255,9 @@ def extract(
             autocompletion=one_of(*ON_BAD_FEATURES),
         ),
     ] = ExtractConfig.on_bad_features,
+    max_skipped: Annotated[
+        float, typer.Option(help="Of the samples, that may be skipped so before the target is to blame.")
+    ] = ExtractConfig.max_skipped,
     device_map: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="auto spreads a target that is larger than one GPU over all of them."),
@@ -265,6 +269,9 @@ def extract(
         int, typer.Option(help="Which share is this command's, in an array job: 0 to --world-size - 1.")
     ] = ExtractConfig.rank,
     world_size: Annotated[int, typer.Option(help="Commands of the array job.")] = ExtractConfig.world_size,
+    plan_timeout_s: Annotated[
+        float, typer.Option(help="That a later rank waits for a sign of the plan, which rank 0 makes.")
+    ] = ExtractConfig.plan_timeout_s,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it would make: samples, shards, disk, time. Writes nothing.")
     ] = False,
@@ -416,17 +423,31 @@ def verify(
         str | None,
         typer.Option(help="Also run this target again on some samples and compare each layer; a draft: compare sizes."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples to run the target on.")] = 8,
-    seed: Annotated[int, typer.Option(help="Draws those samples.")] = 0,
+    samples: Annotated[int, typer.Option(help="To run the target on.")] = RerunConfig.samples,
+    seed: Annotated[int, typer.Option(help="Draws those samples.")] = RerunConfig.seed,
     repair: Annotated[
         bool, typer.Option("--repair", help="Forget a cache's faulty shards; `dflash extract` redoes just those.")
     ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the target's hub id. [default: the extraction's]")
+    ] = RerunConfig.revision,
+    trust_remote_code: TrustRemoteCode = RerunConfig.trust_remote_code,
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the target, where this machine lacks the extraction's. [default: its]"),
+    ] = RerunConfig.attn_implementation,
+    device: Device = RerunConfig.device,
+    device_map: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the target, as for `dflash extract`. [default: its]")
+    ] = RerunConfig.device_map,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
+    given = locals()
     with _reported(quiet=quiet, log_format=log_format) as progress:
+        rerun = _settings(RerunConfig, given) if target else None
         from dflash_offline.pipeline import verify as report
         from dflash_offline.schemas.draft_lint import is_draft
         from dflash_offline.schemas.manifest import MANIFEST
@@ -443,8 +464,8 @@ def verify(
         quiet_libraries()
         forgotten = forget(folder, faults) if repair else []
         # Of a damaged cache the faults are the news; what is left is compared when they are mended.
-        fits = compare_with_target(folder, target, samples, seed, progress) if target and not faults else []
-        print(report.to_json(faults, fits, forgotten)) if json_ else report.print_report(
+        fits = compare_with_target(folder, rerun, progress) if rerun and not faults else []
+        print(report.to_json(folder, faults, fits, forgotten)) if json_ else report.print_report(
             folder, faults, fits, forgotten
         )
         if faults or any(fit.fault for fit in fits):

@@ -9,14 +9,14 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import MASKS, ExtractConfig, TrainConfig
+from dflash_offline.schemas.config import MASKS, ExtractConfig, RerunConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
 from dflash_offline.schemas.regeneration import RegenerateConfig
 from dflash_offline.schemas.settings import read_settings, require_fields
 
 _INPUT_FORMATS = "json jsonl parquet arrow messages sharegpt prompt-response text tokens".split()
-Config = TypeVar("Config", ExtractConfig, TrainConfig, EvalConfig, RegenerateConfig)
+Config = TypeVar("Config", ExtractConfig, RerunConfig, TrainConfig, EvalConfig, RegenerateConfig)
 Number = TypeVar("Number", int, float)
 
 

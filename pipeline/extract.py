@@ -58,6 +58,8 @@ def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Fore
         chosen = "   <- asked for" if kind == config.features else ""
         size = readable_bytes(forecast.bytes_by_kind[kind])
         print(f"Disk        {kind:<9} {size:>10}, {forecast.ratios[kind]:.2f} of raw bfloat16{chosen}")
+    static = f"the plan {readable_bytes(forecast.plan_bytes)}, of the target {readable_bytes(forecast.target_bytes)}"
+    print(f"            besides: {static}")
     fits = "" if forecast.num_bytes <= forecast.free_bytes else ": NOT ENOUGH"
     print(f"Free        {readable_bytes(forecast.free_bytes)}{fits}")
     print(
@@ -73,6 +75,8 @@ def _document(plan: Plan, layout: Layout, forecast: Forecast) -> dict[str, Any]:
         "features": asdict(forecast.features),
         "ratios": forecast.ratios,
         "bytes": forecast.bytes_by_kind,
+        "plan_bytes": forecast.plan_bytes,
+        "target_bytes": forecast.target_bytes,
         "free_bytes": forecast.free_bytes,
         "fits": forecast.num_bytes <= forecast.free_bytes,
         "tokens_per_s": forecast.tokens_per_s,

@@ -18,6 +18,7 @@ from dflash_offline.pipeline.records import Records
 from dflash_offline.pipeline.shard_figures import pooled_layers, statistics_by_shard
 from dflash_offline.pipeline.terminal import columns, facts, open_console, print_json, safe, sparkline
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.leftovers import told
 from dflash_offline.stages.progress import readable_bytes
 
 _MARKS_SHOWN = 6
@@ -138,6 +139,8 @@ def _shards(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("Shards", f"{found['shards_done']:,} of {found['shards']:,} done" + (f"; {listed}" if listed else ""))]
     if 1 < len(found["progress"]) <= _RUNS_SHOWN:
         rows.append(("", "; ".join(_run_text(run) for run in found["progress"])))
+    if found["half_written"]["files"]:
+        rows.append(("In tmp/", told(found["half_written"])))
     if found["skipped"]:
         rows.append(("Left out", f"{found['skipped']:,} samples whose features were bad"))
         rows.append(("", f"e.g. {skipped_text(found['skipped_samples'][0])}"))

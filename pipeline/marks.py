@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.manifest import TARGET, Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.leftovers import ABANDONED_S, told
 
 ZEROS = 0.01
 """Share of exact zeros. A residual stream is a sum; two summands in bfloat16, with 128 values between a number and its
@@ -133,6 +134,20 @@ def name_shards(shards: list[int]) -> str:
     """Return shards as a message names them: the first few, and how many more."""
     listed = ", ".join(map(str, shards[:4])) + (f" and {len(shards) - 4:,} more" if len(shards) > 4 else "")
     return f"{'shard' if len(shards) == 1 else 'shards'} {listed}"
+
+
+def half_written_marks(found: dict[str, Any]) -> list[Mark]:
+    """Return a mark if workers left files half-written; those at work touch theirs all the time."""
+    if found["untouched_s"] < ABANDONED_S:
+        return []
+    return [
+        Mark(
+            kind="abandoned files",
+            where="tmp/",
+            what=f"holds {told(found)}: of workers that died",
+            next="repeat the `dflash extract` that made it, which removes what nobody can be at",
+        )
+    ]
 
 
 def shard_marks(states: dict[int, str], faults: list[str], cache: str) -> list[Mark]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dflash_offline.pipeline.marks import (
     describe_token,
+    half_written_marks,
     layer_marks,
     mask_token_marks,
     plan_marks,
@@ -30,6 +31,7 @@ from dflash_offline.pipeline.shard_figures import (
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.leftovers import figures
 
 _TOKENS_SEARCHED = 1 << 22
 """Tokens of the plan that are looked through for the mask token; a quarter of a second."""
@@ -50,11 +52,13 @@ def overview_of(records: Records) -> dict[str, Any]:
     mask_token = int(manifest.plan["mask_token_id"])
     name, problem = describe_token(cache, manifest, mask_token)
     use = mask_token_use(cache, mask_token, _TOKENS_SEARCHED)
+    half_written = figures(cache)
     marks = [
         *shard_marks(states, records.faults, str(cache)),
         *layer_marks(filled, statistics, layers, str(cache)),
         *plan_marks(records.samples, manifest.plan["block_size"], str(cache)),
         *mask_token_marks(mask_token, name, problem, use),
+        *half_written_marks(half_written),
     ]
     arrays = bytes_by_array(commits, manifest.layout)
     hidden = arrays.get("hidden_states")
@@ -66,6 +70,7 @@ def overview_of(records: Records) -> dict[str, Any]:
         **_plan_figures(cache, manifest, records.samples),
         **_shard_figures(manifest, commits, states),
         "damaged_records": records.faults,
+        "half_written": half_written,
         "arrays": arrays,
         "bytes": {name: one["stored"] for name, one in arrays.items()},
         "raw_feature_bytes": hidden["raw"] if hidden else 0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.schemas.draft_lint import lint_draft
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.leftovers import figures, told
 
 if TYPE_CHECKING:  # a draft is verified without torch
     from dflash_offline.stages.verify import Fault, LayerFit
@@ -38,12 +39,13 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
     return is_sound
 
 
-def to_json(faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> str:
+def to_json(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> str:
     """Return the result for a script."""
     document = {
         "faults": [asdict(fault) for fault in faults],
         "layers": [asdict(fit) | {"fault": fit.fault} for fit in fits],
         "forgotten_shards": forgotten,
+        "half_written": figures(cache),
     }
     return json.dumps(document, indent=1)
 
@@ -57,6 +59,8 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
     for fit in fits:
         if fit.fault:
             print(fit.fault)
+    if half_written := told(figures(cache)):
+        print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
     if any(fit.fault for fit in fits):
         print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
     if not faults and not any(fit.fault for fit in fits):

@@ -115,6 +115,8 @@ class ExtractConfig:
     """Step of scaled features, in standard deviations of the channel."""
     on_bad_features: str = "refuse"
     """What to do with a sample whose features are not finite or whose layer is dead: refuse, or skip it, recorded."""
+    max_skipped: float = 0.01
+    """Share of the plan's samples that may be skipped so; a few always may."""
     device_map: str | None = None
     """Spread a target over several devices as transformers does, e.g. auto; None for one device."""
     workers: int = 1
@@ -123,6 +125,8 @@ class ExtractConfig:
     """Which share of the shards is this command's, in an array job; rank 0 makes the plan."""
     world_size: int = 1
     """Commands of the array job."""
+    plan_timeout_s: float = 1800.0
+    """Seconds that a later rank waits for a sign of rank 0's plan."""
     ignore_free_space: bool = False
     """Start although the disk cannot hold the cache."""
 
@@ -162,6 +166,10 @@ class ExtractConfig:
             problems.append(f"mantissa_bits is {self.mantissa_bits}; expected 1 to 7.")
         if not 0 < self.step <= 1:
             problems.append(f"step is {self.step}; expected more than 0 and at most 1 standard deviation.")
+        if not 0 <= self.max_skipped <= 1:
+            problems.append(f"max_skipped is {self.max_skipped}; expected 0 to 1, a share of the samples.")
+        if not self.plan_timeout_s >= 0:
+            problems.append(f"plan_timeout_s is {self.plan_timeout_s}; expected at least 0.")
         if not 0 <= self.rank < self.world_size:
             problems.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
         if self.workers > 1 and self.device not in ("auto", "cpu", "cuda"):
@@ -171,6 +179,39 @@ class ExtractConfig:
         if self.device_map is not None and self.workers > 1:
             problems.append("device_map spreads one target over all devices; it cannot be used with several workers.")
         _refuse("extract", problems + template_problems(self.chat_template_kwargs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerunConfig:
+    """Settings of `dflash verify --target`: how a target is run again; what is None is as the cache was made."""
+
+    target: str
+    """Hugging Face model: a folder, or a hub id."""
+    samples: int = 8
+    """Samples to run it on."""
+    seed: int = 0
+    """Draws those samples."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    attn_implementation: str | None = None
+    """As transformers names it."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    device_map: str | None = None
+    """Spread the target over several devices as transformers does."""
+
+    def __post_init__(self) -> None:
+        lows = (("samples", 1), ("seed", 0))
+        _refuse(
+            "verify",
+            [
+                f"{name} is {getattr(self, name)}; expected at least {low}."
+                for name, low in lows
+                if getattr(self, name) < low
+            ],
+        )
 
 
 MAX_EPOCHS = 1_000_000

@@ -6,6 +6,7 @@ from typing import Any
 
 from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import read_sealed, sha256_file
+from dflash_offline.schemas.paths import refuse_other_than_utf8
 
 FORMAT_VERSION = 2
 CAPTURE_RULE = "output of decoder layer i, before any final norm"
@@ -101,6 +102,7 @@ class Manifest:
     def read(cls, cache: Path) -> "Manifest":
         """Return the manifest of a cache folder; `CacheError` if the folder is no cache or the file is damaged."""
         path = cache / MANIFEST
+        refuse_other_than_utf8(cache, "a feature cache")
         if not path.is_file():
             found = "is not a folder" if not cache.is_dir() else f"has no {MANIFEST}"
             raise CacheError(f"{cache} is not a feature cache: it {found}. Make one with `dflash extract`.")

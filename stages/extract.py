@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import building_folder, output_folder
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
@@ -36,16 +36,21 @@ from dflash_offline.schemas.manifest import (
     FeatureLayout,
     Layout,
     Manifest,
+    differences,
     refuse_other_identity,
 )
+from dflash_offline.schemas.paths import refuse_other_than_utf8, utf8_name
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
 from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.forecast import Forecast, measure, refuse_too_large
+from dflash_offline.stages.leftovers import remove_abandoned
 from dflash_offline.stages.masks import Masker
-from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.plan_wait import wait_for_plan
+from dflash_offline.stages.progress import Progress, Silent, readable_bytes
 from dflash_offline.stages.samples import Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.shards import CODEC
 from dflash_offline.stages.sources import Data
@@ -65,7 +70,6 @@ from dflash_offline.stages.writer import ShardWriter
 
 CALIBRATION_TOKENS = 16_384
 """Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
-PLAN_POLL_S = 1.0
 _SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow zarr numcodecs zstandard".split()
 
 
@@ -121,16 +125,24 @@ class Extraction:
         self.progress.say(f"The target has {most} positions; longer conversations are cut there.")
         return replace(config, max_length=most)
 
+    @cached_property
+    def target_identity(self) -> dict[str, Any]:
+        """What decides the target's hidden states, by its files before any weight is loaded."""
+        return self._target_identity_now()
+
+    def _target_identity_now(self) -> dict[str, Any]:
+        return {
+            **self.files.identity(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attn_implementation": self.config.attn_implementation,
+            "device_map": self.config.device_map,
+        }
+
     def identity(self) -> dict[str, Any]:
         """Return every field that decides the cache's content."""
         config = self.config
         return {
-            "target": {
-                **self.files.identity(),
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "attn_implementation": config.attn_implementation,
-                "device_map": config.device_map,
-            },
+            "target": self.target_identity,
             "device": self.device.type,
             "layer_ids": list(self.layer_ids),
             "capture": CAPTURE_RULE,
@@ -155,7 +167,7 @@ class Extraction:
     def model(self) -> Any:
         """The loaded target, checked to be one that a draft can be served with."""
         if self._model is None:
-            config = self.config
+            config, identity = self.config, self.target_identity
             self.progress.say(f"Loading {self.files.folder} ({self.dtype}, {config.device_map or self.device}).")
             self._model = load_model(
                 self.files,
@@ -166,7 +178,18 @@ class Extraction:
                 trust_remote_code=config.trust_remote_code,
             )
             check_plain_embeddings(self._model, self.files.name)
+            self._refuse_changed_target(identity)
         return self._model
+
+    def _refuse_changed_target(self, before: dict[str, Any]) -> None:
+        """Raise `MismatchError` if the target's files are no longer those that were hashed before they were loaded."""
+        changed = differences(before, self._target_identity_now())
+        if changed:
+            raise MismatchError(
+                f"{self.files.folder} changed while the target was loaded from it:\n"
+                f"{mismatch_table(changed, found='before', asked='now')}\n"
+                f"Repeat the command when nobody writes there any more."
+            )
 
     def unload(self) -> None:
         """Drop the model, so that worker processes have its memory."""
@@ -180,6 +203,7 @@ class Extraction:
         self.progress.start("Tokenizing", None, "rows")
         plan = make_plan(self.config, self.data, self.masker, self.layout().slot_bytes, folder, self.progress.advance)
         self.progress.finish()
+        self.data.refuse_changed()
         refuse_ids_beyond_table(self.files, plan)
         return plan
 
@@ -201,7 +225,10 @@ class Extraction:
     def forecast(self, plan: Plan) -> Forecast:
         """Return what extracting the plan will cost on this machine, measured on a few of its micro-batches."""
         self.progress.start("Measuring", None, "batches")
-        found = measure(self.config, self.capturer(), plan.samples, self.layout(), self.progress.advance)
+        layout = self.layout(plan.num_shards, plan.shard_tokens)
+        target_bytes = sum(tensor.nbytes for tensor in embedding_tensors(self.model).values())
+        target_bytes += len(self.files.tokenizer.backend_tokenizer.to_str(pretty=True))
+        found = measure(self.config, self.capturer(), plan, layout, target_bytes, self.progress.advance)
         self.progress.finish()
         return found
 
@@ -268,13 +295,14 @@ class Extraction:
             if (self.files.folder / name).is_file():
                 shutil.copyfile(self.files.folder / name, folder / name)
         self.files.tokenizer.save_pretrained(folder)
-        save_file(embedding_tensors(self.model), folder / EMBEDDINGS)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in embedding_tensors(self.model).items()}
+        save_file(tensors, folder / EMBEDDINGS)
 
     def _origin(self) -> dict[str, Any]:
         return {
             "target": self.files.name,
             "revision": self.config.revision,
-            "data": [str(path) for path in self.config.data],
+            "data": [utf8_name(path) for path in self.config.data],
             "software": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in _SOFTWARE},
@@ -282,15 +310,19 @@ class Extraction:
         }
 
     def open_work(self, manifest: Manifest, samples: SampleTable) -> Work:
-        """Return what runs the cache's shards in this process."""
+        """Return what runs the cache's shards in this process; `MismatchError` if its target is not the cache's."""
+        refuse_other_identity(
+            self.config.out, {"target": manifest.identity["target"]}, {"target": self.target_identity}
+        )
         codec = open_codec(self.config.out, manifest)
         if self.device.type == "cpu":
             torch.set_num_threads(manifest.plan["cpu_threads"])  # the last bits of a product depend on their number
+        writer = ShardWriter(self.config.out, manifest, samples, codec)
         return Work(
-            writer=ShardWriter(self.config.out, manifest, samples, codec),
+            writer=writer,
             capturer=self.capturer,
             encoder=FeatureEncoder(codec),
-            on_bad_features=self.config.on_bad_features,
+            bad_features=BadFeatures(writer, self.config.on_bad_features, self.config.max_skipped),
         )
 
 
@@ -299,13 +331,13 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
 
     Raises `MismatchError` if the folder holds a cache of something else, and `DflashError` for unusable input.
     """
-    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    out = _cache_folder(config.out)
     extraction = Extraction(replace(config, out=out), progress)
     config = extraction.config
     identity = extraction.identity()
     if not (out / MANIFEST).exists():
         if config.rank:
-            _wait_for_plan(out, progress)
+            wait_for_plan(out, config.plan_timeout_s, progress)
         else:
             extraction.create(identity)
     manifest = Manifest.read(out)
@@ -314,6 +346,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     samples = SampleTable.read(out / SAMPLES)
     began = time.perf_counter()
     work = extraction.open_work(manifest, samples)
+    _remove_abandoned(work.writer, progress)
     share = range(manifest.layout.num_shards)[config.rank :: config.world_size]
     before = _finished(work.writer)
     left = [shard for shard in share if shard not in before]
@@ -333,8 +366,10 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     finished = _finished(work.writer) if left else before
     shards_left = manifest.layout.num_shards - len(finished)
     if not shards_left:
-        for leftover in [*(out / TMP).glob("*.lock"), *(out / TMP).glob("*.part")]:
-            leftover.unlink(missing_ok=True)
+        _remove_abandoned(work.writer, progress)
+        for lock in (out / TMP).glob("*.lock"):
+            lock.unlink(missing_ok=True)
+        refuse_too_many([one for commit in finished.values() for one in commit.skipped], samples, config.max_skipped)
     return Extracted(
         cache=out,
         num_samples=len(samples),
@@ -348,6 +383,12 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     )
 
 
+def _cache_folder(path: Path) -> Path:
+    out = output_folder(path, marker=MANIFEST, kind="feature cache", renamed=True)
+    refuse_other_than_utf8(out, "a feature cache")
+    return out
+
+
 def open_worker(config: ExtractConfig) -> Work:
     """Return the work of an existing cache, in a worker process."""
     manifest = Manifest.read(config.out)
@@ -356,7 +397,7 @@ def open_worker(config: ExtractConfig) -> Work:
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
     """Return what `extract` would do and what it would cost; what is written on the way does not outlast the call."""
-    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    out = _cache_folder(config.out)
     extraction = Extraction(replace(config, out=out), progress)
     identity = extraction.identity()
     if (out / MANIFEST).exists():
@@ -383,10 +424,11 @@ def _disk_faults_told(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
-def _wait_for_plan(out: Path, progress: Progress) -> None:
-    progress.say(f"Waiting for rank 0 to plan {out}.")
-    while not (out / MANIFEST).exists():
-        time.sleep(PLAN_POLL_S)
+def _remove_abandoned(writer: ShardWriter, progress: Progress) -> None:
+    removed = remove_abandoned(writer.cache, writer.is_done)
+    if removed:
+        size = readable_bytes(sum(one.num_bytes for one in removed))
+        progress.say(f"Removed {len(removed)} half-written files ({size}) of workers that died.")
 
 
 def _finished(writer: ShardWriter) -> dict[int, Commit]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
@@ -19,6 +20,7 @@ from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.samples import Plan
 from dflash_offline.stages.shards import encode_chunk
 
 _TIMED_BATCHES = 4
@@ -26,6 +28,8 @@ _TIMED_S = 2.0
 """Seconds after which no further batch is timed."""
 _PACKED_TOKENS = 2048
 """Tokens whose features are compressed to learn the ratio."""
+_RECORD_BYTES, _LAYER_RECORD_BYTES = 1400, 180
+"""Of a commit record, and of each layer in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +44,17 @@ class Forecast:
     ratios: dict[str, float]
     """Bytes on disk over raw bfloat16, for each feature layout."""
     bytes_by_kind: dict[str, int]
+    """Of the shards and their records on disk, for each feature layout."""
+    plan_bytes: int
+    target_bytes: int
+    """Of the embeddings that a draft borrows, and of the tokenizer."""
     free_bytes: int
+    """On the disk of the cache, without the plan."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk in the layout asked for."""
-        return self.bytes_by_kind[self.features.kind]
+        """Bytes of the whole cache on disk, in the layout asked for."""
+        return self.bytes_by_kind[self.features.kind] + self.plan_bytes + self.target_bytes
 
     def __str__(self) -> str:
         """Return the forecast in one line."""
@@ -57,16 +66,21 @@ class Forecast:
 
 
 def measure(
-    config: ExtractConfig, capturer: Capturer, samples: SampleTable, layout: Layout, progress: Callable[[int], None]
+    config: ExtractConfig,
+    capturer: Capturer,
+    plan: Plan,
+    layout: Layout,
+    target_bytes: int,
+    progress: Callable[[int], None],
 ) -> Forecast:
     """Run a few micro-batches spread over the plan, and compress some of their features in each layout.
 
-    `progress` is called after each batch.
+    `target_bytes` is what the cache will keep of the target; `progress` is called after each batch.
     """
-    lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
+    samples, lossless = plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
     members = spread_out(samples, np.arange(len(samples)), _TIMED_BATCHES * config.batch_tokens)
     capturer.run(samples, members[:1], lossless)[0].cpu()  # warms up
-    tokens, began, codes = 0, time.perf_counter(), torch.empty(0)
+    tokens, began, codes, batch = 0, time.perf_counter(), torch.empty(0), members[:0]
     for batch in list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]:
         codes = capturer.run(samples, batch, lossless)[0].cpu()
         tokens += len(codes)
@@ -75,17 +89,34 @@ def measure(
         if seconds > _TIMED_S:
             break
     ratios = {kind: _ratio(codes[:_PACKED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS}
-    raw = int(samples.num_tokens.sum()) * layout.slot_bytes
+    num_tokens = int(samples.num_tokens.sum())
+    besides = int(_token_bytes(samples, batch) * num_tokens) + _index_bytes(layout)
     rate = tokens / seconds
     processes = config.world_size * (config.workers if capturer.device.type == "cuda" else 1)
+    plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
     return Forecast(
         features=config.feature_layout,
         tokens_per_s=rate,
-        seconds=float(samples.num_tokens.sum()) / rate / processes,
+        seconds=num_tokens / rate / processes,
         ratios=ratios,
-        bytes_by_kind={kind: int(ratio * raw) for kind, ratio in ratios.items()},
-        free_bytes=_free_bytes(config.out),
+        bytes_by_kind={kind: int(ratio * num_tokens * layout.slot_bytes) + besides for kind, ratio in ratios.items()},
+        plan_bytes=plan_bytes,
+        target_bytes=target_bytes,
+        free_bytes=_free_bytes(config.out) + plan_bytes,  # it lies beside the cache already
     )
+
+
+def _token_bytes(samples: SampleTable, batch: NDArray[np.int64]) -> float:
+    """Return the bytes that one token's id and mask take in the arrays."""
+    ids = np.concatenate([samples.input_ids(sample) for sample in batch.tolist()])
+    mask = np.concatenate([samples.loss_mask(sample) for sample in batch.tolist()])
+    return (encode_chunk(ids).num_bytes + encode_chunk(mask).num_bytes) / len(ids)
+
+
+def _index_bytes(layout: Layout) -> int:
+    """Return the bytes of what stands beside the compressed values: shard indexes and records."""
+    chunks = layout.num_slots // layout.chunk_tokens * layout.num_layers
+    return 16 * chunks + layout.num_shards * (_RECORD_BYTES + _LAYER_RECORD_BYTES * layout.num_layers)
 
 
 def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> float:

@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import reprlib
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dflash_offline.schemas.errors import BadInputError
+from dflash_offline.schemas.paths import utf8_name
 
 CONTAINERS = ("json", "jsonl", "parquet", "arrow")
 ENDINGS = {
@@ -123,7 +125,7 @@ def identify(path: Path, *, name: str = "", container: str | None = None) -> Dat
         container = container or _container(path)
     except _STREAM_FAULTS as error:
         raise BadInputError(f"{path} cannot be read: {_said(error)}. Name a file of conversations.") from error
-    return DataFile(path, name or path.name, container)
+    return DataFile(path, utf8_name(name or path.name), container)
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:
@@ -157,7 +159,7 @@ def _open(path: Path) -> BinaryIO:
     if magic[:2] == b"\x1f\x8b":
         return gzip.open(path)  # type: ignore[return-value]
     if magic == b"\x28\xb5\x2f\xfd":  # by pyarrow, which tells a file that breaks off from one that ends
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _PIECE)
+        return io.BufferedReader(pa.input_stream(pa.OSFile(os.fsencode(path)), compression="zstd"), _PIECE)
     return path.open("rb")
 
 
@@ -309,12 +311,12 @@ def _refuse_more(text: str, end: int) -> None:
 
 
 def _parquet(path: Path) -> Found:
-    with pq.ParquetFile(path) as file:
+    with pa.OSFile(os.fsencode(path)) as source, pq.ParquetFile(source) as file:  # as bytes: names need not be UTF-8
         yield from _values(file.iter_batches(batch_size=_ARROW_ROWS, columns=_columns(file.schema_arrow)))
 
 
 def _arrow(path: Path) -> Found:
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(os.fsencode(path)) as source:
         yield from _values(_batches(source))
 
 

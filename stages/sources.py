@@ -56,11 +56,22 @@ class Data:
         self.sources = [_source(str(argument), self.format.container) for argument in config.data]
         self.num_not_drawn = 0
         """Rows that weights left out, once `rows` has been read."""
+        self._files = [file.path for source in self.sources for file in source.files]
+        self._hashed = [_state(path) for path in self._files]
 
     def identity(self) -> dict[str, str]:
         """Return the hash of each file's bytes."""
-        files = [file for source in self.sources for file in source.files]
-        return {f"file_{i}_sha256": sha256_file(file.path) for i, file in enumerate(files)}
+        return {f"file_{i}_sha256": sha256_file(path) for i, path in enumerate(self._files)}
+
+    def refuse_changed(self) -> None:
+        """Raise `BadInputError` if a file is another than when it was looked up: its hash and its rows, read one after
+        the other, may then be of different content."""
+        changed = [path for path, before in zip(self._files, self._hashed, strict=True) if _state(path) != before]
+        if changed:
+            raise BadInputError(
+                f"{', '.join(map(str, changed))} changed while being read; nothing was kept of it. Repeat the command "
+                f"when nobody writes to the data any more."
+            )
 
     @property
     def weights(self) -> list[float] | None:
@@ -100,6 +111,15 @@ class Data:
                 open_ones.remove(chosen)
             else:
                 yield row
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what differs after a file was written to or replaced; None if there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _source(argument: str, container: str | None) -> Source:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
+from dflash_offline.schemas.paths import refuse_other_than_utf8
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
@@ -56,6 +58,7 @@ def choose_device(device: str) -> torch.device:
 def target_folder(name: str, revision: str | None = None) -> Path:
     """Return the folder that holds a target: the one named, or a hub id's files in the hub's cache."""
     folder = Path(name).expanduser()
+    refuse_other_than_utf8(folder, "a model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DflashError(f"{folder} is not a model: it has no config.json. Name a Hugging Face model folder.")
@@ -387,13 +390,13 @@ def check_plain_embeddings(model: Any, name: str) -> None:
 
 
 def embedding_tensors(model: Any) -> dict[str, Tensor]:
-    """Return the embedding table and, unless it is the same matrix, the head: all a draft borrows of its target."""
+    """Return the embedding table and, unless it is the same matrix, the head, where they lie: all a draft borrows."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tensors = {"embed_tokens.weight": table.detach().cpu().contiguous()}
+    tensors = {"embed_tokens.weight": table.detach()}
     if head.weight.data_ptr() != table.data_ptr():
-        tensors["lm_head.weight"] = head.weight.detach().cpu().contiguous()
+        tensors["lm_head.weight"] = head.weight.detach()
     if getattr(head, "bias", None) is not None:
-        tensors["lm_head.bias"] = head.bias.detach().cpu().contiguous()
+        tensors["lm_head.bias"] = head.bias.detach()
     return tensors
 
 
@@ -407,9 +410,14 @@ def _plain(config: Any) -> Any:
 def _cached_sha256(path: Path) -> str:
     """Return a weight file's sha256, remembered by path, size and modification time."""
     stat = path.stat()
-    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    return _noted_sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _noted_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    key = f"{path.resolve()}:{size}:{mtime_ns}"
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dflash" / "sha256"
-    note = root / hashlib.sha256(key.encode()).hexdigest()
+    note = root / hashlib.sha256(os.fsencode(key)).hexdigest()
     if note.is_file() and len(known := note.read_text()) == 64:
         return known
     digest = sha256_file(path)

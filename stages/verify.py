@@ -14,7 +14,8 @@ import zarr
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
-from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.config import RerunConfig
+from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import locked, sha256_file
 from dflash_offline.schemas.manifest import FEATURES, MANIFEST, SAMPLES, TMP, Manifest, refuse_other_identity
 from dflash_offline.schemas.samples import SampleTable
@@ -83,9 +84,10 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
         return static
     reader = CacheReader(cache)
     faults = [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, reader.samples)]
+    group = zarr.open_group(str(cache / FEATURES), mode="r")
 
     def check(shard: int) -> list[Fault]:
-        return [Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(cache, reader, shard)]
+        return [Fault(place=place, what=what, shard=shard) for place, what in _shard_faults(reader, group, shard)]
 
     progress.start("Verifying", manifest.layout.num_shards, "shards")
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
@@ -119,7 +121,8 @@ def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
             yield f"{len(found):,} of {len(samples):,} samples, the first {found[0]}, {said[kind]}"
 
 
-def _shard_faults(cache: Path, reader: CacheReader, shard: int) -> Iterator[tuple[str, str]]:
+def _shard_faults(reader: CacheReader, group: zarr.Group, shard: int) -> Iterator[tuple[str, str]]:
+    cache = reader.cache
     place = str(commit_path(cache, shard).relative_to(cache))
     try:
         commit = read_commit(cache, shard, reader.manifest.checksum)
@@ -143,7 +146,7 @@ def _shard_faults(cache: Path, reader: CacheReader, shard: int) -> Iterator[tupl
         faulty = True
         yield name, what
     if not faulty:
-        yield from _content_faults(cache, reader, commit)
+        yield from _content_faults(reader, group, commit)
 
 
 def _samples_hit(reader: CacheReader, shard: int, name: str) -> str:
@@ -158,12 +161,11 @@ def _samples_hit(reader: CacheReader, shard: int, name: str) -> str:
     return "; all samples can still be read"
 
 
-def _content_faults(cache: Path, reader: CacheReader, commit: Commit) -> Iterator[tuple[str, str]]:
+def _content_faults(reader: CacheReader, group: zarr.Group, commit: Commit) -> Iterator[tuple[str, str]]:
     samples, shard, layout = reader.samples, commit.shard, reader.manifest.layout
     skipped = {one.sample for one in commit.skipped}
     members = np.array([i for i in samples.samples_of_shard(shard).tolist() if i not in skipped], np.int64)
     place = f"shard {shard}"
-    group = zarr.open_group(str(cache / FEATURES), mode="r")
     slots = slice(shard * layout.shard_tokens, (shard + 1) * layout.shard_tokens)
     for name, wanted in ((IDS, samples.input_ids), (MASK, samples.loss_mask)):
         array = group[name]
@@ -206,31 +208,32 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     return shards
 
 
-def compare_with_target(cache: Path, target: str, num_samples: int, seed: int, progress: Progress) -> list[LayerFit]:
+def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> list[LayerFit]:
     """Run the target again on samples drawn by seed and return how each stored layer compares.
 
     Each layer is also compared with the target's layers before and after it: an id off by one trains without a sign
     and is served badly. Raises `MismatchError` if the target is not the one the cache names.
     """
     reader = CacheReader(cache)
-    recorded = reader.manifest.identity["target"]
-    files = open_target(target)
-    own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
-    refuse_other_identity(cache, {"target": recorded}, {"target": {**files.identity(), **own}})
+    recorded, origin = reader.manifest.identity["target"], reader.manifest.origin
     finished = reader.usable()
-    if num_samples < 1 or seed < 0:
-        raise DflashError(f"--samples is {num_samples} and --seed {seed}; expected at least 1 and 0.")
     if not len(finished):
         raise CacheError(f"{cache} has no finished shard to compare with the target. Let `dflash extract` finish one.")
-    drawn = np.random.default_rng(seed).choice(finished, min(num_samples, len(finished)), replace=False)
-    device = choose_device("auto")
-    dtype = getattr(torch, recorded["dtype"])
+    device = choose_device(rerun.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
+    files = open_target(rerun.target, revision=revision, trust_remote_code=rerun.trust_remote_code)
+    own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
+    refuse_other_identity(cache, {"target": recorded}, {"target": {**files.identity(), **own}})
+    drawn = np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
     model = load_model(
         files,
-        dtype=dtype,
+        dtype=getattr(torch, recorded["dtype"]),
         device=device,
-        attn_implementation=recorded["attn_implementation"],
-        device_map=recorded["device_map"],
+        attn_implementation=rerun.attn_implementation or recorded["attn_implementation"],
+        device_map=rerun.device_map or recorded["device_map"],
+        trust_remote_code=rerun.trust_remote_code,
     )
     around = sorted({n for i in reader.layer_ids for n in (i - 1, i, i + 1) if 0 <= n < files.num_layers})
     squares = np.zeros((len(reader.layer_ids), len(around)))

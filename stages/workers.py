@@ -17,17 +17,16 @@ from typing import Any, cast
 
 import torch
 
-from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture import Capture, Capturer
 from dflash_offline.stages.encoding import FeatureEncoder
 from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.target import quiet_libraries
 from dflash_offline.stages.writer import ShardWriter
 
-_SHOWN_SAMPLES = 10
 _FAULT = 3
 """Exit code of a worker that has said what went wrong."""
 
@@ -40,7 +39,7 @@ class Work:
     capturer: Callable[[], Capturer]
     """Loads the target when the first shard is begun."""
     encoder: FeatureEncoder
-    on_bad_features: str
+    bad_features: BadFeatures
 
 
 class Report:
@@ -89,11 +88,10 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
         with claim:
             captured = capture.wait()
             bad = captured.bad
-            if bad and work.on_bad_features == "refuse":
-                raise CacheError(_bad_features_text(bad, writer.samples, shard))
+            work.bad_features.check(shard, bad)
             size = writer.commit(shard, capture.buffer.array, bad, started, captured.sums)
             for one in bad:
-                report.say(f"Left out: {_place(one, writer.samples)}")
+                report.say(f"Left out: {skipped_place(one, writer.samples)}")
             capture.buffer.clear()
             report.shard(size)
 
@@ -115,20 +113,6 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
                     buffers.reverse()
             if pending is not None:
                 pending.result()
-
-
-def _place(one: SkippedSample, samples: SampleTable) -> str:
-    return f"{samples.place(one.sample)}: {one.reason} at layer {one.layer_id}, position {one.position}"
-
-
-def _bad_features_text(bad: list[SkippedSample], samples: SampleTable, shard: int) -> str:
-    listed = "\n  ".join(_place(one, samples) for one in bad[:_SHOWN_SAMPLES])
-    more = f"\n  and {len(bad) - _SHOWN_SAMPLES} more" if len(bad) > _SHOWN_SAMPLES else ""
-    return (
-        f"The target gives bad features for {len(bad)} samples of shard {shard}; nothing of it was written:\n  {listed}"
-        f"{more}\nCheck the target's dtype and attention implementation, or leave such samples out, recorded and "
-        f"counted, with --on-bad-features skip."
-    )
 
 
 def run_workers(

@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and then by what tests start
 logging.disable_progress_bar()
 
 

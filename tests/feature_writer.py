@@ -31,6 +31,7 @@ def create(
     supervised: float = 0.8,
     mask_token_id: int = 1000,
     tokenizer: Path | None = None,
+    features: FeatureLayout | None = None,
 ) -> Manifest:
     """Publish an empty cache of three layers, with samples of 20 to 90 tokens, ids below 1,000."""
     rng = np.random.default_rng(seed)
@@ -60,7 +61,7 @@ def create(
         chunk_tokens=CHUNK,
         num_layers=3,
         hidden_size=width,
-        features=FeatureLayout(),
+        features=features or FeatureLayout(),
     )
     with building_folder(cache) as folder:
         write_samples(
@@ -71,7 +72,7 @@ def create(
             read=lambda begin, end: (ids[begin:end], mask[begin:end]),
         )
         write_rejects(folder / REJECTS, [])
-        create_arrays(folder / FEATURES, layout, [1, 2, 4])
+        create_arrays(folder / FEATURES, layout, [1, 2, 4], _scales(rng, layout))
         (folder / "target").mkdir()
         (folder / "target" / "config.json").write_text('{"model_type": "none"}')
         if tokenizer is not None:
@@ -99,6 +100,15 @@ def create(
     return Manifest.read(cache)
 
 
+def _scales(rng: np.random.Generator, layout: Layout) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Return center and step of scaled features, whose distribution `features` makes the standard one."""
+    if layout.features.step is None:
+        return None
+    shape = (layout.num_layers, layout.hidden_size)
+    spread = rng.uniform(0.5, 2.0, shape)
+    return rng.standard_normal(shape).astype(np.float32), (spread * layout.features.step).astype(np.float32)
+
+
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Of a sample's features [T, L, H], to plant a fault."""
 
@@ -115,8 +125,17 @@ def features(
         values = rng.standard_normal((count, layout.num_layers, layout.hidden_size), dtype=np.float32)
         values = values if change is None else change(values)
         begin = int(samples.start[sample]) - shard * layout.shard_tokens
-        codes[begin : begin + count] = (values.view(np.uint32) >> 16).astype(np.uint16)
+        codes[begin : begin + count] = _codes(values, layout.features)
     return codes
+
+
+def _codes(values: NDArray[np.float32], features: FeatureLayout) -> NDArray[np.uint16]:
+    """Return features as a layout stores them, cut off instead of rounded: whole bits are all that matters here."""
+    if features.step is not None:  # in standard deviations from the center
+        steps = (values / np.float32(features.step)).astype(np.int32)
+        return (2 * np.abs(steps) + (steps < 0)).astype(np.uint16)
+    kept = 7 if features.mantissa_bits is None else features.mantissa_bits
+    return ((values.view(np.uint32) >> 16) & ~np.uint32((1 << (7 - kept)) - 1)).astype(np.uint16)
 
 
 def fill_cache(cache: Path, worker: int = 0, change: Change | None = None) -> None:

@@ -1,7 +1,6 @@
 """Stage one against the target's own hidden states, interrupted in every way."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Command, run
 from tiny_target import save_conversations, save_target
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
@@ -36,13 +36,19 @@ def content(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in files if path.is_file()}
 
 
-def command(config: Settings, out: Path) -> list[str]:
+def arguments(config: Settings, out: Path) -> list[str]:
+    """Return what follows `dflash` on the command line."""
     data, layers = config["data"], config["layers"]
     assert isinstance(data, tuple) and isinstance(layers, tuple)
     flags = {"target": config["target"], "out": out, "layers": ",".join(map(str, layers)), "device": "cpu"}
     flags |= {name.replace("_", "-"): config[name] for name in ("block_size", "shard_mib", "chunk_tokens")}
     listed = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "dflash_offline.pipeline.app", "extract", *map(str, data), *listed]
+    return ["extract", *map(str, data), *listed]
+
+
+def command(config: Settings, out: Path) -> list[str]:
+    """Return a command line that a fresh interpreter runs."""
+    return [sys.executable, "-m", "dflash_offline.pipeline.app", *arguments(config, out)]
 
 
 ZARR_READER = """
@@ -132,15 +138,14 @@ def test_killed_at_random_instants_it_resumes_to_the_same_bytes(
     out, chance = tmp_path / "cache", random.Random(0)
     finished = kills = 0
     for _ in range(40):
-        process = subprocess.Popen(command(extract_config, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = Command(arguments(extract_config, out))
         deadline = time.monotonic() + 60
         # Wait until the cache is being filled, so that kills land in the work and not in the imports.
         while process.poll() is None and time.monotonic() < deadline and not _more_commits(out, finished):
             time.sleep(0.005)
         time.sleep(chance.random() * 0.1)
         process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.communicate()
+        kills += process.wait()[0] == -signal.SIGKILL
         finished = _commits(out)
         if finished == CacheReader(cache).manifest.layout.num_shards:
             break
@@ -160,10 +165,10 @@ def _more_commits(out: Path, finished: int) -> bool:
 
 def test_two_starts_at_once_share_the_work(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    both = [subprocess.Popen(command(extract_config, out), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [Command(arguments(extract_config, out)) for _ in range(2)]
     for process in both:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+        code, said = process.wait()
+        assert code == 0, said
     assert content(out) == content(cache)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
@@ -171,12 +176,12 @@ def test_two_starts_at_once_share_the_work(cache: Path, extract_config: Settings
 def test_ctrl_c_exits_130_and_says_how_to_go_on(extract_config: Settings, tmp_path: Path) -> None:
     out, many = tmp_path / "cache", save_conversations(tmp_path / "many.jsonl", 2000)
     config = extract_config | {"data": (many,)}  # work enough that the signal comes in the middle of it
-    process = subprocess.Popen(command(config, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command(arguments(config, out))
     while process.poll() is None and not _commits(out):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    code, said = process.wait()
+    assert code == 130, said
     assert "repeat the command" in said and "Traceback" not in said
 
 
@@ -291,15 +296,9 @@ def test_a_file_size_limit_gives_a_clear_error_and_a_resumable_cache(
     cache: Path, extract_config: Settings, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
-    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command(extract_config, out)]  # in KiB
-    run = subprocess.run(limited, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    assert (
-        run.returncode == 1
-        and f"{out}/tmp/" in run.stderr
-        and "File too large" in run.stderr
-        and "Traceback" not in run.stderr
-    ), run.stderr
-    subprocess.run(command(extract_config, out), check=True, capture_output=True)
+    code, said = run(arguments(extract_config, out), most_file_bytes=200 << 10)
+    assert code == 1 and f"{out}/tmp/" in said and "File too large" in said and "Traceback" not in said, said
+    assert run(arguments(extract_config, out))[0] == 0
     assert content(out) == content(cache)
 
 
@@ -335,13 +334,10 @@ def test_other_end_tokens_are_another_target(
         extract(ExtractConfig(**extract_config | {"target": str(other)}, out=cache), Silent())
 
 
-@pytest.mark.parametrize("blocks", [20, 100])
-def test_a_disk_that_fills_before_the_first_shard_is_told(
-    extract_config: Settings, tmp_path: Path, blocks: int
-) -> None:
-    limited = ["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "bash", *command(extract_config, tmp_path / "cache")]
-    run = subprocess.run(limited, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-    assert run.returncode == 1 and "File too large" in run.stderr and "Traceback" not in run.stderr, run.stderr
+@pytest.mark.parametrize("kib", [20, 100])
+def test_a_disk_that_fills_before_the_first_shard_is_told(extract_config: Settings, tmp_path: Path, kib: int) -> None:
+    code, said = run(arguments(extract_config, tmp_path / "cache"), most_file_bytes=kib << 10)
+    assert code == 1 and "File too large" in said and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:9"])

@@ -1,6 +1,7 @@
 """Imports run one way, and what must be quick to start does not load torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,24 +52,25 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 from dflash_offline.pipeline.app import app
-app({arguments!r})
+for arguments in {commands!r}:
+    print("$", *arguments)
+    app(arguments, standalone_mode=False)
 """
 
 
-def without_torch(arguments: list[str]) -> str:
-    """Return what the command prints in a process where torch cannot be imported."""
-    program = WITHOUT_TORCH.format(arguments=arguments)
+def without_torch(*commands: list[str]) -> list[str]:
+    """Return what each command prints in a process where torch cannot be imported."""
+    program = WITHOUT_TORCH.format(commands=commands)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return run.stdout
+    printed = re.split(r"^\$ .*\n", run.stdout, flags=re.MULTILINE)[1:]
+    assert len(printed) == len(commands)
+    return printed
 
 
-@pytest.mark.parametrize("arguments", [[], ["regenerate"], ["extract"], ["train"], ["eval"], ["doctor"]])
-def test_help_does_not_load_torch(arguments: list[str]) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH.format(arguments=[*arguments, "--help"])], capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "Usage:" in run.stdout, run.stderr
+def test_help_does_not_load_torch() -> None:
+    commands = [[], ["regenerate"], ["extract"], ["train"], ["eval"], ["doctor"]]
+    assert all("Usage:" in printed for printed in without_torch(*([*command, "--help"] for command in commands)))
 
 
 def test_a_process_that_tokenizes_does_not_load_torch() -> None:
@@ -77,19 +79,10 @@ def test_a_process_that_tokenizes_does_not_load_torch() -> None:
 
 
 def test_inspect_does_not_load_torch(cache: Path, run: Path, tmp_path: Path) -> None:
-    for arguments in (
-        ["inspect", str(cache)],
-        ["inspect", str(cache), "--sample", "0"],
-        ["inspect", str(cache), "--json"],
-        ["inspect", str(cache), "--shard", "0"],
-        ["inspect", str(cache), "--layers", "--features", "2"],
-        ["inspect", str(cache), "--top", "rare"],
-        ["inspect", str(run)],
-        ["inspect", str(run), str(run), "--html", str(tmp_path / "runs.html")],
-    ):
-        program = WITHOUT_TORCH.format(arguments=arguments)
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert run.returncode == 0 and run.stdout, run.stderr
+    views = (["--sample", "0"], ["--json"], ["--shard", "0"], ["--layers", "--features", "2"], ["--top", "rare"])
+    commands = [["inspect", str(cache), *view] for view in ([], *views)]
+    commands += [["inspect", str(run)], ["inspect", str(run), str(run), "--html", str(tmp_path / "runs.html")]]
+    assert all(without_torch(*commands))
 
 
 def test_the_doctor_leaves_torch_to_a_process_of_its_own() -> None:

@@ -291,7 +291,8 @@ def test_requests_hold_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
 def test_no_torch_is_loaded_for_servers(tmp_path: Path) -> None:
     data, out = save(tmp_path / "chats.jsonl", chats(5)), tmp_path / "new.jsonl"
     with ChatServer() as server:
-        said = without_torch(["regenerate", str(data), "--server", server.url, "--target", "a/b", "--out", str(out)])
+        asked = ["regenerate", str(data), "--server", server.url, "--target", "a/b", "--out", str(out)]
+        (said,) = without_torch(asked)
     assert "5 conversations, 9 answers" in said and f"dflash extract {out} --target a/b" in said
     assert out.read_text() == expected(chats(5))
 

@@ -12,7 +12,7 @@ from tiny_target import save_target
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.config import ExtractConfig, RerunConfig
 from dflash_offline.schemas.errors import CacheError, MismatchError
 from dflash_offline.schemas.files import sealed_bytes
 from dflash_offline.stages.cache import CacheReader
@@ -36,7 +36,7 @@ def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
     chance = random.Random(0)
     for path in sorted(path for path in copy.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        for position in chance.sample(range(len(content)), min(3, len(content))):
+        for position in chance.sample(range(len(content)), 1):
             broken = bytearray(content)
             broken[position] ^= 1 << chance.randrange(8)
             path.write_bytes(broken)
@@ -50,7 +50,7 @@ def test_a_reader_never_decodes_a_flipped_byte_silently(copy: Path) -> None:
     content = path.read_bytes()
     members = CacheReader(copy).samples.samples_of_shard(0).tolist()
     sound = [CacheReader(copy).read_codes(sample) for sample in members]
-    for position in chance.sample(range(len(content)), 100):
+    for position in chance.sample(range(len(content)), 30):
         broken = bytearray(content)
         broken[position] ^= 1 << chance.randrange(8)
         path.write_bytes(broken)
@@ -127,7 +127,7 @@ def test_a_damaged_chunk_is_named_with_shard_and_sample(copy: Path) -> None:
 
 
 def test_the_target_run_again_fits_every_layer(cache: Path, target: Path) -> None:
-    fits = compare_with_target(cache, str(target), 4, 0, Silent())
+    fits = compare_with_target(cache, RerunConfig(target=str(target), samples=4), Silent())
     assert [fit.layer_id for fit in fits] == [1, 2, 4]
     assert all(fit.error < 0.004 and not fit.fault for fit in fits)
 
@@ -142,7 +142,7 @@ def test_a_layer_that_is_off_by_one_is_said_to_be(
     out = tmp_path / "cache"
     extract(ExtractConfig(**extract_config, out=out), Silent())
     assert verify_cache(out, Silent()) == []
-    faults = [fit.fault for fit in compare_with_target(out, str(target), 4, 0, Silent())]
+    faults = [fit.fault for fit in compare_with_target(out, RerunConfig(target=str(target), samples=4), Silent())]
     assert all("off by +1" in fault for fault in faults)
     said = CliRunner().invoke(app, ["verify", str(out), "--target", str(target)])
     assert said.exit_code == 1 and "layer 1 is off by +1" in said.stdout and "Next: do not train" in said.stdout
@@ -152,7 +152,7 @@ def test_a_layer_that_is_off_by_one_is_said_to_be(
 
 def test_another_target_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"target\.weights_sha256"):
-        compare_with_target(cache, str(save_target(tmp_path / "other", seed=3)), 2, 0, Silent())
+        compare_with_target(cache, RerunConfig(target=str(save_target(tmp_path / "other", seed=3))), Silent())
 
 
 def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) -> None:
@@ -187,6 +187,51 @@ def test_a_cache_copied_without_its_empty_folders_goes_on(copy: Path, extract_co
 
 
 def test_impossible_numbers_of_samples_are_refused(copy: Path, target: Path) -> None:
-    for flags in (["--samples", "0"], ["--seed", "-1"]):
-        result = CliRunner().invoke(app, ["verify", str(copy), "--target", str(target), *flags])
-        assert result.exit_code == 1 and "expected at least 1 and 0" in result.output
+    flags = ["--samples", "0", "--seed", "-1"]
+    result = CliRunner().invoke(app, ["verify", str(copy), "--target", str(target), *flags])
+    assert result.exit_code == 1 and "samples is 0; expected at least 1" in result.output
+    assert "seed is -1; expected at least 0" in result.output
+
+
+OWN_CODE = {
+    "configuration_own.py": """
+from transformers import Qwen3Config
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+""",
+    "modeling_own.py": """
+from transformers import Qwen3ForCausalLM
+
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    config_class = OwnConfig
+""",
+}
+
+
+def test_a_cache_of_a_target_with_its_own_code_is_verified_as_it_was_extracted(
+    target: Path, extract_config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = shutil.copytree(target, tmp_path / "own")
+    for name, code in OWN_CODE.items():
+        (own / name).write_text(code)
+    config = json.loads((own / "config.json").read_text())
+    places = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (own / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": places}))
+    out = tmp_path / "cache"
+    settings = extract_config | {"target": str(own), "attn_implementation": "eager"}
+    extract(ExtractConfig(**settings, out=out, trust_remote_code=True, limit=20), Silent())
+    arguments = ["verify", str(out), "--target", str(own), "--samples", "2", "--quiet"]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1 and "--trust-remote-code" in refused.output
+    for more in ([], ["--attn-implementation", "sdpa", "--device", "cpu"]):
+        sound = CliRunner().invoke(app, [*arguments, "--trust-remote-code", *more])
+        assert sound.exit_code == 0 and "layer   4: relative error 0." in sound.stdout, sound.output
+    (own / "modeling_own.py").write_text(OWN_CODE["modeling_own.py"] + "# changed\n")
+    other = CliRunner().invoke(app, [*arguments, "--trust-remote-code"])
+    assert other.exit_code == 1 and "target.code_sha256.modeling_own.py" in other.output

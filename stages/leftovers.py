@@ -1,0 +1,92 @@
+"""Half-written shard files that workers left in a cache's tmp/: counted by anyone, removed where nobody can be at them.
+
+A worker's lock keeps others of its file system from its shard. Where locks do not reach, a file of another machine may
+be in use though its lock is free: it goes only when its shard is finished, for then its owner, if there is one, throws
+it away too, or when nothing was written to it for an hour by the file system's own clock.
+"""
+
+import re
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.manifest import TMP
+from dflash_offline.stages.progress import readable_bytes
+
+ABANDONED_S = 3600.0
+"""A shard file is written in seconds to minutes, and its time changes with every piece."""
+_HOSTS_SHOWN = 3
+_NAME = re.compile(r"(\d{6,})\.(.+)-\d+\.part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfWritten:
+    """One file in tmp/ that a worker is writing, or was when it died."""
+
+    path: Path
+    shard: int
+    host: str
+    num_bytes: int
+    changed: float
+    """When it was last written to, in seconds of the file system's clock."""
+
+
+def half_written(cache: Path) -> list[HalfWritten]:
+    """Return the half-written files of a cache, by shard."""
+    found = []
+    for path in sorted((cache / TMP).glob("*.part")):
+        with suppress(FileNotFoundError):  # its worker finished it meanwhile
+            if name := _NAME.fullmatch(path.name):
+                stat = path.stat()
+                found.append(
+                    HalfWritten(
+                        path=path,
+                        shard=int(name[1]),
+                        host=name[2],
+                        num_bytes=stat.st_size,
+                        changed=stat.st_mtime,
+                    )
+                )
+    return found
+
+
+def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWritten]:
+    """Remove the half-written files that nobody can be at; returns them."""
+    removed = []
+    for one in half_written(cache):
+        lock = cache / TMP / f"{one.shard:06d}.lock"
+        lock.touch()
+        with locked(lock, wait=False) as free:
+            old = lock.stat().st_mtime - one.changed > ABANDONED_S
+            if free and (one.host == socket.gethostname() or old or is_done(one.shard)):
+                one.path.unlink(missing_ok=True)
+                removed.append(one)
+    return removed
+
+
+def figures(cache: Path) -> dict[str, Any]:
+    """Return how many half-written files there are, their bytes and machines, and how long the oldest is untouched."""
+    found = half_written(cache)
+    return {
+        "files": len(found),
+        "bytes": sum(one.num_bytes for one in found),
+        "hosts": sorted({one.host for one in found}),
+        "untouched_s": max((max(0.0, time.time() - one.changed) for one in found), default=0.0),
+    }
+
+
+def told(found: dict[str, Any]) -> str:
+    """Return those figures as a clause; empty where there is no such file."""
+    if not found["files"]:
+        return ""
+    files = "1 half-written file" if found["files"] == 1 else f"{found['files']:,} half-written files"
+    hosts = ", ".join(found["hosts"][:_HOSTS_SHOWN]) + (", ..." if len(found["hosts"]) > _HOSTS_SHOWN else "")
+    return (
+        f"{files}, {readable_bytes(found['bytes'])}, of {hosts}, untouched for up to "
+        f"{found['untouched_s'] / 60:,.0f} min"
+    )

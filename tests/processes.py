@@ -1,0 +1,75 @@
+"""Processes forked from one that has imported torch and the commands: a start takes a tenth of a second, not four.
+
+Each is a process of its own in all that is tested with them: it is killed, signalled, limited and locked out by itself.
+That a fresh interpreter does the same is seen by the tests that start one.
+"""
+
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(
+    [
+        "dflash_offline.pipeline.app",
+        "dflash_offline.pipeline.extract",
+        "dflash_offline.stages.extract",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.qwen3.modeling_qwen3",
+    ]
+)
+
+
+class Command:
+    """A `dflash` command that runs beside the test."""
+
+    def __init__(self, arguments: list[str], *, most_file_bytes: int | None = None) -> None:
+        """`most_file_bytes` limits every file that it writes, as `ulimit -f` does."""
+        number, self._stderr = tempfile.mkstemp()
+        os.close(number)
+        self.process: ForkServerProcess = FORKING.Process(
+            target=_run, args=(arguments, self._stderr, most_file_bytes), daemon=False
+        )
+        self.process.start()
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal, or None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        assert self.process.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def wait(self, timeout_s: float = 120) -> tuple[int, str]:
+        """Wait for its end; returns exit code and what it wrote to stderr."""
+        self.process.join(timeout_s)
+        code = self.process.exitcode
+        assert code is not None, "the command does not end"
+        said = Path(self._stderr).read_text()
+        Path(self._stderr).unlink()
+        return code, said
+
+
+def run(arguments: list[str], *, most_file_bytes: int | None = None) -> tuple[int, str]:
+    """Run a command to its end; returns exit code and what it wrote to stderr."""
+    return Command(arguments, most_file_bytes=most_file_bytes).wait()
+
+
+def _run(arguments: list[str], stderr: str, most_file_bytes: int | None) -> None:
+    from dflash_offline.pipeline.app import main
+
+    for stream, path in ((1, os.devnull), (2, stderr)):
+        opened = os.open(path, os.O_WRONLY)
+        os.dup2(opened, stream)
+        os.close(opened)
+    if most_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
+    sys.argv = ["dflash", *arguments]
+    main()

@@ -1,0 +1,145 @@
+"""Samples whose features the target spoils: refused, or left out, recorded, counted and bounded."""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from feature_writer import create, features
+from processes import FORKING
+from test_extract import Settings
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.manifest import SAMPLES, Manifest
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.bad_features import ALWAYS_ALLOWED, BadFeatures
+from dflash_offline.stages.cache import CacheReader, open_codec
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.features import NAN
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.verify import verify_cache
+from dflash_offline.stages.writer import ShardWriter
+
+
+@pytest.fixture(scope="module")
+def rare(cache: Path) -> int:
+    """The token of the data that the fewest samples hold, but more than one."""
+    samples = CacheReader(cache).samples
+    holders: dict[int, set[int]] = {}
+    for sample in range(len(samples)):
+        for token in np.unique(samples.input_ids(sample)).tolist():
+            holders.setdefault(token, set()).add(sample)
+    return min((token for token, held in holders.items() if len(held) > 1), key=lambda token: len(holders[token]))
+
+
+def broken(target: Path, folder: Path, harm: Callable[[torch.nn.Module], None]) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    harm(model)
+    shutil.copytree(target, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
+    extract_config: Settings, target: Path, tmp_path: Path, rare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+
+    def harm(model: torch.nn.Module) -> None:
+        model.model.embed_tokens.weight.data[rare] = float("inf")  # type: ignore[union-attr,operator,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache")
+    told = r"Sample \d+ \(chats.jsonl:\d+\): a feature is not finite at layer 1.*--on-bad-features skip"
+    with pytest.raises(DflashError, match=re.compile(told, re.DOTALL)):
+        extract(replace(config, workers=2), Silent())  # a worker's fault is the command's
+    done = extract(replace(config, on_bad_features="skip"), Silent())
+    reader = CacheReader(done.cache)
+    holders = {i for i in range(len(reader.samples)) if rare in reader.samples.input_ids(i)}
+    assert reader.skipped == holders and done.num_skipped == len(holders)
+    assert set(reader.usable().tolist()) == set(range(len(reader.samples))) - holders
+    for sample in holders:
+        with pytest.raises(CacheError, match="left out"):
+            reader.read_codes(sample)
+    assert verify_cache(done.cache, Silent()) == []
+    shown = CliRunner().invoke(app, ["inspect", str(done.cache)])
+    assert f"{len(holders)} samples whose features were bad" in shown.stdout
+    assert f"e.g. sample {min(holders)}: a feature is not finite at layer 1" in shown.stdout
+
+
+def test_a_target_that_spoils_everything_is_refused_although_told_to_skip(
+    extract_config: Settings, target: Path, tmp_path: Path
+) -> None:
+    def harm(model: torch.nn.Module) -> None:
+        model.model.layers[2].mlp.down_proj.weight.data[3] = float("inf")  # type: ignore[union-attr,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    config = ExtractConfig(
+        **extract_config | {"target": name}, out=tmp_path / "cache", on_bad_features="skip", max_skipped=0.05
+    )
+    told = r"(\d+) of the \1 samples of shard 0.*\1 samples: a feature is not finite, first at layer 2.*and \d+ more"
+    with pytest.raises(CacheError, match=re.compile(told, re.DOTALL)):
+        extract(config, Silent())
+    assert not list((config.out / "commits").iterdir())
+    everything = extract(replace(config, max_skipped=1), Silent())
+    assert everything.num_skipped == everything.num_samples  # told so, and counted
+
+
+class Plan:
+    """A cache of 120 shards of a few samples each, and what decides about bad ones in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest: Manifest = create(folder, num_shards=120)
+        self.samples = SampleTable.read(folder / SAMPLES)
+        self.writer = ShardWriter(folder, self.manifest, self.samples, open_codec(folder, self.manifest))
+
+    def bad(self, shard: int) -> list[SkippedSample]:
+        """The first sample of a shard, spoiled."""
+        sample = int(self.samples.samples_of_shard(shard)[0])
+        return [SkippedSample(sample=sample, reason="a feature is not finite", layer_id=2, position=1)]
+
+    def write(self, shard: int) -> None:
+        codes = features(self.manifest, self.samples, shard, NAN)
+        begin = int(self.samples.start[self.bad(shard)[0].sample]) % len(codes)
+        codes[begin : begin + int(self.samples.num_tokens[self.bad(shard)[0].sample])] = NAN
+        self.writer.commit(shard, codes, self.bad(shard))
+
+
+def test_samples_left_out_are_counted_over_all_shards_and_all_workers(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "cache")
+    share = 20 / len(plan.samples)
+    first, second = (BadFeatures(plan.writer, "skip", share) for _ in range(2))
+    for shard in range(20):  # two workers, turn by turn
+        (first, second)[shard % 2].check(shard, plan.bad(shard))
+        plan.write(shard)
+    for decides in (first, second, BadFeatures(plan.writer, "skip", share)):
+        with pytest.raises(CacheError, match=rf"(?s)21 of {len(plan.samples)} samples so far.*--max-skipped") as error:
+            decides.check(20, plan.bad(20))
+        assert "21 samples: a feature is not finite, first at layer 2" in str(error.value)
+    BadFeatures(plan.writer, "skip", 21 / len(plan.samples)).check(20, plan.bad(20))
+    first.check(21, [])
+
+
+def test_a_few_samples_of_a_small_plan_may_always_be_left_out(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "cache")
+    decides = BadFeatures(plan.writer, "skip", 0.0)
+    for shard in range(ALWAYS_ALLOWED):
+        decides.check(shard, plan.bad(shard))
+        plan.write(shard)
+    with pytest.raises(CacheError, match=f"{ALWAYS_ALLOWED + 1} of"):
+        decides.check(ALWAYS_ALLOWED, plan.bad(ALWAYS_ALLOWED))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_impossible_shares_are_refused(extract_config: Settings, tmp_path: Path, share: float) -> None:
+    with pytest.raises(DflashError, match="max_skipped is"):
+        ExtractConfig(**extract_config, out=tmp_path, max_skipped=share)
