@@ -322,7 +322,7 @@ def test_top_lists_the_longest_the_shortest_and_the_rarest(cache: Path) -> None:
 
 def test_two_views_at_once_are_refused(cache: Path) -> None:
     assert "--sample and --layers are views of their own" in shown_error(cache, "--sample", 0, "--layers")
-    assert "are a cache's" in shown_error(cache, "--target", "x", "--top", "rare")
+    assert "--top shows a part of a cache" in shown_error(cache, "--target", "x", "--top", "rare")
     assert "Name --layers with it" in shown_error(cache, "--features", 3)
 
 
