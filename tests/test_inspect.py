@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from feature_writer import create, fill_cache
 from numpy.typing import NDArray
+from tiny_target import save_tokenizer
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.pipeline.inspect_sample import marked_runs
 from dflash_offline.pipeline.plan_numbers import NUM_BINS, mask_token_use, spread
+from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import commit_path, read_commits
 from dflash_offline.schemas.files import _holds, sealed_bytes
 from dflash_offline.schemas.manifest import SAMPLES
@@ -288,6 +291,15 @@ def test_a_sample_shows_its_tokens_mask_and_norms(cache: Path) -> None:
     for layer_id in (1, 2, 4):
         assert re.search(rf"^layer {layer_id}    [▁▂▃▄▅▆▇█]+ \S+ to \S+$", text, re.MULTILINE)
     assert all(f"[[{run['text']}]]" in text for run in able)
+
+
+def test_a_run_that_begins_within_a_character_shows_it_whole(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    ids = tokenizer("a dog 🐕 日本 sees")["input_ids"]
+    for cut in range(1, len(ids)):
+        runs = marked_runs(token_texts(ids, tokenizer.decode), np.arange(len(ids)) >= cut, 1)
+        assert [run["tokens"] for run in runs] == [cut, len(ids) - cut]
+        assert "".join(run["text"] for run in runs) == "a dog 🐕 日本 sees"
 
 
 def test_a_sample_without_features_is_shown_with_the_reason(cache: Path, tmp_path: Path) -> None:
