@@ -51,24 +51,23 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 from dflash_offline.pipeline.app import app
-app({arguments!r})
+for arguments in {commands!r}:
+    app(arguments, standalone_mode=False)
+    print("-- ran --")
 """
 
 
-def without_torch(arguments: list[str]) -> str:
-    """Return what the command prints in a process where torch cannot be imported."""
-    program = WITHOUT_TORCH.format(arguments=arguments)
+def run_without_torch(*commands: list[str]) -> str:
+    """Return what the commands print, one after another in a process where torch cannot be imported."""
+    program = WITHOUT_TORCH.format(commands=commands)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0 and run.stdout.count("-- ran --\n") == len(commands), run.stderr
     return run.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["regenerate"], ["extract"], ["train"], ["eval"], ["doctor"]])
-def test_help_does_not_load_torch(arguments: list[str]) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH.format(arguments=[*arguments, "--help"])], capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "Usage:" in run.stdout, run.stderr
+def test_help_does_not_load_torch() -> None:
+    commands = [[], ["regenerate"], ["extract"], ["train"], ["eval"], ["doctor"]]
+    assert run_without_torch(*([*one, "--help"] for one in commands)).count("Usage:") == len(commands)
 
 
 def test_a_process_that_tokenizes_does_not_load_torch() -> None:
@@ -77,19 +76,9 @@ def test_a_process_that_tokenizes_does_not_load_torch() -> None:
 
 
 def test_inspect_does_not_load_torch(cache: Path, run: Path, tmp_path: Path) -> None:
-    for arguments in (
-        ["inspect", str(cache)],
-        ["inspect", str(cache), "--sample", "0"],
-        ["inspect", str(cache), "--json"],
-        ["inspect", str(cache), "--shard", "0"],
-        ["inspect", str(cache), "--layers", "--features", "2"],
-        ["inspect", str(cache), "--top", "rare"],
-        ["inspect", str(run)],
-        ["inspect", str(run), str(run), "--html", str(tmp_path / "runs.html")],
-    ):
-        program = WITHOUT_TORCH.format(arguments=arguments)
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert run.returncode == 0 and run.stdout, run.stderr
+    views = ["", "--sample 0", "--json", "--shard 0", "--layers --features 2", "--top rare"]
+    of_runs = [["inspect", str(run)], ["inspect", str(run), str(run), "--html", str(tmp_path / "runs.html")]]
+    run_without_torch(*(["inspect", str(cache), *view.split()] for view in views), *of_runs)
 
 
 def test_the_doctor_leaves_torch_to_a_process_of_its_own() -> None:
