@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.records import read_features, read_manifest
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
 from dflash_offline.pipeline.token_text import token_texts
@@ -149,7 +150,7 @@ def print_sample(view: dict[str, Any]) -> None:
         console.print(f"No norms: {view['no_features']}", soft_wrap=True)
     else:
         _print_norms(console, view)
-    console.print(f"Next: dflash inspect {view['cache']} --shard {view['shard']}", soft_wrap=True)
+    console.print(f"Next: {dflash_line('inspect', view['cache'], '--shard', view['shard'])}", soft_wrap=True)
 
 
 def _rule(console: Console, title: str) -> None:

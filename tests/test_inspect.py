@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Callable
@@ -291,6 +292,20 @@ def test_a_sample_shows_its_tokens_mask_and_norms(cache: Path) -> None:
     for layer_id in (1, 2, 4):
         assert re.search(rf"^layer {layer_id}    [▁▂▃▄▅▆▇█]+ \S+ to \S+$", text, re.MULTILINE)
     assert all(f"[[{run['text']}]]" in text for run in able)
+
+
+def test_suggested_commands_hold_for_a_folder_with_a_blank_in_its_name(cache: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "my cache"))
+    for view in ((), ("--sample", 0), ("--shard", 0), ("--layers",), ("--top", "rare")):
+        commands = re.findall(r"^(?:Next: | {6})(dflash .*)$", shown(copy, *view), re.MULTILINE)
+        assert commands and all(shlex.split(command)[2] == str(copy) for command in commands)
+
+
+def test_a_file_without_a_target_is_told_from_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert "is a file. To see a row of data as it would be extracted, name a --target." in shown_error(
+        tmp_path / "a.jsonl"
+    )
 
 
 def test_a_run_that_begins_within_a_character_shows_it_whole(tmp_path: Path) -> None:

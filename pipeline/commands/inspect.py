@@ -131,6 +131,8 @@ def _show_runs(runs: list[Path], named: list[str], html: Path | None, as_json: b
 def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as_json: bool) -> None:
     if len(caches) > 1:
         raise DflashError("Several folders are compared only where all are runs. Name one cache.")
+    if caches[0].is_file():
+        raise DflashError(f"{caches[0]} is a file. To see a row of data as it would be extracted, name a --target.")
     if html is not None:
         from dflash_offline.pipeline.cache_page import write_cache_page
 
