@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import MASKS, ExtractConfig, RerunConfig, TrainConfig
+from dflash_offline.schemas.config import DTYPES, MASKS, ExtractConfig, RerunConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import EvalConfig
 from dflash_offline.schemas.regeneration import RegenerateConfig
@@ -65,6 +65,22 @@ Mask = Annotated[
 NoReasoning = Annotated[bool, typer.Option("--no-reasoning", help="Leave an answer's reasoning unsupervised.")]
 KeepSpecialTokens = Annotated[
     bool, typer.Option("--keep-special-tokens", help="Keep rows whose text spells a special token, as it is served.")
+]
+Limit = Annotated[int | None, typer.Option(help="Rows read, at most. [default: all]")]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out, counted, instead of stopping.")
+]
+TargetDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="float32, bfloat16 or float16; auto is float32 on the CPU, else the checkpoint's.",
+        autocompletion=one_of(*DTYPES),
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="auto spreads a target that is larger than one GPU over all of them."),
 ]
 Attention = Annotated[
     str,

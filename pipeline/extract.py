@@ -65,6 +65,7 @@ def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Fore
     print(
         f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
     )
+    print("Next: the same without --plan.")
 
 
 def _document(plan: Plan, layout: Layout, forecast: Forecast) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.marks import Mark
 from dflash_offline.pipeline.plan_numbers import spread
 from dflash_offline.pipeline.records import Records
@@ -121,7 +122,7 @@ def _similarity(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
 def feature_marks(figures: dict[str, Any], cache: str) -> list[Mark]:
     """Return what looks wrong in the features that were read."""
     marks = []
-    again = f"dflash verify {cache} --target MODEL compares them with the target; then extract again"
+    again = f"{dflash_line('verify', cache, '--target', 'MODEL')} compares them with the target; then extract again"
     for row in figures["layers"]:
         where, layer_id = f"layer {row['layer_id']}", row["layer_id"]
         if row["not_finite"]:

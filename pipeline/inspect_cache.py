@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.feature_figures import bytes_by_layer, feature_figures, feature_marks
 from dflash_offline.pipeline.inspect_sample import print_sample, sample_view
 from dflash_offline.pipeline.inspect_shard import print_shard, print_top, shard_view, skipped_text, top_view
@@ -207,13 +208,14 @@ def print_layers_view(view: dict[str, Any]) -> None:
     if not view["layers"]:
         console.print("No shard with features is finished yet. Next: the `dflash extract` that made the cache.")
         return
-    print_marks(console, view["marks"], "--features N reads features of N samples")
+    more = "" if view["features"] is not None else "--features N reads features of N samples"
+    print_marks(console, view["marks"], more)
     print_layers(console, view["layers"], view["bytes_by_layer"]["ratio"])
     if view["features"] is not None:
         console.print()
         _print_features(console, view["features"])
     else:
-        console.print(f"Next: dflash inspect {view['cache']} --layers --features 8", soft_wrap=True)
+        console.print(f"Next: {dflash_line('inspect', view['cache'], '--layers', '--features', 8)}", soft_wrap=True)
 
 
 def _print_features(console: Console, features: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dflash_offline.pipeline.inspect_sample import legend, marked_runs, marked_text
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console
+from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.conversations import Chat, RowFaultError, read_content
@@ -26,6 +27,7 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
     batch = RowWorker(config, masker, data.format.layout)(unread([row]))
     (made,) = batch.rows
+    texts = token_texts(batch.ids.tolist(), files.tokenizer.decode)
     try:
         content = read_content(row.parsed().value, data.format.layout)[1]
         roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
@@ -45,9 +47,7 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "truncated_supervised": made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
         "left_out": made.reason or None,
         "detail": made.detail or None,
-        "runs": marked_runs(batch.ids, batch.mask, config.block_size, files.tokenizer.decode)
-        if made.num_tokens
-        else [],
+        "runs": marked_runs(texts, batch.mask, config.block_size) if texts else [],
     }
 
 

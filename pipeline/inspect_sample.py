@@ -3,7 +3,6 @@
 Axes: T tokens, L captured layers.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.records import read_features, read_manifest
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
+from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.manifest import SAMPLES, TARGET, Manifest
@@ -38,6 +39,7 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
         raise DflashError(f"{cache} has samples 0 to {len(samples) - 1}; {sample} is not one of them.")
     tokenizer = open_tokenizer(cache)
     ids, mask = samples.input_ids(sample), samples.loss_mask(sample)
+    texts = token_texts(ids.tolist(), lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
     shard = int(samples.shard[sample])
     block_size = manifest.plan["block_size"]
     norms, reason = _norms(cache, manifest, samples, sample)
@@ -54,9 +56,9 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
         "shard": shard,
         "start": int(samples.start[sample]),
         "next_start": (shard + 1) * manifest.layout.shard_tokens if ends_shard else int(samples.start[sample + 1]),
-        "runs": marked_runs(ids, mask, block_size, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)),
+        "runs": marked_runs(texts, mask, block_size),
         "token_ids": ids.tolist(),
-        "token_texts": token_texts(tokenizer, ids.tolist()),
+        "token_texts": texts,
         "loss_mask": mask.astype(int).tolist(),
         "layer_ids": manifest.identity["layer_ids"],
         "norms": norms,
@@ -89,30 +91,18 @@ def _norms(cache: Path, manifest: Manifest, samples: SampleTable, sample: int) -
     return np.nan_to_num(rms, posinf=0.0).round(5).tolist(), ""
 
 
-def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Return each token's own text; part of a character shows as the replacement character."""
-    texts = tokenizer.decode_batch([[one] for one in ids], skip_special_tokens=False)
-    # A decoder of words drops the space at a text's beginning, which every one of these is.
-    spaced = [str(tokenizer.id_to_token(one)).startswith("\u2581") for one in ids]
-    return [
-        f" {text}" if space and not text.startswith(" ") else text for text, space in zip(texts, spaced, strict=True)
-    ]
-
-
-def marked_runs(
-    ids: NDArray[np.uint32], mask: NDArray[np.bool_], block_size: int, decode: Callable[[list[int]], str]
-) -> list[dict[str, Any]]:
+def marked_runs(texts: list[str], mask: NDArray[np.bool_], block_size: int) -> list[dict[str, Any]]:
     """Return the text of each run of tokens that are all supervised or all not, and all can anchor a block or none."""
     anchors = mask.copy()
-    anchors[max(len(ids) - block_size + 1, 0) :] = False
+    anchors[max(len(texts) - block_size + 1, 0) :] = False
     kind = mask.astype(np.int8) + anchors
-    edges = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), len(ids)]
+    edges = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), len(texts)]
     return [
         {
             "supervised": bool(mask[begin]),
             "anchor": bool(anchors[begin]),
             "tokens": end - begin,
-            "text": decode(ids[begin:end].tolist()),
+            "text": "".join(texts[begin:end]),
         }
         for begin, end in pairwise(edges)
     ]
@@ -160,7 +150,7 @@ def print_sample(view: dict[str, Any]) -> None:
         console.print(f"No norms: {view['no_features']}", soft_wrap=True)
     else:
         _print_norms(console, view)
-    console.print(f"Next: dflash inspect {view['cache']} --shard {view['shard']}", soft_wrap=True)
+    console.print(f"Next: {dflash_line('inspect', view['cache'], '--shard', view['shard'])}", soft_wrap=True)
 
 
 def _rule(console: Console, title: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.plan_numbers import read_tokens
 from dflash_offline.pipeline.records import read_manifest
 from dflash_offline.pipeline.shard_figures import bytes_by_array, commit_seconds, shard_states
@@ -95,7 +96,8 @@ def print_shard(view: dict[str, Any]) -> None:
     if len(view["samples"]) > _SHOWN:
         console.print(f"and {len(view['samples']) - _SHOWN:,} more; all with --json")
     if view["samples"]:
-        console.print(f"Next: dflash inspect {view['cache']} --sample {view['samples'][0]['sample']}", soft_wrap=True)
+        first = view["samples"][0]["sample"]
+        console.print(f"Next: {dflash_line('inspect', view['cache'], '--sample', first)}", soft_wrap=True)
 
 
 def skipped_text(one: dict[str, Any]) -> str:
@@ -189,4 +191,4 @@ def print_top(view: dict[str, Any]) -> None:
     print_samples(console, view["samples"])
     if view["samples"]:
         first = view["samples"][0]["sample"]
-        console.print(f"Next: dflash inspect {view['cache']} --sample {first}", soft_wrap=True)
+        console.print(f"Next: {dflash_line('inspect', view['cache'], '--sample', first)}", soft_wrap=True)

@@ -11,7 +11,8 @@ DISTRIBUTION = "dflash-offline"
 BRINGS = {
     "accelerate": "targets over several GPUs, quantized targets",
     "datasets": "data by hub id",
-    "matplotlib": "dflash eval --plot",
+    "matplotlib": "the pages of --html, dflash eval --plot",
+    "selenium": "make check-browser",
 }
 """What the packages of the extras are for, by the package's name."""
 REPORTERS = {"wandb": "dflash train --report-to wandb", "trackio": "dflash train --report-to trackio"}

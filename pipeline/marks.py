@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.manifest import TARGET, Manifest
 from dflash_offline.schemas.samples import SampleTable
@@ -67,7 +68,8 @@ def layer_marks(
                         kind="layers too alike",
                         where=f"layers {layer_ids[first]} and {layer_ids[second]}",
                         what="have the same mean, deviation and largest value in every shard: one was stored twice",
-                        next=f"dflash verify {cache} --target MODEL says which is which; then extract again",
+                        next=f"{dflash_line('verify', cache, '--target', 'MODEL')} says which is which; then extract "
+                        "again",
                         layer_id=layer_ids[second],
                     )
                 )
@@ -76,12 +78,12 @@ def layer_marks(
 
 def _one_layer(row: dict[str, Any], others: float | None, cache: str) -> list[Mark]:
     where = f"layer {row['layer_id']}"
-    look = f"dflash inspect {cache} --layers --features 8 names the channels"
+    look = f"{dflash_line('inspect', cache, '--layers', '--features', 8)} names the channels"
 
     def mark(kind: str, what: str, next_: str) -> list[Mark]:
         return [Mark(kind=kind, where=where, what=what, next=next_, layer_id=row["layer_id"])]
 
-    again = f"dflash verify {cache} --target MODEL compares it with the target; then extract again"
+    again = f"{dflash_line('verify', cache, '--target', 'MODEL')} compares it with the target; then extract again"
     if row["std"] == 0 or (others and row["std"] < others * NEARLY_DEAD):
         return mark(
             "dead layer",
@@ -121,8 +123,8 @@ def _odd_shards(row: dict[str, Any], statistics: NDArray[np.float64], filled: li
                     kind=kind,
                     where=f"layer {row['layer_id']}, {name_shards(shards)}",
                     what=what,
-                    next=f"dflash inspect {cache} --shard {shards[0]}; to redo it, remove its record in commits/ and "
-                    f"repeat the dflash extract",
+                    next=f"{dflash_line('inspect', cache, '--shard', shards[0])}; to redo it, remove its record in "
+                    f"commits/ and repeat the dflash extract",
                     layer_id=row["layer_id"],
                     shards=tuple(shards),
                 )
@@ -160,7 +162,8 @@ def shard_marks(states: dict[int, str], faults: list[str], cache: str) -> list[M
                 kind="damaged shard",
                 where=name_shards(damaged),
                 what=faults[0] if faults else "its record cannot be read",
-                next=f"dflash verify {cache} --repair, then the dflash extract that made it: it redoes just these",
+                next=f"{dflash_line('verify', cache, '--repair')}, then the dflash extract that made it: it redoes "
+                "just these",
                 shards=tuple(damaged),
             )
         )
@@ -199,8 +202,8 @@ def plan_marks(samples: SampleTable, block_size: int, cache: str) -> list[Mark]:
                     kind=kind,
                     where=f"{len(empty):,} of {len(samples):,} samples, first {int(empty[0])}",
                     what=what,
-                    next=f"dflash inspect {cache} --sample {int(empty[0])}; mend the chat template's generation tags "
-                    f"or choose another --mask, and extract anew",
+                    next=f"{dflash_line('inspect', cache, '--sample', int(empty[0]))}; mend the chat template's "
+                    f"generation tags or choose another --mask, and extract anew",
                 )
             )
     return marks

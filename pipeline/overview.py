@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.marks import (
     describe_token,
     half_written_marks,
@@ -86,12 +87,12 @@ def _next(records: Records) -> list[str]:
     """Return the commands that are of use now."""
     cache, target = records.cache, records.manifest.origin["target"]
     if len(records.commits) < records.manifest.layout.num_shards:
-        return ["the `dflash extract` that made it, to go on", f"dflash inspect {cache} --sample 0"]
+        return ["the `dflash extract` that made it, to go on", dflash_line("inspect", cache, "--sample", 0)]
     return [
-        f"dflash train {cache} --out RUN",
-        f"dflash verify {cache} --target {target}  # is each layer the one it is called?",
-        f"dflash inspect {cache} --sample 0",
-        f"dflash inspect {cache} --layers --features 8",
+        dflash_line("train", cache, "--out", "RUN"),
+        f"{dflash_line('verify', cache, '--target', target)}  # is each layer the one it is called?",
+        dflash_line("inspect", cache, "--sample", 0),
+        dflash_line("inspect", cache, "--layers", "--features", 8),
     ]
 
 

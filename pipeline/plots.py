@@ -139,6 +139,11 @@ def _colour(one: Series) -> str | tuple[float, float, float]:
     return colorsys.hls_to_rgb((220 + 140 * one.shade) % 360 / 360, 0.55, 0.75)
 
 
+def _label(one: Series) -> str:
+    """Return the name as the legend has it, which leaves out names that begin with an underscore."""
+    return f" {one.name}" if one.name.startswith("_") else one.name
+
+
 def _columns(plot: Plot) -> int:
     """Return how many names of the longest kind fit side by side above the plot."""
     longest = max(len(one.name) for one in plot.series)
@@ -155,7 +160,7 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
             linestyle=_DASHES[dash % len(_DASHES)],
             marker="o" if one.points or len(one.x) == 1 else None,
             markersize=3.5,
-            label=one.name,
+            label=_label(one),
         )
 
 
@@ -164,7 +169,7 @@ def _draw_bars(axes: Any, plot: Plot) -> None:
     share = width / len(plot.series)
     for i, one in enumerate(plot.series):
         places = [x - width / 2 + share * (i + 0.5) for x in one.x]
-        axes.bar(places, one.y, share, color=_colour(one), label=one.name)
+        axes.bar(places, one.y, share, color=_colour(one), label=_label(one))
     axes.grid(visible=False, axis="x")
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.terminal import print_json
 from dflash_offline.stages.regenerate import Regenerated
 
@@ -18,4 +19,4 @@ def print_done(done: Regenerated, target: str | None, *, as_json: bool) -> None:
         print(f"  left out: {count:,} rows: {reason}")
     if done.left_out:
         print(f"  each is named in {done.rejects}")
-    print(f"Next: dflash extract {done.out} --target {target or 'MODEL'} --out CACHE")
+    print(f"Next: {dflash_line('extract', done.out, '--target', target or 'MODEL', '--out', 'CACHE')}")

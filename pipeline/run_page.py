@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.page import link, write_page
 from dflash_offline.pipeline.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.pipeline.run_report import best_text, evaluation_text, progress_text
@@ -130,11 +131,11 @@ def _hint(views: list[dict[str, Any]], page: Path) -> str:
     hints = []
     for cache in (Path(cache["path"]) for view in views for cache in view["caches"] if not cache["fault"]):
         if not link(page, cache / CACHE_PAGE):
-            hints.append(f"dflash inspect {cache} --html {cache / CACHE_PAGE}")
+            hints.append(dflash_line("inspect", cache, "--html", cache / CACHE_PAGE))
             break
     for run in (Path(view["run"]) for view in views):
         if not link(page, run / EVALUATION_PAGE):
-            hints.append(f"dflash eval {run} ... --save {run / EVALUATION} --html {run / EVALUATION_PAGE}")
+            hints.append(dflash_line("eval", run, "...", "--save", run / EVALUATION, "--html", run / EVALUATION_PAGE))
             break
     return f"A page made so is linked here: {'; '.join(hints)}." if hints else ""
 

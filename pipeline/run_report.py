@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.run_view import bucket_means, differing_settings
 from dflash_offline.pipeline.terminal import open_console, safe, sparkline
 
@@ -19,7 +20,7 @@ CURVES = (
     ("training", "learning_rate", "learning rate"),
     ("training", "grad_norm", "gradient norm"),
     ("training", "tokens_per_s", "tokens/s"),
-    ("training", "data_wait_share", "waiting for data"),
+    ("training", "data_wait_share", "waiting for data, share"),
     ("training", "peak_memory_gib", "peak memory, GiB"),
 )
 """Which rows, which figure of them, and what it is."""
@@ -55,7 +56,7 @@ def print_run(view: dict[str, Any]) -> None:
         print(f"\nAccuracy by slot, held-out, step {view['last_validation']['step']:,}")
         for slot, share in enumerate(view["last_validation"]["val_accuracy_by_slot"], start=1):
             print(f"  {slot:>3}  {share or 0:>6.1%}  {'#' * round(50 * (share or 0))}".rstrip())
-    print(f"\nNext: dflash inspect {view['run']} --html run.html")
+    print(f"\nNext: {dflash_line('inspect', view['run'], '--html', 'run.html')}")
 
 
 def _values(rows: list[dict[str, Any]], name: str, back: bool) -> Any:

@@ -35,7 +35,7 @@ def print_trained(done: Trained, out: Path) -> None:
         print(f"Best acceptance length in the serving walk: {done.state.best_walk:.2f} tokens a round,")
         print(f"at step {done.state.best_step:,}, over {done.num_held_out:,} held-out samples.")
     print(f"Next: {dflash_line('export', out, '--out', free_name(out, 'draft'))}")
-    print(f"Look: {shlex.join(['tensorboard', '--logdir', str(out)])}")
+    print(f"Look: {dflash_line('inspect', out)}, or {shlex.join(['tensorboard', '--logdir', str(out)])}")
 
 
 def rehearsal_json(found: Rehearsal) -> str:

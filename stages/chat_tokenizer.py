@@ -25,19 +25,23 @@ class Encoded:
     ordered: bool = False
     """Whether each token begins and ends where the one before does or later, and none is empty."""
 
-    def within(self, begin: int, end: int) -> "slice | NDArray[np.bool_]":
-        """Return which tokens stand for characters from `begin` to `end` alone, as an index."""
+    def within(self, begin: int, end: int) -> slice:
+        """Return the run of tokens that stand for characters from `begin` to `end` alone."""
         if self.ordered:
             return slice(int(self.begins.searchsorted(begin)), int(self.ends.searchsorted(end, "right")))
-        return (self.begins >= begin) & (self.ends <= end) & (self.ends > self.begins)
+        return self._run((self.begins >= begin) & (self.ends <= end))
 
-    def token_at(self, character: int) -> int | None:
-        """Return the first token that stands for a character, if any does."""
+    def touching(self, begin: int, end: int) -> slice:
+        """Return the run of tokens that stand for some character from `begin` to `end`."""
         if self.ordered:
-            place = int(self.ends.searchsorted(character, "right"))
-            return place if place < len(self.ends) and self.begins[place] <= character else None
-        found = np.flatnonzero((self.begins <= character) & (self.ends > character))
-        return int(found[0]) if len(found) else None
+            return slice(int(self.ends.searchsorted(begin, "right")), int(self.begins.searchsorted(end)))
+        return self._run((self.ends > begin) & (self.begins < end))
+
+    def _run(self, chosen: NDArray[np.bool_]) -> slice:
+        """Return the tokens from the first chosen one to the last; those that stand for nothing choose no end: a
+        tokenizer that trims places leaves blanks without one, within an answer as well as around it."""
+        found = np.flatnonzero(chosen & (self.ends > self.begins))
+        return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0)
 
 
 class ChatTokenizer:

@@ -58,7 +58,7 @@ class _Rendered:
     tagged: list[tuple[int, int]] | None = None
     """What generation tags enclose."""
     turns: list[tuple[int, int]] | None = None
-    """What rendering turn by turn shows to be the assistant's; None, as of the tags, where the rule needs neither."""
+    """What rendering turn by turn shows to be the assistant's."""
     begin: int = 0
     """Where the first supervised token may begin."""
 
@@ -132,10 +132,14 @@ class Masker:
         if isinstance(encoded, Exception):
             return encoded
         begins, ends = encoded.begins, encoded.ends
-        if rendered.tagged is None and rendered.turns is None:
-            mask = (ends > begins) | (self.config.mask == "all")
+        mask = np.zeros(len(begins), np.bool_)
+        if self.config.mask == "all":
+            mask[:] = True
+        elif isinstance(rendered.content, Text):
+            mask[encoded.touching(0, int(ends.max(initial=0)))] = True
         else:
-            mask = _tagged(rendered.tagged, encoded) if rendered.tagged is not None else np.zeros(len(begins), np.bool_)
+            for begin, end in rendered.tagged or []:
+                mask[encoded.touching(begin, end)] = True
             if rendered.begin:
                 mask[begins < rendered.begin] = False
             for begin, end in rendered.turns or []:
@@ -221,17 +225,6 @@ def _result(function: Callable[[_T], _R], argument: _T) -> _R | Exception:
         return function(argument)
     except ROW_ERRORS as error:
         return error
-
-
-def _tagged(spans: list[tuple[int, int]], encoded: Encoded) -> NDArray[np.bool_]:
-    """Return which tokens stand for what the spans enclose, by transformers' rule for its assistant masks."""
-    mask = np.zeros(len(encoded.ids), np.bool_)
-    for begin, end in spans:
-        first, last = encoded.token_at(begin), encoded.token_at(end - 1)
-        if first is None:
-            break
-        mask[first : last + 1 if last else None] = True
-    return mask
 
 
 def _answers(chat: Chat) -> list[int]:

@@ -32,11 +32,12 @@ from dflash_offline.schemas.regeneration import RegenerateConfig
 from dflash_offline.stages.dialogues import BAD_ROW, Answer, Dialogue, read_dialogues
 from dflash_offline.stages.journal import Journal
 from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.rows import refuse_bad_rows
+from dflash_offline.stages.rows import MOST_NAMED, refuse_bad_rows
 from dflash_offline.stages.sources import Data
 
 IDENTITY = "identity"
 ANSWERS = "answers"
+REJECTS = "rejects"
 FORMAT = "dflash-regenerated"
 
 
@@ -58,7 +59,7 @@ class Regenerated:
     @property
     def rejects(self) -> Path:
         """The file that names each row that was left out; there is none where none was."""
-        return _beside(self.out, "rejects")
+        return _beside(self.out, REJECTS)
 
 
 class Answerer(Protocol):
@@ -190,7 +191,10 @@ def _regenerated(out: Path, counts: dict[str, Any], answers_now: int, seconds: f
 
 @contextmanager
 def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """Give the locked folder of what is answered so far; `MismatchError` if it was begun with other settings."""
+    """Give the locked folder of what is answered so far; `MismatchError` if it was begun with other settings.
+
+    It stays only if it holds something: what stopped before any answer may be begun anew with other settings.
+    """
     folder = output_folder(_beside(out, "partial"), marker=IDENTITY, kind="begun regeneration", renamed=False)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False) as held:
@@ -202,22 +206,28 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
         else:
             document = {"format": FORMAT, "identity": identity}
             publish([sealed_bytes(document)], temporary=folder / f".{IDENTITY}", path=path)
-        yield folder
+        try:
+            yield folder
+        finally:
+            answers = folder / ANSWERS
+            if answers.is_file() and not answers.stat().st_size and not (folder / REJECTS).exists():
+                shutil.rmtree(folder)
 
 
 def _survey(config: RegenerateConfig, data: Data, journal: Journal, progress: Progress) -> tuple[int, int]:
     """Return how many rows there are and how many are to be answered yet; `BadInputError` naming the bad ones."""
-    num_rows = num_open = 0
+    num_rows = num_open = num_bad = 0
     faults: list[str] = []
     progress.start("Reading", None, "rows")
     for dialogue in journal.replay(read_dialogues(data)):
         num_rows += 1
         num_open += dialogue.is_open
         if dialogue.fault is not None and dialogue.fault[0] == BAD_ROW and not config.skip_bad_rows:
-            faults.append(dialogue.fault[1])
+            num_bad += 1
+            faults += [dialogue.fault[1]] if num_bad <= MOST_NAMED else []
         progress.advance(1)
     progress.finish()
-    refuse_bad_rows(faults, "Mend them, or leave them out with --skip-bad-rows.")
+    refuse_bad_rows(faults, "Mend them, or leave them out with --skip-bad-rows.", num_bad)
     return num_rows, num_open
 
 
@@ -228,7 +238,7 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
 
     def rows() -> Iterator[bytes]:
         nonlocal num_answers, num_rows
-        with (folder / "rejects").open("w", encoding="utf-8") as rejects:
+        with (folder / REJECTS).open("w", encoding="utf-8") as rejects:
             for dialogue in dialogues:
                 assert not dialogue.is_open, "every row was answered, or has a reason"
                 if dialogue.fault is None:
@@ -248,7 +258,7 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
         listed = "".join(f"\n  {count} rows: {reason}" for reason, count in left_out.most_common()) or "\n  no rows"
         raise BadInputError(
             f"No row of {', '.join(map(str, config.data))} was answered:{listed}\n"
-            f"{folder / 'rejects'} names each. Remove {folder} to ask again."
+            f"{folder / REJECTS} names each. Remove {folder} to ask again."
         )
     return {"rows": num_rows, "answers": num_answers, "left_out": dict(sorted(left_out.items()))}
 
@@ -257,9 +267,9 @@ def _publish(out: Path, folder: Path, document: dict[str, Any]) -> None:
     """Put the new file in place, then what says how it was made; then forget the answers."""
     document = {"format": FORMAT, **document, "sha256": sha256_file(folder / "rows")}
     if document["counts"]["left_out"]:
-        move_synced(folder / "rejects", _beside(out, "rejects"))
+        move_synced(folder / REJECTS, _beside(out, REJECTS))
     else:
-        _beside(out, "rejects").unlink(missing_ok=True)
+        _beside(out, REJECTS).unlink(missing_ok=True)
     move_synced(folder / "rows", out)
     publish([sealed_bytes(document)], temporary=folder / ".provenance", path=_beside(out, "provenance"))
     shutil.rmtree(folder, ignore_errors=True)

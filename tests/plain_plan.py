@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from numpy.typing import NDArray
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.stages.conversations import (
@@ -98,7 +98,9 @@ def plain_tokens(content: Content, config: ExtractConfig, files: TargetFiles) ->
     if config.mask == "all" or isinstance(content, Text):
         text = content.text if isinstance(content, Text) else render(content, config, files, len(content.messages))
         made = tokenizer(text, add_special_tokens=isinstance(content, Text), return_offsets_mapping=True)
-        return made["input_ids"], [b > a or config.mask == "all" for a, b in made["offset_mapping"]]
+        mask = [config.mask == "all"] * len(made["input_ids"])
+        _mark(mask, [i for i, (begin, end) in enumerate(made["offset_mapping"]) if begin < end])
+        return made["input_ids"], mask
     mask_of = _from_tags if "{% generation %}" in files.template else _from_prefixes
     ids, mask = mask_of(content, config, files)
     closed = close_turns(
@@ -138,7 +140,19 @@ def _from_tags(chat: Chat, config: ExtractConfig, files: TargetFiles) -> tuple[l
         tokenizer_kwargs={"return_offsets_mapping": True},
         **template_kwargs(config.chat_template_kwargs, chat.tools),
     )
-    mask = [bool(one) for one in made["assistant_masks"]]
+    [_], [spans] = render_jinja_template(
+        [chat.messages],
+        chat_template=files.template,
+        return_assistant_tokens_mask=True,
+        **template_kwargs(config.chat_template_kwargs, chat.tools),
+        **files.tokenizer.special_tokens_map,
+    )
+    mask = [False] * len(made["input_ids"])
+    for first, last in spans:
+        places = enumerate(made["offset_mapping"])
+        _mark(mask, [i for i, (begin, end) in places if max(begin, first) < min(end, last)])
+    # Of a character that several tokens spell, transformers' own mask has the first token alone.
+    assert all(one for one, theirs in zip(mask, made["assistant_masks"], strict=True) if theirs)
     turns = _answers(chat)
     if config.mask == "last-turn" and turns:
         before = render(chat, config, files, turns[-1]) if turns[-1] else ""
@@ -151,7 +165,7 @@ def _from_tags(chat: Chat, config: ExtractConfig, files: TargetFiles) -> tuple[l
 def _from_prefixes(chat: Chat, config: ExtractConfig, files: TargetFiles) -> tuple[list[int], list[bool]]:
     text = render(chat, config, files, len(chat.messages))
     made: Any = files.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask: NDArray[np.bool_] = np.zeros(len(made["input_ids"]), np.bool_)
+    mask = [False] * len(made["input_ids"])
     turns = _answers(chat)
     for turn in turns[-1:] if config.mask == "last-turn" else turns:
         if turn == 0:
@@ -162,10 +176,15 @@ def _from_prefixes(chat: Chat, config: ExtractConfig, files: TargetFiles) -> tup
             raise _rewritten(turn, "once it is there")
         if not text.startswith(through):
             raise UnmaskableError("template rewrites history", f"messages[{turn}] renders otherwise when more follows")
-        for token, (begin, end) in enumerate(made["offset_mapping"]):
-            if len(before) <= begin < end <= len(through):
-                mask[token] = True
-    return made["input_ids"], mask.tolist()
+        places = enumerate(made["offset_mapping"])
+        _mark(mask, [i for i, (begin, end) in places if len(before) <= begin < end <= len(through)])
+    return made["input_ids"], mask
+
+
+def _mark(mask: list[bool], tokens: list[int]) -> None:
+    """Supervise the tokens from the first to the last: between them may be blanks whose places were trimmed away."""
+    if tokens:
+        mask[tokens[0] : tokens[-1] + 1] = [True] * (tokens[-1] + 1 - tokens[0])
 
 
 def _answers(chat: Chat) -> list[int]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Callable
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 from feature_writer import create, fill_cache
 from numpy.typing import NDArray
+from tiny_target import save_tokenizer
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.pipeline.inspect_sample import marked_runs
 from dflash_offline.pipeline.plan_numbers import NUM_BINS, mask_token_use, spread
+from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import commit_path, read_commits
 from dflash_offline.schemas.files import _holds, sealed_bytes
 from dflash_offline.schemas.manifest import SAMPLES
@@ -290,6 +294,29 @@ def test_a_sample_shows_its_tokens_mask_and_norms(cache: Path) -> None:
     assert all(f"[[{run['text']}]]" in text for run in able)
 
 
+def test_suggested_commands_hold_for_a_folder_with_a_blank_in_its_name(cache: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "my cache"))
+    for view in ((), ("--sample", 0), ("--shard", 0), ("--layers",), ("--top", "rare")):
+        commands = re.findall(r"^(?:Next: | {6})(dflash .*)$", shown(copy, *view), re.MULTILINE)
+        assert commands and all(shlex.split(command)[2] == str(copy) for command in commands)
+
+
+def test_a_file_without_a_target_is_told_from_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert "is a file. To see a row of data as it would be extracted, name a --target." in shown_error(
+        tmp_path / "a.jsonl"
+    )
+
+
+def test_a_run_that_begins_within_a_character_shows_it_whole(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    ids = tokenizer("a dog 🐕 日本 sees")["input_ids"]
+    for cut in range(1, len(ids)):
+        runs = marked_runs(token_texts(ids, tokenizer.decode), np.arange(len(ids)) >= cut, 1)
+        assert [run["tokens"] for run in runs] == [cut, len(ids) - cut]
+        assert "".join(run["text"] for run in runs) == "a dog 🐕 日本 sees"
+
+
 def test_a_sample_without_features_is_shown_with_the_reason(cache: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
     commit_path(copy, 0).unlink()
@@ -322,7 +349,7 @@ def test_top_lists_the_longest_the_shortest_and_the_rarest(cache: Path) -> None:
 
 def test_two_views_at_once_are_refused(cache: Path) -> None:
     assert "--sample and --layers are views of their own" in shown_error(cache, "--sample", 0, "--layers")
-    assert "are a cache's" in shown_error(cache, "--target", "x", "--top", "rare")
+    assert "--top shows a part of a cache" in shown_error(cache, "--target", "x", "--top", "rare")
     assert "Name --layers with it" in shown_error(cache, "--features", 3)
 
 

@@ -62,8 +62,15 @@ DEEPSEEK_LIKE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{% if thinking %}<think>{{ '\n' }}{% endif %}{% endif %}"
 )
+# The tags enclose the words alone, so that the end of the turn stands after them.
+WORDS_TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{{ '\n' }}"
+    "{% endfor %}"
+)
 SHAPES = {
     "tags": (WITH_TAGS, SPECIAL, "<|im_end|>"),
+    "words": (WORDS_TAGGED, SPECIAL, "<|im_end|>"),
     "none": (WITHOUT_TAGS, SPECIAL, "<|im_end|>"),
     "qwen3": (QWEN3_LIKE, SPECIAL, "<|im_end|>"),
     "llama": (LLAMA_LIKE, ("<|pad|>", "<|bos|>", "<|head|>", "<|/head|>", "<|eot|>"), "<|eot|>"),
@@ -131,6 +138,12 @@ def test_supervised_are_the_assistants_words_and_the_end_of_turn(
     everything = masker(tmp_path / "c", shape, mask="all")
     plain = AutoTokenizer.from_pretrained(tmp_path / "c").apply_chat_template(messages, tokenize=False)
     assert supervised(everything, messages) == plain
+
+
+@pytest.mark.parametrize("end", ["é", "the 日本", "🐕 ", "dog\n"])
+def test_an_answer_that_ends_in_several_tokens_of_a_character_is_supervised_whole(tmp_path: Path, end: str) -> None:
+    messages = [*ONE[:1], {"role": "assistant", "content": end}, *TWO[2:]]
+    assert supervised(masker(tmp_path, "words"), messages) == f"{end}<|im_end|>the bird sees<|im_end|>"
 
 
 @pytest.mark.parametrize(

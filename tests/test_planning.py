@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages import row_batches, row_processes, samples
+from dflash_offline.stages.conversations import Chat
 from dflash_offline.stages.masks import Masker
 from dflash_offline.stages.row_batches import RowWorker, batches, unread
 from dflash_offline.stages.row_processes import outcomes
@@ -185,6 +186,15 @@ def test_any_tokenizer_is_planned_as_plainly(tmp_path: Path, shape: str, change:
     config = settings(tmp_path, data, keep_special_tokens=True, max_length=4096)
     files = target(tmp_path / "target", shape, change)
     compared(planned(config, files, tmp_path / "plan"), config, files)
+
+
+@pytest.mark.parametrize("shape", ["tags", "none"])
+def test_blanks_within_an_answer_are_supervised_though_a_tokenizer_trims_places(tmp_path: Path, shape: str) -> None:
+    files = target(tmp_path / "target", shape, "trimmed")
+    masker = Masker(files, settings(tmp_path, tmp_path / "a.jsonl"))
+    answer = "one \n\n  two"
+    made = masker.tokenize(Chat([{"role": "user", "content": "a b"}, {"role": "assistant", "content": answer}]))
+    assert files.tokenizer.decode(made.input_ids[made.loss_mask]) == f"{answer}<|im_end|>"
 
 
 def test_a_template_of_the_users_own_and_tools_for_all_rows_are_rendered_as_plainly(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_bad_rows_stop_before_anything_is_asked_unless_they_are_skipped(talker: 
     data.write_text("\n".join([*good[:2], *bad, *good[2:]]))
     with pytest.raises(BadInputError, match=r"(?s)3 bad rows:.*jsonl:3 is not JSON.*:4 has none.*:5 .*surrogate"):
         run(talker, data, out)
-    done = run(talker, data, tmp_path / "other.jsonl", skip_bad_rows=True)
+    done = run(talker, data, out, skip_bad_rows=True)
     assert done.left_out["bad row"] == 3
     assert [one["row"] for one in read(done.rejects) if one["reason"] == "bad row"] == [3, 4, 5]
 

@@ -1,5 +1,6 @@
 """`dflash inspect RUN`: what a run's folder says, in the terminal and to a script."""
 
+import html
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from planted_run import STEPS, VAL_EVERY, plant, sound_rows
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.pipeline.plots import Plot, Series, draw
 from dflash_offline.pipeline.run_report import curve
 from dflash_offline.pipeline.run_view import bucket_means, run_view
 
@@ -204,3 +206,10 @@ def test_a_settings_document_with_markup_is_text_on_the_page(run: Path, tmp_path
     text = page.read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text and "<b>run" not in text
     assert not re.search(r"""(src|href)=["'](?!#)""", text.replace("xlink:", "")), "the page loads nothing"
+
+
+def test_a_plot_names_every_series_whatever_it_is_called() -> None:
+    names = ["_hidden", "$x$", "<b>"]
+    series = [Series(name=name, x=[1, 2], y=[1, i], colour=i) for i, name in enumerate(names)]
+    svg = draw(Plot(title="t", x_label="x", y_label="y", series=series))["svg"]
+    assert all(html.escape(name) in svg for name in names) and "<b>" not in svg

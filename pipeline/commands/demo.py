@@ -1,0 +1,22 @@
+"""`dflash demo`: its options, and what they start."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dflash_offline.pipeline.arguments import LogFormatOption, Quiet
+from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.progress import LogFormat
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for cache, run and draft.")] = Path("dflash-demo"),
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
+) -> None:
+    """Run extract, inspect, train, export and eval on the target that ships with the package."""
+    with reported("Repeat the command to go on.", quiet=quiet, log_format=log_format):
+        from dflash_offline.pipeline.demo import run_demo
+
+        run_demo(out, [f"--log-format={log_format}", *(["--quiet"] if quiet else [])])

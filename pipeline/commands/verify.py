@@ -1,0 +1,66 @@
+"""`dflash verify`: its options, and the check that its folder calls for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dflash_offline.pipeline.arguments import Device, Json, LogFormatOption, Quiet, TrustRemoteCode, settings
+from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.schemas.config import RerunConfig
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Cache folder, or draft folder.")],
+    target: Annotated[
+        str | None,
+        typer.Option(help="Also run this target again on some samples and compare each layer; a draft: compare sizes."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="To run the target on.")] = RerunConfig.samples,
+    seed: Annotated[int, typer.Option(help="Draws those samples.")] = RerunConfig.seed,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Forget a cache's faulty shards; `dflash extract` redoes just those.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the target's hub id. [default: the extraction's]")
+    ] = RerunConfig.revision,
+    trust_remote_code: TrustRemoteCode = RerunConfig.trust_remote_code,
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the target, where this machine lacks the extraction's. [default: its]"),
+    ] = RerunConfig.attn_implementation,
+    device: Device = RerunConfig.device,
+    device_map: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the target, as for `dflash extract`. [default: its]")
+    ] = RerunConfig.device_map,
+    json_: Json = False,
+    log_format: LogFormatOption = LogFormat.text,
+    quiet: Quiet = False,
+) -> None:
+    """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
+    given = locals()
+    with reported(quiet=quiet, log_format=log_format) as progress:
+        rerun = settings(RerunConfig, given) if target else None
+        from dflash_offline.pipeline import verify as report
+        from dflash_offline.schemas.draft_lint import is_draft
+        from dflash_offline.schemas.manifest import MANIFEST
+
+        if not (folder / MANIFEST).exists() and is_draft(folder):
+            if not report.verify_draft(folder, target, as_json=json_):
+                raise typer.Exit(1)
+            return
+        from dflash_offline.stages.target import quiet_libraries
+        from dflash_offline.stages.verify import compare_with_target, verify_cache
+        from dflash_offline.stages.verify import repair as forget
+
+        faults = verify_cache(folder, progress)
+        quiet_libraries()
+        forgotten = forget(folder, faults) if repair else []
+        # Of a damaged cache the faults are the news; what is left is compared when they are mended.
+        fits = compare_with_target(folder, rerun, progress) if rerun and not faults else []
+        print(report.to_json(folder, faults, fits, forgotten)) if json_ else report.print_report(
+            folder, faults, fits, forgotten
+        )
+        if faults or any(fit.fault for fit in fits):
+            raise typer.Exit(1)
