@@ -33,7 +33,7 @@ types: $(LINKED)
 	$(BIN)/mypy tests/benchmarks $(LOOSE)
 
 # Benchmarks run seldom, so that calls of what has changed would break unseen; their own tables and lambdas may be loose.
-LOOSE = $(addprefix --disable-error-code=,\
+LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
   arg-type assignment call-overload func-returns-value index misc operator return-value var-annotated)
 
 test: $(LINKED)
