@@ -114,7 +114,12 @@ class ShardWriter:
         if self.is_done(shard):
             return 0
         files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
-        move_synced(temporary, self.cache / next(iter(files)))
+        try:
+            move_synced(temporary, self.cache / next(iter(files)))
+        except FileNotFoundError:  # another worker finished the shard just now, and removed what is left of it
+            if self.is_done(shard):
+                return 0
+            raise
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
             chunk, summary = encode_chunk(values), ShardSummary()
             summary.add([chunk])

@@ -143,7 +143,7 @@ def test_killed_at_random_instants_it_resumes_to_the_same_bytes(
         # Wait until the cache is being filled, so that kills land in the work and not in what comes before.
         while process.poll() is None and time.monotonic() < deadline and not _more_commits(out, finished):
             time.sleep(0.002)
-        time.sleep(chance.random() * 0.05)
+        time.sleep(chance.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         kills += process.wait()[0] == -signal.SIGKILL
         finished = _commits(out)

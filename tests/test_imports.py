@@ -54,7 +54,8 @@ sys.modules["torch"] = sys.modules["transformers"] = None
 from dflash_offline.pipeline.app import app
 for arguments in {commands!r}:
     print("$", *arguments)
-    app(arguments, standalone_mode=False)
+    if code := app(arguments, standalone_mode=False):
+        sys.exit(code)
 """
 
 
