@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -184,8 +185,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
+    try:  # over NFS an exclusive lock needs a file that is open for writing; a folder cannot be
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except FileNotFoundError:
         yield False
         return
@@ -227,8 +228,9 @@ def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
 
 @contextmanager
 def building_folder(final: Path) -> Iterator[Path]:
-    """Give a locked folder of this process's own beside `final`; leftovers of dead processes are removed first."""
-    prefix = f".{final.name}.building-"
+    """Give a locked folder of this process's own beside `final`; leftovers of this machine's dead processes are removed
+    first. Locks of folders do not reach other machines."""
+    prefix = f".{final.name}.building-{socket.gethostname()}-"
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.iterdir():
         if leftover.name.startswith(prefix):
