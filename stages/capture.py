@@ -211,7 +211,7 @@ class Capturer:
         for layer, state in enumerate(states):
             tokens = state.flatten(0, 1).index_select(0, real.to(state.device)).to(self.device)
             codes[:, layer] = encoder.encode(tokens, layer)
-            _mark(tokens, codes[:, layer], encoder, layer, marks[:, layer])
+            mark(tokens, codes[:, layer], encoder, layer, marks[:, layer])
         return codes, marks
 
     def _copy(
@@ -235,7 +235,7 @@ class Capturer:
         return kept
 
 
-def _mark(tokens: Tensor, codes: Tensor, encoder: FeatureEncoder, layer: int, marks: Tensor) -> None:
+def mark(tokens: Tensor, codes: Tensor, encoder: FeatureEncoder, layer: int, marks: Tensor) -> None:
     """Fill `marks` [N, 7] with what is to be noted of one layer's features [N, H] and of their codes.
 
     One reduction for each: on a CPU `aminmax`, `all` and `count_nonzero` take ten times as long as these.
