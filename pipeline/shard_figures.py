@@ -4,7 +4,6 @@ Axes: S finished shards with features, L captured layers.
 """
 
 import os
-import re
 import socket
 from collections import defaultdict
 from datetime import datetime
@@ -16,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, TMP, Layout
+from dflash_offline.schemas.manifest import COMMITS, FEATURES, Layout
+from dflash_offline.stages.leftovers import half_written
 
 STATISTICS = ("mean", "std", "max_abs", "zeros")
 _ARRAYS = ("hidden_states", "input_ids", "loss_mask")
-_PART = re.compile(r"(\d+)\.(.+)-(\d+)\.part")
 
 
 def shard_states(cache: Path, layout: Layout, commits: dict[int, Commit]) -> dict[int, str]:
@@ -31,11 +30,11 @@ def shard_states(cache: Path, layout: Layout, commits: dict[int, Commit]) -> dic
     unknown: one of another machine's worker.
     """
     states = dict.fromkeys(_shards_with_files(cache), "half-finished")
-    for shard, host, process in _parts(cache):
-        if host != socket.gethostname():
-            states[shard] = "unknown"
+    for part in half_written(cache):
+        if part.host != socket.gethostname():
+            states[part.shard] = "unknown"
         else:
-            states[shard] = "being written" if _runs(process) else "half-written"
+            states[part.shard] = "being written" if _runs(part.process) else "half-written"
     states |= dict.fromkeys(_recorded(cache), "damaged")
     states |= dict.fromkeys(commits, "done")
     return {shard: state for shard, state in states.items() if shard < layout.num_shards}
@@ -67,14 +66,6 @@ def _numbers(folder: Path, suffix: str) -> set[int]:
     except OSError:
         return set()
     return {int(name.removesuffix(suffix)) for name in names if name.removesuffix(suffix).isdecimal()}
-
-
-def _parts(cache: Path) -> list[tuple[int, str, int]]:
-    """Return shard, machine and process of every half-written file in tmp/."""
-    if not (cache / TMP).is_dir():
-        return []
-    found = [_PART.fullmatch(path.name) for path in sorted((cache / TMP).iterdir())]
-    return [(int(one[1]), one[2], int(one[3])) for one in found if one]
 
 
 def _runs(process: int) -> bool:

@@ -57,11 +57,10 @@ from dflash_offline.stages.sources import Data
 from dflash_offline.stages.target import (
     TargetFiles,
     check_layer_ids,
-    check_plain_embeddings,
     choose_device,
     default_layer_ids,
     embedding_tensors,
-    load_model,
+    load_as_configured,
     open_target,
     resolve_dtype,
 )
@@ -167,17 +166,8 @@ class Extraction:
     def model(self) -> Any:
         """The loaded target, checked to be one that a draft can be served with."""
         if self._model is None:
-            config, identity = self.config, self.target_identity
-            self.progress.say(f"Loading {self.files.folder} ({self.dtype}, {config.device_map or self.device}).")
-            self._model = load_model(
-                self.files,
-                dtype=self.dtype,
-                device=self.device,
-                attn_implementation=config.attn_implementation,
-                device_map=config.device_map,
-                trust_remote_code=config.trust_remote_code,
-            )
-            check_plain_embeddings(self._model, self.files.name)
+            identity = self.target_identity
+            self._model = load_as_configured(self.files, self.config, self.dtype, self.device, self.progress)
             self._refuse_changed_target(identity)
         return self._model
 

@@ -22,9 +22,8 @@ from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.sampling import SamplingRule
 from dflash_offline.stages.target import (
     TargetFiles,
-    check_plain_embeddings,
     choose_device,
-    load_model,
+    load_as_configured,
     open_target,
     quiet_libraries,
     resolve_dtype,
@@ -85,24 +84,15 @@ class LocalAnswerer:
         """Answer every open turn of the dialogues, and note the answers batch by batch."""
         if not num_open:
             return
-        config = self.config
-        self.progress.say(f"Loading {self.files.folder} ({self.dtype}, {config.device_map or self.device}).")
-        self.model = load_model(
-            self.files,
-            dtype=self.dtype,
-            device=self.device,
-            attn_implementation=config.attn_implementation,
-            device_map=config.device_map,
-            trust_remote_code=config.trust_remote_code,
-        )
-        check_plain_embeddings(self.model, self.files.name)  # its answers would train no draft
+        # Checked as for extraction: answers of a target that no draft can serve would train none.
+        self.model = load_as_configured(self.files, self.config, self.dtype, self.device, self.progress)
         # A checkpoint's own sampling habits (top_k, repetition_penalty) would otherwise join in.
         pad = self.files.tokenizer.pad_token_id
         self.model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.end_ids[0] if pad is None else pad
         )
         rows = iter(dialogues)
-        while window := list(islice(rows, WINDOW_BATCHES * config.batch_rows)):
+        while window := list(islice(rows, WINDOW_BATCHES * self.config.batch_rows)):
             if any(dialogue.is_open for dialogue in window):
                 self._answer_window(window, note)
 

@@ -5,6 +5,7 @@ be in use though its lock is free: it goes only when its shard is finished, for 
 it away too, or when nothing was written to it for an hour by the file system's own clock.
 """
 
+import os
 import re
 import socket
 import time
@@ -21,7 +22,23 @@ from dflash_offline.stages.progress import readable_bytes
 ABANDONED_S = 3600.0
 """A shard file is written in seconds to minutes, and its time changes with every piece."""
 _HOSTS_SHOWN = 3
-_NAME = re.compile(r"(\d{6,})\.(.+)-\d+\.part")
+_NAME = re.compile(r"(\d{6,})\.(.+)-(\d+)\.part")
+
+
+def lock_path(cache: Path, shard: int) -> Path:
+    """Return the file whose lock a worker holds while a shard is its own."""
+    return cache / TMP / f"{shard:06d}.lock"
+
+
+def part_path(cache: Path, shard: int) -> Path:
+    """Return where this process writes a shard: where locks do not reach, two may be writing the same one."""
+    return cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
+
+
+def remove_own(cache: Path, shard: int) -> None:
+    """Remove what this machine's workers left of a shard whose lock is held."""
+    for leftover in (cache / TMP).glob(f"{shard:06d}.{socket.gethostname()}-*.part"):
+        leftover.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +48,7 @@ class HalfWritten:
     path: Path
     shard: int
     host: str
+    process: int
     num_bytes: int
     changed: float
     """When it was last written to, in seconds of the file system's clock."""
@@ -48,6 +66,7 @@ def half_written(cache: Path) -> list[HalfWritten]:
                         path=path,
                         shard=int(name[1]),
                         host=name[2],
+                        process=int(name[3]),
                         num_bytes=stat.st_size,
                         changed=stat.st_mtime,
                     )
@@ -59,7 +78,7 @@ def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWr
     """Remove the half-written files that nobody can be at; returns them."""
     removed = []
     for one in half_written(cache):
-        lock = cache / TMP / f"{one.shard:06d}.lock"
+        lock = lock_path(cache, one.shard)
         lock.touch()
         with locked(lock, wait=False) as free:
             old = lock.stat().st_mtime - one.changed > ABANDONED_S

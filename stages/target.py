@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.draft import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
+from dflash_offline.schemas.regeneration import RegenerateConfig
+from dflash_offline.stages.progress import Progress
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
@@ -350,6 +353,27 @@ def run_captured(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> lis
         except _Captured:
             return list(caught)
     raise AssertionError("the forward ended before the last captured layer")
+
+
+def load_as_configured(
+    files: TargetFiles,
+    config: ExtractConfig | RegenerateConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> Any:
+    """Return the target, loaded as the settings say and checked to be one that a draft can be served with."""
+    progress.say(f"Loading {files.folder} ({dtype}, {config.device_map or device}).")
+    model = load_model(
+        files,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_plain_embeddings(model, files.name)
+    return model
 
 
 @torch.inference_mode()

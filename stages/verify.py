@@ -17,10 +17,11 @@ from dflash_offline.schemas.commits import Commit, commit_path, read_commit
 from dflash_offline.schemas.config import RerunConfig
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import locked, sha256_file
-from dflash_offline.schemas.manifest import FEATURES, MANIFEST, SAMPLES, TMP, Manifest, refuse_other_identity
+from dflash_offline.schemas.manifest import FEATURES, MANIFEST, SAMPLES, Manifest, refuse_other_identity
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import IDS, MASK, CacheReader
 from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.leftovers import lock_path
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.statistics import Sums, agree, layer_statistics
 from dflash_offline.stages.target import choose_device, load_model, open_target, run_captured
@@ -200,7 +201,7 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     """Forget the faulty shards, so that `extract` redoes just those; returns them."""
     shards = sorted({fault.shard for fault in faults if fault.shard is not None})
     for shard in shards:
-        lock = cache / TMP / f"{shard:06d}.lock"
+        lock = lock_path(cache, shard)
         lock.parent.mkdir(exist_ok=True)
         lock.touch()
         with locked(lock, wait=True):  # a worker that is at it finishes first, and its record goes too

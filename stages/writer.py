@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path, read_finished
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, locked, move_synced, publish, write_synced
-from dflash_offline.schemas.manifest import FEATURES, TMP, Manifest
+from dflash_offline.schemas.manifest import FEATURES, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
+from dflash_offline.stages.leftovers import lock_path, part_path, remove_own
 from dflash_offline.stages.scratch import scratch
 from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks
 from dflash_offline.stages.statistics import Sums, layer_statistics
@@ -44,8 +45,7 @@ class ShardWriter:
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self.encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
-        """Where chunks are encoded, side by side."""
+        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
 
     def finished(self, shard: int) -> Commit | None:
         """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
@@ -64,13 +64,12 @@ class ShardWriter:
 
         What a killed worker of this machine left half-written of the shard is removed.
         """
-        lock = self.cache / TMP / f"{shard:06d}.lock"
+        lock = lock_path(self.cache, shard)
         lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
         lock.touch()
         with locked(lock, wait=wait) as free:
             if free:
-                for leftover in lock.parent.glob(f"{shard:06d}.{socket.gethostname()}-*.part"):
-                    leftover.unlink(missing_ok=True)
+                remove_own(self.cache, shard)
             yield free and not self.is_done(shard)
 
     def commit(
@@ -87,8 +86,7 @@ class ShardWriter:
         value. `sums` are each layer's; without them they are added up here. If another worker has finished the shard
         meanwhile, where locks do not reach, its record wins: nothing is put in place and 0 returned.
         """
-        # A name of this process's own: where locks do not reach, two may be writing the same shard.
-        temporary = self.cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
+        temporary = part_path(self.cache, shard)
         try:
             return self._commit(shard, codes, skipped, started, sums, temporary)
         finally:
@@ -178,7 +176,7 @@ class ShardWriter:
         by_layer = [Sums()] * layout.num_layers
 
         def pieces() -> Iterator[Piece]:
-            for chunks, sums in self.encoders.map(encode, range(0, len(counts), stride)):
+            for chunks, sums in self._encoders.map(encode, range(0, len(counts), stride)):
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
                 summary.add(chunks)
                 for chunk in chunks:

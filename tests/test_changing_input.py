@@ -70,13 +70,13 @@ def test_a_target_that_changes_while_it_is_loaded_is_refused(
 ) -> None:
     copy = Path(shutil.copytree(target, tmp_path / "target"))
     config = ExtractConfig(**extract_config | {"target": str(copy)}, out=tmp_path / "cache")
-    right = stage.load_model
+    right = stage.load_as_configured
 
     def loaded_while_it_changes(*arguments: object, **settings: object) -> torch.nn.Module:
         save_target(copy, seed=9)
         return right(*arguments, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "load_model", loaded_while_it_changes)
+    monkeypatch.setattr(stage, "load_as_configured", loaded_while_it_changes)
     with pytest.raises(MismatchError, match=r"(?s)changed while the target was loaded.*weights_sha256"):
         extract(config, Silent())
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
