@@ -15,7 +15,7 @@ _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 _DRIVER_TIMEOUT_S = 20
 _CODEC_S = 0.5
 """Seconds for which encoding is timed, and decoding."""
-_CHUNK = (8, 128, 1, 4096)
+_CHUNK = (2, 128, 1, 4096)
 """Chunks encoded at once, tokens, layers and width of each."""
 
 
@@ -106,17 +106,20 @@ def time_codec() -> CodecRates:
     """Encode and decode chunks of normal bfloat16 values, lossless, with one thread."""
     import numpy as np
 
-    from dflash_offline.stages.shards import decode_chunk, encode_chunks
+    from dflash_offline.stages.shards import decode_chunks, encode_chunks, room
 
     values = np.random.default_rng(0).standard_normal(_CHUNK, np.float32)
     codes = (values.view(np.uint32) >> 16).astype(np.uint16)
     chunks = encode_chunks(codes)
-    packed = [np.frombuffer(b"".join(chunk.pieces), np.uint8) for chunk in chunks]
-    out = np.empty(_CHUNK[1:], np.uint16)
+    packed = b"".join([bytes(room(len(chunks))), *(piece for chunk in chunks for piece in chunk.pieces)])
+    data = np.frombuffer(bytearray(packed), np.uint8)
+    ends = (room(len(chunks)) + np.cumsum([chunk.num_bytes for chunk in chunks])).tolist()
+    places = [(end - chunk.num_bytes, chunk.num_bytes) for end, chunk in zip(ends, chunks, strict=True)]
+    out = np.empty((_CHUNK[1], len(codes), _CHUNK[3]), np.uint16)
     return CodecRates(
         encode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: encode_chunks(codes)),
-        decode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: [decode_chunk(one, out, len(out)) for one in packed]),
-        ratio=sum(map(len, packed)) / codes.nbytes,
+        decode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: decode_chunks(data, places, out, len(out))),
+        ratio=sum(chunk.num_bytes for chunk in chunks) / codes.nbytes,
     )
 
 

@@ -15,7 +15,7 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache
 from pathlib import Path
@@ -41,12 +41,15 @@ _HEADER_BYTES = 20
 _SMALLEST_SPLIT = 128
 """Elements below which Blosc takes the planes for one stream."""
 _LARGEST_PLANE = 1 << 16
-"""Bytes of a plane up to which it is quicker to decode the planes one by one; larger ones' memory costs too much."""
+"""Bytes of a plane up to which it is quicker to decode the planes one by one."""
 _PARALLEL_BYTES = 1 << 20
 """Raw bytes from which a sample's chunks are decoded side by side."""
+_PART_BYTES = 3 << 19
+"""Raw bytes from which it pays to wake another thread: about what one decodes in a go."""
 REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
 
 _local = threading.local()
+_length = struct.Struct("<i").unpack_from
 
 
 class Encoded(NamedTuple):
@@ -127,41 +130,72 @@ def _header(item_size: int, num_bytes: int, length: int) -> bytes:
     return struct.pack("<4B4I", 2, 1, shuffled | zstd, item_size, num_bytes, num_bytes, length, _HEADER_BYTES)
 
 
-def decode_chunk(data: NDArray[np.uint8], out: NDArray[Any], num_rows: int) -> bool:
-    """Fill `out` [N, ...] with the first N of a chunk's rows; False, with nothing done, if its crc32c does not hold."""
-    body = data.data[:-_CRC_BYTES]
-    if crc32c(body) != int.from_bytes(data.data[-_CRC_BYTES:], "little"):
-        return False
-    if not _decode_planes(body, out, num_rows * out[0].size):
-        rows = scratch("rows", (num_rows, *out.shape[1:]), out.dtype)
-        blosc.use_threads = False  # several chunks are decoded at once instead
-        blosc.decompress(body, rows)
-        out[...] = rows[: len(out)]
-    return True
+def decode_chunks(data: NDArray[np.uint8], places: Sequence[tuple[int, int]], out: NDArray[Any], num_rows: int) -> None:
+    """Fill `out` [T, C, H] with chunks of `num_rows` tokens of one layer each, row by row of C chunks.
 
-
-def _decode_planes(body: memoryview, out: NDArray[Any], count: int) -> bool:
-    """Fill `out` with the first words of a small chunk of `count`; False, with nothing done, if it is not of that kind.
-
-    Blosc would take room for its work anew for every chunk.
+    They stand in `data` at these places, (begin, size) each; their crc32c is not compared. What lies before the first
+    of them, `room(N)` bytes, is overwritten.
     """
-    item_size = out.itemsize
-    if item_size != 2 or not _SMALLEST_SPLIT <= count <= _LARGEST_PLANE or body[:12] != _header(2, 2 * count, 0)[:12]:
-        return False
-    decompress = _decompressor().decompress
-    planes, at = [], _HEADER_BYTES
-    for _ in range(2):
-        begin = at + 4
-        at = begin + int.from_bytes(body[at:begin], "little")
-        stream = body[begin:at]
-        plane = stream if len(stream) == count else decompress(stream, max_output_size=count)
-        planes.append(np.frombuffer(plane, np.uint8, out.size))
-    low, high = planes
-    words = high.astype(np.uint16)
-    words <<= 8
-    words |= low
-    out[...] = words.reshape(out.shape)
-    return True
+    view, width, num_bytes = data.data, out.shape[1], num_rows * out[0, 0].nbytes
+    ours = all(
+        view[at : at + _HEADER_BYTES] == _header(out.itemsize, num_bytes, size - _CRC_BYTES) for at, size in places
+    )
+    if ours and 2 * _SMALLEST_SPLIT <= num_bytes <= 2 * _LARGEST_PLANE:
+        planes = _planes(view, places, num_bytes // 2).reshape(2, -1, width, num_rows, out.shape[2])
+        for row in range(planes.shape[1]):
+            tokens = out[row * num_rows : (row + 1) * num_rows]
+            low, high = planes[:, row].transpose(0, 2, 1, 3)[:, : len(tokens)]
+            np.copyto(tokens, high)
+            tokens <<= 8
+            tokens |= low
+        return
+    words = scratch("words", (len(places) // width, width, num_rows, out.shape[2]), out.dtype)
+    blosc.use_threads = False  # groups of chunks are decoded at once instead
+    if ours:
+        _make_one_frame(view, places, num_bytes)
+        blosc.decompress(data, words)
+    else:  # another encoder's
+        for (at, size), chunk in zip(places, words.reshape(-1, *words.shape[2:]), strict=True):
+            blosc.decompress(view[at : at + size - _CRC_BYTES], chunk)
+    for row, chunks in enumerate(words):
+        tokens = out[row * num_rows : (row + 1) * num_rows]
+        tokens[...] = chunks.transpose(1, 0, 2)[: len(tokens)]
+
+
+def _planes(data: memoryview, places: Sequence[tuple[int, int]], count: int) -> NDArray[np.uint8]:
+    """Return the byte planes of small chunks, [2, N, count], the low one first.
+
+    Blosc would make a decompressor for every plane, which takes longer than to decode it.
+    """
+    planes = scratch("planes", (2, len(places), count), np.uint8)
+    low, high = (plane.reshape(-1).data for plane in planes)
+    read = _decompressor().stream_reader
+    for number, (at, size) in enumerate(places):
+        begin = at + _HEADER_BYTES + 4
+        middle = begin + _length(data, begin - 4)[0]
+        ends = (begin, middle), (middle + 4, at + size - _CRC_BYTES)
+        for plane, (first, last) in zip((low, high), ends, strict=True):
+            room = plane[number * count : (number + 1) * count]
+            if last - first == count:
+                room[:] = data[first:last]
+            elif read(data[first:last]).readinto(room) != count:
+                raise zstandard.ZstdError("a plane is too short")
+    return planes
+
+
+def _make_one_frame(data: memoryview, places: Sequence[tuple[int, int]], num_bytes: int) -> None:
+    """Make the chunks in `data`, where they lie, the blocks of one Blosc frame.
+
+    A call for each would take its memory anew, and its turn among the threads that decode.
+    """
+    blocks = [at + _HEADER_BYTES for at, _ in places]
+    sizes = num_bytes * len(places), num_bytes, len(data)
+    data[: room(len(places))] = struct.pack(f"<4B{3 + len(blocks)}I", *_header(2, 0, 0)[:4], *sizes, *blocks)
+
+
+def room(num_chunks: int) -> int:
+    """Return the bytes to leave free before chunks that are decoded together."""
+    return _HEADER_BYTES - 4 + 4 * num_chunks
 
 
 class ShardSummary:
@@ -252,38 +286,51 @@ class ShardFile:
         `layers` are columns of the shard. With a large sample's chunks, `num_helpers` threads of the executor help the
         calling one.
         """
-        step, (_, num_layers, _) = self.chunk_tokens, self.shape
+        step, width = self.chunk_tokens, len(layers)
         assert start % step == 0, "a sample begins with a chunk"
-        first = start // step * num_layers
-        index = self._index[first : first + -(-len(out) // step) * num_layers].tolist()
-        chunks = [
-            (*index[row // step * num_layers + layer], layer, out[row : row + step, column])
-            for row in range(0, len(out), step)
-            for column, layer in enumerate(layers)
-        ]
-        helpers = []
-        if executor is None or out.nbytes < _PARALLEL_BYTES:
-            groups = iter([chunks])
-        else:  # shared: each chunk goes to the thread that is free
-            groups = iter([[chunk] for chunk in chunks])
-            helpers = [executor.submit(self._read, groups) for _ in range(min(num_helpers, len(chunks) - 1))]
+        num_rows = -(-len(out) // step)
+        index = self._index.reshape(-1, self.shape[1], 2)[start // step :][:num_rows]
+        if layers != list(range(self.shape[1])):
+            index = index[:, layers]
+        parts, helpers = [(index, out)], []
+        if out.nbytes >= _PARALLEL_BYTES:
+            most = max(1, _PART_BYTES // (step * out[0, 0].nbytes))
+            wide = min(width, max(most, -(-num_rows * width // (num_helpers + 1))))
+            tall = max(1, most // width)
+            parts = [
+                (index[row : row + tall, left : left + wide], out[row * step : (row + tall) * step, left : left + wide])
+                for row in range(0, num_rows, tall)
+                for left in range(0, width, wide)
+            ]
+        shared = iter(parts)  # each goes to the thread that is free
+        if executor is not None:
+            helpers = [executor.submit(self._read, shared) for _ in range(min(num_helpers, len(parts) - 1))]
         try:
-            self._read(groups)
+            self._read(shared)
         finally:  # whatever happens, nobody writes into `out` any more
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
 
-    def _read(self, groups: Iterator[list[tuple[int, int, int, NDArray[np.uint16]]]]) -> None:
-        """Decode groups of (offset, size, layer, where to) chunks that lie near each other in the file."""
-        for chunks in groups:
-            begin = min(chunk[0] for chunk in chunks)
-            data = scratch("encoded", (max(offset + size for offset, size, _, _ in chunks) - begin,), np.uint8)
-            data = data[: os.preadv(self._file, [data.data], begin)]
-            for offset, size, layer, rows in chunks:
-                encoded = data[offset - begin : offset - begin + size]
-                if len(encoded) != size or not decode_chunk(encoded, rows, self.chunk_tokens):
+    def _read(self, parts: Iterator[tuple[NDArray[np.uint64], NDArray[np.uint16]]]) -> None:
+        """Fill each part's `out` [tokens, layers, H] with its chunks, whose places are [rows, layers, 2]."""
+        for index, out in parts:
+            chunks: list[list[int]] = index.reshape(-1, 2).tolist()
+            head = room(len(chunks))
+            begin = min(chunks)[0] - head
+            data = scratch("encoded", (max(offset + size for offset, size in chunks) - begin,), np.uint8)
+            end = begin + head + os.preadv(self._file, [data[head:].data], begin + head)
+            view = data.data
+            for offset, size in chunks:
+                check = offset - begin + size - _CRC_BYTES
+                stored = int.from_bytes(view[check : check + _CRC_BYTES], "little")
+                if offset + size > end or crc32c(view[offset - begin : check]) != stored:
                     raise CacheError(
-                        f"{self.path}, bytes {offset} to {offset + size}, layer {layer}, is damaged: its checksum does "
-                        f"not hold. {REDO}"
+                        f"{self.path}, bytes {offset} to {offset + size}, layer {self._layer(offset)}, is damaged: its "
+                        f"checksum does not hold. {REDO}"
                     )
+            decode_chunks(data, [(offset - begin, size) for offset, size in chunks], out, self.chunk_tokens)
+
+    def _layer(self, offset: int) -> int:
+        """Return the captured layer of the chunk that begins there."""
+        return int(np.flatnonzero(self._index[:, 0] == offset)[0]) % self.shape[1]
