@@ -48,8 +48,11 @@ _PART_BYTES = 3 << 19
 """Raw bytes from which it pays to wake another thread: about what one decodes in a go."""
 REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
 
+_SOUND = 0x48674BC7
+"""The crc32c of anything that is followed by its own crc32c."""
+
 _local = threading.local()
-_length = struct.Struct("<i").unpack_from
+_start = struct.Struct(f"<{_HEADER_BYTES}sI").unpack_from
 
 
 class Encoded(NamedTuple):
@@ -136,15 +139,14 @@ def decode_chunks(data: NDArray[np.uint8], places: Sequence[tuple[int, int]], ou
     They stand in `data` at these places, (begin, size) each; their crc32c is not compared. What lies before the first
     of them, `room(N)` bytes, is overwritten.
     """
-    view, width, num_bytes = data.data, out.shape[1], num_rows * out[0, 0].nbytes
-    ours = all(
-        view[at : at + _HEADER_BYTES] == _header(out.itemsize, num_bytes, size - _CRC_BYTES) for at, size in places
-    )
+    view, (_, width, num_features) = data.data, out.shape
+    num_bytes = 2 * num_rows * num_features
+    ours = all([_start(view, at)[0] == _header(2, num_bytes, size - _CRC_BYTES) for at, size in places])
     if ours and 2 * _SMALLEST_SPLIT <= num_bytes <= 2 * _LARGEST_PLANE:
-        planes = _planes(view, places, num_bytes // 2).reshape(2, -1, width, num_rows, out.shape[2])
+        planes = _planes(view, places, num_bytes // 2).reshape(2, -1, width, num_rows, num_features)
         for row in range(planes.shape[1]):
             tokens = out[row * num_rows : (row + 1) * num_rows]
-            low, high = planes[:, row].transpose(0, 2, 1, 3)[:, : len(tokens)]
+            low, high = planes[:, row, :, : len(tokens)].transpose(0, 2, 1, 3)
             np.copyto(tokens, high)
             tokens <<= 8
             tokens |= low
@@ -169,17 +171,17 @@ def _planes(data: memoryview, places: Sequence[tuple[int, int]], count: int) -> 
     """
     planes = scratch("planes", (2, len(places), count), np.uint8)
     low, high = (plane.reshape(-1).data for plane in planes)
-    read = _decompressor().stream_reader
-    for number, (at, size) in enumerate(places):
+    read, first = _decompressor().stream_reader, 0
+    for at, size in places:
         begin = at + _HEADER_BYTES + 4
-        middle = begin + _length(data, begin - 4)[0]
-        ends = (begin, middle), (middle + 4, at + size - _CRC_BYTES)
-        for plane, (first, last) in zip((low, high), ends, strict=True):
-            room = plane[number * count : (number + 1) * count]
-            if last - first == count:
-                room[:] = data[first:last]
-            elif read(data[first:last]).readinto(room) != count:
+        middle = begin + _start(data, at)[1]
+        last = first + count
+        for plane, stream in ((low, data[begin:middle]), (high, data[middle + 4 : at + size - _CRC_BYTES])):
+            if len(stream) == count:
+                plane[first:last] = stream
+            elif read(stream).readinto(plane[first:last]) != count:
                 raise zstandard.ZstdError("a plane is too short")
+        first = last
     return planes
 
 
@@ -319,17 +321,17 @@ class ShardFile:
             head = room(len(chunks))
             begin = min(chunks)[0] - head
             data = scratch("encoded", (max(offset + size for offset, size in chunks) - begin,), np.uint8)
-            end = begin + head + os.preadv(self._file, [data[head:].data], begin + head)
             view = data.data
-            for offset, size in chunks:
-                check = offset - begin + size - _CRC_BYTES
-                stored = int.from_bytes(view[check : check + _CRC_BYTES], "little")
-                if offset + size > end or crc32c(view[offset - begin : check]) != stored:
+            end = head + os.preadv(self._file, [view[head:]], begin + head)
+            places = [(offset - begin, size) for offset, size in chunks]
+            for at, size in places:
+                if at + size > end or crc32c(view[at : at + size]) != _SOUND:
+                    offset = at + begin
                     raise CacheError(
                         f"{self.path}, bytes {offset} to {offset + size}, layer {self._layer(offset)}, is damaged: its "
                         f"checksum does not hold. {REDO}"
                     )
-            decode_chunks(data, [(offset - begin, size) for offset, size in chunks], out, self.chunk_tokens)
+            decode_chunks(data, places, out, self.chunk_tokens)
 
     def _layer(self, offset: int) -> int:
         """Return the captured layer of the chunk that begins there."""
