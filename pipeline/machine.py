@@ -111,15 +111,15 @@ def time_codec() -> CodecRates:
     values = np.random.default_rng(0).standard_normal(_CHUNK, np.float32)
     codes = (values.view(np.uint32) >> 16).astype(np.uint16)
     chunks = encode_chunks(codes)
-    packed = b"".join([bytes(room(len(chunks))), *(piece for chunk in chunks for piece in chunk.pieces)])
-    data = np.frombuffer(bytearray(packed), np.uint8)
-    ends = (room(len(chunks)) + np.cumsum([chunk.num_bytes for chunk in chunks])).tolist()
-    places = [(end - chunk.num_bytes, chunk.num_bytes) for end, chunk in zip(ends, chunks, strict=True)]
+    head = room(len(codes))
+    data = np.concatenate([np.zeros(head, np.uint8), chunks.data])
+    ends = (head + np.cumsum(chunks.sizes)).tolist()
+    places = [(end - size, size) for end, size in zip(ends, chunks.sizes, strict=True)]
     out = np.empty((_CHUNK[1], len(codes), _CHUNK[3]), np.uint16)
     return CodecRates(
         encode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: encode_chunks(codes)),
         decode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: decode_chunks(data, places, out, len(out))),
-        ratio=sum(chunk.num_bytes for chunk in chunks) / codes.nbytes,
+        ratio=len(chunks.data) / codes.nbytes,
     )
 
 

@@ -8,10 +8,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,12 +18,10 @@ from dflash_offline.schemas.errors import CacheError, DflashError
 
 Piece: TypeAlias = Any
 """Some of a file's content: bytes, or an array of them."""
-_PIECES_AT_ONCE = 64
-"""Of a file that is written; a call takes at most 1,024."""
-_SYNC_BYTES = 32 << 20
+_SYNC_BYTES = 16 << 20
 """Written bytes from which a file is synced while it is still being written."""
-_HASH_BYTES = 4 << 20
-"""That are hashed in one go while a file is written."""
+_HASH_BYTES = 1 << 16
+"""From which a piece is hashed while the next one is written."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Of file systems that know no locks."""
 
@@ -41,61 +38,42 @@ def sync_folder(folder: Path) -> None:
 def write_synced(path: Path, pieces: Iterable[Piece]) -> str:
     """Write a new file's pieces, make its content durable, and return its sha256; a crash may leave it half-written.
 
-    Of a large file, what is written is hashed and goes to the disk while the next pieces are made. It is read back for
-    that: a few large reads keep other threads from the interpreter less than many pieces.
+    Large pieces are hashed, and go to the disk, while the next ones are made: one must stay as it is until the second
+    after it is asked for.
     """
+    digest = hashlib.sha256()
+    hashing: Future[None] | None = None
+    syncing: Future[None] | None = None
+    unsynced = 0
     try:
         with (
-            path.open("w+b", buffering=0) as file,
+            path.open("wb") as file,
             ThreadPoolExecutor(1, "hash") as hasher,
             ThreadPoolExecutor(1, "sync") as syncer,
         ):
-            descriptor = file.fileno()
-            digest = hashlib.sha256()
-            hashing: list[Future[None]] = []
-            syncing: list[Future[None]] = []
-            written = hashed = unsynced = 0
-            pieces = iter(pieces)
-            while batch := list(islice(pieces, _PIECES_AT_ONCE)):
-                written += _write_all(descriptor, batch)
-                if written - hashed >= _HASH_BYTES:
-                    hashing.append(hasher.submit(_hash_part, digest, descriptor, hashed, written))
-                    hashed = written
-                if written - unsynced >= _SYNC_BYTES and all(job.done() for job in syncing):
-                    syncing.append(syncer.submit(os.fdatasync, descriptor))
-                    unsynced = written
-            for job in (*hashing, *syncing):
-                job.result()
-            _hash_part(digest, descriptor, hashed, written)
-            os.fsync(descriptor)
-            return digest.hexdigest()
+            for piece in pieces:
+                content = memoryview(piece).cast("B")
+                file.write(content)
+                if hashing is not None:
+                    hashing.result()
+                    hashing = None
+                if len(content) < _HASH_BYTES:
+                    digest.update(content)
+                else:
+                    hashing = hasher.submit(digest.update, content)
+                unsynced += len(content)
+                if unsynced >= _SYNC_BYTES and (syncing is None or syncing.done()):
+                    syncing = syncer.submit(os.fdatasync, file.fileno())
+                    unsynced = 0
+            file.flush()
+            os.fsync(file.fileno())
+            for job in (hashing, syncing):
+                if job is not None:
+                    job.result()
     except OSError as error:
         error.filename = str(path)  # a full disk does not say which file it was
         raise
-
-
-def _hash_part(digest: "hashlib._Hash", descriptor: int, begin: int, end: int) -> None:
-    """Add a part of a file to a digest."""
-    while begin < end:
-        block = os.pread(descriptor, min(_HASH_BYTES, end - begin), begin)
-        if not block:
-            raise OSError(errno.EIO, "The file became shorter while it was written")
-        digest.update(block)
-        begin += len(block)
-
-
-def _write_all(descriptor: int, pieces: Sequence[Piece]) -> int:
-    """Write the pieces with as few calls as it takes; returns their bytes."""
-    views = [memoryview(piece) for piece in pieces]
-    total = left = sum(view.nbytes for view in views)
-    while left:
-        written = os.writev(descriptor, views)
-        left -= written
-        while views and written >= views[0].nbytes:
-            written -= views.pop(0).nbytes
-        if views:
-            views[0] = views[0].cast("B")[written:]
-    return total
+    return digest.hexdigest()
 
 
 def publish(pieces: Iterable[Piece], *, temporary: Path, path: Path) -> str:

@@ -110,7 +110,7 @@ def _token_bytes(samples: SampleTable, batch: NDArray[np.int64]) -> float:
     """Return the bytes that one token's id and mask take in the arrays."""
     ids = np.concatenate([samples.input_ids(sample) for sample in batch.tolist()])
     mask = np.concatenate([samples.loss_mask(sample) for sample in batch.tolist()])
-    return (encode_chunk(ids).num_bytes + encode_chunk(mask).num_bytes) / len(ids)
+    return (len(encode_chunk(ids).data) + len(encode_chunk(mask).data)) / len(ids)
 
 
 def _index_bytes(layout: Layout) -> int:
@@ -130,7 +130,7 @@ def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> floa
     stored = [encoder.encode(values[:, layer], layer).numpy() for layer in range(layout.num_layers)]
     chunks = [layer[i : i + layout.chunk_tokens] for layer in stored for i in range(0, len(layer), layout.chunk_tokens)]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return sum(chunk.num_bytes for chunk in pool.map(encode_chunk, chunks)) / (2 * codes.numel())
+        return sum(len(chunk.data) for chunk in pool.map(encode_chunk, chunks)) / (2 * codes.numel())
 
 
 def _free_bytes(out: Path) -> int:

@@ -29,15 +29,13 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import Piece
 from dflash_offline.stages.scratch import scratch
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
 """What the arrays' metadata says, and what zarr-python would write with."""
 CODEC = "blosc, zstd, each byte plane a stream of literals"
 """What is written here; the bytes of a cache depend on it."""
-_CRC_BYTES = 4
-_HEADER_BYTES = 20
+_CRC_BYTES, _LENGTH_BYTES, _HEADER_BYTES = 4, 4, 20
 _SMALLEST_SPLIT = 128
 """Elements below which Blosc takes the planes for one stream."""
 _LARGEST_PLANE = 1 << 16
@@ -56,10 +54,11 @@ _start = struct.Struct(f"<{_HEADER_BYTES}sI").unpack_from
 
 
 class Encoded(NamedTuple):
-    """A chunk as it stands in a shard file, in pieces that follow each other; the last is its crc32c."""
+    """Chunks as they stand in a shard file, one after the other."""
 
-    pieces: list[Piece]
-    num_bytes: int
+    data: NDArray[np.uint8]
+    sizes: list[int]
+    """Bytes of each chunk."""
 
 
 def _literals() -> zstandard.ZstdCompressor:
@@ -81,49 +80,53 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return decompressor
 
 
-def _crc32c(data: Piece) -> bytes:
+def _crc32c(data: Any) -> bytes:
     return int(crc32c(data)).to_bytes(_CRC_BYTES, "little")
 
 
-def encode_chunks(values: NDArray[Any]) -> list[Encoded]:
+def encode_chunks(values: NDArray[Any], out: NDArray[np.uint8] | None = None) -> Encoded:
     """Return chunks [N, ...] as they stand in a shard file: each a Blosc frame of one block, then its crc32c.
 
-    Their bytes are dealt to planes all at once, and pieces are never joined: every operation costs a turn among the
-    threads that encode, and what Python copies itself keeps the others waiting.
+    They are written to the start of `out`, of `encoded_room` bytes, if given. Their bytes are dealt to planes all at
+    once: every operation costs a turn among the threads that encode.
     """
-    size, count = values.dtype.itemsize, values[0].size
+    num_chunks, size, count = len(values), values.dtype.itemsize, values[0].size
     words = scratch("words", values.shape, f"<u{size}")
     words[...] = values
-    planes = scratch("planes", (size, len(values), count), np.uint8)
+    planes = scratch("planes", (size, num_chunks, count), np.uint8)
     for number, plane in enumerate(planes):  # the lowest byte first
         if number:
             words >>= 8
         np.copyto(plane, words.reshape(plane.shape), casting="unsafe")
     if count < _SMALLEST_SPLIT:
-        planes = planes.transpose(1, 0, 2).reshape(1, len(values), -1)
-    streams = [plane[number] for number in range(len(values)) for plane in planes]
-    packed = _literals().multi_compress_to_buffer([stream.data for stream in streams])
-    kept = [packed[i] if len(packed[i]) < len(stream) else stream.copy() for i, stream in enumerate(streams)]
-    each = len(planes)
-    return [_frame(kept[i * each : (i + 1) * each], size, values[0].nbytes) for i in range(len(values))]
+        planes = planes.transpose(1, 0, 2).reshape(1, num_chunks, -1)
+    if out is None:
+        out = np.empty(encoded_room(num_chunks, values[0].nbytes), np.uint8)
+    compress, view, end, sizes = _literals().compress, out.data, 0, []
+    for chunk in range(num_chunks):
+        begin, end = end, end + _HEADER_BYTES
+        for plane in planes:
+            stream = plane[chunk]
+            packed = compress(stream.data)
+            kept = np.frombuffer(packed, np.uint8) if len(packed) < len(stream) else stream
+            view[end : end + _LENGTH_BYTES] = len(kept).to_bytes(_LENGTH_BYTES, "little")
+            end += _LENGTH_BYTES + len(kept)
+            out[end - len(kept) : end] = kept  # numpy leaves other threads the interpreter meanwhile
+        view[begin : begin + _HEADER_BYTES] = _header(size, values[0].nbytes, end - begin)
+        view[end : end + _CRC_BYTES] = _crc32c(view[begin:end])
+        end += _CRC_BYTES
+        sizes.append(end - begin)
+    return Encoded(out[:end], sizes)
 
 
 def encode_chunk(values: NDArray[Any]) -> Encoded:
     """Return one chunk as it stands in a shard file."""
-    return encode_chunks(values[None])[0]
+    return encode_chunks(values[None])
 
 
-def _frame(streams: list[Piece], item_size: int, num_bytes: int) -> Encoded:
-    """Return the frame of a chunk whose planes are these streams."""
-    body: list[Piece] = []
-    for stream in streams:
-        body += [struct.pack("<i", len(stream)), stream]
-    length = _HEADER_BYTES + sum(map(len, body))
-    header = _header(item_size, num_bytes, length)
-    crc = 0
-    for piece in (header, *body):
-        crc = crc32c(piece, crc)
-    return Encoded([header, *body, crc.to_bytes(_CRC_BYTES, "little")], length + _CRC_BYTES)
+def encoded_room(num_chunks: int, num_bytes: int) -> int:
+    """Return the bytes that encoded chunks of `num_bytes` each need at most."""
+    return num_chunks * (_HEADER_BYTES + 8 * _LENGTH_BYTES + num_bytes + _CRC_BYTES)
 
 
 @lru_cache
@@ -141,7 +144,7 @@ def decode_chunks(data: NDArray[np.uint8], places: Sequence[tuple[int, int]], ou
     """
     view, (_, width, num_features) = data.data, out.shape
     num_bytes = 2 * num_rows * num_features
-    ours = all([_start(view, at)[0] == _header(2, num_bytes, size - _CRC_BYTES) for at, size in places])
+    ours = all(_start(view, at)[0] == _header(2, num_bytes, size - _CRC_BYTES) for at, size in places)
     if ours and 2 * _SMALLEST_SPLIT <= num_bytes <= 2 * _LARGEST_PLANE:
         planes = _planes(view, places, num_bytes // 2).reshape(2, -1, width, num_rows, num_features)
         for row in range(planes.shape[1]):
@@ -173,10 +176,10 @@ def _planes(data: memoryview, places: Sequence[tuple[int, int]], count: int) -> 
     low, high = (plane.reshape(-1).data for plane in planes)
     read, first = _decompressor().stream_reader, 0
     for at, size in places:
-        begin = at + _HEADER_BYTES + 4
+        begin = at + _HEADER_BYTES + _LENGTH_BYTES
         middle = begin + _start(data, at)[1]
         last = first + count
-        for plane, stream in ((low, data[begin:middle]), (high, data[middle + 4 : at + size - _CRC_BYTES])):
+        for plane, stream in ((low, data[begin:middle]), (high, data[middle + _LENGTH_BYTES : at + size - _CRC_BYTES])):
             if len(stream) == count:
                 plane[first:last] = stream
             elif read(stream).readinto(plane[first:last]) != count:
@@ -207,10 +210,11 @@ class ShardSummary:
         self._sizes: list[int] = []
         self._first_crc = b""
 
-    def add(self, chunks: list[Encoded]) -> None:
+    def add(self, chunks: Encoded) -> None:
         """Take the next encoded chunks in the order of the index."""
-        self._first_crc = self._first_crc or bytes(chunks[0].pieces[-1])
-        self._sizes += [chunk.num_bytes for chunk in chunks]
+        first = chunks.sizes[0]
+        self._first_crc = self._first_crc or chunks.data[first - _CRC_BYTES : first].tobytes()
+        self._sizes += chunks.sizes
 
     def index(self) -> bytes:
         """Return the index, and its crc32c, that end the file."""

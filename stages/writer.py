@@ -8,9 +8,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.leftovers import lock_path, part_path, remove_own
 from dflash_offline.stages.scratch import scratch
-from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks
+from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks, encoded_room
 from dflash_offline.stages.statistics import Sums, layer_statistics
 
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes in a go."""
+_AHEAD = 8
+"""Encoded pieces that may lie ready, or be written, beside those being encoded."""
 _NICENESS = 10
 """How far encoding stands back behind the forward."""
 
@@ -46,6 +49,13 @@ class ShardWriter:
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
         self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
+        layout = manifest.layout
+        row_bytes = layout.chunk_tokens * layout.slot_bytes
+        self._rows = -(-_JOB_BYTES // row_bytes)
+        """Rows of chunks that one thread encodes in a go."""
+        room = self._rows * encoded_room(layout.num_layers, row_bytes // layout.num_layers)
+        self._memory = [np.empty(room, np.uint8) for _ in range(usable_cores() + _AHEAD)]
+        self._encoding = threading.Lock()
 
     def finished(self, shard: int) -> Commit | None:
         """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
@@ -120,8 +130,8 @@ class ShardWriter:
             raise
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
             chunk, summary = encode_chunk(values), ShardSummary()
-            summary.add([chunk])
-            pieces = [*chunk.pieces, summary.index()]
+            summary.add(chunk)
+            pieces = [chunk.data, summary.index()]
             files[name] = summary.record(publish(pieces, temporary=temporary, path=self.cache / name))
         now = time.time()
         commit = Commit(
@@ -156,12 +166,10 @@ class ShardWriter:
         for sample in members:
             filled[self._slots(sample)] = True
         counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
-        stride = -(-_JOB_BYTES // (layout.chunk_tokens * layout.slot_bytes))
 
-        def encode(first: int) -> tuple[list[Encoded], list[Sums]]:
-            chunks: list[Encoded] = []
-            by_layer = [Sums()] * layout.num_layers
-            for row in range(first, min(first + stride, len(counts))):
+        def encode(rows: range, out: NDArray[np.uint8]) -> tuple[Encoded, list[Sums]]:
+            end, sizes, by_layer = 0, [], [Sums()] * layout.num_layers
+            for row in rows:
                 slot = row * layout.chunk_tokens
                 part = codes[slot : slot + layout.chunk_tokens]
                 features = part[: counts[row]]
@@ -169,21 +177,42 @@ class ShardWriter:
                     raise self._not_finite(slot)
                 if add_up:
                     by_layer = [*map(Sums.__add__, by_layer, self._sums(features, slot))]
-                chunks += encode_chunks(part.transpose(1, 0, 2))
-            return chunks, by_layer
+                chunks = encode_chunks(part.transpose(1, 0, 2), out[end:])
+                end += len(chunks.data)
+                sizes += chunks.sizes
+            return Encoded(out[:end], sizes), by_layer
 
         summary = ShardSummary()
         by_layer = [Sums()] * layout.num_layers
 
         def pieces() -> Iterator[Piece]:
-            for chunks, sums in self._encoders.map(encode, range(0, len(counts), stride)):
+            for chunks, sums in self._in_order(encode, len(counts)):
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
                 summary.add(chunks)
-                for chunk in chunks:
-                    yield from chunk.pieces
+                yield chunks.data
             yield summary.index()
 
-        return summary.record(write_synced(path, pieces())), by_layer
+        with self._encoding, closing(pieces()) as content:
+            return summary.record(write_synced(path, content)), by_layer
+
+    def _in_order(
+        self, encode: Callable[[range, NDArray[np.uint8]], tuple[Encoded, list[Sums]]], num_rows: int
+    ) -> Iterator[tuple[Encoded, list[Sums]]]:
+        """Yield what `encode` gives for all rows of chunks, some at a time, side by side in memory that is kept.
+
+        What is yielded stays as it is until the second after it is asked for.
+        """
+        pending: deque[Future[tuple[Encoded, list[Sums]]]] = deque()
+        try:
+            for number, first in enumerate(range(0, num_rows, self._rows)):
+                if len(pending) == len(self._memory) - 1:
+                    yield pending.popleft().result()
+                rows = range(first, min(first + self._rows, num_rows))
+                pending.append(self._encoders.submit(encode, rows, self._memory[number % len(self._memory)]))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            wait([job for job in pending if not job.cancel()])
 
     def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
         """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""

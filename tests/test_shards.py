@@ -18,7 +18,7 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import publish
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.stages.cache import HIDDEN, create_arrays
-from dflash_offline.stages.shards import Encoded, ShardFile, ShardSummary, encode_chunk
+from dflash_offline.stages.shards import ShardFile, ShardSummary, encode_chunk
 
 WIDTHS = [32, 1000, 4096]
 
@@ -48,16 +48,13 @@ class EncodedShard:
     record: ShardFileRecord
 
 
-def join_chunks(chunks: list[Encoded]) -> EncodedShard:
-    """Return the shard file of encoded chunks in the order of its index."""
-    summary = ShardSummary()
-    summary.add(chunks)
-    pieces = [*(piece for chunk in chunks for piece in chunk.pieces), summary.index()]
-    return EncodedShard(pieces, summary.record(hashlib.sha256(b"".join(pieces)).hexdigest()))
-
-
 def encode_shard(values: NDArray[np.uint16], chunk: tuple[int, ...], pool: ThreadPoolExecutor) -> EncodedShard:
-    return join_chunks(list(pool.map(lambda where: encode_chunk(values[where]), chunk_slices(values.shape, chunk))))
+    summary, pieces = ShardSummary(), []
+    for chunks in pool.map(lambda where: encode_chunk(values[where]), chunk_slices(values.shape, chunk)):
+        summary.add(chunks)
+        pieces.append(chunks.data)
+    pieces = [*pieces, summary.index()]
+    return EncodedShard(pieces, summary.record(hashlib.sha256(b"".join(pieces)).hexdigest()))
 
 
 def write(folder: Path, shape: Layout, shard: int, values: NDArray[np.uint16]) -> tuple[Path, EncodedShard]:
