@@ -190,6 +190,7 @@ class TargetFiles:
                 canonical_json({k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}),
             ),
             "chat_template_sha256": sha256_bytes(self.template.encode()),
+            **self._other_templates(),
             "end_ids": sorted(self.end_ids()),
             "code_sha256": {
                 path.name: sha256_file(path)
@@ -197,6 +198,14 @@ class TargetFiles:
                 if path.suffix == ".py" or path.name == "adapter_config.json"
             },
         }
+
+    def _other_templates(self) -> dict[str, Any]:
+        """Return hashes of the templates beside the default one, where there are any: rows with tools have their own,
+        and a setting may name another."""
+        named = self.tokenizer.chat_template
+        texts = named if isinstance(named, dict) else {}
+        others = {name: sha256_bytes(text.encode()) for name, text in texts.items() if name != "default"}
+        return {"other_chat_templates_sha256": others} if others else {}
 
 
 def open_target(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TargetFiles:
