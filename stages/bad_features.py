@@ -13,6 +13,10 @@ ALWAYS_ALLOWED = 8
 _MOST_OF_SHARD = 0.5
 """Share of one shard's samples; beyond it something is wrong with the target, not with samples."""
 _SHOWN_SAMPLES = 10
+SKIP_HINT = (
+    "Check the target's dtype and attention implementation, or leave such samples out, recorded and counted, with "
+    "--on-bad-features skip."
+)
 
 
 class BadFeatures:
@@ -38,14 +42,13 @@ class BadFeatures:
         if not self._skips:
             raise CacheError(
                 f"The target gives bad features for {len(bad)} samples of shard {shard}; nothing of it was written:"
-                f"{_listed(bad, samples)}\nCheck the target's dtype and attention implementation, or leave such "
-                f"samples out, recorded and counted, with --on-bad-features skip."
+                f"{listed(bad, samples)}\n{SKIP_HINT}"
             )
         members = len(samples.samples_of_shard(shard))
         if len(bad) > max(ALWAYS_ALLOWED, max(_MOST_OF_SHARD, self._max_skipped) * members):
             raise CacheError(
                 f"The target gives bad features for {len(bad)} of the {members} samples of shard {shard}; nothing of "
-                f"it was written:{_by_reason(bad)}{_listed(bad, samples)}\nThat is the target's fault, not the "
+                f"it was written:{_by_reason(bad)}{listed(bad, samples)}\nThat is the target's fault, not the "
                 f"samples': check its dtype and attention implementation. --max-skipped 1 would allow it."
             )
         for other in range(self._writer.manifest.layout.num_shards):
@@ -61,7 +64,7 @@ def refuse_too_many(skipped: Sequence[SkippedSample], samples: SampleTable, max_
     if len(skipped) > max(ALWAYS_ALLOWED, max_skipped * len(samples)):
         raise CacheError(
             f"The target gives bad features for {len(skipped)} of {len(samples):,} samples so far, and at most "
-            f"{max_skipped:.1%} may be left out:{_by_reason(skipped)}{_listed(skipped, samples)}\nCheck the target's "
+            f"{max_skipped:.1%} may be left out:{_by_reason(skipped)}{listed(skipped, samples)}\nCheck the target's "
             f"dtype and attention implementation; --max-skipped allows another share."
         )
 
@@ -71,13 +74,14 @@ def skipped_place(one: SkippedSample, samples: SampleTable) -> str:
     return f"{samples.place(one.sample)}: {one.reason} at layer {one.layer_id}, position {one.position}"
 
 
+def listed(bad: Sequence[SkippedSample], samples: SampleTable) -> str:
+    """Return a line for each of the first bad samples, with how many more there are."""
+    lines = "".join(f"\n  {skipped_place(one, samples)}" for one in bad[:_SHOWN_SAMPLES])
+    more = f"\n  and {len(bad) - _SHOWN_SAMPLES} more" if len(bad) > _SHOWN_SAMPLES else ""
+    return lines + more
+
+
 def _by_reason(bad: Sequence[SkippedSample]) -> str:
     counts = Counter((one.reason, one.layer_id) for one in bad).most_common()
-    listed = [f"\n  {count:,} samples: {reason}, first at layer {layer}" for (reason, layer), count in counts]
-    return "".join(listed[:_SHOWN_SAMPLES])
-
-
-def _listed(bad: Sequence[SkippedSample], samples: SampleTable) -> str:
-    listed = "".join(f"\n  {skipped_place(one, samples)}" for one in bad[:_SHOWN_SAMPLES])
-    more = f"\n  and {len(bad) - _SHOWN_SAMPLES} more" if len(bad) > _SHOWN_SAMPLES else ""
-    return listed + more
+    lines = [f"\n  {count:,} samples: {reason}, first at layer {layer}" for (reason, layer), count in counts]
+    return "".join(lines[:_SHOWN_SAMPLES])

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
+from dflash_offline.schemas.errors import MismatchError, mismatch_table
 from dflash_offline.schemas.files import building_folder, output_folder
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
@@ -33,7 +33,6 @@ from dflash_offline.schemas.manifest import (
     SAMPLES,
     TARGET,
     TMP,
-    FeatureLayout,
     Layout,
     Manifest,
     differences,
@@ -43,9 +42,9 @@ from dflash_offline.schemas.paths import refuse_other_than_utf8, utf8_name
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
-from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
-from dflash_offline.stages.encoding import FeatureEncoder, calibrate
-from dflash_offline.stages.features import FeatureCodec
+from dflash_offline.stages.calibration import calibrated_scales
+from dflash_offline.stages.capture import Capturer
+from dflash_offline.stages.encoding import FeatureEncoder
 from dflash_offline.stages.forecast import Forecast, measure, refuse_too_large
 from dflash_offline.stages.leftovers import remove_abandoned
 from dflash_offline.stages.masks import Masker
@@ -67,8 +66,6 @@ from dflash_offline.stages.target import (
 from dflash_offline.stages.workers import Work, run_shards, run_workers
 from dflash_offline.stages.writer import ShardWriter
 
-CALIBRATION_TOKENS = 16_384
-"""Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
 _SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow zarr numcodecs zstandard".split()
 
 
@@ -254,30 +251,10 @@ class Extraction:
 
     def _scales(self, samples: SampleTable) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return center and step of each layer and channel, float32 [L, H], if the layout needs them."""
-        features = self.config.feature_layout
-        if features.step is None:
+        step, skip_bad = self.config.feature_layout.step, self.config.on_bad_features == "skip"
+        if step is None:
             return None
-        members = spread_out(samples, np.arange(len(samples)), CALIBRATION_TOKENS)
-        lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
-        capturer = self.capturer()
-        self.progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
-        parts = []
-        for batch in micro_batches(samples, members, self.config.batch_tokens):
-            parts.append(capturer.run(samples, batch, lossless)[0])
-            self.progress.advance(int(samples.num_tokens[batch].sum()))
-        self.progress.finish()
-        states = torch.cat(parts)
-        scales = []
-        for column, layer_id in enumerate(self.layer_ids):
-            values = lossless.widen(states[:, column], [column])
-            if not values.isfinite().all() or bool((values == values[0, 0]).all()):
-                raise CacheError(
-                    f"Layer {layer_id} of {self.files.name} is constant or not finite over {len(states)} tokens that "
-                    f"were to calibrate it. Check the target's dtype and attention implementation."
-                )
-            scales.append(calibrate(values, features.step))
-        centers, steps = zip(*scales, strict=True)
-        return np.stack(centers), np.stack(steps)
+        return calibrated_scales(self.capturer(), samples, step, skip_bad=skip_bad, progress=self.progress)
 
     def _write_target(self, folder: Path) -> None:
         folder.mkdir()

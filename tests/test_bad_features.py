@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.bad_features import ALWAYS_ALLOWED, BadFeatures
 from dflash_offline.stages.cache import CacheReader, open_codec
+from dflash_offline.stages.calibration import calibrated_scales
+from dflash_offline.stages.capture import MARKS, mark
+from dflash_offline.stages.encoding import FeatureEncoder
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.features import NAN
 from dflash_offline.stages.progress import Silent
@@ -92,6 +96,63 @@ def test_a_target_that_spoils_everything_is_refused_although_told_to_skip(
     assert not list((config.out / "commits").iterdir())
     everything = extract(replace(config, max_skipped=1), Silent())
     assert everything.num_skipped == everything.num_samples  # told so, and counted
+
+
+def test_scaled_features_are_calibrated_without_the_bad_samples_or_refused_naming_them(
+    cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
+) -> None:
+    def harm(model: torch.nn.Module) -> None:
+        model.model.embed_tokens.weight.data[rare] = float("inf")  # type: ignore[union-attr,operator,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache", features="scaled")
+    sound = CacheReader(cache)
+    holders = {i for i in range(len(sound.samples)) if rare in sound.samples.input_ids(i)}
+    first = min(holders)
+    told = rf"{len(holders)} of the 80 samples.*calibrate.*Sample {first} \(chats.jsonl:\d+\): a feature is not finite "
+    with pytest.raises(CacheError, match=re.compile(f"{told}at layer 1, position 0", re.DOTALL)):
+        extract(config, Silent())
+    assert not config.out.exists()
+    done = extract(replace(config, on_bad_features="skip"), Silent())
+    assert CacheReader(done.cache).skipped == holders
+    # What a target without the fault gives for the other samples: all of a plan as small as this one calibrates.
+    states = np.concatenate([sound.read_values(i) for i in range(len(sound.samples)) if i not in holders])
+    codec = CacheReader(done.cache).codec
+    assert codec.center is not None and codec.step is not None
+    for layer in range(states.shape[1]):
+        low, middle, high = np.percentile(states[:, layer], [15.87, 50, 84.13], axis=0)
+        np.testing.assert_allclose(codec.center[layer], middle, atol=0.02 * np.abs(states).max())
+        np.testing.assert_allclose(codec.step[layer], config.step * (high - low) / 2, rtol=0.05)
+
+
+def test_too_few_sound_tokens_calibrate_nothing(extract_config: Settings, target: Path, tmp_path: Path) -> None:
+    def harm(model: torch.nn.Module) -> None:
+        model.model.layers[2].mlp.down_proj.weight.data[3] = float("inf")  # type: ignore[union-attr,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    settings = extract_config | {"target": name, "features": "scaled", "on_bad_features": "skip", "max_skipped": 1}
+    with pytest.raises(CacheError, match=r"(?s)80 of the 80 samples.* 0 of their [\d,]+ tokens are left"):
+        extract(ExtractConfig(**settings, out=tmp_path / "cache"), Silent())
+    assert not (tmp_path / "cache").exists()
+
+
+class HugeChannel:
+    """Gives features of which one channel spreads over more than a float32 can tell."""
+
+    layer_ids, batch_tokens = (4,), 64
+
+    def run(self, samples: SampleTable, batch: np.ndarray, encoder: FeatureEncoder) -> tuple[torch.Tensor, ...]:
+        states = torch.randn(int(samples.num_tokens[batch].sum()), 1, 8, generator=torch.Generator().manual_seed(0))
+        states[:, 0, 5] = 3e38 * states[:, 0, 5].sign()
+        codes, marks = encoder.encode(states, 0), torch.empty(len(states), 1, len(MARKS))
+        mark(states[:, 0], codes[:, 0], encoder, 0, marks[:, 0])
+        return codes, marks
+
+
+def test_a_scale_that_is_no_number_above_zero_is_refused(tmp_path: Path) -> None:
+    samples = Plan(tmp_path / "cache").samples
+    with pytest.raises(CacheError, match=r"Channel 5 of layer 4 has center .* step inf .*--features rounded"):
+        calibrated_scales(cast(Any, HugeChannel()), samples, 0.125, skip_bad=True, progress=Silent())
 
 
 class Plan:
