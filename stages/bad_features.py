@@ -1,15 +1,17 @@
 """What becomes of samples whose features the target spoils: refused, or left out up to a bound."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.commits import SkippedSample, commit_path
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.manifest import TMP
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.writer import ShardWriter
 
 ALWAYS_ALLOWED = 8
-"""Samples that may be left out of any plan: a share of a small one would be none."""
+"""Samples that any share but 0 lets be left out: of a small plan it would be none."""
 _MOST_OF_SHARD = 0.5
 """Share of one shard's samples; beyond it something is wrong with the target, not with samples."""
 _SHOWN_SAMPLES = 10
@@ -33,6 +35,27 @@ class BadFeatures:
         self._max_skipped = max_skipped
         self._counted: dict[int, list[SkippedSample]] = {}
         """What the records of finished shards leave out, read once each."""
+
+    def commit(self, shard: int, bad: Sequence[SkippedSample], write: Callable[[], int]) -> int:
+        """Have `write` record the shard if it may be without its bad samples, and return the bytes it wrote.
+
+        Shards with bad samples are counted and recorded one at a time, so that no two workers take the same room.
+        Where locks do not reach, two may: each counts again after its record, and takes it back if that is too many.
+        """
+        if not bad:
+            return write()
+        lock = self._writer.cache / TMP / "skipped.lock"
+        lock.touch()
+        with locked(lock, wait=True):
+            self.check(shard, bad)
+            size = write()
+            try:
+                self.check(shard, bad)
+            except CacheError:
+                if size:  # else the record is another worker's
+                    commit_path(self._writer.cache, shard).unlink()
+                raise
+        return size
 
     def check(self, shard: int, bad: Sequence[SkippedSample]) -> None:
         """Raise `CacheError` unless the shard may be written without its bad samples."""
@@ -60,12 +83,13 @@ class BadFeatures:
 
 
 def refuse_too_many(skipped: Sequence[SkippedSample], samples: SampleTable, max_skipped: float) -> None:
-    """Raise `CacheError` if more of a plan's samples are left out than `max_skipped` of them, and than a few."""
-    if len(skipped) > max(ALWAYS_ALLOWED, max_skipped * len(samples)):
+    """Raise `CacheError` if more of a plan's samples are left out than `max_skipped` of them, or than a few."""
+    allowed = max(ALWAYS_ALLOWED, int(max_skipped * len(samples))) if max_skipped else 0
+    if len(skipped) > allowed:
         raise CacheError(
             f"The target gives bad features for {len(skipped)} of {len(samples):,} samples so far, and at most "
-            f"{max_skipped:.1%} may be left out:{_by_reason(skipped)}{listed(skipped, samples)}\nCheck the target's "
-            f"dtype and attention implementation; --max-skipped allows another share."
+            f"{allowed:,} ({max_skipped:.1%}) may be left out:{_by_reason(skipped)}{listed(skipped, samples)}\n"
+            f"Check the target's dtype and attention implementation; --max-skipped allows another share."
         )
 
 

@@ -2,7 +2,10 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +20,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.commits import SkippedSample, read_commits
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages import bad_features
 from dflash_offline.stages.bad_features import ALWAYS_ALLOWED, BadFeatures
 from dflash_offline.stages.cache import CacheReader, open_codec
 from dflash_offline.stages.calibration import calibrated_scales
@@ -168,11 +172,11 @@ class Plan:
         sample = int(self.samples.samples_of_shard(shard)[0])
         return [SkippedSample(sample=sample, reason="a feature is not finite", layer_id=2, position=1)]
 
-    def write(self, shard: int) -> None:
+    def write(self, shard: int) -> int:
         codes = features(self.manifest, self.samples, shard, NAN)
         begin = int(self.samples.start[self.bad(shard)[0].sample]) % len(codes)
         codes[begin : begin + int(self.samples.num_tokens[self.bad(shard)[0].sample])] = NAN
-        self.writer.commit(shard, codes, self.bad(shard))
+        return self.writer.commit(shard, codes, self.bad(shard))
 
 
 def test_samples_left_out_are_counted_over_all_shards_and_all_workers(tmp_path: Path) -> None:
@@ -190,9 +194,39 @@ def test_samples_left_out_are_counted_over_all_shards_and_all_workers(tmp_path: 
     first.check(21, [])
 
 
-def test_a_few_samples_of_a_small_plan_may_always_be_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks_reach", [True, False])
+def test_two_workers_at_once_leave_out_no_more_than_one_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_reach: bool
+) -> None:
     plan = Plan(tmp_path / "cache")
-    decides = BadFeatures(plan.writer, "skip", 0.0)
+    for shard in range(19):
+        plan.write(shard)
+    if not locks_reach:
+        monkeypatch.setattr(bad_features, "locked", lambda _path, *, wait: nullcontext(wait))
+    together = threading.Barrier(2)
+
+    def commit(shard: int) -> int:
+        def write() -> int:
+            with suppress(threading.BrokenBarrierError):  # only one is here at a time where locks reach
+                together.wait(0.3)
+            return plan.write(shard)
+
+        return BadFeatures(plan.writer, "skip", 20.5 / len(plan.samples)).commit(shard, plan.bad(shard), write)
+
+    with ThreadPoolExecutor(2) as pool:
+        faults = [job.exception() for job in [pool.submit(commit, shard) for shard in (19, 20)]]
+    assert together.broken == locks_reach
+    told = [str(fault) for fault in faults if fault is not None]
+    assert told and all("21 of" in text for text in told), faults
+    commits, _ = read_commits(tmp_path / "cache", 120, plan.manifest.checksum)
+    assert sum(len(one.skipped) for one in commits.values()) == 21 - len(told)
+
+
+def test_a_few_samples_of_a_small_plan_may_be_left_out_unless_none_may(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "cache")
+    with pytest.raises(CacheError, match=r"at most 0 \(0.0%\)"):
+        BadFeatures(plan.writer, "skip", 0.0).check(0, plan.bad(0))
+    decides = BadFeatures(plan.writer, "skip", 1e-6)
     for shard in range(ALWAYS_ALLOWED):
         decides.check(shard, plan.bad(shard))
         plan.write(shard)
