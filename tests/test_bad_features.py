@@ -84,6 +84,22 @@ def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
     assert f"e.g. sample {min(holders)}: a feature is not finite at layer 1" in shown.stdout
 
 
+def test_a_feature_too_large_to_store_is_refused_with_sample_layer_and_position(
+    cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
+) -> None:
+    def harm(model: torch.nn.Module) -> None:  # a norm makes zeros of it, so that no other position sees it
+        model.model.embed_tokens.weight.data[rare, 5] = 3.4e38  # type: ignore[union-attr,operator,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    samples = CacheReader(cache).samples
+    ids = {sample: samples.input_ids(sample).tolist() for sample in range(len(samples))}
+    first = next(sample for sample, held in ids.items() if rare in held)
+    place = rf"Sample {first} \(chats.jsonl:{samples.row[first]}\)"
+    told = rf"{place}: a feature is too large at layer 1, position {ids[first].index(rare)}\n"
+    with pytest.raises(CacheError, match=told):
+        extract(ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache"), Silent())
+
+
 def test_a_target_that_spoils_everything_is_refused_although_told_to_skip(
     extract_config: Settings, target: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from processes import FORKING, Command, run
 from test_extract import Settings, arguments, command, content
+from tiny_target import save_conversations
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
@@ -50,6 +51,23 @@ def test_ranks_do_their_shares_in_any_order_and_another_mix_finishes(
     assert rest.shards_left == 0
     assert first.shards_written + last.shards_written + rest.shards_written == total
     assert content(config.out) == content(cache)
+
+
+def test_workers_and_ranks_mix_and_change_from_one_call_to_the_next(
+    extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+    many = extract_config | {"data": (save_conversations(tmp_path / "many.jsonl", 240),)}
+    alone = extract(ExtractConfig(**many, out=tmp_path / "alone"), Silent())
+    config, total = ExtractConfig(**many, out=tmp_path / "cache"), alone.num_shards
+    calls = [{"workers": 2, "world_size": 3}, {"workers": 2, "rank": 1, "world_size": 2}, {"workers": 2}]
+    shares = [set(range(0, total, 3)), set(range(1, total, 2)), set(range(total))]
+    done = set[int]()
+    for call, share in zip(calls, shares, strict=True):
+        assert extract(replace(config, **call), Silent()).shards_written == len(share - done) > 1
+        done |= share
+    assert content(config.out) == content(alone.cache)
+    assert sum(commit.num_samples for commit in CacheReader(config.out).commits.values()) == alone.num_samples
 
 
 def test_a_later_rank_waits_for_the_plan_of_rank_0(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
