@@ -107,6 +107,7 @@ def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
     return {
         **{name: draft[name] for name in ("target_layer_ids", "block_size", "mask_token_id")},
         "caches": record.identity["caches"],
+        "target": record.origin["target_identity"],
         "val_samples": settings["val_samples"],
         "run": read_sealed(run / RUN)["checksum"],
         "step": step,

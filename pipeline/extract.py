@@ -60,7 +60,12 @@ def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Fore
         print(f"Disk        {kind:<9} {size:>10}, {forecast.ratios[kind]:.2f} of raw bfloat16{chosen}")
     static = f"the plan {readable_bytes(forecast.plan_bytes)}, of the target {readable_bytes(forecast.target_bytes)}"
     print(f"            besides: {static}")
-    fits = "" if forecast.num_bytes <= forecast.free_bytes else ": NOT ENOUGH"
+    if forecast.rest_bytes is not None:
+        left = readable_bytes(forecast.rest_bytes)
+        print(
+            f"Done        {forecast.shards_done:,} of {plan.num_shards:,} shards; about {left} are still to be written"
+        )
+    fits = "" if forecast.bytes_left <= forecast.free_bytes else ": NOT ENOUGH"
     print(f"Free        {readable_bytes(forecast.free_bytes)}{fits}")
     print(
         f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
@@ -79,7 +84,9 @@ def _document(plan: Plan, layout: Layout, forecast: Forecast) -> dict[str, Any]:
         "plan_bytes": forecast.plan_bytes,
         "target_bytes": forecast.target_bytes,
         "free_bytes": forecast.free_bytes,
-        "fits": forecast.num_bytes <= forecast.free_bytes,
+        "shards_done": forecast.shards_done,
+        "bytes_left": forecast.bytes_left,
+        "fits": forecast.bytes_left <= forecast.free_bytes,
         "tokens_per_s": forecast.tokens_per_s,
         "seconds": forecast.seconds,
     }

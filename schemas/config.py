@@ -116,7 +116,7 @@ class ExtractConfig:
     on_bad_features: str = "refuse"
     """What to do with a sample whose features are not finite or whose layer is dead: refuse, or skip it, recorded."""
     max_skipped: float = 0.01
-    """Share of the plan's samples that may be skipped so; a few always may."""
+    """Share of the plan's samples that may be skipped so; of a small plan eight may, unless it is 0."""
     device_map: str | None = None
     """Spread a target over several devices as transformers does, e.g. auto; None for one device."""
     workers: int = 1

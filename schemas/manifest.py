@@ -86,7 +86,8 @@ class Manifest:
     """Numbers of the target's decoder that a draft's shape follows."""
     layout: Layout
     plan: dict[str, Any]
-    """Totals (samples, tokens, supervised, anchors, rejects by reason) and the mask token that was chosen."""
+    """Totals (samples, tokens, supervised, anchors, rejects by reason), the mask token that was chosen, and the bytes
+    that all shards were expected to take."""
     files: dict[str, dict[str, Any]]
     """Size and sha256 of every static file, by path within the cache."""
     checksum: str = ""

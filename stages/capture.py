@@ -104,7 +104,7 @@ class Capture:
         sums = [Sums()] * len(self.layer_ids)
         for batch, marks in self.marks:
             lengths = self.samples.num_tokens[batch]
-            faults = list(self._faults(batch, lengths, marks.numpy()))
+            faults = list(self.faults(batch, lengths, marks.numpy(), self.layer_ids))
             sound = ~np.isin(batch, [fault.sample for fault in faults])
             kept = marks.numpy() if sound.all() else marks.numpy()[np.repeat(sound, lengths)]
             sums = list(map(Sums.__add__, sums, _sums(kept, self.buffer.codes.shape[-1])))
@@ -115,8 +115,9 @@ class Capture:
         finite = all(np.isfinite([one.total, one.squares]).all() for one in sums)
         return Captured(sorted(bad, key=lambda fault: fault.sample), sums if finite else None)
 
-    def _faults(
-        self, batch: NDArray[np.int64], lengths: NDArray[np.int64], marks: NDArray[np.float32]
+    @staticmethod
+    def faults(
+        batch: NDArray[np.int64], lengths: NDArray[np.int64], marks: NDArray[np.float32], layer_ids: list[int]
     ) -> Iterator[SkippedSample]:
         """Yield the first fault of every sample that has one."""
         begins = np.cumsum(lengths) - lengths
@@ -134,7 +135,7 @@ class Capture:
                 if is_bad.any():
                     position, layer = (int(axis[0]) for axis in np.nonzero(is_bad))
                     yield SkippedSample(
-                        sample=int(batch[index]), reason=reason, layer_id=self.layer_ids[layer], position=position
+                        sample=int(batch[index]), reason=reason, layer_id=layer_ids[layer], position=position
                     )
                     break
 

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from dflash_offline.schemas.commits import Commit
+from dflash_offline.schemas.commits import Commit, read_commits
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
+from dflash_offline.schemas.errors import MismatchError, mismatch_table
 from dflash_offline.schemas.files import building_folder, output_folder
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
@@ -33,7 +33,6 @@ from dflash_offline.schemas.manifest import (
     SAMPLES,
     TARGET,
     TMP,
-    FeatureLayout,
     Layout,
     Manifest,
     differences,
@@ -43,10 +42,10 @@ from dflash_offline.schemas.paths import refuse_other_than_utf8, utf8_name
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
-from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
-from dflash_offline.stages.encoding import FeatureEncoder, calibrate
-from dflash_offline.stages.features import FeatureCodec
-from dflash_offline.stages.forecast import Forecast, measure, refuse_too_large
+from dflash_offline.stages.calibration import calibrated_scales
+from dflash_offline.stages.capture import Capturer
+from dflash_offline.stages.encoding import FeatureEncoder
+from dflash_offline.stages.forecast import Forecast, free_bytes, measure, refuse_too_large, rest_bytes
 from dflash_offline.stages.leftovers import remove_abandoned
 from dflash_offline.stages.masks import Masker
 from dflash_offline.stages.plan_wait import wait_for_plan
@@ -67,8 +66,6 @@ from dflash_offline.stages.target import (
 from dflash_offline.stages.workers import Work, run_shards, run_workers
 from dflash_offline.stages.writer import ShardWriter
 
-CALIBRATION_TOKENS = 16_384
-"""Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
 _SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow zarr numcodecs zstandard".split()
 
 
@@ -249,35 +246,16 @@ class Extraction:
                     "mask_token_id": mask_token_id,
                     "block_size": self.config.block_size,
                     "cpu_threads": torch.get_num_threads(),
+                    "feature_bytes": forecast.bytes_by_kind[forecast.features.kind],
                 },
             )
 
     def _scales(self, samples: SampleTable) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return center and step of each layer and channel, float32 [L, H], if the layout needs them."""
-        features = self.config.feature_layout
-        if features.step is None:
+        step, skip_bad = self.config.feature_layout.step, self.config.on_bad_features == "skip"
+        if step is None:
             return None
-        members = spread_out(samples, np.arange(len(samples)), CALIBRATION_TOKENS)
-        lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
-        capturer = self.capturer()
-        self.progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
-        parts = []
-        for batch in micro_batches(samples, members, self.config.batch_tokens):
-            parts.append(capturer.run(samples, batch, lossless)[0])
-            self.progress.advance(int(samples.num_tokens[batch].sum()))
-        self.progress.finish()
-        states = torch.cat(parts)
-        scales = []
-        for column, layer_id in enumerate(self.layer_ids):
-            values = lossless.widen(states[:, column], [column])
-            if not values.isfinite().all() or bool((values == values[0, 0]).all()):
-                raise CacheError(
-                    f"Layer {layer_id} of {self.files.name} is constant or not finite over {len(states)} tokens that "
-                    f"were to calibrate it. Check the target's dtype and attention implementation."
-                )
-            scales.append(calibrate(values, features.step))
-        centers, steps = zip(*scales, strict=True)
-        return np.stack(centers), np.stack(steps)
+        return calibrated_scales(self.capturer(), samples, step, skip_bad=skip_bad, progress=self.progress)
 
     def _write_target(self, folder: Path) -> None:
         folder.mkdir()
@@ -338,12 +316,12 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     work = extraction.open_work(manifest, samples)
     _remove_abandoned(work.writer, progress)
     share = range(manifest.layout.num_shards)[config.rank :: config.world_size]
-    before = _finished(work.writer)
+    before = _finished(out, manifest)
     left = [shard for shard in share if shard not in before]
     if len(left) < len(share):
         progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
-    if before and left and not config.ignore_free_space:
-        _refuse_if_rest_is_too_large(out, before, len(left))
+    if left and not config.ignore_free_space:  # all that is left, not this rank's share: they fill one disk together
+        refuse_too_large(out, rest_bytes(manifest, before) or 0, free_bytes(out))
     if left:
         done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
         if config.workers > 1:
@@ -353,7 +331,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
             written = run_shards(work, left, samples, progress, done)
     else:
         written = []
-    finished = _finished(work.writer) if left else before
+    finished = _finished(out, manifest) if left else before
     shards_left = manifest.layout.num_shards - len(finished)
     if not shards_left:
         _remove_abandoned(work.writer, progress)
@@ -390,13 +368,17 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
     out = _cache_folder(config.out)
     extraction = Extraction(replace(config, out=out), progress)
     identity = extraction.identity()
-    if (out / MANIFEST).exists():
-        refuse_other_identity(out, Manifest.read(out).identity, identity)
+    begun = Manifest.read(out) if (out / MANIFEST).exists() else None
+    if begun:
+        refuse_other_identity(out, begun.identity, identity)
     near = next(folder for folder in out.parents if folder.is_dir())
     with building_folder(near / out.name) as folder, _disk_faults_told(folder):
         plan = extraction.plan(folder)
         choose_mask_token(extraction.files, plan, config.mask_token_id)
-        return plan, extraction.layout(plan.num_shards, plan.shard_tokens), extraction.forecast(plan)
+        forecast = extraction.forecast(plan)
+    if begun:
+        forecast = forecast.of_rest(begun, _finished(out, begun))
+    return plan, extraction.layout(plan.num_shards, plan.shard_tokens), forecast
 
 
 @contextmanager
@@ -421,15 +403,8 @@ def _remove_abandoned(writer: ShardWriter, progress: Progress) -> None:
         progress.say(f"Removed {len(removed)} half-written files ({size}) of workers that died.")
 
 
-def _finished(writer: ShardWriter) -> dict[int, Commit]:
-    shards = range(writer.manifest.layout.num_shards)
-    return {shard: commit for shard in shards if (commit := writer.finished(shard)) is not None}
-
-
-def _refuse_if_rest_is_too_large(out: Path, finished: dict[int, Commit], num_left: int) -> None:
-    """Raise `DflashError` if the disk cannot hold the shards left, judged by those that are finished."""
-    total = sum(file.size for commit in finished.values() for file in commit.files.values())
-    refuse_too_large(out, num_left * total // len(finished), shutil.disk_usage(out).free)
+def _finished(out: Path, manifest: Manifest) -> dict[int, Commit]:
+    return read_commits(out, manifest.layout.num_shards, manifest.checksum)[0]
 
 
 def _selection(data: Data) -> dict[str, Any]:

@@ -4,16 +4,17 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout
+from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture import Capturer, micro_batches, spread_out
 from dflash_offline.stages.cores import usable_cores
@@ -40,7 +41,7 @@ class Forecast:
     tokens_per_s: float
     """Of one process, measured."""
     seconds: float
-    """For all shards, with the workers and ranks that were asked for."""
+    """For the shards that are left, with the workers and ranks that were asked for."""
     ratios: dict[str, float]
     """Bytes on disk over raw bfloat16, for each feature layout."""
     bytes_by_kind: dict[str, int]
@@ -50,11 +51,30 @@ class Forecast:
     """Of the embeddings that a draft borrows, and of the tokenizer."""
     free_bytes: int
     """On the disk of the cache, without the plan."""
+    shards_done: int = 0
+    rest_bytes: int | None = None
+    """That a cache which was begun still needs, about; None for a new one."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache on disk, in the layout asked for."""
         return self.bytes_by_kind[self.features.kind] + self.plan_bytes + self.target_bytes
+
+    @property
+    def bytes_left(self) -> int:
+        """Bytes that are still to be written."""
+        return self.num_bytes if self.rest_bytes is None else self.rest_bytes
+
+    def of_rest(self, manifest: Manifest, finished: dict[int, Commit]) -> "Forecast":
+        """Return the forecast for what is left of a cache that was begun."""
+        left = manifest.plan["tokens"] - sum(commit.num_tokens for commit in finished.values())
+        rest = rest_bytes(manifest, finished)
+        return replace(
+            self,
+            seconds=self.seconds * left / manifest.plan["tokens"],
+            shards_done=len(finished),
+            rest_bytes=self.bytes_by_kind[self.features.kind] if rest is None else rest,
+        )
 
     def __str__(self) -> str:
         """Return the forecast in one line."""
@@ -80,17 +100,20 @@ def measure(
     samples, lossless = plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
     members = spread_out(samples, np.arange(len(samples)), _TIMED_BATCHES * config.batch_tokens)
     capturer.run(samples, members[:1], lossless)[0].cpu()  # warms up
-    tokens, began, codes, batch = 0, time.perf_counter(), torch.empty(0), members[:0]
-    for batch in list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]:
-        codes = capturer.run(samples, batch, lossless)[0].cpu()
-        tokens += len(codes)
+    batches = list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]
+    tokens, codes, began = 0, torch.empty(0), time.perf_counter()
+    for batch in batches:
+        found = capturer.run(samples, batch, lossless)[0].cpu()
+        if not tokens:  # so that the sizes, which the manifest keeps, do not depend on how many batches are timed
+            codes = found
+        tokens += len(found)
         seconds = time.perf_counter() - began
         progress(1)
         if seconds > _TIMED_S:
             break
     ratios = {kind: _ratio(codes[:_PACKED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS}
     num_tokens = int(samples.num_tokens.sum())
-    besides = int(_token_bytes(samples, batch) * num_tokens) + _index_bytes(layout)
+    besides = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
     rate = tokens / seconds
     processes = config.world_size * (config.workers if capturer.device.type == "cuda" else 1)
     plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
@@ -102,7 +125,7 @@ def measure(
         bytes_by_kind={kind: int(ratio * num_tokens * layout.slot_bytes) + besides for kind, ratio in ratios.items()},
         plan_bytes=plan_bytes,
         target_bytes=target_bytes,
-        free_bytes=_free_bytes(config.out) + plan_bytes,  # it lies beside the cache already
+        free_bytes=free_bytes(config.out) + plan_bytes,  # it lies beside the cache already
     )
 
 
@@ -133,8 +156,22 @@ def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> floa
         return sum(len(chunk.data) for chunk in pool.map(encode_chunk, chunks)) / (2 * codes.numel())
 
 
-def _free_bytes(out: Path) -> int:
+def free_bytes(out: Path) -> int:
+    """Return the bytes free on the disk of a folder, which may not be there yet."""
     return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+
+
+def rest_bytes(manifest: Manifest, finished: dict[int, Commit]) -> int | None:
+    """Return about how many bytes the shards that are not finished will take: a token as many as in those that are.
+
+    Before the first one, as many as the plan expected; None where it says nothing, as of older caches.
+    """
+    done = sum(commit.num_tokens for commit in finished.values())
+    if not done:
+        expected: int | None = manifest.plan.get("feature_bytes")
+        return expected
+    written = sum(file.size for commit in finished.values() for file in commit.files.values())
+    return int(written * (manifest.plan["tokens"] - done) // done)
 
 
 def refuse_too_large(out: Path, needed: int, free: int) -> None:

@@ -1,5 +1,6 @@
 """What a draft takes from its cache, or from the draft it starts from: its shape, and the parts that it borrows."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.draft import DraftConfig
+from dflash_offline.schemas.draft_lint import RECORD
+from dflash_offline.schemas.draft_weights import read_header
 from dflash_offline.schemas.errors import MismatchError, mismatch_table
 from dflash_offline.schemas.files import sha256_file
-from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET, differences
+from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, differences
+from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.drafter import load_draft
@@ -31,13 +35,35 @@ class StartDraft:
     """float32."""
     sha256: str
     """Of its weight file."""
+    target: dict[str, Any] | None
+    """Identity of the target that it was trained for; None where it does not say, as drafts of others' do not."""
 
     @classmethod
     def read(cls, folder: Path) -> "StartDraft":
         """Return the draft in a folder; `DflashError` if it is none."""
         draft = load_draft(folder)
         sha256 = sha256_file(folder / "model.safetensors")
-        return cls(folder=folder, config=draft.config, weights=dict(draft.state_dict()), sha256=sha256)
+        return cls(
+            folder=folder,
+            config=draft.config,
+            weights=dict(draft.state_dict()),
+            sha256=sha256,
+            target=_target_of(folder.resolve()),
+        )
+
+    def refuse_other_target(self, reader: CacheReader) -> None:
+        """Raise `MismatchError` with a table of fields if the draft says that it is of another target than a cache."""
+        if self.target is None:
+            return
+        identity = reader.manifest.identity
+        cached = {"target": identity["target"], "capture": identity["capture"]}
+        rows = differences({"target": self.target, "capture": CAPTURE_RULE}, cached)
+        if rows:
+            raise MismatchError(
+                f"{self.folder} was trained for another target than that of {reader.cache}:\n"
+                f"{mismatch_table(rows, found='draft', asked='cache')}\n"
+                f"Train from a cache of the draft's own target, extracted in the same way, or without --init-from."
+            )
 
     def refuse_other_shape(self, shape: DraftConfig) -> None:
         """Raise `MismatchError` with a table of fields if the run's draft is not this one's continuation."""
@@ -52,13 +78,25 @@ class StartDraft:
             )
 
 
+def _target_of(folder: Path) -> dict[str, Any] | None:
+    """Return the target that a draft says it was trained for: an export in its weight file, a checkpoint in its run."""
+    if (run := folder.parent.parent / RUN).is_file() and folder.parent.name == "checkpoints":
+        target: dict[str, Any] = RunRecord.read(run.parent).origin["target_identity"]
+        return target
+    _, metadata = read_header(folder / "model.safetensors")
+    recorded: dict[str, Any] = json.loads(metadata.get(RECORD, "{}"))
+    return recorded.get("target")
+
+
 def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -> DraftConfig:
     """Return the draft's shape: where the settings say nothing, that of the draft it starts from, else the target's.
 
-    Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the shape
-    is not that of the draft it starts from.
+    Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the target
+    or the shape is not that of the draft it starts from.
     """
     manifest = corpus.readers[0].manifest
+    if start:
+        start.refuse_other_target(corpus.readers[0])
     planned = min(int(reader.manifest.plan["block_size"]) for reader in corpus.readers)
     block_size = planned if config.block_size is None else config.block_size
     layers = config.layers or (start.config.target_layer_ids if start else corpus.readers[0].layer_ids)

@@ -6,6 +6,7 @@ Axes: B rows, S positions, L captured layers, H hidden size.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,8 +64,6 @@ def target_folder(name: str, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     refuse_other_than_utf8(folder, "a model")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise DflashError(f"{folder} is not a model: it has no config.json. Name a Hugging Face model folder.")
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DflashError(f"The target {name} is not a folder. Name a Hugging Face model folder, or a hub id.")
@@ -78,6 +77,29 @@ def target_folder(name: str, revision: str | None = None) -> Path:
             f"The target {name!r} is neither a folder here nor a model that can be fetched from the hub: "
             f"{str(error).splitlines()[0]}. Check the name, or give a folder."
         ) from error
+
+
+def _refuse_parts_elsewhere(folder: Path, trust_remote_code: bool) -> None:
+    """Raise `DflashError` unless all that decides the target's hidden states is in its folder, where it is hashed."""
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedTargetError(
+            f"{folder} holds an adapter (adapter_config.json) of a model that lies elsewhere and may change there. "
+            f"Merge the two (merge_and_unload in peft), save the result with its tokenizer, and name that folder."
+        )
+    if not (folder / "config.json").is_file():
+        raise DflashError(f"{folder} is not a model: it has no config.json. Name a Hugging Face model folder.")
+    for name in ("config.json", "tokenizer_config.json") if trust_remote_code else ():
+        try:
+            mapped = json.loads((folder / name).read_text()).get("auto_map")
+        except (OSError, ValueError, AttributeError):  # absent, or for transformers to refuse
+            continue
+        elsewhere = re.findall(r'"([^"]+--[^"]+)"', json.dumps(mapped))
+        if elsewhere:
+            raise UnsupportedTargetError(
+                f"{folder / name} takes code from other repositories, where it may change: {', '.join(elsewhere)}. "
+                f"Copy those modules into the folder and drop what stands before `--` in auto_map, or leave "
+                f"--trust-remote-code out."
+            )
 
 
 def default_layer_ids(num_target_layers: int, num_layers: int | None) -> tuple[int, ...]:
@@ -190,18 +212,26 @@ class TargetFiles:
                 canonical_json({k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}),
             ),
             "chat_template_sha256": sha256_bytes(self.template.encode()),
+            **self._other_templates(),
             "end_ids": sorted(self.end_ids()),
             "code_sha256": {
-                path.name: sha256_file(path)
-                for path in sorted(self.folder.iterdir())
-                if path.suffix == ".py" or path.name == "adapter_config.json"
+                path.name: sha256_file(path) for path in sorted(self.folder.iterdir()) if path.suffix == ".py"
             },
         }
+
+    def _other_templates(self) -> dict[str, Any]:
+        """Return hashes of the templates beside the default one, where there are any: rows with tools have their own,
+        and a setting may name another."""
+        named = self.tokenizer.chat_template
+        texts = named if isinstance(named, dict) else {}
+        others = {name: sha256_bytes(text.encode()) for name, text in texts.items() if name != "default"}
+        return {"other_chat_templates_sha256": others} if others else {}
 
 
 def open_target(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TargetFiles:
     """Return a target's config and tokenizer; `DflashError` if either is missing or cannot be used here."""
     folder = target_folder(name, revision)
+    _refuse_parts_elsewhere(folder, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

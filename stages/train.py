@@ -120,6 +120,11 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
             progress = Silent()
         else:
             _claim_run(training, stack)
+        if not training.start_is_compared:
+            progress.say(
+                f"{config.init_from} does not say which target it was trained for: only its shape was compared with "
+                f"the cache's."
+            )
         training.ranks.meet()
         _resume(training, progress)
         signals = stack.enter_context(noted_signals())

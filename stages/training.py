@@ -42,6 +42,7 @@ class Training:
         self.device = ranks.device
         start = StartDraft.read(config.init_from) if config.init_from else None
         self.start_sha256 = start.sha256 if start else None
+        self.start_is_compared = start is None or start.target is not None
         self.shape = draft_shape(config, corpus, start)
         torch.manual_seed(config.seed)
         self.draft = DraftModel(self.shape)

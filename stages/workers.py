@@ -88,8 +88,9 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
         with claim:
             captured = capture.wait()
             bad = captured.bad
-            work.bad_features.check(shard, bad)
-            size = writer.commit(shard, capture.buffer.array, bad, started, captured.sums)
+            size = work.bad_features.commit(
+                shard, bad, lambda: writer.commit(shard, capture.buffer.array, bad, started, captured.sums)
+            )
             for one in bad:
                 report.say(f"Left out: {skipped_place(one, writer.samples)}")
             capture.buffer.clear()

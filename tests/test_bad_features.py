@@ -2,9 +2,13 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,13 +20,17 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.commits import SkippedSample, read_commits
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages import bad_features
 from dflash_offline.stages.bad_features import ALWAYS_ALLOWED, BadFeatures
 from dflash_offline.stages.cache import CacheReader, open_codec
+from dflash_offline.stages.calibration import calibrated_scales
+from dflash_offline.stages.capture import MARKS, mark
+from dflash_offline.stages.encoding import FeatureEncoder
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.features import NAN
 from dflash_offline.stages.progress import Silent
@@ -76,6 +84,22 @@ def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
     assert f"e.g. sample {min(holders)}: a feature is not finite at layer 1" in shown.stdout
 
 
+def test_a_feature_too_large_to_store_is_refused_with_sample_layer_and_position(
+    cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
+) -> None:
+    def harm(model: torch.nn.Module) -> None:  # a norm makes zeros of it, so that no other position sees it
+        model.model.embed_tokens.weight.data[rare, 5] = 3.4e38  # type: ignore[union-attr,operator,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    samples = CacheReader(cache).samples
+    ids = {sample: samples.input_ids(sample).tolist() for sample in range(len(samples))}
+    first = next(sample for sample, held in ids.items() if rare in held)
+    place = rf"Sample {first} \(chats.jsonl:{samples.row[first]}\)"
+    told = rf"{place}: a feature is too large at layer 1, position {ids[first].index(rare)}\n"
+    with pytest.raises(CacheError, match=told):
+        extract(ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache"), Silent())
+
+
 def test_a_target_that_spoils_everything_is_refused_although_told_to_skip(
     extract_config: Settings, target: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +118,63 @@ def test_a_target_that_spoils_everything_is_refused_although_told_to_skip(
     assert everything.num_skipped == everything.num_samples  # told so, and counted
 
 
+def test_scaled_features_are_calibrated_without_the_bad_samples_or_refused_naming_them(
+    cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
+) -> None:
+    def harm(model: torch.nn.Module) -> None:
+        model.model.embed_tokens.weight.data[rare] = float("inf")  # type: ignore[union-attr,operator,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache", features="scaled")
+    sound = CacheReader(cache)
+    holders = {i for i in range(len(sound.samples)) if rare in sound.samples.input_ids(i)}
+    first = min(holders)
+    told = rf"{len(holders)} of the 80 samples.*calibrate.*Sample {first} \(chats.jsonl:\d+\): a feature is not finite "
+    with pytest.raises(CacheError, match=re.compile(f"{told}at layer 1, position 0", re.DOTALL)):
+        extract(config, Silent())
+    assert not config.out.exists()
+    done = extract(replace(config, on_bad_features="skip"), Silent())
+    assert CacheReader(done.cache).skipped == holders
+    # What a target without the fault gives for the other samples: all of a plan as small as this one calibrates.
+    states = np.concatenate([sound.read_values(i) for i in range(len(sound.samples)) if i not in holders])
+    codec = CacheReader(done.cache).codec
+    assert codec.center is not None and codec.step is not None
+    for layer in range(states.shape[1]):
+        low, middle, high = np.percentile(states[:, layer], [15.87, 50, 84.13], axis=0)
+        np.testing.assert_allclose(codec.center[layer], middle, atol=0.02 * np.abs(states).max())
+        np.testing.assert_allclose(codec.step[layer], config.step * (high - low) / 2, rtol=0.05)
+
+
+def test_too_few_sound_tokens_calibrate_nothing(extract_config: Settings, target: Path, tmp_path: Path) -> None:
+    def harm(model: torch.nn.Module) -> None:
+        model.model.layers[2].mlp.down_proj.weight.data[3] = float("inf")  # type: ignore[union-attr,index]
+
+    name = str(broken(target, tmp_path / "broken", harm))
+    settings = extract_config | {"target": name, "features": "scaled", "on_bad_features": "skip", "max_skipped": 1}
+    with pytest.raises(CacheError, match=r"(?s)80 of the 80 samples.* 0 of their [\d,]+ tokens are left"):
+        extract(ExtractConfig(**settings, out=tmp_path / "cache"), Silent())
+    assert not (tmp_path / "cache").exists()
+
+
+class HugeChannel:
+    """Gives features of which one channel spreads over more than a float32 can tell."""
+
+    layer_ids, batch_tokens = (4,), 64
+
+    def run(self, samples: SampleTable, batch: np.ndarray, encoder: FeatureEncoder) -> tuple[torch.Tensor, ...]:
+        states = torch.randn(int(samples.num_tokens[batch].sum()), 1, 8, generator=torch.Generator().manual_seed(0))
+        states[:, 0, 5] = 3e38 * states[:, 0, 5].sign()
+        codes, marks = encoder.encode(states, 0), torch.empty(len(states), 1, len(MARKS))
+        mark(states[:, 0], codes[:, 0], encoder, 0, marks[:, 0])
+        return codes, marks
+
+
+def test_a_scale_that_is_no_number_above_zero_is_refused(tmp_path: Path) -> None:
+    samples = Plan(tmp_path / "cache").samples
+    with pytest.raises(CacheError, match=r"Channel 5 of layer 4 has center .* step inf .*--features rounded"):
+        calibrated_scales(cast(Any, HugeChannel()), samples, 0.125, skip_bad=True, progress=Silent())
+
+
 class Plan:
     """A cache of 120 shards of a few samples each, and what decides about bad ones in it."""
 
@@ -107,11 +188,11 @@ class Plan:
         sample = int(self.samples.samples_of_shard(shard)[0])
         return [SkippedSample(sample=sample, reason="a feature is not finite", layer_id=2, position=1)]
 
-    def write(self, shard: int) -> None:
+    def write(self, shard: int) -> int:
         codes = features(self.manifest, self.samples, shard, NAN)
         begin = int(self.samples.start[self.bad(shard)[0].sample]) % len(codes)
         codes[begin : begin + int(self.samples.num_tokens[self.bad(shard)[0].sample])] = NAN
-        self.writer.commit(shard, codes, self.bad(shard))
+        return self.writer.commit(shard, codes, self.bad(shard))
 
 
 def test_samples_left_out_are_counted_over_all_shards_and_all_workers(tmp_path: Path) -> None:
@@ -129,9 +210,39 @@ def test_samples_left_out_are_counted_over_all_shards_and_all_workers(tmp_path: 
     first.check(21, [])
 
 
-def test_a_few_samples_of_a_small_plan_may_always_be_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks_reach", [True, False])
+def test_two_workers_at_once_leave_out_no_more_than_one_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_reach: bool
+) -> None:
     plan = Plan(tmp_path / "cache")
-    decides = BadFeatures(plan.writer, "skip", 0.0)
+    for shard in range(19):
+        plan.write(shard)
+    if not locks_reach:
+        monkeypatch.setattr(bad_features, "locked", lambda _path, *, wait: nullcontext(wait))
+    together = threading.Barrier(2)
+
+    def commit(shard: int) -> int:
+        def write() -> int:
+            with suppress(threading.BrokenBarrierError):  # only one is here at a time where locks reach
+                together.wait(0.3)
+            return plan.write(shard)
+
+        return BadFeatures(plan.writer, "skip", 20.5 / len(plan.samples)).commit(shard, plan.bad(shard), write)
+
+    with ThreadPoolExecutor(2) as pool:
+        faults = [job.exception() for job in [pool.submit(commit, shard) for shard in (19, 20)]]
+    assert together.broken == locks_reach
+    told = [str(fault) for fault in faults if fault is not None]
+    assert told and all("21 of" in text for text in told), faults
+    commits, _ = read_commits(tmp_path / "cache", 120, plan.manifest.checksum)
+    assert sum(len(one.skipped) for one in commits.values()) == 21 - len(told)
+
+
+def test_a_few_samples_of_a_small_plan_may_be_left_out_unless_none_may(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "cache")
+    with pytest.raises(CacheError, match=r"at most 0 \(0.0%\)"):
+        BadFeatures(plan.writer, "skip", 0.0).check(0, plan.bad(0))
+    decides = BadFeatures(plan.writer, "skip", 1e-6)
     for shard in range(ALWAYS_ALLOWED):
         decides.check(shard, plan.bad(shard))
         plan.write(shard)

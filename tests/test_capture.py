@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dflash_offline.schemas.manifest import FeatureLayout
-from dflash_offline.stages.capture import MARKS, NOT_FINITE, Capture, ShardBuffer, mark
+from dflash_offline.stages.capture import MARKS, NOT_FINITE, TOO_LARGE, Capture, ShardBuffer, mark
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.statistics import Sums, agree, layer_statistics
@@ -53,6 +53,15 @@ def test_statistics_are_those_of_the_stored_features_of_sound_samples(layout: Fe
     assert found.sums is not None
     assert all(map(agree, layer_statistics(found.sums, [4, 5, 6]), expected))
     assert [one.count for one in found.sums] == [kept[:, 0].size] * LAYERS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+def test_a_feature_too_large_to_store_is_found_where_it_is(layout: FeatureLayout) -> None:
+    states = torch.randn(int(LENGTHS.sum()), LAYERS, WIDTH, generator=torch.Generator().manual_seed(2))
+    codec = codec_for(states, layout)
+    states[8, 1, 3] = -3.4e38  # finite as float32, and no bfloat16; the third sample's position 2
+    found = captured(states, codec)[0].wait()
+    assert [(one.sample, one.reason, one.layer_id, one.position) for one in found.bad] == [(2, TOO_LARGE, 5, 2)]
 
 
 def test_features_whose_squares_float32_cannot_hold_are_left_to_the_writer_to_add_up() -> None:

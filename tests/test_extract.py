@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from processes import Command, run
-from tiny_target import save_conversations, save_target
+from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from dflash_offline.schemas.config import ExtractConfig
@@ -216,27 +215,6 @@ def test_a_broken_shard_is_redone_alone(
     copy = damaged(cache, tmp_path, harm)
     assert extract(ExtractConfig(**extract_config, out=copy), Silent()).shards_written == 1
     assert content(copy) == content(cache)
-
-
-def test_a_changed_setting_or_input_is_refused_field_by_field(
-    cache: Path, extract_config: Settings, tmp_path: Path
-) -> None:
-    config = ExtractConfig(**extract_config, out=cache)
-    other_data = save_conversations(tmp_path / "other.jsonl", 80, seed=1)
-    other_target = save_target(tmp_path / "other", seed=1)
-    changes: dict[str, object] = {"layers": (1, 2, 3), "max_length": 100, "block_size": 6, "mask_token_id": 303}
-    with pytest.raises(MismatchError, match=r"data\.file_0_sha256"):
-        extract(replace(config, data=(other_data,)), Silent())
-    changes |= {"target": str(other_target), "chat_template_kwargs": {"a": 1}, "shard_mib": 2}
-    changes |= {"mask": "all", "no_reasoning": True, "limit": 70, "drop_duplicates": True, "keep_special_tokens": True}
-    changes |= {"input_format": "messages", "data": (Path(f"{config.data[0]}:0.9"),)}
-    for name, value in changes.items():
-        with pytest.raises(MismatchError) as error:
-            extract(replace(config, **{name: value}), Silent())
-        text = str(error.value)
-        assert "cache:" in text and "now:" in text and "new --out" in text
-    with pytest.raises(MismatchError, match=r"layer_ids +cache: \[1, 2, 4\]  now: \[1, 2, 3\]"):
-        extract(replace(config, layers=(1, 2, 3)), Silent())
 
 
 def test_a_moved_but_equal_input_is_no_difference(

@@ -1,6 +1,7 @@
 """Targets of other families through the whole pipeline, each tiny and random; and those that are refused, and when."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.draft_lint import lint_draft
+from dflash_offline.schemas.errors import UnsupportedTargetError
+from dflash_offline.stages.target import open_target
 
 SHAPE = {
     "vocab_size": 304,
@@ -170,3 +173,34 @@ def test_a_target_that_no_draft_can_serve_is_refused_before_any_work(family: str
     _, cache, refused = extracted(config(), tmp_path)
     assert refused.exit_code == 1 and why in refused.stderr, refused.output
     assert not cache.exists()
+
+
+ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "adapter": ("adapter_config.json", {"base_model_name_or_path": "org/base"}, r"holds an adapter .*merge_and_unload"),
+    "model code": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "org/code--its.Config"}},
+        r"org/code--its\.Config\. Copy",
+    ),
+    "tokenizer code": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": [None, "o/c--t.T"]}},
+        r"o/c--t\.T\. Copy",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_target_with_parts_outside_its_folder_is_refused(target: Path, tmp_path: Path, what: str) -> None:
+    name, fields, told = ELSEWHERE[what]
+    folder = shutil.copytree(target, tmp_path / "target")
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
+    with pytest.raises(UnsupportedTargetError, match=told):
+        open_target(str(folder), trust_remote_code=True)
+    if what == "adapter":
+        (folder / "config.json").unlink()  # as peft saves it
+        with pytest.raises(UnsupportedTargetError, match=told):
+            open_target(str(folder))
+    else:
+        open_target(str(folder))  # transformers' own code then

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_identity import made_otherwise, set_field
 
 from dflash_offline.pipeline.export import export
 from dflash_offline.schemas.config import TrainConfig, recommended_gamma
@@ -399,6 +400,39 @@ def test_a_run_starts_from_a_draft_and_refuses_one_of_another_shape(cache: Path,
     assert train(replace(settings, init_from=tmp_path / "moved"), Silent()).state.step == 2
     with pytest.raises(MismatchError, match=r"init_from +run: \w{64} +now: None"):
         train(replace(settings, init_from=None), Silent())
+
+
+class Told(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("field", ["target/weights_sha256/model.safetensors", "target/chat_template_sha256", "capture"])
+def test_a_run_starts_from_a_draft_of_the_same_target_alone(cache: Path, run: Path, tmp_path: Path, field: str) -> None:
+    other = made_otherwise(cache, tmp_path / "other", set_field(f"identity/{field}", "0"))
+    export(run, tmp_path / "draft")
+    for start in (tmp_path / "draft", list_checkpoints(run)[-1]):
+        settings = config(cache, tmp_path / "next" / start.name, steps=2, init_from=start)
+        with pytest.raises(
+            MismatchError, match=rf"(?s)another target than.*\n  {field.replace('/', '.')} +draft: "
+        ) as told:
+            train(replace(settings, caches=(other,)), Silent())
+        assert str(told.value).count("cache: ") == 1 and not settings.out.exists()
+        train(settings, told := Told())
+        assert not [line for line in told.lines if "does not say" in line]
+
+
+def test_a_draft_that_does_not_say_its_target_starts_a_run_and_is_told(cache: Path, run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "draft")
+    path = tmp_path / "draft" / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})  # as others publish them
+    train(config(cache, tmp_path / "next", steps=2, init_from=tmp_path / "draft"), told := Told())
+    assert len([line for line in told.lines if "does not say which target" in line]) == 1
 
 
 def test_a_run_with_causal_windows_goes_on_and_gives_its_causality_to_what_starts_from_it(

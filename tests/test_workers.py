@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 from processes import FORKING, Command, run
 from test_extract import Settings, arguments, command, content
+from tiny_target import save_conversations
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.config import ExtractConfig, RerunConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.schemas.files import read_sealed, sealed_bytes
+from dflash_offline.stages import extract as extracting
+from dflash_offline.stages import forecast
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.extract import extract, open_worker, plan_only
 from dflash_offline.stages.progress import Silent
@@ -46,6 +51,23 @@ def test_ranks_do_their_shares_in_any_order_and_another_mix_finishes(
     assert rest.shards_left == 0
     assert first.shards_written + last.shards_written + rest.shards_written == total
     assert content(config.out) == content(cache)
+
+
+def test_workers_and_ranks_mix_and_change_from_one_call_to_the_next(
+    extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+    many = extract_config | {"data": (save_conversations(tmp_path / "many.jsonl", 240),)}
+    alone = extract(ExtractConfig(**many, out=tmp_path / "alone"), Silent())
+    config, total = ExtractConfig(**many, out=tmp_path / "cache"), alone.num_shards
+    calls = [{"workers": 2, "world_size": 3}, {"workers": 2, "rank": 1, "world_size": 2}, {"workers": 2}]
+    shares = [set(range(0, total, 3)), set(range(1, total, 2)), set(range(total))]
+    done = set[int]()
+    for call, share in zip(calls, shares, strict=True):
+        assert extract(replace(config, **call), Silent()).shards_written == len(share - done) > 1
+        done |= share
+    assert content(config.out) == content(alone.cache)
+    assert sum(commit.num_samples for commit in CacheReader(config.out).commits.values()) == alone.num_samples
 
 
 def test_a_later_rank_waits_for_the_plan_of_rank_0(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
@@ -85,11 +107,9 @@ def test_the_plan_command_prints_every_layout_and_json(extract_config: Settings,
 def test_a_disk_that_cannot_hold_it_is_refused_before_the_work_unless_told(
     extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dflash_offline.stages import forecast
-
     config = ExtractConfig(**extract_config, out=tmp_path / "cache")
     free = tmp_path / "free"
-    monkeypatch.setattr(forecast, "_free_bytes", lambda _out: int(free.read_text()))
+    monkeypatch.setattr(forecast, "free_bytes", lambda _out: int(free.read_text()))
     free.write_text("0")
     _, _, expected = plan_only(config, Silent())
     # Room for the features alone does not do: the target's embeddings, its tokenizer and the plan need some too.
@@ -98,6 +118,73 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_the_work_unless_told(
         extract(config, Silent())
     assert not config.out.exists()
     assert extract(replace(config, ignore_free_space=True), Silent()).shards_left == 0
+
+
+def begun(cache: Path, out: Path, num_done: int) -> Path:
+    """Return a copy of a cache of which only the first shards are finished."""
+    shutil.copytree(cache, out)
+    for record in sorted((out / "commits").iterdir())[num_done:]:
+        record.unlink()
+        shutil.rmtree(out / "features.zarr/hidden_states/c" / str(int(record.stem)))
+    return out
+
+
+def rest_of(cache: Path, num_done: int) -> int:
+    """Return the bytes that the other shards' files take."""
+    shards = CacheReader(cache).manifest.layout.num_shards
+    folders = [cache / "features.zarr" / name for name in ("hidden_states", "input_ids", "loss_mask")]
+    files = [file for shard in range(num_done, shards) for folder in folders for file in _files(folder / f"c/{shard}")]
+    return sum(file.stat().st_size for file in files)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("num_done", [0, 2])
+def test_a_begun_cache_starts_where_all_that_is_left_fits_whichever_rank_asks(
+    cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_done: int
+) -> None:
+    out, rest = begun(cache, tmp_path / "cache", num_done), rest_of(cache, num_done)
+    config = ExtractConfig(**extract_config, out=out)
+    for module in (forecast, extracting):
+        monkeypatch.setattr(module, "free_bytes", lambda _out: rest // 2)
+    # Half of the rest would hold this rank's share, but the others' are written to the same disk.
+    for shares in ({}, {"rank": 2, "world_size": 8}):
+        with pytest.raises(DflashError, match=r"needs .* more and its disk has .* free.*--ignore-free-space"):
+            extract(replace(config, **shares), Silent())
+    assert len(list((out / "commits").iterdir())) == num_done
+    monkeypatch.setattr(extracting, "free_bytes", lambda _out: round(1.3 * rest))
+    extract(config, Silent())
+    assert content(out) == content(cache)
+
+
+def test_a_begun_cache_of_an_older_version_goes_on_although_its_plan_expects_no_size(
+    cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = begun(cache, tmp_path / "cache", 0)
+    document = read_sealed(out / "manifest.json")
+    del document["checksum"], document["plan"]["feature_bytes"]
+    (out / "manifest.json").write_bytes(sealed_bytes(document))
+    extract(ExtractConfig(**extract_config, out=out), Silent())
+    assert content(out) == content(cache)
+
+
+def test_the_plan_of_a_begun_cache_counts_what_is_left(
+    cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rest = begun(cache, tmp_path / "cache", 2), rest_of(cache, 2)
+    config = ExtractConfig(**extract_config, out=out)
+    whole, left = (plan_only(replace(config, out=one), Silent())[2] for one in (tmp_path / "new", out))
+    assert (left.shards_done, left.bytes_left) == (2, pytest.approx(rest, rel=0.3))
+    assert whole.bytes_left == whole.num_bytes == left.num_bytes > 1.5 * left.bytes_left
+    arguments = [*command(extract_config, out)[3:], "--plan", "--quiet"]
+    for free, fits in ((1.3 * rest, True), (rest / 2, False)):
+        monkeypatch.setattr(forecast, "free_bytes", lambda _out, free=free: round(free))
+        shown = CliRunner().invoke(app, arguments).stdout
+        assert ("NOT ENOUGH" not in shown) == fits and "Done        2 of" in shown
+        found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+        assert found["fits"] == fits and found["shards_done"] == 2
 
 
 @pytest.mark.parametrize("kind", ["rounded", "scaled"])

@@ -112,7 +112,7 @@ def extract(
         ),
     ] = ExtractConfig.on_bad_features,
     max_skipped: Annotated[
-        float, typer.Option(help="Of the samples, that may be skipped so before the target is to blame.")
+        float, typer.Option(help="Of the samples, that may be skipped so; 8 of a small plan may. 0 allows none.")
     ] = ExtractConfig.max_skipped,
     device_map: DeviceMap = ExtractConfig.device_map,
     workers: Annotated[

@@ -74,7 +74,8 @@ def train(
         ),
     ] = TrainConfig.learning_rate,
     init_from: Annotated[
-        Path | None, typer.Option(metavar="DRAFT", help="Draft folder to start from, ours or z-lab's.")
+        Path | None,
+        typer.Option(metavar="DRAFT", help="Draft folder of the same target to start from, ours or z-lab's."),
     ] = None,
     ema: Annotated[
         float | None,
