@@ -15,6 +15,7 @@ from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.config import ExtractConfig, RerunConfig
 from dflash_offline.schemas.errors import CacheError, MismatchError
 from dflash_offline.schemas.files import sealed_bytes
+from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
@@ -153,6 +154,28 @@ def test_a_layer_that_is_off_by_one_is_said_to_be(
 def test_another_target_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"target\.weights_sha256"):
         compare_with_target(cache, RerunConfig(target=str(save_target(tmp_path / "other", seed=3))), Silent())
+
+
+def test_a_tokenizer_saved_with_truncation_and_padding_is_the_same_target(
+    target: Path, cache: Path, extract_config: dict[str, object], tmp_path: Path
+) -> None:
+    saved = shutil.copytree(target, tmp_path / "saved")
+    tokenizer = json.loads((saved / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    (saved / "tokenizer.json").write_text(json.dumps(tokenizer))
+    out = tmp_path / "cache"
+    extract(ExtractConfig(**extract_config | {"target": str(saved)}, out=out), Silent())
+    assert Manifest.read(out).identity == Manifest.read(cache).identity
+    for made in (out, cache):
+        compare_with_target(made, RerunConfig(target=str(saved), samples=1), Silent())
 
 
 def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) -> None:
