@@ -79,8 +79,8 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
         print(f"{fault.place}: {fault.what}")
     for fit in fits:
         print(
-            f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; of a channel's "
-            f"standard deviation {fit.channel_error:.3%} (median), {fit.worst_channel_error:.3%} (worst)"
+            f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; over a channel's "
+            f"deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
         )
     for fit in fits:
         if fit.fault:

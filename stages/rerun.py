@@ -86,13 +86,13 @@ class _Difference:
     def add(self, stored: NDArray[np.float32], state: NDArray[np.float32]) -> None:
         """Take a sample's features, [T, H] each; what is not finite makes both figures NaN or infinite."""
         with np.errstate(over="ignore", invalid="ignore"):
-            difference = np.square(stored - state, dtype=np.float64)
-            self._squares += float(difference.sum())
-            self._norm += float(np.square(state, dtype=np.float64).sum())
+            difference, squares = np.square(stored - state), np.square(state, dtype=np.float64)
+            self._squares += float(difference.sum(dtype=np.float64))
+            self._norm += float(squares.sum())
             self._count += len(state) - 1
-            self._by_channel += difference[1:].sum(axis=0)
+            self._by_channel += difference[1:].sum(axis=0, dtype=np.float64)
             self._total += state[1:].sum(axis=0, dtype=np.float64)
-            self._total_squares += np.square(state[1:], dtype=np.float64).sum(axis=0)
+            self._total_squares += squares[1:].sum(axis=0)
 
     def error(self) -> float:
         """Return the relative L2 error of all tokens together."""
