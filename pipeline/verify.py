@@ -1,17 +1,23 @@
 """`dflash verify`: what it prints of a cache, and the whole of it for a draft."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.schemas.draft_lint import lint_draft
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.stages.leftovers import figures, told
+from dflash_offline.stages.surplus import Surplus, surplus
 
 if TYPE_CHECKING:  # a draft is verified without torch
-    from dflash_offline.stages.verify import Fault, LayerFit
+    from dflash_offline.stages.rerun import LayerFit
+    from dflash_offline.stages.verify import Fault
+
+_OTHERS_SHOWN = 5
 
 
 def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
@@ -39,35 +45,82 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
     return is_sound
 
 
-def to_json(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> str:
-    """Return the result for a script."""
+def _notes(cache: Path) -> dict[str, Any]:
+    """Return what is in a cache's folder that is no fault."""
+    try:
+        beside = surplus(cache, Manifest.read(cache))
+    except CacheError:  # is the fault that is told
+        beside = Surplus()
+    return {
+        "half_written": figures(cache),
+        "unrecorded_shards": beside.unrecorded_shards,
+        "other_files": beside.harmless,
+    }
+
+
+def print_json(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None) -> None:
+    """Print the result for a script; a number that is not finite is null."""
+    layers = [(asdict(fit) | {"fault": fit.fault}).items() for fit in fits]
     document = {
         "faults": [asdict(fault) for fault in faults],
-        "layers": [asdict(fit) | {"fault": fit.fault} for fit in fits],
-        "forgotten_shards": forgotten,
-        "half_written": figures(cache),
+        "layers": [
+            {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in one}
+            for one in layers
+        ],
+        "forgotten_shards": forgotten or [],
+        **_notes(cache),
     }
-    return json.dumps(document, indent=1)
+    print(json.dumps(document, indent=1, allow_nan=False))
 
 
-def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int]) -> None:
-    """Print the result for a person, one line a fault."""
+def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None) -> None:
+    """Print the result for a person, one line a fault. `forgotten` is None if nothing was to be repaired."""
     for fault in faults:
         print(f"{fault.place}: {fault.what}")
     for fit in fits:
-        print(f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again")
+        print(
+            f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; over a channel's "
+            f"deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
+        )
     for fit in fits:
         if fit.fault:
             print(fit.fault)
-    if half_written := told(figures(cache)):
-        print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
-    if any(fit.fault for fit in fits):
+    _print_notes(cache)
+    if any(fit.fault and fit.is_finite for fit in fits):
         print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
-    if not faults and not any(fit.fault for fit in fits):
+    elif faults:
+        print(f"{len(faults):,} fault{'s' if len(faults) > 1 else ''}.")
+        _print_next(cache, faults, forgotten)
+    elif all(fit.is_finite for fit in fits):
         print(f"{cache} is sound.")
         print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
-    elif forgotten:
-        print(f"Forgot shards {', '.join(map(str, forgotten))}. Next: the `dflash extract` that made {cache}.")
-    elif any(fault.shard is not None for fault in faults):
-        print(f"{len(faults)} faults. Next: {dflash_line('verify', cache, '--repair')}")
-        print("and then the `dflash extract` that made it.")
+
+
+def _print_notes(cache: Path) -> None:
+    found = _notes(cache)
+    if half_written := told(found["half_written"]):
+        print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
+    if unrecorded := found["unrecorded_shards"]:
+        shards = "1 shard has" if len(unrecorded) == 1 else f"{len(unrecorded):,} shards have"
+        print(f"{shards} files but no record yet, {unrecorded[0]} first: a worker may be at it, no reader is.")
+    if others := found["other_files"]:
+        named = ", ".join(others[:_OTHERS_SHOWN]) + (", ..." if len(others) > _OTHERS_SHOWN else "")
+        print(f"Beside the cache's own files lie {named}, which no reader opens.")
+
+
+def _print_next(cache: Path, faults: "list[Fault]", forgotten: list[int] | None) -> None:
+    """Print what to do about a cache's faults, in order."""
+    faulty = {fault.shard for fault in faults if fault.shard is not None and not fault.missing}
+    steps = []
+    if any(fault.shard is None for fault in faults):
+        steps.append("mend the files whose lines say how")
+    if forgotten:
+        print(f"Forgot shards {', '.join(map(str, forgotten))}.")
+    if forgotten is not None and (left := sorted(faulty - {*forgotten})):
+        print(f"Kept shards {', '.join(map(str, left))}: a worker has done them anew meanwhile.")
+    if faulty and forgotten is None:
+        steps.append(dflash_line("verify", cache, "--repair"))
+    if any(fault.shard is not None for fault in faults):
+        steps.append(f"the `dflash extract` that made {cache}")
+    for index, step in enumerate(steps):
+        print(f"{'Next:' if index == 0 else 'then:'} {step}")

@@ -169,12 +169,17 @@ def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, o
     ]
 
 
-def refuse_other_identity(made: Path, have: dict[str, Any], want: dict[str, Any], found: str = "cache") -> None:
+def refuse_other_identity(
+    made: Path,
+    have: dict[str, Any],
+    want: dict[str, Any],
+    found: str = "cache",
+    what_to_do: str = "Repeat the command that made it to go on with it, or name a new --out.",
+) -> None:
     """Raise `MismatchError` with a table of fields if what is there was made from something else than is asked for."""
     rows = differences(have, want)
     if rows:
         raise MismatchError(
             f"{made} was made with other settings or other input than this command's:\n"
-            f"{mismatch_table(rows, found=found, asked='now')}\n"
-            f"Repeat the command that made it to go on with it, or name a new --out."
+            f"{mismatch_table(rows, found=found, asked='now')}\n{what_to_do}"
         )

@@ -58,8 +58,6 @@ class ChatTokenizer:
         # A tokenizer may have a template of its own for rows with tools.
         self._templates = [tokenizer.get_chat_template(template, tools) for tools in (None, list[Any]([{}]))]
         self.backend: Tokenizer = tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
         self._split_special = bool(tokenizer.split_special_tokens)
         self._own = tokenizer if _encodes_its_own_way(tokenizer) else None
         self._pieces = _byte_pieces(self.backend)

@@ -247,6 +247,9 @@ def open_target(name: str, *, revision: str | None = None, trust_remote_code: bo
             f"The tokenizer of {folder} has no fast version (tokenizer.json), which the loss mask needs. "
             f"Convert it with transformers and save it beside the model."
         )
+    # Whatever it was saved with, only whole texts are encoded; and its identity would hold both.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:

@@ -91,6 +91,9 @@ def create(
             layout=layout,
             plan={
                 "samples": len(lengths),
+                "tokens": int(numbers["num_tokens"].sum()),
+                "supervised": int(numbers["num_supervised"].sum()),
+                "anchors": int(numbers["num_anchors"].sum()),
                 "mask_token_id": mask_token_id,
                 "block_size": BLOCK,
                 "truncated": 0,

@@ -86,6 +86,10 @@ def test_inspect_does_not_load_torch(cache: Path, run: Path, tmp_path: Path) -> 
     assert all(without_torch(*commands))
 
 
+def test_verify_does_not_load_torch_unless_a_target_is_named(cache: Path) -> None:
+    assert all(without_torch(["verify", str(cache)], ["verify", str(cache), "--repair", "--json"]))
+
+
 def test_the_doctor_leaves_torch_to_a_process_of_its_own() -> None:
     program = """
 import sys

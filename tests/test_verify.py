@@ -2,23 +2,30 @@
 
 import json
 import random
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny_target import save_target
+from feature_writer import create, features, fill_cache
+from processes import FORKING
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.schemas.config import ExtractConfig, RerunConfig
-from dflash_offline.schemas.errors import CacheError, MismatchError
-from dflash_offline.schemas.files import sealed_bytes
-from dflash_offline.stages.cache import CacheReader
+from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import read_sealed, sealed_bytes
+from dflash_offline.schemas.manifest import MANIFEST, SAMPLES, Manifest
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.cache import CacheReader, open_codec
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.verify import compare_with_target, repair, verify_cache
+from dflash_offline.stages.verify import repair, verify_cache
+from dflash_offline.stages.writer import ShardWriter
 
 HIDDEN = "features.zarr/hidden_states/c/{}/0/0"
 
@@ -109,8 +116,10 @@ def test_repair_and_extract_redo_just_the_faulty_shards(
 ) -> None:
     harm(copy)
     faults = verify_cache(copy, Silent())
-    shards = repair(copy, faults)
-    assert shards == ([0, 1] if harm is _swap else [1])
+    shards = [0, 1] if harm is _swap else [1]
+    assert repair(copy, faults) == (
+        [] if harm is _drop_record else shards
+    )  # without a record nothing is to be forgotten
     assert extract(ExtractConfig(**extract_config, out=copy), Silent()).shards_written == len(shards)
     assert verify_cache(copy, Silent()) == []
     assert (copy / HIDDEN.format(1)).read_bytes() == (cache / HIDDEN.format(1)).read_bytes()
@@ -126,35 +135,6 @@ def test_a_damaged_chunk_is_named_with_shard_and_sample(copy: Path) -> None:
     assert "Sample " in fault.what and "chats.jsonl:" in fault.what and "layer" in fault.what
 
 
-def test_the_target_run_again_fits_every_layer(cache: Path, target: Path) -> None:
-    fits = compare_with_target(cache, RerunConfig(target=str(target), samples=4), Silent())
-    assert [fit.layer_id for fit in fits] == [1, 2, 4]
-    assert all(fit.error < 0.004 and not fit.fault for fit in fits)
-
-
-def test_a_layer_that_is_off_by_one_is_said_to_be(
-    target: Path, extract_config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dflash_offline.stages import capture as stage
-
-    right = stage.run_captured
-    monkeypatch.setattr(stage, "run_captured", lambda model, ids, layers: right(model, ids, [i + 1 for i in layers]))
-    out = tmp_path / "cache"
-    extract(ExtractConfig(**extract_config, out=out), Silent())
-    assert verify_cache(out, Silent()) == []
-    faults = [fit.fault for fit in compare_with_target(out, RerunConfig(target=str(target), samples=4), Silent())]
-    assert all("off by +1" in fault for fault in faults)
-    said = CliRunner().invoke(app, ["verify", str(out), "--target", str(target)])
-    assert said.exit_code == 1 and "layer 1 is off by +1" in said.stdout and "Next: do not train" in said.stdout
-    hint = CliRunner().invoke(app, ["inspect", str(out)]).stdout
-    assert f"dflash verify {out} --target" in hint  # no record shows it, so the first screen names what would
-
-
-def test_another_target_is_refused(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(MismatchError, match=r"target\.weights_sha256"):
-        compare_with_target(cache, RerunConfig(target=str(save_target(tmp_path / "other", seed=3))), Silent())
-
-
 def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) -> None:
     sound = CliRunner().invoke(app, ["verify", str(copy)])
     assert sound.exit_code == 0 and "is sound" in sound.stdout
@@ -162,7 +142,7 @@ def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) ->
     broken = CliRunner().invoke(app, ["verify", str(copy), "--json"])
     assert broken.exit_code == 1
     (fault,) = json.loads(broken.stdout)["faults"]
-    assert fault == {"place": "features.zarr/loss_mask/c/1", "what": "is missing", "shard": 1}
+    assert fault == {"place": "features.zarr/loss_mask/c/1", "what": "is missing", "shard": 1, "missing": False}
 
 
 def test_repair_comes_before_the_target_is_run(copy: Path, target: Path) -> None:
@@ -186,52 +166,132 @@ def test_a_cache_copied_without_its_empty_folders_goes_on(copy: Path, extract_co
     assert extract(config, Silent()).shards_written == 1
 
 
-def test_impossible_numbers_of_samples_are_refused(copy: Path, target: Path) -> None:
-    flags = ["--samples", "0", "--seed", "-1"]
-    result = CliRunner().invoke(app, ["verify", str(copy), "--target", str(target), *flags])
-    assert result.exit_code == 1 and "samples is 0; expected at least 1" in result.output
-    assert "seed is -1; expected at least 0" in result.output
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A complete cache of two shards of made-up features."""
+    create(tmp_path / "made", num_shards=2, shard_tokens=128)
+    fill_cache(tmp_path / "made")
+    return tmp_path / "made"
 
 
-OWN_CODE = {
-    "configuration_own.py": """
-from transformers import Qwen3Config
-
-class OwnConfig(Qwen3Config):
-    model_type = "own"
-""",
-    "modeling_own.py": """
-from transformers import Qwen3ForCausalLM
-
-from .configuration_own import OwnConfig
-
-class OwnForCausalLM(Qwen3ForCausalLM):
-    config_class = OwnConfig
-""",
-}
+def said(*arguments: object) -> tuple[int, str]:
+    """Return exit code and output of `dflash verify`."""
+    result = CliRunner().invoke(app, ["verify", *map(str, arguments), "--quiet"])
+    return result.exit_code, result.stdout
 
 
-def test_a_cache_of_a_target_with_its_own_code_is_verified_as_it_was_extracted(
-    target: Path, extract_config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import dynamic_module_utils
+def _redo_shard_1(cache: Path, at_it: Any, go_on: Any) -> None:
+    """What a worker does: hold the shard, write it, record it."""
+    manifest, samples = Manifest.read(cache), SampleTable.read(cache / SAMPLES)
+    codec = open_codec(cache, manifest)
+    writer = ShardWriter(cache, manifest, samples, codec)
+    with writer.claim(1, wait=True) as ours:
+        assert ours
+        at_it.set()
+        assert go_on.wait(60)
+        time.sleep(0.1)
+        writer.commit(1, features(manifest, samples, 1, codec.fill))
 
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    own = shutil.copytree(target, tmp_path / "own")
-    for name, code in OWN_CODE.items():
-        (own / name).write_text(code)
-    config = json.loads((own / "config.json").read_text())
-    places = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (own / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": places}))
-    out = tmp_path / "cache"
-    settings = extract_config | {"target": str(own), "attn_implementation": "eager"}
-    extract(ExtractConfig(**settings, out=out, trust_remote_code=True, limit=20), Silent())
-    arguments = ["verify", str(out), "--target", str(own), "--samples", "2", "--quiet"]
-    refused = CliRunner().invoke(app, arguments)
-    assert refused.exit_code == 1 and "--trust-remote-code" in refused.output
-    for more in ([], ["--attn-implementation", "sdpa", "--device", "cpu"]):
-        sound = CliRunner().invoke(app, [*arguments, "--trust-remote-code", *more])
-        assert sound.exit_code == 0 and "layer   4: relative error 0." in sound.stdout, sound.output
-    (own / "modeling_own.py").write_text(OWN_CODE["modeling_own.py"] + "# changed\n")
-    other = CliRunner().invoke(app, [*arguments, "--trust-remote-code"])
-    assert other.exit_code == 1 and "target.code_sha256.modeling_own.py" in other.output
+
+@pytest.mark.parametrize("harm", [_truncate, _drop_record])
+def test_what_a_live_worker_finishes_is_not_forgotten(made: Path, harm: Callable[[Path], None]) -> None:
+    harm(made)
+    at_it, go_on = FORKING.Event(), FORKING.Event()
+    worker = FORKING.Process(target=_redo_shard_1, args=(made, at_it, go_on))
+    worker.start()
+    assert at_it.wait(60)
+    faults = verify_cache(made, Silent())
+    assert {fault.shard for fault in faults} == {1}
+    if harm is _drop_record:
+        assert repair(made, faults) == []  # at once: nothing of the shard is to be forgotten
+    go_on.set()
+    assert repair(made, faults) == []
+    worker.join(60)
+    assert worker.exitcode == 0 and verify_cache(made, Silent()) == []
+
+
+def test_repair_says_what_it_forgot_and_what_was_done_meanwhile(made: Path) -> None:
+    _truncate(made)
+    faults = verify_cache(made, Silent())
+    fill_cache(made)
+    assert repair(made, faults) == []
+    _drop_record(made)
+    code, text = said(made, "--repair")
+    assert code == 1 and "Forgot" not in text and "--repair" not in text and "Next: the `dflash extract` that" in text
+
+
+def test_a_damaged_static_file_hides_neither_the_others_nor_a_bad_shard(made: Path) -> None:
+    for name in ("rejects.parquet", "target/config.json"):
+        (made / name).write_bytes((made / name).read_bytes()[:-1])
+    _truncate(made)
+    code, text = said(made, "--repair")
+    assert code == 1 and "Forgot shards 1." in text and "Next: mend" in text and "then: the `dflash extract`" in text
+    for name in ("rejects.parquet", "target/config.json"):
+        assert re.search(rf"^{name}: has .* bytes, .*; restore it from a copy of this cache; without", text, re.M)
+    assert [fault.missing for fault in verify_cache(made, Silent()) if fault.shard == 1] == [True]
+
+
+@pytest.mark.parametrize("name", ["samples.parquet", "features.zarr/input_ids/zarr.json"])
+def test_without_the_plan_and_the_metadata_no_shard_is_judged(made: Path, name: str) -> None:
+    (made / name).unlink()
+    _truncate(made)
+    (fault,) = verify_cache(made, Silent())
+    assert fault.place == name and "Until then no shard can be judged" in fault.what
+    assert repair(made, [fault]) == []
+
+
+def test_files_that_a_reader_may_take_for_the_caches_are_faults(made: Path) -> None:
+    misleading = [
+        "target/chat_template.jinja",
+        "commits/000002.json",
+        "commits/1.json",
+        "features.zarr/hidden_states/c/2/0/0",
+        "features.zarr/hidden_states/c/0/1/0",
+        "features.zarr/input_ids/c/01",
+        "features.zarr/more/zarr.json",
+    ]
+    for name in misleading:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text("{}")
+    faults = verify_cache(made, Silent())
+    assert {fault.place for fault in faults} == {*misleading} and all("move it" in fault.what for fault in faults)
+    code, text = said(made)
+    assert code == 1 and "7 faults.\nNext: mend" in text and "--repair" not in text
+
+
+def test_files_that_no_reader_opens_are_told_and_no_faults(made: Path) -> None:
+    (made / "report.html").write_text("<p>")
+    (made / "run").mkdir()
+    (made / "commits/.nfs00001").write_text("")
+    code, text = said(made)
+    assert code == 0 and "Beside the cache's own files lie commits/.nfs00001, report.html, run, which no" in text
+    (made / "commits/000001.json").unlink()
+    code, text = said(made)
+    assert code == 1 and "1 shard has files but no record yet, 1 first" in text
+    assert json.loads(said(made, "--json")[1])["unrecorded_shards"] == [1]
+
+
+def test_a_slot_of_no_sample_that_holds_a_feature_is_found(tmp_path: Path) -> None:
+    manifest = create(tmp_path / "made", num_shards=1, shard_tokens=160)
+    samples = SampleTable.read(tmp_path / "made" / SAMPLES)
+    codec = open_codec(tmp_path / "made", manifest)
+    codes = features(manifest, samples, 0, codec.fill)
+    within, behind = int(samples.num_tokens[0]), 159
+    assert within % 32 and samples.start[-1] + samples.num_tokens[-1] <= 128, "one beside a sample, one without"
+    codes[within, 1, 7] = codes[behind] = 0
+    ShardWriter(tmp_path / "made", manifest, samples, codec).commit(0, codes)
+    (fault,) = verify_cache(tmp_path / "made", Silent())
+    assert fault.shard == 0 and "something else than fill in 2 slots" in fault.what
+
+
+def test_counts_of_the_plan_that_do_not_hold_are_found(tmp_path: Path) -> None:
+    create(tmp_path / "made", num_shards=1)
+    document = read_sealed(tmp_path / "made" / MANIFEST)
+    del document["checksum"]
+    document["plan"]["block_size"] += 1
+    document["plan"]["tokens"] += 1
+    (tmp_path / "made" / MANIFEST).write_bytes(sealed_bytes(document))
+    fill_cache(tmp_path / "made")
+    anchors, tokens = verify_cache(tmp_path / "made", Silent())
+    assert "have another number of anchors for blocks of 9 than" in anchors.what
+    assert f"tokens, the manifest says {document['plan']['tokens']}" in tokens.what

@@ -27,7 +27,8 @@ from dflash_offline.stages import forecast
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.extract import extract, open_worker, plan_only
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.verify import compare_with_target, verify_cache
+from dflash_offline.stages.rerun import compare_with_target
+from dflash_offline.stages.verify import verify_cache
 from dflash_offline.stages.workers import Work
 
 

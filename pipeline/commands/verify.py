@@ -50,17 +50,21 @@ def verify(
             if not report.verify_draft(folder, target, as_json=json_):
                 raise typer.Exit(1)
             return
-        from dflash_offline.stages.target import quiet_libraries
-        from dflash_offline.stages.verify import compare_with_target, verify_cache
         from dflash_offline.stages.verify import repair as forget
+        from dflash_offline.stages.verify import verify_cache
 
         faults = verify_cache(folder, progress)
-        quiet_libraries()
-        forgotten = forget(folder, faults) if repair else []
-        # Of a damaged cache the faults are the news; what is left is compared when they are mended.
-        fits = compare_with_target(folder, rerun, progress) if rerun and not faults else []
-        print(report.to_json(folder, faults, fits, forgotten)) if json_ else report.print_report(
-            folder, faults, fits, forgotten
-        )
+        forgotten = forget(folder, faults) if repair else None
+        fits = []
+        if rerun and not faults:  # of a damaged cache the faults are the news
+            from dflash_offline.stages.rerun import compare_with_target
+            from dflash_offline.stages.target import quiet_libraries
+
+            quiet_libraries()
+            fits = compare_with_target(folder, rerun, progress)
+        elif rerun:
+            progress.say("The target is not run: it is compared with a cache that has no other fault.")
+        show = report.print_json if json_ else report.print_report
+        show(folder, faults, fits, forgotten)
         if faults or any(fit.fault for fit in fits):
             raise typer.Exit(1)
