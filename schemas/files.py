@@ -2,9 +2,12 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -25,6 +28,10 @@ _SYNC_BYTES = 32 << 20
 """Written bytes from which a file is synced while it is still being written."""
 _HASH_BYTES = 4 << 20
 """That are hashed in one go while a file is written."""
+ABANDONED_S = 3600.0
+"""What is written touches its files all the time: seconds or minutes pass between two pieces."""
+_BUILDER = re.compile(r"(.+)-(\d+)-[^-]+")
+"""What ends the name of a folder in which something is built: machine, process and chance."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Of file systems that know no locks."""
 
@@ -183,8 +190,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process."""
+def locked(path: Path, *, wait: bool, unknown: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process.
+
+    Where the file system knows no locks, `unknown` is yielded: then an existing valid record decides.
+    """
     try:  # over NFS an exclusive lock needs a file that is open for writing; a folder cannot be
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except FileNotFoundError:
@@ -198,10 +208,34 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
             return
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise  # else locks do not reach here, and an existing valid record decides
+                raise
+            yield unknown
+            return
         yield True
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def nobody_at(lock: Path, *, host: str, process: int, untouched_s: float) -> Iterator[bool]:
+    """Hold the lock of what a process left; yields whether nobody can be at it.
+
+    A free lock says so of a process of this machine, and where there are no locks, that the process has ended. Of
+    another machine neither does: what it left must have been untouched for an hour.
+    """
+    here = host == socket.gethostname()
+    with locked(lock, wait=False, unknown=not (here and _runs(process))) as free:
+        yield free and (here or untouched_s > ABANDONED_S)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
 
 
 def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
@@ -228,15 +262,9 @@ def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
 
 @contextmanager
 def building_folder(final: Path) -> Iterator[Path]:
-    """Give a locked folder of this process's own beside `final`; leftovers of this machine's dead processes are removed
-    first. Locks of folders do not reach other machines."""
-    prefix = f".{final.name}.building-{socket.gethostname()}-"
+    """Give a locked folder of this process's own beside `final`; what nobody can be at of others' is removed first."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            with locked(leftover, wait=False) as free:
-                if free:
-                    shutil.rmtree(leftover, ignore_errors=True)
+    prefix = f".{final.name}.building-{socket.gethostname()}-{os.getpid()}-"
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
         with locked(folder, wait=False) as held:
@@ -244,10 +272,38 @@ def building_folder(final: Path) -> Iterator[Path]:
                 continue
             folder.chmod(0o777 & ~_umask())
             try:
+                remove_unfinished(final, folder.stat().st_mtime)
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
+
+
+def being_built(final: Path) -> list[Path]:
+    """Return the folders in which `final` is being built, or was when the process died."""
+    return sorted(final.parent.glob(f".{glob.escape(final.name)}.building-*"))
+
+
+def remove_unfinished(final: Path, now: float) -> list[Path]:
+    """Remove the folders of `being_built` that nobody can be at; returns the others.
+
+    `now` is the time by the clock of their file system. Locks of folders do not reach other machines.
+    """
+    for folder in being_built(final):
+        name = _BUILDER.fullmatch(folder.name, len(f".{final.name}.building-"))
+        host, process = (name[1], int(name[2])) if name else ("", 0)
+        with nobody_at(folder, host=host, process=process, untouched_s=now - _last_touched(folder)) as gone:
+            if gone:
+                shutil.rmtree(folder, ignore_errors=True)
+    return being_built(final)
+
+
+def _last_touched(folder: Path) -> float:
+    """Return when the folder or anything in it was last written to; what vanishes meanwhile is being touched."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return math.inf
 
 
 def _umask() -> int:

@@ -11,7 +11,8 @@ from feature_writer import create, fill_cache
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.stages.leftovers import ABANDONED_S, figures, half_written, remove_abandoned
+from dflash_offline.schemas.files import ABANDONED_S
+from dflash_offline.stages.leftovers import figures, half_written, remove_abandoned
 
 HERE = socket.gethostname()
 
@@ -23,7 +24,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def leave(cache: Path, shard: int, host: str, *, age_s: float = 0.0) -> Path:
-    path = cache / "tmp" / f"{shard:06d}.{host}-77.part"
+    path = cache / "tmp" / f"{shard:06d}.{host}-1.part"  # a process that runs: a free lock says it is another now
     path.write_bytes(b"x" * 1000)
     then = path.stat().st_mtime - age_s
     os.utime(path, (then, then))
