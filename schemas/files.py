@@ -13,7 +13,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -264,6 +264,7 @@ def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
 def building_folder(final: Path) -> Iterator[Path]:
     """Give a locked folder of this process's own beside `final`; what nobody can be at of others' is removed first."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(final)
     prefix = f".{final.name}.building-{socket.gethostname()}-{os.getpid()}-"
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
@@ -272,7 +273,6 @@ def building_folder(final: Path) -> Iterator[Path]:
                 continue
             folder.chmod(0o777 & ~_umask())
             try:
-                remove_unfinished(final, folder.stat().st_mtime)
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -284,15 +284,22 @@ def being_built(final: Path) -> list[Path]:
     return sorted(final.parent.glob(f".{glob.escape(final.name)}.building-*"))
 
 
-def remove_unfinished(final: Path, now: float) -> list[Path]:
+def remove_unfinished(final: Path) -> list[Path]:
     """Remove the folders of `being_built` that nobody can be at; returns the others.
 
-    `now` is the time by the clock of their file system. Locks of folders do not reach other machines.
+    Locks of folders do not reach other machines.
     """
-    for folder in being_built(final):
+    found = being_built(final)
+    try:
+        with tempfile.TemporaryFile(dir=final.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime  # by the file system's clock
+    except OSError:  # where nothing can be written, nothing can be removed
+        return found
+    for folder in found:
         name = _BUILDER.fullmatch(folder.name, len(f".{final.name}.building-"))
         host, process = (name[1], int(name[2])) if name else ("", 0)
-        with nobody_at(folder, host=host, process=process, untouched_s=now - _last_touched(folder)) as gone:
+        untouched_s = now - _last_touched(folder)
+        with suppress(PermissionError), nobody_at(folder, host=host, process=process, untouched_s=untouched_s) as gone:
             if gone:
                 shutil.rmtree(folder, ignore_errors=True)
     return being_built(final)

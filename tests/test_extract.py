@@ -1,6 +1,7 @@
 """Stage one against the target's own hidden states, interrupted in every way."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
+from dflash_offline.schemas.files import ABANDONED_S
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.capture import micro_batches
 from dflash_offline.stages.extract import extract
@@ -130,6 +132,26 @@ def test_the_same_command_again_does_nothing(cache: Path, extract_config: Settin
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     assert extract(ExtractConfig(**extract_config, out=cache), Silent()).shards_written == 0
     assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def test_what_another_machine_left_of_a_plan_is_named_and_removed_after_an_hour(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    config = ExtractConfig(**extract_config, out=shutil.copytree(cache, tmp_path / "cache"))
+    left = tmp_path / ".cache.building-elsewhere-7-x"
+    left.mkdir()
+    said: list[str] = []
+
+    class Listening(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    extract(config, Listening())
+    assert left.exists() and any(text.startswith(f"{left} stays") for text in said)
+    hour_ago = left.stat().st_mtime - ABANDONED_S - 60
+    os.utime(left, (hour_ago, hour_ago))
+    extract(config, Silent())
+    assert not left.exists()
 
 
 def test_killed_at_random_instants_it_resumes_to_the_same_bytes(
