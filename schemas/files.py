@@ -155,19 +155,27 @@ def sealed_bytes(document: dict[str, Any]) -> bytes:
 
 
 _CHECKSUM_FIRST = b'{\n "checksum": "'
+_STRING = rb'"[^"\\\s]*+"'
+_LAID_OUT = re.compile(
+    rb"\{\n"
+    rb"(?:( *) "  # what a line is indented by, but for one space
+    rb"(?:(?:" + _STRING + rb": )?+(?:" + _STRING + rb"|[-+.\w]++|\{\}|\[\]|[{\[](?=\n\1  [^ }\]]))|[}\]])"
+    rb"(?:,\n(?=\1 [^ }\]])|\n(?:(?<=[{\[]\n)|(?=\1[}\]]))))+"  # the next line's indent follows from how this one ends
+    rb"\}\n"
+)
+"""A document line by line as `sealed_bytes` lays it out, if no string in it holds a space or a backslash."""
 
 
 def _holds(content: bytes) -> bool:
     """Say whether a sealed document's checksum holds, from its text alone: a fifth of the time of writing it anew.
 
-    Without line breaks, indents and the space after a name, the text is the canonical content. False does not mean
-    that it is damaged: names may sort before the checksum, or a string look like a name.
+    Without spaces and line breaks, the text is the canonical content. False does not mean that it is damaged: names may
+    sort before the checksum, or a string hold a space.
     """
     start, (claimed, _, body) = content[: len(_CHECKSUM_FIRST)], content[len(_CHECKSUM_FIRST) :].partition(b'",')
-    if start != _CHECKSUM_FIRST or not content.endswith(b"\n}\n") or b'\\": ' in body:
+    if start != _CHECKSUM_FIRST or not _LAID_OUT.fullmatch(content):
         return False
-    canonical = b"{" + b"".join([line.lstrip(b" ") for line in body.split(b"\n")]).replace(b'": ', b'":')
-    return hashlib.sha256(canonical).hexdigest().encode() == claimed
+    return hashlib.sha256(b"{" + body.translate(None, b"\n ")).hexdigest().encode() == claimed
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
