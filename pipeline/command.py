@@ -18,10 +18,16 @@ from dflash_offline.pipeline.progress import EventProgress, LogFormat, is_live, 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.progress import Progress, Silent
 
+_ADVICE = {
+    errno.EMFILE: "Let a process have more files open: `ulimit -n` shows how many, and `ulimit -n 4096` sets it. ",
+    errno.ENFILE: "All programs of this machine together have too many files open: end some of them. ",
+    errno.ESTALE: "The file was removed or replaced on another machine, or its server was restarted: see which. ",
+}
 _OUTSIDE_FAULTS = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
-}
-"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name."""
+} | _ADVICE.keys()
+"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name, and those that do not
+say by themselves what to do."""
 _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 """Variables that keep libraries which are loaded from now on from drawing bars of their own."""
 
@@ -72,7 +78,7 @@ def _users_error(error: Exception, go_on: str) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}. {go_on}".rstrip()
+        return f"{place}{error.strerror}. {_ADVICE.get(error.errno or 0, '')}{go_on}".rstrip()
     return None
 
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.schemas.commits import Commit
+from dflash_offline.schemas.files import ABANDONED_S
 from dflash_offline.schemas.manifest import TARGET, Manifest
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.leftovers import ABANDONED_S, told
+from dflash_offline.stages.leftovers import told
 
 ZEROS = 0.01
 """Share of exact zeros. A residual stream is a sum; two summands in bfloat16, with 128 values between a number and its

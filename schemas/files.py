@@ -2,15 +2,18 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +25,10 @@ _SYNC_BYTES = 16 << 20
 """Written bytes from which a file is synced while it is still being written."""
 _HASH_BYTES = 1 << 16
 """From which a piece is hashed while the next one is written."""
+ABANDONED_S = 3600.0
+"""What is written touches its files all the time: seconds or minutes pass between two pieces."""
+_BUILDER = re.compile(r"(.+)-(\d+)-[^-]+")
+"""What ends the name of a folder in which something is built: machine, process and chance."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Of file systems that know no locks."""
 
@@ -126,19 +133,27 @@ def sealed_bytes(document: dict[str, Any]) -> bytes:
 
 
 _CHECKSUM_FIRST = b'{\n "checksum": "'
+_STRING = rb'"[^"\\\s]*+"'
+_LAID_OUT = re.compile(
+    rb"\{\n"
+    rb"(?:( *) "  # what a line is indented by, but for one space
+    rb"(?:(?:" + _STRING + rb": )?+(?:" + _STRING + rb"|[-+.\w]++|\{\}|\[\]|[{\[](?=\n\1  [^ }\]]))|[}\]])"
+    rb"(?:,\n(?=\1 [^ }\]])|\n(?:(?<=[{\[]\n)|(?=\1[}\]]))))+"  # the next line's indent follows from how this one ends
+    rb"\}\n"
+)
+"""A document line by line as `sealed_bytes` lays it out, if no string in it holds a space or a backslash."""
 
 
 def _holds(content: bytes) -> bool:
     """Say whether a sealed document's checksum holds, from its text alone: a fifth of the time of writing it anew.
 
-    Without line breaks, indents and the space after a name, the text is the canonical content. False does not mean
-    that it is damaged: names may sort before the checksum, or a string look like a name.
+    Without spaces and line breaks, the text is the canonical content. False does not mean that it is damaged: names may
+    sort before the checksum, or a string hold a space.
     """
     start, (claimed, _, body) = content[: len(_CHECKSUM_FIRST)], content[len(_CHECKSUM_FIRST) :].partition(b'",')
-    if start != _CHECKSUM_FIRST or not content.endswith(b"\n}\n") or b'\\": ' in body:
+    if start != _CHECKSUM_FIRST or not _LAID_OUT.fullmatch(content):
         return False
-    canonical = b"{" + b"".join([line.lstrip(b" ") for line in body.split(b"\n")]).replace(b'": ', b'":')
-    return hashlib.sha256(canonical).hexdigest().encode() == claimed
+    return hashlib.sha256(b"{" + body.translate(None, b"\n ")).hexdigest().encode() == claimed
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -161,8 +176,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process."""
+def locked(path: Path, *, wait: bool, unknown: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file or folder that exists; yields whether it was got. Dies with the process.
+
+    Where the file system knows no locks, `unknown` is yielded: then an existing valid record decides.
+    """
     try:  # over NFS an exclusive lock needs a file that is open for writing; a folder cannot be
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except FileNotFoundError:
@@ -176,10 +194,34 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
             return
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise  # else locks do not reach here, and an existing valid record decides
+                raise
+            yield unknown
+            return
         yield True
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def nobody_at(lock: Path, *, host: str, process: int, untouched_s: float) -> Iterator[bool]:
+    """Hold the lock of what a process left; yields whether nobody can be at it.
+
+    A free lock says so of a process of this machine, and where there are no locks, that the process has ended. Of
+    another machine neither does: what it left must have been untouched for an hour.
+    """
+    here = host == socket.gethostname()
+    with locked(lock, wait=False, unknown=not (here and _runs(process))) as free:
+        yield free and (here or untouched_s > ABANDONED_S)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
 
 
 def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
@@ -206,15 +248,10 @@ def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
 
 @contextmanager
 def building_folder(final: Path) -> Iterator[Path]:
-    """Give a locked folder of this process's own beside `final`; leftovers of this machine's dead processes are removed
-    first. Locks of folders do not reach other machines."""
-    prefix = f".{final.name}.building-{socket.gethostname()}-"
+    """Give a locked folder of this process's own beside `final`; what nobody can be at of others' is removed first."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            with locked(leftover, wait=False) as free:
-                if free:
-                    shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(final)
+    prefix = f".{final.name}.building-{socket.gethostname()}-{os.getpid()}-"
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
         with locked(folder, wait=False) as held:
@@ -226,6 +263,40 @@ def building_folder(final: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
+
+
+def being_built(final: Path) -> list[Path]:
+    """Return the folders in which `final` is being built, or was when the process died."""
+    return sorted(final.parent.glob(f".{glob.escape(final.name)}.building-*"))
+
+
+def remove_unfinished(final: Path) -> list[Path]:
+    """Remove the folders of `being_built` that nobody can be at; returns the others.
+
+    Locks of folders do not reach other machines.
+    """
+    found = being_built(final)
+    try:
+        with tempfile.TemporaryFile(dir=final.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime  # by the file system's clock
+    except OSError:  # where nothing can be written, nothing can be removed
+        return found
+    for folder in found:
+        name = _BUILDER.fullmatch(folder.name, len(f".{final.name}.building-"))
+        host, process = (name[1], int(name[2])) if name else ("", 0)
+        untouched_s = now - _last_touched(folder)
+        with suppress(PermissionError), nobody_at(folder, host=host, process=process, untouched_s=untouched_s) as gone:
+            if gone:
+                shutil.rmtree(folder, ignore_errors=True)
+    return being_built(final)
+
+
+def _last_touched(folder: Path) -> float:
+    """Return when the folder or anything in it was last written to; what vanishes meanwhile is being touched."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return math.inf
 
 
 def _umask() -> int:

@@ -4,12 +4,14 @@ Axes: T token slots, L captured layers, H hidden size.
 """
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import zarr
@@ -27,8 +29,11 @@ from dflash_offline.stages.shards import BLOSC, ShardFile
 
 HIDDEN, IDS, MASK = "hidden_states", "input_ids", "loss_mask"
 CENTER, STEP = "feature_center", "feature_step"
-_OPEN_SHARDS = 256
-"""Shard files a reader keeps open, with their indexes; a process may have about a thousand."""
+_MOST_OPEN = 1024
+"""Shard files that a process keeps open, with their indexes, and never more than half of the files it may have open."""
+_readers: "WeakSet[CacheReader]" = WeakSet()
+_opening = threading.Lock()
+"""Held while shard files are opened or closed, and readers counted."""
 
 
 def create_arrays(
@@ -111,6 +116,15 @@ def open_codec(cache: Path, manifest: Manifest) -> FeatureCodec:
     return FeatureCodec(manifest.layout.features, center, step)
 
 
+def _make_room() -> None:
+    """Close shard files of the readers with most of them until one more may be opened."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN if allowed == resource.RLIM_INFINITY else min(_MOST_OPEN, allowed // 2)
+    held = [reader._shards for reader in _readers]
+    while sum(map(len, held)) >= max(1, most):
+        max(held, key=len).popitem(last=False)
+
+
 class CacheReader:
     """Samples and their features, read from finished shards.
 
@@ -131,7 +145,8 @@ class CacheReader:
         self.skipped = frozenset(one.sample for commit in self.commits.values() for one in commit.skipped)
         """Samples without features: extraction was told to leave samples with bad features out."""
         self._shards: OrderedDict[int, ShardFile] = OrderedDict()
-        self._lock = threading.Lock()
+        with _opening:
+            _readers.add(self)
         self._num_helpers = usable_cores() - 1
         self._decoders = ThreadPoolExecutor(max(1, self._num_helpers), thread_name_prefix="decode")
 
@@ -155,20 +170,19 @@ class CacheReader:
         return np.flatnonzero(finished)
 
     def _shard(self, shard: int) -> ShardFile:
-        with self._lock:
+        with _opening:
             if shard not in self._shards:
                 layout = self.manifest.layout
                 name = f"{FEATURES}/{HIDDEN}/c/{shard}/0/0"
                 if shard not in self.commits:
                     raise CacheError(f"Shard {shard} of {self.cache} is not extracted. Repeat the `dflash extract`.")
+                _make_room()
                 self._shards[shard] = ShardFile(
                     self.cache / name,
                     self.commits[shard].files[name],
                     (layout.shard_tokens, layout.num_layers, layout.hidden_size),
                     layout.chunk_tokens,
                 )
-                if len(self._shards) > _OPEN_SHARDS:
-                    self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
             return self._shards[shard]
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from dflash_offline.schemas.commits import Commit, read_commits
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import MismatchError, mismatch_table
-from dflash_offline.schemas.files import building_folder, output_folder
+from dflash_offline.schemas.files import building_folder, output_folder, remove_unfinished
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
     EMBEDDINGS,
@@ -338,6 +338,8 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         for lock in (out / TMP).glob("*.lock"):
             lock.unlink(missing_ok=True)
         refuse_too_many([one for commit in finished.values() for one in commit.skipped], samples, config.max_skipped)
+    for folder in remove_unfinished(out):
+        progress.say(f"{folder} stays: somebody may be planning in it. If nobody is, repeat this command in an hour.")
     return Extracted(
         cache=out,
         num_samples=len(samples),

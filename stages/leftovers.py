@@ -1,10 +1,12 @@
 """Half-written shard files that workers left in a cache's tmp/: counted by anyone, removed where nobody can be at them.
 
-A worker's lock keeps others of its file system from its shard. Where locks do not reach, a file of another machine may
-be in use though its lock is free: it goes only when its shard is finished, for then its owner, if there is one, throws
-it away too, or when nothing was written to it for an hour by the file system's own clock.
+A worker's lock keeps others of its file system from its shard. Where locks do not reach, a file may be in use though
+its lock is free: one of this machine goes when its process has ended; one of another machine only when its shard is
+finished, for then its owner, if there is one, throws it away too, or when nothing was written to it for an hour by the
+file system's own clock.
 """
 
+import math
 import os
 import re
 import socket
@@ -15,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.files import nobody_at
 from dflash_offline.schemas.manifest import TMP
 from dflash_offline.stages.progress import readable_bytes
 
-ABANDONED_S = 3600.0
-"""A shard file is written in seconds to minutes, and its time changes with every piece."""
 _HOSTS_SHOWN = 3
 _NAME = re.compile(r"(\d{6,})\.(.+)-(\d+)\.part")
 
@@ -33,12 +33,6 @@ def lock_path(cache: Path, shard: int) -> Path:
 def part_path(cache: Path, shard: int) -> Path:
     """Return where this process writes a shard: where locks do not reach, two may be writing the same one."""
     return cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
-
-
-def remove_own(cache: Path, shard: int) -> None:
-    """Remove what this machine's workers left of a shard whose lock is held."""
-    for leftover in (cache / TMP).glob(f"{shard:06d}.{socket.gethostname()}-*.part"):
-        leftover.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +74,10 @@ def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWr
     for one in half_written(cache):
         lock = lock_path(cache, one.shard)
         lock.touch()
-        with locked(lock, wait=False) as free:
-            old = lock.stat().st_mtime - one.changed > ABANDONED_S
-            if free and (one.host == socket.gethostname() or old or is_done(one.shard)):
+        untouched_s = lock.stat().st_mtime - one.changed
+        untouched_s = math.inf if is_done(one.shard) else untouched_s
+        with nobody_at(lock, host=one.host, process=one.process, untouched_s=untouched_s) as gone:
+            if gone:
                 one.path.unlink(missing_ok=True)
                 removed.append(one)
     return removed

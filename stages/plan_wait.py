@@ -1,11 +1,11 @@
 """How a later rank of an array job waits for the plan that rank 0 makes."""
 
-import glob
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.files import being_built
 from dflash_offline.schemas.manifest import MANIFEST
 from dflash_offline.stages.progress import Progress
 
@@ -21,13 +21,15 @@ def wait_for_plan(out: Path, timeout_s: float, progress: Progress) -> None:
     files that planning makes beside the cache; no clock is compared with another machine's.
     """
     progress.say(f"Waiting for rank 0 to plan {out}.")
-    signs, silent_s, begun = _signs(out), 0.0, False
+    signs, silent_s = _signs(out), 0.0
+    begun: set[Path] = set()  # the folders that changed: others were left by what was killed before
     while not (out / MANIFEST).exists():
         time.sleep(POLL_S)
         silent_s += POLL_S  # of looking: a machine that was asleep has missed no sign
         if (seen := _signs(out)) != signs:
-            signs, silent_s, begun = seen, 0.0, True
-        if begun and not signs and silent_s > GONE_S and not (out / MANIFEST).exists():
+            begun |= {folder for folder in seen.keys() | signs.keys() if seen.get(folder) != signs.get(folder)}
+            signs, silent_s = seen, 0.0
+        if begun and begun.isdisjoint(signs) and silent_s > GONE_S and not (out / MANIFEST).exists():
             raise DflashError(
                 f"Rank 0 began to plan {out} and ended without a plan; what it said tells why. Mend that, and start "
                 f"all ranks again."
@@ -40,12 +42,11 @@ def wait_for_plan(out: Path, timeout_s: float, progress: Progress) -> None:
             )
 
 
-def _signs(out: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of every file of the folders in which a plan of `out` is being made."""
+def _signs(out: Path) -> dict[Path, list[tuple[Path, int, int]]]:
+    """Return path, size and time of everything in each folder in which a plan of `out` is being made."""
     found = {}
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.building-*"):
+    for folder in being_built(out):
         with suppress(OSError):  # it may be renamed or removed meanwhile
-            for path in (folder, *folder.rglob("*")):
-                stat = path.stat()
-                found[str(path)] = (stat.st_size, stat.st_mtime_ns)
+            stats = [(path, path.stat()) for path in (folder, *folder.rglob("*"))]
+            found[folder] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return found

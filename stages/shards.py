@@ -16,7 +16,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,9 +314,10 @@ class ShardFile:
         try:
             self._read(shared)
         finally:  # whatever happens, nobody writes into `out` any more
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+            helpers = [helper for helper in helpers if not helper.cancel()]
+            wait(helpers)
+        for helper in helpers:
+            helper.result()
 
     def _read(self, parts: Iterator[tuple[NDArray[np.uint64], NDArray[np.uint16]]]) -> None:
         """Fill each part's `out` [tokens, layers, H] with its chunks, whose places are [rows, layers, 2]."""

@@ -465,14 +465,14 @@ def _plain(config: Any) -> Any:
 
 
 def _cached_sha256(path: Path) -> str:
-    """Return a weight file's sha256, remembered by path, size and modification time."""
+    """Return a weight file's sha256, remembered by path, size, times and inode: in an image all mtimes may be one."""
     stat = path.stat()
-    return _noted_sha256(path, stat.st_size, stat.st_mtime_ns)
+    return _noted_sha256(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
 
 
 @cache
-def _noted_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    key = f"{path.resolve()}:{size}:{mtime_ns}"
+def _noted_sha256(path: Path, state: tuple[int, ...]) -> str:
+    key = ":".join(map(str, (path.resolve(), *state)))
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dflash" / "sha256"
     note = root / hashlib.sha256(os.fsencode(key)).hexdigest()
     if note.is_file() and len(known := note.read_text()) == 64:

@@ -94,7 +94,8 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
             for one in bad:
                 report.say(f"Left out: {skipped_place(one, writer.samples)}")
             capture.buffer.clear()
-            report.shard(size)
+            if size:  # else another worker's record won
+                report.shard(size)
 
     pending: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="write") as background:

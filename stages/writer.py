@@ -3,6 +3,7 @@
 Axes: T token slots, L captured layers, H hidden size.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -26,7 +27,7 @@ from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
-from dflash_offline.stages.leftovers import lock_path, part_path, remove_own
+from dflash_offline.stages.leftovers import lock_path, part_path
 from dflash_offline.stages.scratch import scratch
 from dflash_offline.stages.shards import Encoded, ShardSummary, encode_chunk, encode_chunks, encoded_room
 from dflash_offline.stages.statistics import Sums, layer_statistics
@@ -37,6 +38,8 @@ _AHEAD = 8
 """Encoded pieces that may lie ready, or be written, beside those being encoded."""
 _NICENESS = 10
 """How far encoding stands back behind the forward."""
+_GONE = {errno.ENOENT, errno.ESTALE}
+"""Of a file that was removed while it was written, on a disk and over NFS."""
 
 
 class ShardWriter:
@@ -70,16 +73,11 @@ class ShardWriter:
 
     @contextmanager
     def claim(self, shard: int, *, wait: bool) -> Iterator[bool]:
-        """Hold the shard against other workers of this file system; yields whether it is ours and still to do.
-
-        What a killed worker of this machine left half-written of the shard is removed.
-        """
+        """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
         lock = lock_path(self.cache, shard)
         lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
         lock.touch()
         with locked(lock, wait=wait) as free:
-            if free:
-                remove_own(self.cache, shard)
             yield free and not self.is_done(shard)
 
     def commit(
@@ -99,6 +97,10 @@ class ShardWriter:
         temporary = part_path(self.cache, shard)
         try:
             return self._commit(shard, codes, skipped, started, sums, temporary)
+        except OSError as error:
+            if error.errno in _GONE and self.is_done(shard):
+                return 0  # another worker finished the shard just now, and removed what is left of it
+            raise
         finally:
             temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
 
@@ -122,12 +124,7 @@ class ShardWriter:
         if self.is_done(shard):
             return 0
         files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
-        try:
-            move_synced(temporary, self.cache / next(iter(files)))
-        except FileNotFoundError:  # another worker finished the shard just now, and removed what is left of it
-            if self.is_done(shard):
-                return 0
-            raise
+        move_synced(temporary, self.cache / next(iter(files)))
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
             chunk, summary = encode_chunk(values), ShardSummary()
             summary.add(chunk)

@@ -1,7 +1,9 @@
 """What every command does around its work: errors, warnings and ends, in text and as events."""
 
+import errno
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,18 @@ def test_an_error_is_an_event_and_the_last_event_says_how_it_ended(
     assert found == code and [event["event"] for event in events] == ["start", "end", "error", "finished"]
     assert events[2]["message"] == said and events[3]["exit_code"] == events[2]["exit_code"] == code
     assert ("Traceback" in events[2].get("traceback", "")) == isinstance(error, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [("EMFILE", "ulimit -n"), ("ENFILE", "end some of them"), ("ESTALE", "another machine")]
+)
+def test_a_fault_of_the_system_is_told_with_what_to_do(number: str, advice: str, capsys: Captured) -> None:
+    code = getattr(errno, number)
+    found, events = ended(OSError(code, os.strerror(code), "a b"), capsys)
+    said = events[2]["message"]
+    assert (
+        found == 1 and said.startswith(f"a b: {os.strerror(code)}. ") and advice in said and said.endswith(" Repeat.")
+    )
 
 
 def test_a_command_that_ends_well_or_by_an_exit_code_says_so(capsys: Captured) -> None:

@@ -1,6 +1,7 @@
 """Stage one against the target's own hidden states, interrupted in every way."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -17,8 +18,10 @@ from processes import Command, run
 from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
+from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
+from dflash_offline.schemas.files import ABANDONED_S
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.capture import micro_batches
 from dflash_offline.stages.extract import extract
@@ -129,6 +132,26 @@ def test_the_same_command_again_does_nothing(cache: Path, extract_config: Settin
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     assert extract(ExtractConfig(**extract_config, out=cache), Silent()).shards_written == 0
     assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def test_what_another_machine_left_of_a_plan_is_named_and_removed_after_an_hour(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    config = ExtractConfig(**extract_config, out=shutil.copytree(cache, tmp_path / "cache"))
+    left = tmp_path / ".cache.building-elsewhere-7-x"
+    left.mkdir()
+    said: list[str] = []
+
+    class Listening(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    extract(config, Listening())
+    assert left.exists() and any(text.startswith(f"{left} stays") for text in said)
+    hour_ago = left.stat().st_mtime - ABANDONED_S - 60
+    os.utime(left, (hour_ago, hour_ago))
+    extract(config, Silent())
+    assert not left.exists()
 
 
 def test_killed_at_random_instants_it_resumes_to_the_same_bytes(
@@ -319,6 +342,23 @@ def test_other_end_tokens_are_another_target(
 def test_a_disk_that_fills_before_the_first_shard_is_told(extract_config: Settings, tmp_path: Path, kib: int) -> None:
     code, said = run(arguments(extract_config, tmp_path / "cache"), most_file_bytes=kib << 10)
     assert code == 1 and "File too large" in said and "Traceback" not in said, said
+
+
+def test_a_cache_on_a_file_system_that_became_read_only_is_told_and_resumed_later(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(cache, tmp_path / "cache"))
+    commit_path(out, 1).unlink()
+    before = content(out)
+    unshare = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    read_only = [*unshare, "sh", "-ec", 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"', str(out)]
+    if shutil.which("unshare") is None or subprocess.run([*read_only, "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here, not even in a namespace of its own")
+    done = subprocess.run([*read_only, *command(extract_config, out)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    assert content(out) == before
+    assert extract(ExtractConfig(**extract_config, out=out), Silent()).shards_written == 1
+    assert content(out) == content(cache)
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "cuda:9"])

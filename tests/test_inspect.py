@@ -22,7 +22,6 @@ from dflash_offline.pipeline.inspect_sample import marked_runs
 from dflash_offline.pipeline.plan_numbers import NUM_BINS, mask_token_use, spread
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import commit_path, read_commits
-from dflash_offline.schemas.files import _holds, sealed_bytes
 from dflash_offline.schemas.manifest import SAMPLES
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import CacheReader
@@ -369,17 +368,6 @@ def test_spreads_have_a_histogram_that_counts_everything() -> None:
         found = spread(values)["histogram"]
         assert sum(found["counts"]) == len(values) and len(found["counts"]) <= NUM_BINS
         assert len(found["edges"]) == len(found["counts"]) + bool(len(values))
-
-
-def test_a_record_is_accepted_from_its_text_and_refused_once_it_is_changed(cache: Path) -> None:
-    content = commit_path(cache, 0).read_bytes()
-    assert _holds(content)
-    for position in range(len(content)):
-        broken = bytearray(content)
-        broken[position] ^= 1 << position % 8
-        assert not _holds(bytes(broken)), position
-    assert not _holds(content[:-1]) and not _holds(content.replace(b"\n ", b"\n\t", 1))
-    assert not _holds(sealed_bytes({'a": b': 1, "before": "checksum"}))  # settled by writing it anew
 
 
 def test_records_of_shards_that_are_not_of_the_plan_count_for_nothing(cache: Path, tmp_path: Path) -> None:

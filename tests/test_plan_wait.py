@@ -54,6 +54,9 @@ def test_without_a_sign_of_rank_0_it_ends_and_says_what_to_look_at(tmp_path: Pat
 
 def test_a_plan_that_was_begun_and_given_up_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_wait, "GONE_S", 0.1)
+    killed_before = tmp_path / ".cache.building-elsewhere-7-x"
+    killed_before.mkdir()
+    (killed_before / "input_ids.tmp").write_bytes(b"left by an earlier job")
     thread = rank_0(tmp_path / "cache", seconds=0.3, publishes=False)
     time.sleep(0.1)  # begun; as the wait begins, or later, is the same
     with pytest.raises(DflashError, match=r"began to plan .* and ended without a plan"):

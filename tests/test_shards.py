@@ -1,11 +1,13 @@
 """Shard files against zarr-python, in both directions and at real widths."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -142,6 +144,31 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         with pytest.raises(CacheError):
             opened(path, encoded, shape).read(0, [0, 1, 2], out)
         content[position] ^= 0x10
+
+
+def test_when_a_helper_fails_nobody_writes_any_more_once_the_read_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = layout(4096)
+    path, encoded = write(tmp_path, shape, 0, features(256, 3, 4096))
+    begun, ended, numbers = Event(), Event(), count()
+
+    def read(_self: ShardFile, _parts: Any) -> None:
+        if current_thread() is main_thread():
+            assert begun.wait(10)
+        elif next(numbers) == 0:
+            raise CacheError("planted")
+        else:
+            begun.set()
+            time.sleep(0.1)
+            ended.set()
+
+    monkeypatch.setattr(ShardFile, "_read", read)
+    with ThreadPoolExecutor(1) as pool:  # one helper after the other: one fails, one is at it, one has not begun
+        with pytest.raises(CacheError, match="planted"):
+            opened(path, encoded, shape).read(0, [0, 1, 2], np.empty((256, 3, 4096), np.uint16), pool, 3)
+        assert ended.is_set()
+    assert next(numbers) == 2
 
 
 @pytest.mark.parametrize("length", [0, 3, 100, -1])

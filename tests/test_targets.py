@@ -1,7 +1,10 @@
 """Targets of other families through the whole pipeline, each tiny and random; and those that are refused, and when."""
 
+import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from typer.testing import CliRunner, Result
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.draft_lint import lint_draft
 from dflash_offline.schemas.errors import UnsupportedTargetError
+from dflash_offline.schemas.files import sha256_file
+from dflash_offline.stages import target as loading
 from dflash_offline.stages.target import open_target
 
 SHAPE = {
@@ -204,3 +209,33 @@ def test_a_target_with_parts_outside_its_folder_is_refused(target: Path, tmp_pat
             open_target(str(folder))
     else:
         open_target(str(folder))  # transformers' own code then
+
+
+def test_weights_are_hashed_once_and_again_when_replaced_by_some_of_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "notes"))
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(loading, "sha256_file", counted)
+    weights, other = tmp_path / "model.safetensors", tmp_path / "other"
+
+    def sha256() -> str:
+        os.utime(weights, (0, 0))
+        time.sleep(0.02)  # a clock of files ticks a few hundred times a second
+        loading._noted_sha256.cache_clear()  # as a process that starts
+        return loading._cached_sha256(weights)
+
+    weights.write_bytes(b"one")
+    assert sha256() == hashlib.sha256(b"one").hexdigest() == loading._cached_sha256(weights) and len(hashed) == 1
+    other.write_bytes(b"two")
+    other.replace(weights)
+    assert sha256() == hashlib.sha256(b"two").hexdigest()
+    weights.write_bytes(b"six")
+    assert sha256() == hashlib.sha256(b"six").hexdigest()
+    loading._noted_sha256.cache_clear()
+    assert loading._cached_sha256(weights) == hashlib.sha256(b"six").hexdigest() and len(hashed) == 3

@@ -1,0 +1,47 @@
+"""A sealed document is accepted as it was written, and in no other way."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from feature_writer import create, fill_cache
+
+from dflash_offline.schemas.commits import commit_path
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import _holds, read_sealed, sealed_bytes
+
+
+def test_a_record_is_accepted_from_its_text(tmp_path: Path) -> None:
+    create(tmp_path / "cache", num_shards=1)
+    fill_cache(tmp_path / "cache")
+    content = commit_path(tmp_path / "cache", 0).read_bytes()
+    assert _holds(content) and not _holds(content[:-1])
+    for settled_by_writing_it_anew in ({"reason": "not finite"}, {"before": "checksum"}, {"path": "a\\b"}):
+        assert not _holds(sealed_bytes(settled_by_writing_it_anew))
+
+
+def test_a_sealed_document_with_any_other_byte_anywhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = sealed_bytes({"files": {"a": {"size": 1}, "b": {}}, "layers": [-1.5, {"id": None}], "skipped": []})
+    given = bytearray(content)
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: bytes(given))
+    assert _holds(content) and read_sealed(Path("record"))["skipped"] == []
+    for position, right in enumerate(content):
+        for wrong in range(256):
+            given[position] = wrong
+            with suppress(CacheError):
+                read_sealed(Path("record"))
+                assert wrong == right, (position, wrong)
+        given[position] = right
+
+
+def test_a_sealed_document_laid_out_in_another_way_is_refused(tmp_path: Path) -> None:
+    content = sealed_bytes({"files": {"a": {"size": 1}, "b": {}}, "layers": [1, 2], "skipped": []})
+    others = [re.sub(rb"\n *", b"", content) + b"\n", content.replace(b": ", b":"), content.replace(b"{}", b"{\n  }")]
+    for place in re.finditer(rb"\s+", content):
+        changed = (place[0] + b" ", place[0] + b"\n", place[0][:-1], b"\n" + place[0])
+        others += [content[: place.start()] + space + content[place.end() :] for space in changed]
+    for other in others:
+        (tmp_path / "record").write_bytes(other)
+        with pytest.raises(CacheError, match=r"is damaged|cannot be read"):
+            read_sealed(tmp_path / "record")
