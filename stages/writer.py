@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -182,7 +182,7 @@ class ShardWriter:
         summary = ShardSummary()
         by_layer = [Sums()] * layout.num_layers
 
-        def pieces() -> Iterator[Piece]:
+        def pieces() -> Generator[Piece, None, None]:
             for chunks, sums in self._in_order(encode, len(counts)):
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
                 summary.add(chunks)
