@@ -23,6 +23,8 @@ from dflash_offline.stages.target import run_captured
 MARKS = ("least", "largest", "storable", "total", "norm", "zeros", "max_abs")
 """What is noted of each real token and layer: two of the target's features, whether they can be stored, and four of
 the stored ones, which add up to the layer's statistics."""
+_CACHED_BYTES = 1 << 20
+"""Of float32 features that a CPU takes through all these steps at once: more leave its cache, and take fresh memory."""
 NOT_FINITE, CONSTANT, TOO_LARGE = "a feature is not finite", "the layer is dead", "a feature is too large"
 
 
@@ -51,7 +53,7 @@ def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int
 
 @dataclass
 class ShardBuffer:
-    """Room for one shard's codes, all fill until a capture writes into it; pinned where a GPU copies to it."""
+    """Room for one shard's codes; pinned where a GPU copies to it."""
 
     codes: Tensor
     """[T, L, H] int16 that hold uint16 bits."""
@@ -61,18 +63,19 @@ class ShardBuffer:
     def empty(cls, layout: Layout, fill: int, *, pinned: bool) -> "ShardBuffer":
         """Return a buffer for the shards of a cache."""
         shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
-        buffer = cls(torch.empty(shape, dtype=torch.int16, pin_memory=pinned), fill)
-        buffer.clear()
-        return buffer
+        return cls(torch.empty(shape, dtype=torch.int16, pin_memory=pinned), fill)
 
     @property
     def array(self) -> NDArray[np.uint16]:
         """The codes as uint16."""
         return self.codes.numpy().view(np.uint16)
 
-    def clear(self) -> None:
-        """Make every slot fill again."""
-        self.array.fill(self.fill)
+    def fill_between(self, slots: list[tuple[int, int]]) -> None:
+        """Make every slot fill that is in none of these ranges, (begin, end) each."""
+        end = 0
+        for begin, after in [*sorted(slots), (len(self.codes), 0)]:
+            self.array[end:begin] = self.fill
+            end = after
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,11 @@ class Capture:
     copied: torch.cuda.Event | None
 
     def wait(self) -> Captured:
-        """Wait for the copies, and fill the slots of samples with bad features again."""
+        """Wait for the copies, and make every other slot fill, those of samples with bad features too."""
         if self.copied is not None:
             self.copied.synchronize()
         bad: list[SkippedSample] = []
+        kept_slots: list[tuple[int, int]] = []
         sums = [Sums()] * len(self.layer_ids)
         for batch, marks in self.marks:
             lengths = self.samples.num_tokens[batch]
@@ -109,9 +113,9 @@ class Capture:
             kept = marks.numpy() if sound.all() else marks.numpy()[np.repeat(sound, lengths)]
             sums = list(map(Sums.__add__, sums, _sums(kept, self.buffer.codes.shape[-1])))
             bad += faults
-        for fault in bad:
-            begin = int(self.samples.start[fault.sample]) % len(self.buffer.codes)
-            self.buffer.array[begin : begin + int(self.samples.num_tokens[fault.sample])] = self.buffer.fill
+            begins = self.samples.start[batch[sound]] % len(self.buffer.codes)
+            kept_slots += zip(begins.tolist(), (begins + lengths[sound]).tolist(), strict=True)
+        self.buffer.fill_between(kept_slots)
         finite = all(np.isfinite([one.total, one.squares]).all() for one in sums)
         return Captured(sorted(bad, key=lambda fault: fault.sample), sums if finite else None)
 
@@ -209,10 +213,13 @@ class Capturer:
         shape = (len(index), len(states), states[0].shape[-1])
         codes = torch.empty(shape, dtype=torch.int16, device=self.device)
         marks = torch.empty((*shape[:2], len(MARKS)), dtype=torch.float32, device=self.device)
+        step = len(index) if self._stream is not None else max(1, _CACHED_BYTES // (4 * shape[-1]))
         for layer, state in enumerate(states):
-            tokens = state.flatten(0, 1).index_select(0, real.to(state.device)).to(self.device)
-            codes[:, layer] = encoder.encode(tokens, layer)
-            mark(tokens, codes[:, layer], encoder, layer, marks[:, layer])
+            here = real.to(state.device)
+            for part in (slice(begin, begin + step) for begin in range(0, len(index), step)):
+                tokens = state.flatten(0, 1).index_select(0, here[part]).to(self.device)
+                codes[part, layer] = encoder.encode(tokens, layer)
+                mark(tokens, codes[part, layer], encoder, layer, marks[part, layer])
         return codes, marks
 
     def _copy(
@@ -242,9 +249,10 @@ def mark(tokens: Tensor, codes: Tensor, encoder: FeatureEncoder, layer: int, mar
     One reduction for each: on a CPU `aminmax`, `all` and `count_nonzero` take ten times as long as these.
     """
     values = encoder.values(codes, layer)
+    least, largest = values.amin(dim=-1), values.amax(dim=-1)  # not finite where a feature could not be stored
     marks[:, 0], marks[:, 1] = tokens.amin(dim=-1), tokens.amax(dim=-1)
-    marks[:, 2] = encoder.storable(codes)
+    marks[:, 2] = least.isfinite() & largest.isfinite()
     marks[:, 3] = values.sum(dim=-1)
     marks[:, 4] = torch.linalg.vector_norm(values, dim=-1)
-    marks[:, 5] = (values == 0).float().sum(dim=-1)
-    marks[:, 6] = torch.maximum(values.amax(dim=-1), -values.amin(dim=-1))
+    marks[:, 5] = values.shape[-1] - values.sign_().abs_().sum(dim=-1)
+    marks[:, 6] = torch.maximum(largest, -least)

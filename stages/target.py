@@ -27,6 +27,7 @@ from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
 from dflash_offline.schemas.regeneration import RegenerateConfig
+from dflash_offline.stages.cores import keep_freed_memory
 from dflash_offline.stages.progress import Progress
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
@@ -397,6 +398,8 @@ def load_as_configured(
 ) -> Any:
     """Return the target, loaded as the settings say and checked to be one that a draft can be served with."""
     progress.say(f"Loading {files.folder} ({dtype}, {config.device_map or device}).")
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_model(
         files,
         dtype=dtype,

@@ -1,6 +1,7 @@
 """Doing the shards that are left: in this process, or in several that share them.
 
-Memory of one process: a shard being filled, one being encoded, and its encoded chunks; never more than three shards.
+Memory of one process: a shard being filled and, with a GPU, one being encoded; and a few encoded chunks. Never more
+than three shards.
 """
 
 import multiprocessing
@@ -13,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from queue import SimpleQueue
 from typing import Any, cast
 
 import torch
@@ -21,7 +23,7 @@ from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.bad_features import BadFeatures, skipped_place
-from dflash_offline.stages.capture import Capture, Capturer
+from dflash_offline.stages.capture import Capture, Capturer, ShardBuffer
 from dflash_offline.stages.encoding import FeatureEncoder
 from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.target import quiet_libraries
@@ -77,23 +79,26 @@ def run_shards(work: Work, left: Sequence[int], samples: SampleTable, progress: 
 
 
 def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any) -> None:
-    """Fill one buffer while the other is encoded and written.
+    """Fill a buffer while another's shard is encoded and written; on a CPU, while the last one's is written.
 
+    A target on the CPU needs the cores that encode: its threads would wait for the slowest of them, so it waits whole.
     Shards that another worker holds are waited for at the end, and done here if that worker died.
     """
     writer = work.writer
-    buffers = [capturer.buffer(writer.manifest.layout, work.encoder.codec.fill) for _ in range(2)]
+    free: SimpleQueue[ShardBuffer] = SimpleQueue()
+    for _ in range(1 if capturer.device.type == "cpu" else 2):
+        free.put(capturer.buffer(writer.manifest.layout, work.encoder.codec.fill))
 
     def write(shard: int, capture: Capture, started: float, claim: ExitStack) -> None:
-        with claim:
+        with claim, ExitStack() as held:
+            held.callback(free.put, capture.buffer)
             captured = capture.wait()
-            bad = captured.bad
+            bad, codes = captured.bad, capture.buffer.array
             size = work.bad_features.commit(
-                shard, bad, lambda: writer.commit(shard, capture.buffer.array, bad, started, captured.sums)
+                shard, bad, lambda: writer.commit(shard, codes, bad, started, captured.sums, encoded=held.close)
             )
             for one in bad:
                 report.say(f"Left out: {skipped_place(one, writer.samples)}")
-            capture.buffer.clear()
             if size:  # else another worker's record won
                 report.shard(size)
 
@@ -107,12 +112,13 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
                 with ExitStack() as claim:
                     if not claim.enter_context(writer.claim(shard, wait=waiting)):
                         continue
-                    members = writer.samples.samples_of_shard(shard)
-                    capture = capturer.capture(writer.samples, members, work.encoder, buffers[0], report.tokens)
+                    members, buffer = writer.samples.samples_of_shard(shard), free.get()
+                    if pending is not None and pending.done():
+                        pending.result()  # before any more work, if it failed
+                    capture = capturer.capture(writer.samples, members, work.encoder, buffer, report.tokens)
                     if pending is not None:
                         pending.result()
                     pending = background.submit(write, shard, capture, started, claim.pop_all())
-                    buffers.reverse()
             if pending is not None:
                 pending.result()
 

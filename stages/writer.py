@@ -87,16 +87,18 @@ class ShardWriter:
         skipped: Sequence[SkippedSample] = (),
         started: float | None = None,
         sums: Sequence[Sums] | None = None,
+        encoded: Callable[[], object] = int,
     ) -> int:
         """Check, encode and write a claimed shard's files whole, then its record; returns the bytes written.
 
         `codes` is [shard_tokens, L, H] uint16; slots between samples, and those of skipped samples, hold the fill
-        value. `sums` are each layer's; without them they are added up here. If another worker has finished the shard
-        meanwhile, where locks do not reach, its record wins: nothing is put in place and 0 returned.
+        value; it may change once `encoded` was called. `sums` are each layer's; without them they are added up here. If
+        another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing is put in
+        place and 0 returned.
         """
         temporary = part_path(self.cache, shard)
         try:
-            return self._commit(shard, codes, skipped, started, sums, temporary)
+            return self._commit(shard, codes, skipped, started, sums, encoded, temporary)
         except OSError as error:
             if error.errno in _GONE and self.is_done(shard):
                 return 0  # another worker finished the shard just now, and removed what is left of it
@@ -111,6 +113,7 @@ class ShardWriter:
         skipped: Sequence[SkippedSample],
         started: float | None,
         sums: Sequence[Sums] | None,
+        encoded: Callable[[], object],
         temporary: Path,
     ) -> int:
         layout = self.manifest.layout
@@ -120,7 +123,7 @@ class ShardWriter:
         for sample in members:
             slots = self._slots(sample)
             ids[slots], mask[slots] = self.samples.input_ids(sample), self.samples.loss_mask(sample)
-        record, added_up = self._write_hidden(temporary, codes, members, add_up=sums is None)
+        record, added_up = self._write_hidden(temporary, codes, members, encoded, add_up=sums is None)
         if self.is_done(shard):
             return 0
         files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
@@ -152,11 +155,17 @@ class ShardWriter:
         return slice(begin, begin + int(self.samples.num_tokens[sample]))
 
     def _write_hidden(
-        self, path: Path, codes: NDArray[np.uint16], members: list[int], *, add_up: bool
+        self,
+        path: Path,
+        codes: NDArray[np.uint16],
+        members: list[int],
+        encoded: Callable[[], object],
+        *,
+        add_up: bool,
     ) -> tuple[ShardFileRecord, list[Sums]]:
         """Write the features' shard file, synced; returns its record and each layer's sums, if they are to be added up.
 
-        Chunks are encoded side by side, and hashed and written in order meanwhile.
+        Chunks are encoded side by side, and hashed and written in order meanwhile; `encoded` is called after the last.
         """
         layout = self.manifest.layout
         filled = np.zeros(layout.shard_tokens, np.bool_)
@@ -187,6 +196,7 @@ class ShardWriter:
                 by_layer[:] = map(Sums.__add__, by_layer, sums)
                 summary.add(chunks)
                 yield chunks.data
+            encoded()
             yield summary.index()
 
         with self._encoding, closing(pieces()) as content:

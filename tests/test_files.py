@@ -1,15 +1,21 @@
-"""A sealed document is accepted as it was written, and in no other way."""
+"""Files are written, and hashed, as they were given; a sealed document is accepted in no other way."""
 
+import hashlib
 import re
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from feature_writer import create, fill_cache
 
+from dflash_offline.schemas import files
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import _holds, read_sealed, sealed_bytes
+from dflash_offline.schemas.files import _holds, read_sealed, sealed_bytes, write_synced
 
 
 def test_a_record_is_accepted_from_its_text(tmp_path: Path) -> None:
@@ -45,3 +51,33 @@ def test_a_sealed_document_laid_out_in_another_way_is_refused(tmp_path: Path) ->
         (tmp_path / "record").write_bytes(other)
         with pytest.raises(CacheError, match=r"is damaged|cannot be read"):
             read_sealed(tmp_path / "record")
+
+
+@pytest.mark.parametrize("length", [100, 1 << 21])
+def test_a_piece_may_change_once_the_second_after_it_is_asked_for(
+    tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, slow = hashlib.sha256(), hashlib.sha256()
+
+    class SlowDigest:
+        def update(self, content: memoryview) -> None:
+            time.sleep(0.01)
+            slow.update(content)
+
+        def hexdigest(self) -> str:
+            return slow.hexdigest()
+
+    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=SlowDigest))
+
+    def pieces() -> Iterator[np.ndarray]:
+        memory = [np.empty(length, np.uint8) for _ in range(2)]
+        for number in range(12):
+            memory[number % 2][:] = number
+            expected.update(memory[number % 2])
+            yield memory[number % 2]
+        yield b""
+
+    sha256 = write_synced(tmp_path / "file", pieces())
+    content = (tmp_path / "file").read_bytes()
+    assert sha256 == expected.hexdigest() == hashlib.sha256(content).hexdigest()
+    assert content == b"".join(bytes([number]) * length for number in range(12))
