@@ -70,6 +70,8 @@ def write_synced(path: Path, pieces: Iterable[Piece]) -> str:
                     hashing = hasher.submit(digest.update, content)
                 unsynced += len(content)
                 if unsynced >= _SYNC_BYTES and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()  # the system tells a failure once; a later sync would not know of it
                     syncing = syncer.submit(os.fdatasync, file.fileno())
                     unsynced = 0
             file.flush()

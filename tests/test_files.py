@@ -1,6 +1,8 @@
 """Files are written, and hashed, as they were given; a sealed document is accepted in no other way."""
 
+import errno
 import hashlib
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -51,6 +53,29 @@ def test_a_sealed_document_laid_out_in_another_way_is_refused(tmp_path: Path) ->
         (tmp_path / "record").write_bytes(other)
         with pytest.raises(CacheError, match=r"is damaged|cannot be read"):
             read_sealed(tmp_path / "record")
+
+
+def test_a_failed_sync_of_a_part_is_told_although_later_ones_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def fails_once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 100
+            time.sleep(0.05)
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_synced(tmp_path / "file", pieces())
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 @pytest.mark.parametrize("length", [100, 1 << 21])
