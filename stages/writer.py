@@ -34,7 +34,7 @@ from dflash_offline.stages.statistics import Sums, layer_statistics
 
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes in a go."""
-_AHEAD = 8
+_AHEAD = 16
 """Encoded pieces that may lie ready, or be written, beside those being encoded."""
 _NICENESS = 10
 """How far encoding stands back behind the forward."""

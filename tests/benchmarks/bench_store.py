@@ -37,6 +37,7 @@ from sides import interleaved, machine, median_ratio
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dflash_offline.pipeline.machine import time_codec
 from dflash_offline.schemas.manifest import FEATURES, FeatureLayout
 from dflash_offline.stages.cache import HIDDEN, CacheReader
 from dflash_offline.stages.cores import usable_cores
@@ -51,7 +52,7 @@ LAYOUTS = (
     ("scaled, 1/8", FeatureLayout(kind="scaled", step=1 / 8), 0.36),
     ("scaled, 1/4", FeatureLayout(kind="scaled", step=1 / 4), 0.30),
 )
-ROUNDS, READ_ROUNDS = 5, 9
+ROUNDS = 9
 LOADERS = 2
 """Threads that read ahead in training, by default."""
 TORCH_BOUND, ZARR_BOUND, WRITE_BOUND = 1.1, 2.5, 0.85
@@ -200,7 +201,7 @@ def reads(folder: Path, name: str, num_reads: int) -> list[str]:
                 for side, read in readers.items()
                 if threads is None or side not in ONE_THREAD
             }
-            seconds = interleaved(sides, READ_ROUNDS)
+            seconds = interleaved(sides, ROUNDS)
             for side in SLOW:
                 seconds[side] = [value * len(order) / len(tenth) for value in seconds[side]]
             print_reads(f"{name}, {who}", seconds, size, bounds)
@@ -240,11 +241,12 @@ def writes(folder: Path, name: str, samples: Samples, bounds: Bounds) -> None:
             )
 
     def remove() -> None:
-        """Take away what was written: to free an old file's memory is no part of writing a new one."""
+        """Take away what was written, and wait for the disk: to free an old file is no part of writing a new one."""
         store.forget()
         for peer_name in sides.keys() - {"ours", ONE_CORE, "zarr-python"}:
             shutil.rmtree(folder / peer_name, ignore_errors=True)
             (folder / peer_name).mkdir()
+        os.sync()
 
     seconds = interleaved(sides, ROUNDS, remove)
     size = raw_bytes(samples)
@@ -317,6 +319,11 @@ def main() -> int:
         folder = Path(temporary)
         stores = sizes(folder, sets, bounds)
         divergence(folder, embedded, ids)
+        decoded = time_codec().decode_bytes_per_s / 1e6
+        print(
+            f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s, so {usable_cores()} decode no more than ", end=""
+        )
+        print(f"{usable_cores() * decoded:,.0f}; a peer copies from the page cache what it keeps uncompressed.")
         print("\nSettings, page cache warm; the peers give a new bfloat16 tensor, they have no way to fill one:")
         print("  ours: CacheReader.read_codes(out=...), into a torch buffer that is kept, as training does")
         print("  zarr-python: array[begin:end] of the same files")
