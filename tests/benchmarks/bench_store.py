@@ -320,10 +320,9 @@ def main() -> int:
         stores = sizes(folder, sets, bounds)
         divergence(folder, embedded, ids)
         decoded = time_codec().decode_bytes_per_s / 1e6
-        print(
-            f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s, so {usable_cores()} decode no more than ", end=""
-        )
-        print(f"{usable_cores() * decoded:,.0f}; a peer copies from the page cache what it keeps uncompressed.")
+        cores = usable_cores()
+        print(f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s of what is in its cache, {cores} of them", end=" ")
+        print(f"{cores * decoded:,.0f}; a peer copies what it keeps uncompressed from the page cache.")
         print("\nSettings, page cache warm; the peers give a new bfloat16 tensor, they have no way to fill one:")
         print("  ours: CacheReader.read_codes(out=...), into a torch buffer that is kept, as training does")
         print("  zarr-python: array[begin:end] of the same files")
