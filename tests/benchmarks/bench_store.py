@@ -321,7 +321,7 @@ def main() -> int:
         divergence(folder, embedded, ids)
         decoded = time_codec().decode_bytes_per_s / 1e6
         cores = usable_cores()
-        print(f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s of what is in its cache, {cores} of them", end=" ")
+        print(f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s of what is in its cache, {cores} cores")
         print(f"{cores * decoded:,.0f}; a peer copies what it keeps uncompressed from the page cache.")
         print("\nSettings, page cache warm; the peers give a new bfloat16 tensor, they have no way to fill one:")
         print("  ours: CacheReader.read_codes(out=...), into a torch buffer that is kept, as training does")
