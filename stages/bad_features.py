@@ -53,7 +53,7 @@ class BadFeatures:
                 self.check(shard, bad)
             except CacheError:
                 if size:  # else the record is another worker's
-                    commit_path(self._writer.cache, shard).unlink()
+                    commit_path(self._writer.cache, shard).unlink(missing_ok=True)
                 raise
         return size
 

@@ -1,6 +1,8 @@
 """Every kind of damage is found, named, and redone alone."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -295,3 +297,23 @@ def test_counts_of_the_plan_that_do_not_hold_are_found(tmp_path: Path) -> None:
     anchors, tokens = verify_cache(tmp_path / "made", Silent())
     assert "have another number of anchors for blocks of 9 than" in anchors.what
     assert f"tokens, the manifest says {document['plan']['tokens']}" in tokens.what
+
+
+@pytest.mark.parametrize(("name", "shard"), [(HIDDEN.format(1), 1), ("rejects.parquet", None)])
+def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(
+    made: Path, monkeypatch: pytest.MonkeyPatch, name: str, shard: int | None
+) -> None:
+    (made / "features.zarr/loss_mask/c/0").unlink()
+    right = Path.open
+
+    def failing(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == made / name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return right(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", failing)
+    found = {(fault.place, fault.shard): fault.what for fault in verify_cache(made, Silent())}
+    assert found.keys() == {("features.zarr/loss_mask/c/0", 0), (name, shard)}
+    assert "cannot be read: Input/output error" in found[name, shard]
+    code, text = said(made, "--repair")
+    assert code == 1 and f"Forgot shards 0{'' if shard is None else ', 1'}." in text
