@@ -78,10 +78,10 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
     for fault in faults:
         print(f"{fault.place}: {fault.what}")
     for fit in fits:
-        print(
-            f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; over a channel's "
-            f"deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
-        )
+        channels = f"over a channel's deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
+        if fit.is_finite and math.isnan(fit.channel_error):
+            channels = "too few tokens to judge its channels, which more --samples do"
+        print(f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; {channels}")
     for fit in fits:
         if fit.fault:
             print(fit.fault)
