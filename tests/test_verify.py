@@ -25,6 +25,7 @@ from dflash_offline.schemas.manifest import MANIFEST, SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import CacheReader, open_codec
 from dflash_offline.stages.extract import extract
+from dflash_offline.stages.leftovers import SKIPPED_LOCK
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.verify import repair, verify_cache
 from dflash_offline.stages.writer import ShardWriter
@@ -251,6 +252,7 @@ def test_files_that_a_reader_may_take_for_the_caches_are_faults(made: Path) -> N
         "features.zarr/hidden_states/c/0/1/0",
         "features.zarr/input_ids/c/01",
         "features.zarr/more/zarr.json",
+        "features.zarr/.zattrs",
     ]
     for name in misleading:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -258,15 +260,18 @@ def test_files_that_a_reader_may_take_for_the_caches_are_faults(made: Path) -> N
     faults = verify_cache(made, Silent())
     assert {fault.place for fault in faults} == {*misleading} and all("move it" in fault.what for fault in faults)
     code, text = said(made)
-    assert code == 1 and "7 faults.\nNext: mend" in text and "--repair" not in text
+    assert code == 1 and "8 faults.\nNext: mend" in text and "--repair" not in text
 
 
 def test_files_that_no_reader_opens_are_told_and_no_faults(made: Path) -> None:
     (made / "report.html").write_text("<p>")
     (made / "run").mkdir()
-    (made / "commits/.nfs00001").write_text("")
+    for name in ("commits/.nfs00001", "target/._config.json", "target/config.json~", "target/Thumbs.db"):
+        (made / name).write_text("")
+    (made / SKIPPED_LOCK).touch()
     code, text = said(made)
-    assert code == 0 and "Beside the cache's own files lie commits/.nfs00001, report.html, run, which no" in text
+    assert code == 0 and "lie commits/.nfs00001, report.html, run, target/._config.json, target/Thumbs.db, ..." in text
+    assert "skipped" not in str(json.loads(said(made, "--json")[1])["other_files"])
     (made / "commits/000001.json").unlink()
     code, text = said(made)
     assert code == 1 and "1 shard has files but no record yet, 1 first" in text
