@@ -24,7 +24,7 @@ from dflash_offline.stages.leftovers import lock_path
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.shards import ShardFile
 from dflash_offline.stages.statistics import Sums, agree, layer_statistics
-from dflash_offline.stages.surplus import surplus
+from dflash_offline.stages.surplus import Surplus, surplus
 
 _AT_ONCE = 8
 """Shards verified side by side; each holds one sample's features in float32."""
@@ -44,10 +44,11 @@ class Fault:
     """Whether the shard has no record: it is yet to be extracted, and nothing of it is to be forgotten."""
 
 
-def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
+def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None) -> list[Fault]:
     """Return every fault of a cache: files against their records, chunks against their checksums, tokens against the
     plan, features against the recorded statistics, files that nobody knows. A shard that is not extracted is a fault
-    too. Shards are judged unless the plan or the arrays' metadata are damaged."""
+    too. Shards are judged unless the plan or the arrays' metadata are damaged. `beside` is the cache's surplus, where
+    it is known."""
     try:
         manifest = Manifest.read(cache)
     except CacheError as error:
@@ -57,7 +58,7 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
     faults = [Fault(place=name, what=f"{what}; {_mend(name in needed)}") for name, what in damaged]
     faults += [
         Fault(place=name, what="is no file of this cache, and a reader may take it for one; move it elsewhere")
-        for name in surplus(cache, manifest).misleading
+        for name in (beside or surplus(cache, manifest)).misleading
     ]
     if needed:
         return faults

@@ -228,6 +228,7 @@ def test_a_damaged_static_file_hides_neither_the_others_nor_a_bad_shard(made: Pa
         (made / name).write_bytes((made / name).read_bytes()[:-1])
     _truncate(made)
     code, text = said(made, "--repair")
+    assert "no record yet" not in text  # of the shard that was just forgotten
     assert code == 1 and "Forgot shards 1." in text and "Next: mend" in text and "then: the `dflash extract`" in text
     for name in ("rejects.parquet", "target/config.json"):
         assert re.search(rf"^{name}: has .* bytes, .*; restore it from a copy of this cache; without", text, re.M)
@@ -276,6 +277,15 @@ def test_files_that_no_reader_opens_are_told_and_no_faults(made: Path) -> None:
     code, text = said(made)
     assert code == 1 and "1 shard has files but no record yet, 1 first" in text
     assert json.loads(said(made, "--json")[1])["unrecorded_shards"] == [1]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--repair"]])
+def test_a_folder_that_is_neither_cache_nor_draft_is_refused(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, found in (("typo", "there is no such folder"), ("empty", "it has no manifest.json")):
+        result = CliRunner().invoke(app, ["verify", str(tmp_path / name), *options])
+        assert result.exit_code == 1 and not result.stdout
+        assert f"{tmp_path / name} is not a feature cache, nor a draft: {found}. Name" in result.stderr
 
 
 def test_a_slot_of_no_sample_that_holds_a_feature_is_found(tmp_path: Path) -> None:
