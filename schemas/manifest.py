@@ -179,6 +179,11 @@ def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, o
     ]
 
 
+def wherever_placed(target: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of a target without its `device_map`: the same weights are one target on any devices."""
+    return {name: value for name, value in target.items() if name != "device_map"}
+
+
 def refuse_other_identity(
     made: Path,
     have: dict[str, Any],

@@ -231,11 +231,11 @@ ONE_TARGET = {
     "target/code_sha256/modeling.py": "0",
     "target/dtype": "bfloat16",
     "target/attn_implementation": "eager",
-    "target/device_map": "auto",
     "capture": "input of decoder layer i",
 }
 """What caches of one draft have in common, each field with another value."""
 OF_EACH_CACHE = {
+    "target/device_map": "auto",
     "device": "cuda",
     "data/file_0_sha256": "0",
     "mask_rule": "all",
