@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
+from dflash_offline.schemas.errors import ABSENT, CacheError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import read_sealed, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
 
@@ -173,9 +173,9 @@ def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, o
     left, right = flatten(have), flatten(want)
     names = [*left, *(name for name in right if name not in left)]
     return [
-        (name, left.get(name, "(absent)"), right.get(name, "(absent)"))
+        (name, left.get(name, ABSENT), right.get(name, ABSENT))
         for name in names
-        if left.get(name, "(absent)") != right.get(name, "(absent)")
+        if left.get(name, ABSENT) != right.get(name, ABSENT)
     ]
 
 
@@ -195,6 +195,6 @@ def refuse_other_identity(
     rows = differences(have, want)
     if rows:
         raise MismatchError(
-            f"{made} was made with other settings or other input than this command's:\n"
+            f"The settings and the input that are on record of {made} differ from this command's:\n"
             f"{mismatch_table(rows, found=found, asked='now')}\n{what_to_do}"
         )
