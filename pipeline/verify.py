@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dflash_offline.pipeline.command import dflash_line, free_name
 from dflash_offline.schemas.draft_lint import lint_draft
 from dflash_offline.schemas.errors import CacheError, DflashError
-from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.manifest import MANIFEST, Manifest
 from dflash_offline.stages.leftovers import figures, told
 from dflash_offline.stages.surplus import Surplus, surplus
 
@@ -45,12 +45,22 @@ def verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
     return is_sound
 
 
-def _notes(cache: Path) -> dict[str, Any]:
-    """Return what is in a cache's folder that is no fault."""
+def surplus_of(folder: Path) -> Surplus:
+    """Return what lies in a cache beside its own files; `CacheError` if the folder is no cache, however damaged."""
+    if not (folder / MANIFEST).exists():
+        found = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+        raise CacheError(
+            f"{folder} is not a feature cache, nor a draft: {found}. Name a cache of `dflash extract` or a draft of "
+            f"`dflash export`."
+        )
     try:
-        beside = surplus(cache, Manifest.read(cache))
+        return surplus(folder, Manifest.read(folder))
     except CacheError:  # is the fault that is told
-        beside = Surplus()
+        return Surplus()
+
+
+def _notes(cache: Path, beside: Surplus) -> dict[str, Any]:
+    """Return what is in a cache's folder that is no fault."""
     return {
         "half_written": figures(cache),
         "unrecorded_shards": beside.unrecorded_shards,
@@ -58,7 +68,9 @@ def _notes(cache: Path) -> dict[str, Any]:
     }
 
 
-def print_json(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None) -> None:
+def print_json(
+    cache: Path, beside: Surplus, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
+) -> None:
     """Print the result for a script; a number that is not finite is null."""
     layers = [(asdict(fit) | {"fault": fit.fault}).items() for fit in fits]
     document = {
@@ -68,24 +80,26 @@ def print_json(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgo
             for one in layers
         ],
         "forgotten_shards": forgotten or [],
-        **_notes(cache),
+        **_notes(cache, beside),
     }
     print(json.dumps(document, indent=1, allow_nan=False))
 
 
-def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None) -> None:
+def print_report(
+    cache: Path, beside: Surplus, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
+) -> None:
     """Print the result for a person, one line a fault. `forgotten` is None if nothing was to be repaired."""
     for fault in faults:
         print(f"{fault.place}: {fault.what}")
     for fit in fits:
-        print(
-            f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; over a channel's "
-            f"deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
-        )
+        channels = f"over a channel's deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
+        if fit.is_finite and math.isnan(fit.channel_error):
+            channels = "too few tokens to judge its channels, which more --samples do"
+        print(f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; {channels}")
     for fit in fits:
         if fit.fault:
             print(fit.fault)
-    _print_notes(cache)
+    _print_notes(_notes(cache, beside))
     if any(fit.fault and fit.is_finite for fit in fits):
         print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
     elif faults:
@@ -96,8 +110,7 @@ def print_report(cache: Path, faults: "list[Fault]", fits: "list[LayerFit]", for
         print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
 
 
-def _print_notes(cache: Path) -> None:
-    found = _notes(cache)
+def _print_notes(found: dict[str, Any]) -> None:
     if half_written := told(found["half_written"]):
         print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
     if unrecorded := found["unrecorded_shards"]:

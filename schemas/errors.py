@@ -25,7 +25,14 @@ class NoValidAnchorsError(DflashError):
     """No row has a supervised position with a whole block after it."""
 
 
+ABSENT = "(absent)"
+"""What a mismatch table says of a field that one side does not have."""
+
+
 def mismatch_table(rows: list[tuple[str, object, object]], found: str, asked: str) -> str:
     """Return lines naming each differing field with both values, for the text of a `MismatchError`."""
     width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {found}: {have}  {asked}: {want}" for name, have, want in rows)
+    lines = [f"  {name:<{width}}  {found}: {have}  {asked}: {want}" for name, have, want in rows]
+    if any(ABSENT in (have, want) for _, have, want in rows):
+        lines.append(f"What is {ABSENT} was not set, was not there, or was not recorded by an older version.")
+    return "\n".join(lines)

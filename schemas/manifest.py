@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.errors import CacheError, MismatchError, mismatch_table
+from dflash_offline.schemas.errors import ABSENT, CacheError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import read_sealed, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
 
@@ -18,6 +18,7 @@ COMMITS = "commits"
 TARGET = "target"
 EMBEDDINGS = "embeddings.safetensors"
 TMP = "tmp"
+OTHER_CONTENT = "has another sha256 than when it was written"
 
 
 FEATURE_KINDS = ("lossless", "rounded", "scaled")
@@ -128,16 +129,11 @@ class Manifest:
 
     def static_faults(self, cache: Path, *, hashed: bool = True) -> list[tuple[str, str]]:
         """Return (file, what is wrong) for every static file whose size or, if `hashed`, sha256 is another."""
-        faults = []
-        for name, want in self.files.items():
-            path = cache / name
-            if not path.is_file():
-                faults.append((name, "is missing"))
-            elif path.stat().st_size != want["size"]:
-                faults.append((name, f"has {path.stat().st_size} bytes, expected {want['size']}"))
-            elif hashed and sha256_file(path) != want["sha256"]:
-                faults.append((name, "has another sha256 than when it was written"))
-        return faults
+        found = {
+            name: file_fault(cache / name, want["size"], want["sha256"] if hashed else None)
+            for name, want in self.files.items()
+        }
+        return [(name, what) for name, what in found.items() if what]
 
     def check_static_files(self, cache: Path, *, hashed: bool = True) -> None:
         """Raise `CacheError` naming every faulty static file."""
@@ -145,6 +141,20 @@ class Manifest:
         if faults:
             listed = "; ".join(f"{name} {what}" for name, what in faults)
             raise CacheError(f"{cache} is damaged: {listed}. Restore it from a copy, or extract again.")
+
+
+def file_fault(path: Path, size: int, sha256: str | None) -> str:
+    """Return what is wrong with a file of which size and, if given, sha256 were recorded, or an empty string."""
+    try:
+        if not path.is_file():
+            return "is missing"
+        if (found := path.stat().st_size) != size:
+            return f"has {found} bytes, expected {size}"
+        if sha256 is not None and sha256_file(path) != sha256:
+            return OTHER_CONTENT
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return ""
 
 
 def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,10 +173,15 @@ def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, o
     left, right = flatten(have), flatten(want)
     names = [*left, *(name for name in right if name not in left)]
     return [
-        (name, left.get(name, "(absent)"), right.get(name, "(absent)"))
+        (name, left.get(name, ABSENT), right.get(name, ABSENT))
         for name in names
-        if left.get(name, "(absent)") != right.get(name, "(absent)")
+        if left.get(name, ABSENT) != right.get(name, ABSENT)
     ]
+
+
+def wherever_placed(target: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of a target without its `device_map`: the same weights are one target on any devices."""
+    return {name: value for name, value in target.items() if name != "device_map"}
 
 
 def refuse_other_identity(
@@ -180,6 +195,6 @@ def refuse_other_identity(
     rows = differences(have, want)
     if rows:
         raise MismatchError(
-            f"{made} was made with other settings or other input than this command's:\n"
+            f"The settings and the input that are on record of {made} differ from this command's:\n"
             f"{mismatch_table(rows, found=found, asked='now')}\n{what_to_do}"
         )

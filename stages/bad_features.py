@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dflash_offline.schemas.commits import SkippedSample, commit_path
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import locked
-from dflash_offline.schemas.manifest import TMP
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.leftovers import SKIPPED_LOCK
 from dflash_offline.stages.writer import ShardWriter
 
 ALWAYS_ALLOWED = 8
@@ -44,7 +44,7 @@ class BadFeatures:
         """
         if not bad:
             return write()
-        lock = self._writer.cache / TMP / "skipped.lock"
+        lock = self._writer.cache / SKIPPED_LOCK
         lock.touch()
         with locked(lock, wait=True):
             self.check(shard, bad)
@@ -53,7 +53,7 @@ class BadFeatures:
                 self.check(shard, bad)
             except CacheError:
                 if size:  # else the record is another worker's
-                    commit_path(self._writer.cache, shard).unlink()
+                    commit_path(self._writer.cache, shard).unlink(missing_ok=True)
                 raise
         return size
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
-from dflash_offline.schemas.manifest import differences
+from dflash_offline.schemas.manifest import differences, wherever_placed
 from dflash_offline.schemas.samples import Tokens
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.candidates import count_anchors
@@ -105,7 +105,11 @@ def _anchor_counts(reader: CacheReader, block_size: int) -> NDArray[np.int64]:
 def _made_by(reader: CacheReader) -> dict[str, object]:
     """Return what caches of one draft must have in common; which layers they hold is compared with the draft's."""
     identity, plan = reader.manifest.identity, reader.manifest.plan
-    return {"target": identity["target"], "capture": identity["capture"], "mask_token_id": plan["mask_token_id"]}
+    return {
+        "target": wherever_placed(identity["target"]),
+        "capture": identity["capture"],
+        "mask_token_id": plan["mask_token_id"],
+    }
 
 
 def _refuse_other_target(first: CacheReader, other: CacheReader) -> None:

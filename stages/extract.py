@@ -321,7 +321,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     if len(left) < len(share):
         progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
     if left and not config.ignore_free_space:  # all that is left, not this rank's share: they fill one disk together
-        refuse_too_large(out, rest_bytes(manifest, before) or 0, free_bytes(out))
+        refuse_too_large(out, rest_bytes(manifest, samples, before) or 0, free_bytes(out))
     if left:
         done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
         if config.workers > 1:
@@ -379,7 +379,7 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
         choose_mask_token(extraction.files, plan, config.mask_token_id)
         forecast = extraction.forecast(plan)
     if begun:
-        forecast = forecast.of_rest(begun, _finished(out, begun))
+        forecast = forecast.of_rest(begun, SampleTable.read(out / SAMPLES), _finished(out, begun))
     return plan, extraction.layout(plan.num_shards, plan.shard_tokens), forecast
 
 

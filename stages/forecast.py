@@ -65,10 +65,10 @@ class Forecast:
         """Bytes that are still to be written."""
         return self.num_bytes if self.rest_bytes is None else self.rest_bytes
 
-    def of_rest(self, manifest: Manifest, finished: dict[int, Commit]) -> "Forecast":
+    def of_rest(self, manifest: Manifest, samples: SampleTable, finished: dict[int, Commit]) -> "Forecast":
         """Return the forecast for what is left of a cache that was begun."""
-        left = manifest.plan["tokens"] - sum(commit.num_tokens for commit in finished.values())
-        rest = rest_bytes(manifest, finished)
+        left = manifest.plan["tokens"] - _planned_tokens(samples, finished)
+        rest = rest_bytes(manifest, samples, finished)
         return replace(
             self,
             seconds=self.seconds * left / manifest.plan["tokens"],
@@ -161,17 +161,22 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
 
 
-def rest_bytes(manifest: Manifest, finished: dict[int, Commit]) -> int | None:
+def rest_bytes(manifest: Manifest, samples: SampleTable, finished: dict[int, Commit]) -> int | None:
     """Return about how many bytes the shards that are not finished will take: a token as many as in those that are.
 
     Before the first one, as many as the plan expected; None where it says nothing, as of older caches.
     """
-    done = sum(commit.num_tokens for commit in finished.values())
+    done = _planned_tokens(samples, finished)
     if not done:
         expected: int | None = manifest.plan.get("feature_bytes")
         return expected
     written = sum(file.size for commit in finished.values() for file in commit.files.values())
     return int(written * (manifest.plan["tokens"] - done) // done)
+
+
+def _planned_tokens(samples: SampleTable, finished: dict[int, Commit]) -> int:
+    """Return the tokens of the shards that are finished, those of samples that were left out included."""
+    return int(samples.num_tokens[np.isin(samples.shard, list(finished))].sum())
 
 
 def refuse_too_large(out: Path, needed: int, free: int) -> None:

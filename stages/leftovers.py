@@ -21,6 +21,8 @@ from dflash_offline.schemas.files import nobody_at
 from dflash_offline.schemas.manifest import TMP
 from dflash_offline.stages.progress import readable_bytes
 
+SKIPPED_LOCK = f"{TMP}/skipped.lock"
+"""Whose lock a worker holds while it counts and records a shard with skipped samples."""
 _HOSTS_SHOWN = 3
 _NAME = re.compile(r"(\d{6,})\.(.+)-(\d+)\.part")
 

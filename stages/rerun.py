@@ -38,19 +38,17 @@ class LayerFit:
     error: float
     """Relative L2 error."""
     channel_error: float
-    """Root mean square error of a channel over its standard deviation: the median channel."""
+    """Root mean square error of a channel over its standard deviation: the median channel. NaN where no channel varies
+    over the tokens drawn: then the plain error alone judges."""
     worst_channel_error: float
     best_layer_id: int
     """The one of this layer and its neighbours whose channels fit best."""
     best_channel_error: float
+    is_finite: bool
+    """Whether the target run again gave features that the layer can be compared with."""
     largest_error: float = LARGEST_ERROR
     """What arithmetic and the feature layout may explain."""
     largest_channel_error: float = LARGEST_CHANNEL_ERROR
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the target run again gave features that the layer can be compared with."""
-        return math.isfinite(self.error + self.channel_error)
 
     @property
     def fault(self) -> str:
@@ -66,11 +64,14 @@ class LayerFit:
                 f"{self.best_layer_id} fits better (error of the median channel {self.best_channel_error:.2%} against "
                 f"{self.channel_error:.2%})"
             )
-        if not self.error <= self.largest_error or not self.channel_error <= self.largest_channel_error:
+        if not self.error <= self.largest_error or self.channel_error > self.largest_channel_error:
+            channels = (
+                f", its median channel by {self.channel_error:.2%} of the channel's standard deviation (at most "
+                f"{self.largest_channel_error:.1%})"
+            )
             return (
-                f"layer {self.layer_id} differs from the target's by {self.error:.2%}, its median channel by "
-                f"{self.channel_error:.2%} of the channel's standard deviation; expected at most "
-                f"{self.largest_error:.1%} and {self.largest_channel_error:.1%}"
+                f"layer {self.layer_id} differs from the target's by {self.error:.2%} (expected at most "
+                f"{self.largest_error:.1%}){'' if math.isnan(self.channel_error) else channels}"
             )
         return ""
 
@@ -94,6 +95,10 @@ class _Difference:
             self._total += state[1:].sum(axis=0, dtype=np.float64)
             self._total_squares += squares[1:].sum(axis=0)
 
+    def is_finite(self) -> bool:
+        """Say whether all of the target's states were."""
+        return math.isfinite(self._norm)
+
     def error(self) -> float:
         """Return the relative L2 error of all tokens together."""
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,11 +106,13 @@ class _Difference:
 
     def channel_errors(self) -> NDArray[np.float64]:
         """Return each channel's error over its standard deviation, [H]; a channel that never varies has none or
-        infinitely much."""
+        infinitely much, and all are NaN where none varies, as over a single token."""
         count = max(self._count, 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             variance = np.maximum(self._total_squares / count - np.square(self._total / count), 0)
             errors = np.sqrt(self._by_channel / count / variance)
+        if not variance.any():
+            return np.full_like(errors, np.nan)
         return np.where(self._by_channel == 0, 0.0, errors)
 
 
@@ -173,7 +180,11 @@ def _fit(layer_id: int, differences: dict[int, _Difference], expected_error: flo
     """Return how a stored layer compares, by its differences from the target's layers around it."""
     channels = {near: difference.channel_errors() for near, difference in differences.items()}
     medians = {near: float(np.median(errors)) for near, errors in channels.items()}
-    best = min((near for near in medians if math.isfinite(medians[near])), key=medians.__getitem__, default=layer_id)
+    best = min(
+        (near for near in medians if math.isfinite(medians[near])),
+        key=lambda near: (medians[near], near != layer_id),  # a block that adds nothing gives its neighbour's states
+        default=layer_id,
+    )
     return LayerFit(
         layer_id=layer_id,
         error=differences[layer_id].error(),
@@ -181,6 +192,7 @@ def _fit(layer_id: int, differences: dict[int, _Difference], expected_error: flo
         worst_channel_error=float(channels[layer_id].max()),
         best_layer_id=best,
         best_channel_error=medians[best],
+        is_finite=differences[layer_id].is_finite(),
         largest_error=LARGEST_ERROR + expected_error,
         largest_channel_error=LARGEST_CHANNEL_ERROR + expected_error,
     )

@@ -15,7 +15,7 @@ from dflash_offline.schemas.draft_lint import RECORD
 from dflash_offline.schemas.draft_weights import read_header
 from dflash_offline.schemas.errors import MismatchError, mismatch_table
 from dflash_offline.schemas.files import sha256_file
-from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, differences
+from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, differences, wherever_placed
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.corpus import Corpus
@@ -56,8 +56,8 @@ class StartDraft:
         if self.target is None:
             return
         identity = reader.manifest.identity
-        cached = {"target": identity["target"], "capture": identity["capture"]}
-        rows = differences({"target": self.target, "capture": CAPTURE_RULE}, cached)
+        cached = {"target": wherever_placed(identity["target"]), "capture": identity["capture"]}
+        rows = differences({"target": wherever_placed(self.target), "capture": CAPTURE_RULE}, cached)
         if rows:
             raise MismatchError(
                 f"{self.folder} was trained for another target than that of {reader.cache}:\n"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, MANIFEST, TARGET, TMP, Manifest
-from dflash_offline.stages.leftovers import half_written, lock_path
+from dflash_offline.stages.leftovers import SKIPPED_LOCK, half_written, lock_path
 
 _SHARD_FILE = re.compile(rf"{re.escape(FEATURES)}/(?:hidden_states/c/(\d+)/0/0|(?:input_ids|loss_mask)/c/(\d+))")
-_PLACEHOLDERS = (".nfs", ".DS_Store")
-"""What file systems leave in any folder and no reader opens: a file removed while it was open, a view's settings."""
+_UNREAD = re.compile(r"(?!\.z(?:array|attrs|group|metadata)$)\..*|.*~|Thumbs\.db")
+"""What file systems, file views and editors leave in any folder and no reader opens. zarr opens its second version's
+metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def surplus(cache: Path, manifest: Manifest) -> Surplus:
     records = {f"{commit_path(Path(), shard)}" for shard in shards}
     in_work = {str(one.path.relative_to(cache)) for one in half_written(cache)}
     locks = {str(lock_path(Path(), shard)) for shard in shards}
-    known = {MANIFEST, *manifest.files, *records, *in_work, *locks}
+    known = {MANIFEST, *manifest.files, *records, *in_work, *locks, SKIPPED_LOCK}
     found, with_files = Surplus(), set[int]()
     for name in sorted(_files(cache)):
         numbers = _SHARD_FILE.fullmatch(name)
@@ -41,7 +42,7 @@ def surplus(cache: Path, manifest: Manifest) -> Surplus:
             with_files.add(int(number))
         elif name not in known:
             folder, _, rest = name.partition("/")
-            is_read = folder in (TARGET, COMMITS, FEATURES) and not rest.split("/")[-1].startswith(_PLACEHOLDERS)
+            is_read = folder in (TARGET, COMMITS, FEATURES) and not any(map(_UNREAD.fullmatch, rest.split("/")))
             (found.misleading if is_read else found.harmless).append(name)
     found.unrecorded_shards.extend(shard for shard in sorted(with_files) if not commit_path(cache, shard).exists())
     return found

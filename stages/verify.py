@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import locked, sha256_file
-from dflash_offline.schemas.manifest import FEATURES, MANIFEST, SAMPLES, Manifest
+from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.manifest import FEATURES, MANIFEST, OTHER_CONTENT, SAMPLES, Manifest, file_fault
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK, open_codec
 from dflash_offline.stages.candidates import count_anchors
@@ -24,7 +24,7 @@ from dflash_offline.stages.leftovers import lock_path
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.shards import ShardFile
 from dflash_offline.stages.statistics import Sums, agree, layer_statistics
-from dflash_offline.stages.surplus import surplus
+from dflash_offline.stages.surplus import Surplus, surplus
 
 _AT_ONCE = 8
 """Shards verified side by side; each holds one sample's features in float32."""
@@ -44,10 +44,11 @@ class Fault:
     """Whether the shard has no record: it is yet to be extracted, and nothing of it is to be forgotten."""
 
 
-def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
+def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None) -> list[Fault]:
     """Return every fault of a cache: files against their records, chunks against their checksums, tokens against the
     plan, features against the recorded statistics, files that nobody knows. A shard that is not extracted is a fault
-    too. Shards are judged unless the plan or the arrays' metadata are damaged."""
+    too. Shards are judged unless the plan or the arrays' metadata are damaged. `beside` is the cache's surplus, where
+    it is known."""
     try:
         manifest = Manifest.read(cache)
     except CacheError as error:
@@ -57,7 +58,7 @@ def verify_cache(cache: Path, progress: Progress) -> list[Fault]:
     faults = [Fault(place=name, what=f"{what}; {_mend(name in needed)}") for name, what in damaged]
     faults += [
         Fault(place=name, what="is no file of this cache, and a reader may take it for one; move it elsewhere")
-        for name in surplus(cache, manifest).misleading
+        for name in (beside or surplus(cache, manifest)).misleading
     ]
     if needed:
         return faults
@@ -145,11 +146,14 @@ class _Shards:
         place = str(commit_path(self.cache, shard).relative_to(self.cache))
         try:
             commit = read_commit(self.cache, shard, self.manifest.checksum)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             return [Fault(place=place, what=str(error), shard=shard)]
         if commit is None:
             return [Fault(place=place, what="is missing: the shard is not extracted", shard=shard, missing=True)]
-        found = list(self._file_faults(commit)) or list(self._content_faults(commit))
+        try:
+            found = list(self._file_faults(commit)) or list(self._content_faults(commit))
+        except OSError as error:  # of a disk that gave the same file whole a moment before
+            found = [(f"shard {shard}", f"cannot be read: {error}")]
         return [Fault(place=place, what=what, shard=shard) for place, what in found]
 
     def forget(self, shard: int) -> bool:
@@ -160,7 +164,7 @@ class _Shards:
         with locked(lock, wait=True) as held:
             is_faulty = held and any(not fault.missing for fault in self.faults(shard))
             if is_faulty:
-                commit_path(self.cache, shard).unlink()
+                commit_path(self.cache, shard).unlink(missing_ok=True)  # where there are no locks it may be gone
         return is_faulty
 
     def _members(self, commit: Commit) -> list[int]:
@@ -189,13 +193,8 @@ class _Shards:
 
     def _file_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
         for name, record in commit.files.items():
-            path = self.cache / name
-            if not path.is_file():
-                yield name, "is missing"
-            elif path.stat().st_size != record.size:
-                yield name, f"has {path.stat().st_size} bytes, expected {record.size}"
-            elif sha256_file(path) != record.sha256:
-                yield name, f"has another sha256 than its record{self._sample_hit(commit, name)}"
+            if what := file_fault(self.cache / name, record.size, record.sha256):
+                yield name, what + (self._sample_hit(commit, name) if what == OTHER_CONTENT else "")
 
     def _sample_hit(self, commit: Commit, name: str) -> str:
         """Name the first sample of a damaged shard whose features can no longer be read."""
@@ -208,7 +207,7 @@ class _Shards:
                 place = self.samples.place(sample)
                 slots = self._slots(sample)
                 self._read(file, slots.start, slots.stop - slots.start)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             return f"; {place} cannot be read: {error}"
         return "; all samples can still be read"
 

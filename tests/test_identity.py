@@ -220,6 +220,21 @@ def test_the_template_of_rows_with_tools_is_part_of_the_target(
     assert open_target(str(copied)).identity()["other_chat_templates_sha256"] != hashes
 
 
+def test_what_an_older_version_did_not_record_is_not_called_another_setting(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    def refusal(made: Path) -> str:
+        with pytest.raises(MismatchError) as error:
+            extract(ExtractConfig(**extract_config | {"limit": 9}, out=made), Silent())
+        return str(error.value)
+
+    said = "What is (absent) was not set, was not there, or was not recorded by an older version."
+    older = made_otherwise(cache, tmp_path / "older", lambda document: document["identity"]["target"].pop("end_ids"))
+    assert re.search(r"target\.end_ids +cache: \(absent\)", refusal(older)) and said in refusal(older)
+    same = made_otherwise(cache, tmp_path / "same", set_field("identity/limit", 8))
+    assert "cache: 8  now: 9" in refusal(same) and said not in refusal(same)
+
+
 ONE_TARGET = {
     "target/config_sha256": "0",
     "target/weights_sha256/model.safetensors": "0",
@@ -231,11 +246,11 @@ ONE_TARGET = {
     "target/code_sha256/modeling.py": "0",
     "target/dtype": "bfloat16",
     "target/attn_implementation": "eager",
-    "target/device_map": "auto",
     "capture": "input of decoder layer i",
 }
 """What caches of one draft have in common, each field with another value."""
 OF_EACH_CACHE = {
+    "target/device_map": "auto",
     "device": "cuda",
     "data/file_0_sha256": "0",
     "mask_rule": "all",

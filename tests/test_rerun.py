@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_target import save_target
 from torch import Tensor
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from dflash_offline.schemas.config import ExtractConfig, RerunConfig
 from dflash_offline.schemas.errors import MismatchError
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.stages import capture, rerun
+from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.rerun import compare_with_target
@@ -82,6 +84,37 @@ def test_tokens_that_are_wholly_wrong_are_found_behind_one_huge_token(
     for fit in compare_with_target(tmp_path / "wrong", again, Silent()):
         assert fit.error < fit.largest_error and fit.channel_error > 0.5
         assert f"layer {fit.layer_id} differs from the target's" in fit.fault
+
+
+def test_a_layer_that_adds_nothing_is_not_taken_for_the_one_before_it(
+    target: Path, extract_config: dict[str, object], tmp_path: Path
+) -> None:
+    expanded = shutil.copytree(target, tmp_path / "expanded")
+    weights = load_file(expanded / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.2.{name}.weight"].zero_()
+    save_file(weights, expanded / "model.safetensors", {"format": "pt"})
+    settings = extract_config | {"target": str(expanded), "limit": 8, "out": tmp_path / "cache"}
+    extract(ExtractConfig(**settings), Silent())
+    fits = compare_with_target(tmp_path / "cache", RerunConfig(target=str(expanded), samples=4), Silent())
+    assert [(fit.best_layer_id, fit.fault) for fit in fits] == [(1, ""), (2, ""), (4, "")]
+
+
+def test_without_a_second_token_to_vary_the_plain_error_judges(
+    cache: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = CacheReader.read_values
+    monkeypatch.setattr(CacheReader, "read_values", lambda reader, sample: right(reader, sample)[:2])
+    arguments = ["verify", str(cache), "--target", str(target), "--samples", "1", "--quiet"]
+    pair = changed(lambda states: states[:, :2])
+    monkeypatch.setattr(rerun, "run_captured", pair)
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0 and "too few tokens to judge its channels" in said.stdout, said.stdout
+    assert "is sound" in said.stdout and "nan" not in said.stdout and "inf" not in said.stdout
+    monkeypatch.setattr(rerun, "run_captured", lambda *inputs: [1.1 * state for state in pair(*inputs)])
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 1 and "layer 1 differs from the target's by 9." in said.stdout
+    assert "Next: do not train" in said.stdout and "nan" not in said.stdout and "finite" not in said.stdout
 
 
 @pytest.mark.parametrize("position", [0, 3])

@@ -427,6 +427,14 @@ def test_a_run_starts_from_a_draft_of_the_same_target_alone(cache: Path, run: Pa
         assert not [line for line in told.lines if "does not say" in line]
 
 
+def test_a_run_starts_from_a_draft_of_the_same_target_that_was_spread_otherwise(
+    cache: Path, run: Path, tmp_path: Path
+) -> None:
+    other = made_otherwise(cache, tmp_path / "other", set_field("identity/target/device_map", "auto"))
+    settings = config(other, tmp_path / "next", steps=2, init_from=list_checkpoints(run)[-1])
+    assert train(settings, Silent()).state.step == 2
+
+
 def test_a_draft_that_does_not_say_its_target_starts_a_run_and_is_told(cache: Path, run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "draft")
     path = tmp_path / "draft" / "model.safetensors"

@@ -1,6 +1,8 @@
 """Every kind of damage is found, named, and redone alone."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -23,6 +25,7 @@ from dflash_offline.schemas.manifest import MANIFEST, SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import CacheReader, open_codec
 from dflash_offline.stages.extract import extract
+from dflash_offline.stages.leftovers import SKIPPED_LOCK
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.verify import repair, verify_cache
 from dflash_offline.stages.writer import ShardWriter
@@ -225,6 +228,7 @@ def test_a_damaged_static_file_hides_neither_the_others_nor_a_bad_shard(made: Pa
         (made / name).write_bytes((made / name).read_bytes()[:-1])
     _truncate(made)
     code, text = said(made, "--repair")
+    assert "no record yet" not in text  # of the shard that was just forgotten
     assert code == 1 and "Forgot shards 1." in text and "Next: mend" in text and "then: the `dflash extract`" in text
     for name in ("rejects.parquet", "target/config.json"):
         assert re.search(rf"^{name}: has .* bytes, .*; restore it from a copy of this cache; without", text, re.M)
@@ -249,6 +253,7 @@ def test_files_that_a_reader_may_take_for_the_caches_are_faults(made: Path) -> N
         "features.zarr/hidden_states/c/0/1/0",
         "features.zarr/input_ids/c/01",
         "features.zarr/more/zarr.json",
+        "features.zarr/.zattrs",
     ]
     for name in misleading:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -256,19 +261,31 @@ def test_files_that_a_reader_may_take_for_the_caches_are_faults(made: Path) -> N
     faults = verify_cache(made, Silent())
     assert {fault.place for fault in faults} == {*misleading} and all("move it" in fault.what for fault in faults)
     code, text = said(made)
-    assert code == 1 and "7 faults.\nNext: mend" in text and "--repair" not in text
+    assert code == 1 and "8 faults.\nNext: mend" in text and "--repair" not in text
 
 
 def test_files_that_no_reader_opens_are_told_and_no_faults(made: Path) -> None:
     (made / "report.html").write_text("<p>")
     (made / "run").mkdir()
-    (made / "commits/.nfs00001").write_text("")
+    for name in ("commits/.nfs00001", "target/._config.json", "target/config.json~", "target/Thumbs.db"):
+        (made / name).write_text("")
+    (made / SKIPPED_LOCK).touch()
     code, text = said(made)
-    assert code == 0 and "Beside the cache's own files lie commits/.nfs00001, report.html, run, which no" in text
+    assert code == 0 and "lie commits/.nfs00001, report.html, run, target/._config.json, target/Thumbs.db, ..." in text
+    assert "skipped" not in str(json.loads(said(made, "--json")[1])["other_files"])
     (made / "commits/000001.json").unlink()
     code, text = said(made)
     assert code == 1 and "1 shard has files but no record yet, 1 first" in text
     assert json.loads(said(made, "--json")[1])["unrecorded_shards"] == [1]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--repair"]])
+def test_a_folder_that_is_neither_cache_nor_draft_is_refused(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, found in (("typo", "there is no such folder"), ("empty", "it has no manifest.json")):
+        result = CliRunner().invoke(app, ["verify", str(tmp_path / name), *options])
+        assert result.exit_code == 1 and not result.stdout
+        assert f"{tmp_path / name} is not a feature cache, nor a draft: {found}. Name" in result.stderr
 
 
 def test_a_slot_of_no_sample_that_holds_a_feature_is_found(tmp_path: Path) -> None:
@@ -295,3 +312,23 @@ def test_counts_of_the_plan_that_do_not_hold_are_found(tmp_path: Path) -> None:
     anchors, tokens = verify_cache(tmp_path / "made", Silent())
     assert "have another number of anchors for blocks of 9 than" in anchors.what
     assert f"tokens, the manifest says {document['plan']['tokens']}" in tokens.what
+
+
+@pytest.mark.parametrize(("name", "shard"), [(HIDDEN.format(1), 1), ("rejects.parquet", None)])
+def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(
+    made: Path, monkeypatch: pytest.MonkeyPatch, name: str, shard: int | None
+) -> None:
+    (made / "features.zarr/loss_mask/c/0").unlink()
+    right = Path.open
+
+    def failing(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == made / name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return right(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", failing)
+    found = {(fault.place, fault.shard): fault.what for fault in verify_cache(made, Silent())}
+    assert found.keys() == {("features.zarr/loss_mask/c/0", 0), (name, shard)}
+    assert "cannot be read: Input/output error" in found[name, shard]
+    code, text = said(made, "--repair")
+    assert code == 1 and f"Forgot shards 0{'' if shard is None else ', 1'}." in text

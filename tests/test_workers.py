@@ -19,9 +19,12 @@ from tiny_target import save_conversations
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.commits import read_commits
 from dflash_offline.schemas.config import ExtractConfig, RerunConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.files import read_sealed, sealed_bytes
+from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages import extract as extracting
 from dflash_offline.stages import forecast
 from dflash_offline.stages.cache import CacheReader
@@ -169,6 +172,24 @@ def test_a_begun_cache_of_an_older_version_goes_on_although_its_plan_expects_no_
     (out / "manifest.json").write_bytes(sealed_bytes(document))
     extract(ExtractConfig(**extract_config, out=out), Silent())
     assert content(out) == content(cache)
+
+
+def test_samples_that_were_left_out_of_finished_shards_are_not_still_to_be_written(cache: Path) -> None:
+    manifest, samples = Manifest.read(cache), SampleTable.read(cache / "samples.parquet")
+    finished, _ = read_commits(cache, manifest.layout.num_shards, manifest.checksum)
+    finished[0] = replace(finished[0], num_tokens=finished[0].num_tokens // 2)  # as if the other half were left out
+    whole = forecast.Forecast(
+        features=manifest.layout.features,
+        tokens_per_s=1.0,
+        seconds=60.0,
+        ratios={"lossless": 1.0},
+        bytes_by_kind={"lossless": 1},
+        plan_bytes=0,
+        target_bytes=0,
+        free_bytes=0,
+    )
+    rest = whole.of_rest(manifest, samples, finished)
+    assert (rest.seconds, rest.bytes_left) == (0.0, 0)
 
 
 def test_the_plan_of_a_begun_cache_counts_what_is_left(

@@ -53,7 +53,8 @@ def verify(
         from dflash_offline.stages.verify import repair as forget
         from dflash_offline.stages.verify import verify_cache
 
-        faults = verify_cache(folder, progress)
+        beside = report.surplus_of(folder)  # before any shard is forgotten, whose files then have no record
+        faults = verify_cache(folder, progress, beside)
         forgotten = forget(folder, faults) if repair else None
         fits = []
         if rerun and not faults:  # of a damaged cache the faults are the news
@@ -65,6 +66,6 @@ def verify(
         elif rerun:
             progress.say("The target is not run: it is compared with a cache that has no other fault.")
         show = report.print_json if json_ else report.print_report
-        show(folder, faults, fits, forgotten)
+        show(folder, beside, faults, fits, forgotten)
         if faults or any(fit.fault for fit in fits):
             raise typer.Exit(1)
