@@ -133,7 +133,7 @@ def read_commits(cache: Path, num_shards: int, manifest_checksum: str) -> tuple[
     commits, faults = {}, []
     try:
         recorded = set(os.listdir(cache / COMMITS))  # noqa: PTH208 - one call, however many are left to do
-    except OSError:
+    except FileNotFoundError:  # copies of a cache may lack empty folders
         recorded = set()
     # In one thread: most of the time goes into parsing, and threads only pass the interpreter back and forth.
     for shard in range(num_shards):

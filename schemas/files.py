@@ -31,6 +31,16 @@ _BUILDER = re.compile(r"(.+)-(\d+)-[^-]+")
 """What ends the name of a folder in which something is built: machine, process and chance."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Of file systems that know no locks."""
+NOT_THE_FILES = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""What reading a file fails with where this process, or the way to the file, is at fault and not its content."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -169,6 +179,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         body = {key: value for key, value in document.items() if key != "checksum"}
         actual = sha256_bytes(canonical_json(body))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in NOT_THE_FILES:
+            raise
         raise CacheError(f"{path} cannot be read as a sealed JSON document: {error!r}.") from error
     if claimed != actual or content != sealed_bytes(body):
         raise CacheError(

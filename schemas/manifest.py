@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import ABSENT, CacheError, MismatchError, mismatch_table
-from dflash_offline.schemas.files import read_sealed, sha256_file
+from dflash_offline.schemas.files import NOT_THE_FILES, read_sealed, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
 
 FORMAT_VERSION = 2
@@ -153,6 +153,8 @@ def file_fault(path: Path, size: int, sha256: str | None) -> str:
         if sha256 is not None and sha256_file(path) != sha256:
             return OTHER_CONTENT
     except OSError as error:
+        if error.errno in NOT_THE_FILES:
+            raise
         return f"cannot be read: {error.strerror or error}"
     return ""
 

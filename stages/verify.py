@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.files import NOT_THE_FILES, locked
 from dflash_offline.schemas.manifest import FEATURES, MANIFEST, OTHER_CONTENT, SAMPLES, Manifest, file_fault
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cache import HIDDEN, IDS, MASK, open_codec
@@ -146,13 +146,15 @@ class _Shards:
         place = str(commit_path(self.cache, shard).relative_to(self.cache))
         try:
             commit = read_commit(self.cache, shard, self.manifest.checksum)
-        except (CacheError, OSError) as error:
+        except CacheError as error:
             return [Fault(place=place, what=str(error), shard=shard)]
         if commit is None:
             return [Fault(place=place, what="is missing: the shard is not extracted", shard=shard, missing=True)]
         try:
             found = list(self._file_faults(commit)) or list(self._content_faults(commit))
         except OSError as error:  # of a disk that gave the same file whole a moment before
+            if error.errno in NOT_THE_FILES:
+                raise
             found = [(f"shard {shard}", f"cannot be read: {error}")]
         return [Fault(place=place, what=what, shard=shard) for place, what in found]
 

@@ -314,21 +314,40 @@ def test_counts_of_the_plan_that_do_not_hold_are_found(tmp_path: Path) -> None:
     assert f"tokens, the manifest says {document['plan']['tokens']}" in tokens.what
 
 
+def failing_at(broken: Path, number: int) -> Any:
+    """Return a `Path.open` that gives one file's name this fault."""
+    right = Path.open
+
+    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == broken:
+            raise OSError(number, os.strerror(number), str(path))
+        return right(path, *arguments, **named)
+
+    return opened
+
+
 @pytest.mark.parametrize(("name", "shard"), [(HIDDEN.format(1), 1), ("rejects.parquet", None)])
 def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(
     made: Path, monkeypatch: pytest.MonkeyPatch, name: str, shard: int | None
 ) -> None:
     (made / "features.zarr/loss_mask/c/0").unlink()
-    right = Path.open
-
-    def failing(path: Path, *arguments: Any, **named: Any) -> Any:
-        if path == made / name:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return right(path, *arguments, **named)
-
-    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(Path, "open", failing_at(made / name, errno.EIO))
     found = {(fault.place, fault.shard): fault.what for fault in verify_cache(made, Silent())}
     assert found.keys() == {("features.zarr/loss_mask/c/0", 0), (name, shard)}
     assert "cannot be read: Input/output error" in found[name, shard]
     code, text = said(made, "--repair")
     assert code == 1 and f"Forgot shards 0{'' if shard is None else ', 1'}." in text
+
+
+@pytest.mark.parametrize("name", [HIDDEN.format(1), "commits/000001.json", "rejects.parquet"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_what_is_not_a_files_own_fault_forgets_no_shard(
+    made: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    monkeypatch.setattr(Path, "open", failing_at(made / name, number))
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        verify_cache(made, Silent())
+    assert caught.value.filename == str(made / name)
+    code, _ = said(made, "--repair")
+    monkeypatch.undo()
+    assert code == 1 and verify_cache(made, Silent()) == []
