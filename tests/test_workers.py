@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tiny_target import save_conversations
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.pipeline.embedded import CONVERSATIONS, TARGET
 from dflash_offline.schemas.commits import read_commits
 from dflash_offline.schemas.config import ExtractConfig, RerunConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError
@@ -292,3 +294,21 @@ def _die_as_worker_0(config: ExtractConfig) -> Work:
     if multiprocessing.current_process().name == "Worker 0":
         os.kill(os.getpid(), signal.SIGKILL)
     return open_worker(config)
+
+
+@pytest.mark.slow
+def test_memory_grows_by_one_shard_where_the_target_is_on_the_cpu(tmp_path: Path) -> None:
+    with CONVERSATIONS.open() as lines:
+        (tmp_path / "data.jsonl").write_text("".join(islice(lines, 1200)))
+
+    def peak(shard_mib: int) -> int:
+        given = f"extract {tmp_path}/data.jsonl --target {TARGET} --block-size 8 --device cpu --quiet --shard-mib"
+        code = "from dflash_offline.pipeline.app import main; main()"
+        out = ["--out", str(tmp_path / str(shard_mib))]
+        process = subprocess.Popen([sys.executable, "-c", code, *given.split(), str(shard_mib), *out])
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_maxrss * 1024
+
+    assert peak(96) - peak(4) < 2.5 * (92 << 20)  # what is freed and kept takes some, too

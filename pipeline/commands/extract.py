@@ -84,7 +84,7 @@ def extract(
         int, typer.Option(help="Padded tokens of one forward; fewer take less memory.")
     ] = ExtractConfig.batch_tokens,
     shard_mib: Annotated[
-        int, typer.Option(help="Raw features in one shard: what a kill can cost, and memory holds three.")
+        int, typer.Option(help="Raw features in one shard: what a kill can cost. A worker holds two, on a CPU one.")
     ] = ExtractConfig.shard_mib,
     chunk_tokens: Annotated[
         int, typer.Option(help="Of one compressed chunk: the least that is read and rounded up to.")
