@@ -150,9 +150,8 @@ def decode_chunks(data: NDArray[np.uint8], places: Sequence[tuple[int, int]], ou
         for row in range(planes.shape[1]):
             tokens = out[row * num_rows : (row + 1) * num_rows]
             low, high = planes[:, row, :, : len(tokens)].transpose(0, 2, 1, 3)
-            np.copyto(tokens, high)
-            tokens <<= 8
-            tokens |= low
+            np.multiply(high, 256, out=tokens, dtype=tokens.dtype)
+            tokens += low
         return
     words = scratch("words", (len(places) // width, width, num_rows, out.shape[2]), out.dtype)
     blosc.use_threads = False  # groups of chunks are decoded at once instead
