@@ -300,7 +300,7 @@ class ShardFile:
         parts, helpers = [(index, out)], []
         if out.nbytes >= _PARALLEL_BYTES:
             most = max(1, _PART_BYTES // (step * out[0, 0].nbytes))
-            wide = min(width, max(most, -(-num_rows * width // (num_helpers + 1))))
+            wide = min(width, most)
             tall = max(1, most // width)
             parts = [
                 (index[row : row + tall, left : left + wide], out[row * step : (row + tall) * step, left : left + wide])
