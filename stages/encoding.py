@@ -44,7 +44,7 @@ class FeatureEncoder:
         return codes.masked_fill(~(states.isfinite() & (magnitude < ABSENT >> 1)), ABSENT).to(torch.int16)
 
     def values(self, codes: Tensor, layer: int) -> Tensor:
-        """Return the float32 features of one layer's codes, int16 [..., H]; NaN where none could be stored."""
+        """Return the float32 features of one layer's codes, int16 [..., H]; not finite where none could be stored."""
         if self.codec.layout.kind != "scaled":
             return codes.view(torch.bfloat16).float()
         center, step, table = self._tables(codes.device)
