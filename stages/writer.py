@@ -37,7 +37,7 @@ _JOB_BYTES = 1 << 20
 _AHEAD = 16
 """Encoded pieces that may lie ready, or be written, beside those being encoded."""
 _NICENESS = 10
-"""How far encoding stands back behind the forward."""
+"""How far encoding stands back behind other threads."""
 _GONE = {errno.ENOENT, errno.ESTALE}
 """Of a file that was removed while it was written, on a disk and over NFS."""
 
@@ -51,7 +51,7 @@ class ShardWriter:
         self.samples = samples
         self.codec = codec
         self.layer_ids: list[int] = manifest.identity["layer_ids"]
-        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_yield_to_forward)
+        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_stand_back)
         layout = manifest.layout
         row_bytes = layout.chunk_tokens * layout.slot_bytes
         self._rows = -(-_JOB_BYTES // row_bytes)
@@ -237,8 +237,8 @@ class ShardWriter:
         )
 
 
-def _yield_to_forward() -> None:
-    """Give this thread the cores that a target on the CPU leaves: its threads wait for the slowest of them."""
+def _stand_back() -> None:
+    """Let what feeds this thread go first, and what writes down its work: forwards on these cores, hashing, writing."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
 

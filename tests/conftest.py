@@ -5,14 +5,18 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hashlib
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_target import save_conversations, save_target
 from transformers.utils import logging
 
+from dflash_offline.schemas import files
 from dflash_offline.schemas.config import ExtractConfig, TrainConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
@@ -63,3 +67,21 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     train(TrainConfig(caches=(cache,), out=out, steps=4, draft_layers=1, num_anchors=4, device="cpu"), Silent())
     return out
+
+
+@pytest.fixture
+def slow_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every update of a file's sha256 take long enough for what is hashed to be overwritten meanwhile."""
+
+    class SlowDigest:
+        def __init__(self, content: bytes = b"") -> None:
+            self._digest = hashlib.sha256(content)
+
+        def update(self, content: memoryview) -> None:
+            time.sleep(0.01)
+            self._digest.update(content)
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=SlowDigest, file_digest=hashlib.file_digest))

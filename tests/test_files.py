@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,19 +79,9 @@ def test_a_failed_sync_of_a_part_is_told_although_later_ones_succeed(
 
 @pytest.mark.parametrize("length", [100, 1 << 21])
 def test_a_piece_may_change_once_the_second_after_it_is_asked_for(
-    tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, length: int, slow_digest: None
 ) -> None:
-    expected, slow = hashlib.sha256(), hashlib.sha256()
-
-    class SlowDigest:
-        def update(self, content: memoryview) -> None:
-            time.sleep(0.01)
-            slow.update(content)
-
-        def hexdigest(self) -> str:
-            return slow.hexdigest()
-
-    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=SlowDigest))
+    expected = hashlib.sha256()
 
     def pieces() -> Iterator[np.ndarray]:
         memory = [np.empty(length, np.uint8) for _ in range(2)]

@@ -3,7 +3,6 @@
 import hashlib
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,24 +19,11 @@ SHARD_TOKENS = 960
 
 
 @pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def little_memory(slow_digest: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for few pieces of one row of chunks each, every one of which waits for a slow digest."""
-
-    class SlowDigest:
-        def __init__(self, content: bytes = b"") -> None:
-            self._digest = hashlib.sha256(content)
-
-        def update(self, content: memoryview) -> None:
-            time.sleep(0.01)
-            self._digest.update(content)
-
-        def hexdigest(self) -> str:
-            return self._digest.hexdigest()
-
     monkeypatch.setattr(writer, "_JOB_BYTES", 1)
     monkeypatch.setattr(writer, "_AHEAD", 1)
     monkeypatch.setattr(files, "_HASH_BYTES", 1)
-    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=SlowDigest, file_digest=hashlib.file_digest))
 
 
 def assert_holds_what_was_given(cache: Path) -> None:
