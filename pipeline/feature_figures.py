@@ -13,9 +13,7 @@ from dflash_offline.pipeline.marks import Mark
 from dflash_offline.pipeline.plan_numbers import spread
 from dflash_offline.pipeline.records import Records
 from dflash_offline.schemas.errors import CacheError, DflashError
-from dflash_offline.schemas.manifest import FEATURES
-from dflash_offline.stages.cache import HIDDEN
-from dflash_offline.stages.shards import ShardFile
+from dflash_offline.stages.shards import open_shard
 
 OUTLIER = 10_000.0
 """A channel's usual magnitude over that of the layer's middle channel. Outlier channels of real models reach 100 to
@@ -160,9 +158,7 @@ def bytes_by_layer(records: Records) -> dict[str, Any]:
     places = np.unique(np.linspace(0, len(filled) - 1, min(_SHARDS_MEASURED, len(filled))).round().astype(int))
     chosen = [filled[place] for place in places.tolist()]
     for commit in chosen:
-        name = f"{FEATURES}/{HIDDEN}/c/{commit.shard}/0/0"
-        shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
-        stored += ShardFile(records.cache / name, commit.files[name], shape, layout.chunk_tokens).layer_bytes()
+        stored += open_shard(records.cache, records.manifest, commit).layer_bytes()
     tokens = sum(commit.num_tokens for commit in chosen)
     raw = tokens * layout.hidden_size * 2
     return {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, read_commits
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest
+from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
 
 
@@ -61,13 +61,11 @@ def read_features(
     cache: Path, manifest: Manifest, samples: SampleTable, commit: Commit, sample: int
 ) -> NDArray[np.float32]:
     """Return the features [T, L, H] of a sample of a finished shard."""
-    from dflash_offline.stages.cache import HIDDEN, open_codec  # zarr takes a third of a second, and few views need it
-    from dflash_offline.stages.shards import ShardFile
+    from dflash_offline.stages.cache import open_codec  # zarr takes a third of a second, and few views need it
+    from dflash_offline.stages.shards import open_shard
 
     layout = manifest.layout
-    name = f"{FEATURES}/{HIDDEN}/c/{commit.shard}/0/0"
-    shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
-    file = ShardFile(cache / name, commit.files[name], shape, layout.chunk_tokens)
+    file = open_shard(cache, manifest, commit)
     columns = list(range(layout.num_layers))
     codes = np.empty((int(samples.num_tokens[sample]), layout.num_layers, layout.hidden_size), np.uint16)
     file.read(int(samples.start[sample]) - commit.shard * layout.shard_tokens, columns, codes)

@@ -14,14 +14,19 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTS = "rejects.parquet"
 FEATURES = "features.zarr"
+HIDDEN, IDS, MASK = "hidden_states", "input_ids", "loss_mask"
+"""The arrays in it."""
 COMMITS = "commits"
 TARGET = "target"
 EMBEDDINGS = "embeddings.safetensors"
 TMP = "tmp"
 OTHER_CONTENT = "has another sha256 than when it was written"
-
-
 FEATURE_KINDS = ("lossless", "rounded", "scaled")
+
+
+def hidden_file(shard: int) -> str:
+    """Return the name in a cache of the file of a shard's hidden states."""
+    return f"{FEATURES}/{HIDDEN}/c/{shard}/0/0"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,24 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from dflash_offline.schemas.commits import read_commits
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import sealed_bytes, sha256_file, sync_folder, write_synced
-from dflash_offline.schemas.manifest import CAPTURE_RULE, COMMITS, FEATURES, MANIFEST, SAMPLES, TMP, Layout, Manifest
+from dflash_offline.schemas.manifest import (
+    CAPTURE_RULE,
+    COMMITS,
+    FEATURES,
+    HIDDEN,
+    IDS,
+    MANIFEST,
+    MASK,
+    SAMPLES,
+    TMP,
+    Layout,
+    Manifest,
+)
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
-from dflash_offline.stages.shards import BLOSC, ShardFile
+from dflash_offline.stages.shards import BLOSC, ShardFile, open_shard
 
-HIDDEN, IDS, MASK = "hidden_states", "input_ids", "loss_mask"
 CENTER, STEP = "feature_center", "feature_step"
 _MOST_OPEN = 1024
 """Shard files that a process keeps open, with their indexes, and never more than half of the files it may have open."""
@@ -172,17 +183,10 @@ class CacheReader:
     def _shard(self, shard: int) -> ShardFile:
         with _opening:
             if shard not in self._shards:
-                layout = self.manifest.layout
-                name = f"{FEATURES}/{HIDDEN}/c/{shard}/0/0"
                 if shard not in self.commits:
                     raise CacheError(f"Shard {shard} of {self.cache} is not extracted. Repeat the `dflash extract`.")
                 _make_room()
-                self._shards[shard] = ShardFile(
-                    self.cache / name,
-                    self.commits[shard].files[name],
-                    (layout.shard_tokens, layout.num_layers, layout.hidden_size),
-                    layout.chunk_tokens,
-                )
+                self._shards[shard] = open_shard(self.cache, self.manifest, self.commits[shard])
             self._shards.move_to_end(shard)
             return self._shards[shard]
 

@@ -27,8 +27,9 @@ from crc32c import crc32c
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import ShardFileRecord
+from dflash_offline.schemas.commits import Commit, ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.manifest import Layout, Manifest, hidden_file
 from dflash_offline.stages.scratch import scratch
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
@@ -239,18 +240,17 @@ class ShardFile:
     refused although each of its chunks passes its own checksum.
     """
 
-    def __init__(self, path: Path, record: ShardFileRecord, shape: tuple[int, int, int], chunk_tokens: int) -> None:
+    def __init__(self, path: Path, record: ShardFileRecord, layout: Layout, layer_ids: Sequence[int]) -> None:
         self.path = path
-        self.shape = shape
-        self.chunk_tokens = chunk_tokens
+        self.layer_ids = layer_ids
+        self.chunk_tokens = layout.chunk_tokens
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             self._file = -1
             advice = REDO if error.errno == errno.ENOENT else "Mend that and try again."
             raise CacheError(f"{path} cannot be opened: {error.strerror}. {advice}") from error
-        num_tokens, num_layers, _ = shape
-        self._index = self._checked_index(record, num_tokens // chunk_tokens * num_layers)
+        self._index = self._checked_index(record, layout.shard_tokens // layout.chunk_tokens * layout.num_layers)
 
     def __del__(self) -> None:
         if self._file >= 0:
@@ -276,7 +276,7 @@ class ShardFile:
 
     def layer_bytes(self) -> NDArray[np.int64]:
         """Return the encoded bytes of each layer, [L], from the index alone."""
-        return self._index[:, 1].reshape(-1, self.shape[1]).sum(axis=0).astype(np.int64)
+        return self._index[:, 1].reshape(-1, len(self.layer_ids)).sum(axis=0).astype(np.int64)
 
     def read(
         self,
@@ -294,8 +294,8 @@ class ShardFile:
         step, width = self.chunk_tokens, len(layers)
         assert start % step == 0, "a sample begins with a chunk"
         num_rows = -(-len(out) // step)
-        index = self._index.reshape(-1, self.shape[1], 2)[start // step :][:num_rows]
-        if layers != list(range(self.shape[1])):
+        index = self._index.reshape(-1, len(self.layer_ids), 2)[start // step :][:num_rows]
+        if layers != list(range(len(self.layer_ids))):
             index = index[:, layers]
         parts, helpers = [(index, out)], []
         if out.nbytes >= _PARALLEL_BYTES:
@@ -338,5 +338,11 @@ class ShardFile:
             decode_chunks(data, places, out, self.chunk_tokens)
 
     def _layer(self, offset: int) -> int:
-        """Return the captured layer of the chunk that begins there."""
-        return int(np.flatnonzero(self._index[:, 0] == offset)[0]) % self.shape[1]
+        """Return the id of the layer of the chunk that begins there."""
+        return self.layer_ids[int(np.flatnonzero(self._index[:, 0] == offset)[0]) % len(self.layer_ids)]
+
+
+def open_shard(cache: Path, manifest: Manifest, commit: Commit) -> ShardFile:
+    """Return the hidden states of a finished shard."""
+    name = hidden_file(commit.shard)
+    return ShardFile(cache / name, commit.files[name], manifest.layout, manifest.identity["layer_ids"])

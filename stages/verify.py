@@ -15,14 +15,24 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import NOT_THE_FILES, locked
-from dflash_offline.schemas.manifest import FEATURES, MANIFEST, OTHER_CONTENT, SAMPLES, Manifest, file_fault
+from dflash_offline.schemas.manifest import (
+    FEATURES,
+    HIDDEN,
+    IDS,
+    MANIFEST,
+    MASK,
+    OTHER_CONTENT,
+    SAMPLES,
+    Manifest,
+    file_fault,
+)
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.cache import HIDDEN, IDS, MASK, open_codec
+from dflash_offline.stages.cache import open_codec
 from dflash_offline.stages.candidates import count_anchors
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.leftovers import lock_path
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.shards import ShardFile
+from dflash_offline.stages.shards import ShardFile, open_shard
 from dflash_offline.stages.statistics import Sums, agree, layer_statistics
 from dflash_offline.stages.surplus import Surplus, surplus
 
@@ -175,10 +185,7 @@ class _Shards:
         return [sample for sample in self.samples.samples_of_shard(commit.shard).tolist() if sample not in skipped]
 
     def _open(self, commit: Commit) -> ShardFile:
-        layout = self.manifest.layout
-        name = f"{FEATURES}/{HIDDEN}/c/{commit.shard}/0/0"
-        shape = (layout.shard_tokens, layout.num_layers, layout.hidden_size)
-        return ShardFile(self.cache / name, commit.files[name], shape, layout.chunk_tokens)
+        return open_shard(self.cache, self.manifest, commit)
 
     def _slots(self, sample: int) -> slice:
         """Return where a sample lies in its shard."""

@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path, read_finished
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, locked, move_synced, publish, write_synced
-from dflash_offline.schemas.manifest import FEATURES, Manifest
+from dflash_offline.schemas.manifest import FEATURES, IDS, MASK, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.cache import HIDDEN, IDS, MASK
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.leftovers import lock_path, part_path
@@ -126,7 +125,7 @@ class ShardWriter:
         record, added_up = self._write_hidden(temporary, codes, members, encoded, add_up=sums is None)
         if self.is_done(shard):
             return 0
-        files = {f"{FEATURES}/{HIDDEN}/c/{shard}/0/0": record}
+        files = {hidden_file(shard): record}
         move_synced(temporary, self.cache / next(iter(files)))
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
             chunk, summary = encode_chunk(values), ShardSummary()

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import publish
-from dflash_offline.schemas.manifest import Layout
-from dflash_offline.stages.cache import HIDDEN, create_arrays
+from dflash_offline.schemas.manifest import HIDDEN, Layout
+from dflash_offline.stages.cache import create_arrays
 from dflash_offline.stages.shards import ShardFile, ShardSummary, encode_chunk
 
 WIDTHS = [32, 1000, 4096]
+LAYER_IDS = [1, 2, 4]
 
 
 def features(num_tokens: int, num_layers: int, width: int, seed: int = 0) -> NDArray[np.uint16]:
@@ -69,15 +70,13 @@ def write(folder: Path, shape: Layout, shard: int, values: NDArray[np.uint16]) -
 
 
 def opened(path: Path, encoded: EncodedShard, shape: Layout) -> ShardFile:
-    return ShardFile(
-        path, encoded.record, (shape.shard_tokens, shape.num_layers, shape.hidden_size), shape.chunk_tokens
-    )
+    return ShardFile(path, encoded.record, shape, LAYER_IDS)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_zarr_python_reads_what_we_write(tmp_path: Path, width: int) -> None:
     shape, folder = layout(width), tmp_path / "z"
-    create_arrays(folder, shape, [1, 2, 4])
+    create_arrays(folder, shape, LAYER_IDS)
     values = features(512, 3, width)
     for shard in range(2):
         write(folder, shape, shard, values[shard * 256 : (shard + 1) * 256])
@@ -90,7 +89,7 @@ def test_zarr_python_reads_what_we_write(tmp_path: Path, width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_we_read_what_zarr_python_writes(tmp_path: Path, width: int) -> None:
     shape, folder = layout(width, num_shards=1), tmp_path / "z"
-    create_arrays(folder, shape, [1, 2, 4])
+    create_arrays(folder, shape, LAYER_IDS)
     values = features(256, 3, width, seed=1)
     array = zarr.open_group(str(folder), mode="r+")[HIDDEN]
     assert isinstance(array, zarr.Array)
@@ -144,6 +143,18 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         with pytest.raises(CacheError):
             opened(path, encoded, shape).read(0, [0, 1, 2], out)
         content[position] ^= 0x10
+
+
+def test_a_damaged_chunk_is_named_with_its_place_and_its_layer(tmp_path: Path) -> None:
+    shape = layout(32)
+    path, encoded = write(tmp_path, shape, 0, features(256, 3, 32))
+    index = np.frombuffer(path.read_bytes()[-4 - 16 * 12 : -4], "<u8").reshape(4, 3, 2)
+    begin, size = index[1, 2].tolist()
+    content = bytearray(path.read_bytes())
+    content[begin + 30] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match=f"bytes {begin} to {begin + size}, layer {LAYER_IDS[2]}, is damaged"):
+        opened(path, encoded, shape).read(64, [0, 1, 2], np.empty((64, 3, 32), np.uint16))
 
 
 def test_when_a_helper_fails_nobody_writes_any_more_once_the_read_has_ended(

@@ -38,8 +38,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dflash_offline.pipeline.machine import time_codec
-from dflash_offline.schemas.manifest import FEATURES, FeatureLayout
-from dflash_offline.stages.cache import HIDDEN, CacheReader
+from dflash_offline.schemas.manifest import FEATURES, HIDDEN, FeatureLayout
+from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.target import default_layer_ids
 

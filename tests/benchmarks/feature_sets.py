@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.config import ExtractConfig
-from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, Manifest
+from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable, write_samples
-from dflash_offline.stages.cache import HIDDEN, CacheReader, create_arrays, open_codec, publish_cache
+from dflash_offline.stages.cache import CacheReader, create_arrays, open_codec, publish_cache
 from dflash_offline.stages.encoding import FeatureEncoder, calibrate
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
@@ -109,7 +109,7 @@ class Store:
     @property
     def path(self) -> Path:
         """The shard's file of features."""
-        return self.cache / FEATURES / HIDDEN / "c" / "0" / "0" / "0"
+        return self.cache / hidden_file(0)
 
     def forget(self) -> None:
         """Remove the shard."""
