@@ -1,7 +1,7 @@
 """Size, error and speed of the feature store beside other ways to keep the same features; exits 1 if a bound fails.
 
-All sides of a table take turns within one run, every figure is a median, files are read from a warm page cache, and
-MB are of raw bfloat16 features of real tokens. Axes: T tokens, L captured layers, H hidden size.
+All sides of a table take turns within one run, every figure is a median, files are read from a warm page cache and
+from the disk, and MB are of raw bfloat16 features of real tokens. Axes: T tokens, L captured layers, H hidden size.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from dflash_offline.stages.target import default_layer_ids
 
 WIDTH = 2048
 NUM_CONVERSATIONS = 150
-NUM_SHORT, NUM_LONG, LONG_TOKENS = 32, 3, 2000
+NUM_SHORT, NUM_LONG, LONG_TOKENS = 32, 4, 2000
 LAYOUTS = (
     ("lossless", FeatureLayout(), 0.72),
     ("rounded, 4 bits", FeatureLayout(kind="rounded", mantissa_bits=4), 0.53),
@@ -145,10 +145,13 @@ def divergence(folder: Path, samples: Samples, ids: list[Tensor]) -> None:
         print(f"  {name:20} {total / count:.2e}")
 
 
-def read_side(read: Callable[[int], Tensor], order: list[int], pool: ThreadPoolExecutor | None) -> Callable[[], None]:
+def read_side(
+    readers: dict[str, Callable[[int], Tensor]], name: str, order: list[int], pool: ThreadPoolExecutor | None
+) -> Callable[[], None]:
     """Return what reads the samples in this order, by this thread or by those of a pool."""
 
     def side(part: list[int] = order) -> None:
+        read = readers[name]
         for number in part:
             read(number)
 
@@ -182,31 +185,52 @@ def reads(folder: Path, name: str, num_reads: int) -> list[str]:
         "ours, new tensor": lambda number: read_features(reader, number),
         "zarr-python": open_zarr(store.cache / FEATURES / HIDDEN, begins, lengths),
     }
-    for peer_name, peer in peers(lengths, samples[0].shape[1:]).items():
+    others = peers(lengths, samples[0].shape[1:])
+    for peer_name, peer in others.items():
         (folder / peer_name).mkdir()
         peer.write(folder / peer_name, samples)
         readers[peer_name] = peer.open(folder / peer_name)
+
+    def forget_pages() -> None:
+        readers.update({peer_name: peer.open(folder / peer_name) for peer_name, peer in others.items()})
+        drop_pages(folder)  # which spares what is mapped, so that the maps had to go first
+
     for side, read in readers.items():  # every side gives the same bits; this warms the page cache, too
         for number, sample in enumerate(samples):
             assert np.array_equal(bits(read(number)), bits(sample)), f"{side} reads sample {number} wrong"
-    order = np.random.default_rng(0).integers(0, len(samples), num_reads).tolist()
-    size = raw_bytes([samples[number] for number in order])
-    print(f"\nRandom-sample reads: {name}, {size / num_reads / 1e6:.2f} MB a sample")
+    sync_files(folder)
+    random = np.random.default_rng(0)
+    again, once = random.integers(0, len(samples), num_reads).tolist(), random.permutation(len(samples)).tolist()
+    print(f"\nRandom-sample reads: {name}, {raw_bytes(samples) / len(samples) / 1e6:.2f} MB a sample")
     with ThreadPoolExecutor(LOADERS) as pool:
-        for who, threads in (("by one thread", None), (f"by {LOADERS} threads, as training reads", pool)):
+        for who, threads, order, before in (
+            ("by one thread", None, again, int),
+            (f"by {LOADERS} threads, as training reads", pool, again, int),
+            (f"by {LOADERS} threads, from the disk, every sample once", pool, once, forget_pages),
+        ):
             print(f"  {who}")
+            size = raw_bytes([samples[number] for number in order])
             tenth = order[: max(1, len(order) // 10)]
             sides = {
-                side: read_side(read, tenth if side in SLOW else order, threads)
-                for side, read in readers.items()
+                side: read_side(readers, side, tenth if side in SLOW else order, threads)
+                for side in readers
                 if threads is None or side not in ONE_THREAD
             }
-            seconds = interleaved(sides, ROUNDS)
+            seconds = interleaved(sides, ROUNDS, before)
             for side in SLOW:
                 seconds[side] = [value * len(order) / len(tenth) for value in seconds[side]]
             print_reads(f"{name}, {who}", seconds, size, bounds)
     sys.stdout.flush()
     return bounds.failed
+
+
+def drop_pages(folder: Path) -> None:
+    """Take synced files out of the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def print_reads(name: str, seconds: dict[str, list[float]], size: int, bounds: Bounds) -> None:
@@ -323,7 +347,7 @@ def main() -> int:
         cores = usable_cores()
         print(f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s of what is in its cache, {cores} cores")
         print(f"{cores * decoded:,.0f}; a peer copies what it keeps uncompressed from the page cache.")
-        print("\nSettings, page cache warm; the peers give a new bfloat16 tensor, they have no way to fill one:")
+        print("\nSettings; the peers give a new bfloat16 tensor, they have no way to fill one:")
         print("  ours: CacheReader.read_codes(out=...), into a torch buffer that is kept, as training does")
         print("  zarr-python: array[begin:end] of the same files")
         for peer_name, peer in peers([], (1, 1)).items():
