@@ -21,6 +21,7 @@ from dflash_offline.stages.progress import Progress, Silent
 _ADVICE = {
     errno.EMFILE: "Let a process have more files open: `ulimit -n` shows how many, and `ulimit -n 4096` sets it. ",
     errno.ENFILE: "All programs of this machine together have too many files open: end some of them. ",
+    errno.EFBIG: "Let files become larger: `ulimit -f` shows how large, unless their disk sets the limit. ",
     errno.ESTALE: "The file was removed or replaced on another machine, or its server was restarted: see which. ",
 }
 _OUTSIDE_FAULTS = {
@@ -28,6 +29,8 @@ _OUTSIDE_FAULTS = {
 } | _ADVICE.keys()
 """System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name, and those that do not
 say by themselves what to do."""
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says where its allocation on the CPU fails, in an error of no class of its own."""
 _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 """Variables that keep libraries which are loaded from now on from drawing bars of their own."""
 
@@ -76,6 +79,9 @@ def _users_error(error: Exception, go_on: str) -> str | None:
     """Return what to tell of an error that is nobody's bug; None for a bug."""
     if isinstance(error, DflashError):
         return str(error)
+    if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+        found = " ".join(str(error).split()) or "an array could not be made"
+        return f"This process has too little memory: {found}. Let it have more, or do less at once. {go_on}".rstrip()
     if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}. {_ADVICE.get(error.errno or 0, '')}{go_on}".rstrip()

@@ -10,7 +10,7 @@ from dflash_offline.pipeline.terminal import print_json
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
 from dflash_offline.stages.extract import Extracted
-from dflash_offline.stages.forecast import Forecast, readable_seconds
+from dflash_offline.stages.forecast import Forecast, more_room, readable_seconds
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.samples import Plan
 
@@ -24,7 +24,7 @@ def print_done(done: Extracted, cache: Path, *, as_json: bool) -> None:
     samples = f"{done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
     if done.shards_left:
         print(f"{cache}: this share is done. Written now: {written}.")
-        print(f"{done.shards_left} of {samples} are left to other ranks.")
+        print(f"The cache has {samples}; {done.shards_left} of the shards are left to other ranks.")
     else:
         print(f"{cache} is complete: {samples}.")
         print(f"Written now: {written}.")
@@ -65,12 +65,12 @@ def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Fore
         print(
             f"Done        {forecast.shards_done:,} of {plan.num_shards:,} shards; about {left} are still to be written"
         )
-    fits = "" if forecast.bytes_left <= forecast.free_bytes else ": NOT ENOUGH"
-    print(f"Free        {readable_bytes(forecast.free_bytes)}{fits}")
+    fits = forecast.bytes_left <= forecast.free_bytes
+    print(f"Free        {readable_bytes(forecast.free_bytes)}{'' if fits else ': NOT ENOUGH'}")
     print(
         f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
     )
-    print("Next: the same without --plan.")
+    print(f"Next: {'the same without --plan' if fits else more_room(is_begun=forecast.rest_bytes is not None)}.")
 
 
 def _document(plan: Plan, layout: Layout, forecast: Forecast) -> dict[str, Any]:

@@ -30,12 +30,14 @@ _SHARDS_MEASURED = 32
 def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     """Return what the features of samples spread over the finished shards show, layer by layer.
 
+    `samples_asked` is how many there were to read: beyond `_MOST_BYTES` the later ones are left out.
     `layers` holds for each layer the norms of its tokens (root mean square over channels), how often the first token's
     is larger, and the channels that stand out; `similarity` [L][L] is the mean correlation of two layers' channels, and
     `difference` [L][L] their relative difference in each channel's own deviations. First tokens are left out of
     channels and similarities: many models keep activations there that are thousands of times the rest.
     """
-    samples = _spread_samples(records, num_samples)
+    chosen = _spread_samples(records, num_samples)
+    samples = chosen[: _num_fitting(records, chosen)]
     layer_ids = records.manifest.identity["layer_ids"]
     parts = [records.features(sample) for sample in samples]
     not_finite = np.sum([np.count_nonzero(~np.isfinite(part), axis=(0, 2)) for part in parts], axis=0).tolist()
@@ -59,6 +61,7 @@ def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     correlation, difference = _similarity(rest)
     return {
         "samples": samples,
+        "samples_asked": len(chosen),
         "tokens": sum(map(len, parts)),
         "layers": layers,
         "similarity": correlation.tolist(),
@@ -74,11 +77,13 @@ def _spread_samples(records: Records, num_samples: int) -> list[int]:
         raise CacheError(
             f"{records.cache} has no finished shard whose features could be read. Let `dflash extract` run."
         )
-    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, num_samples).round().astype(int))]
-    lengths = np.cumsum(records.samples.num_tokens[chosen])
-    layout = records.manifest.layout
-    fitting = np.searchsorted(lengths, _MOST_BYTES // (2 * layout.slot_bytes), "right")
-    return [int(sample) for sample in chosen[: max(1, int(fitting))]]
+    return [int(usable[i]) for i in np.unique(np.linspace(0, len(usable) - 1, num_samples).round().astype(int))]
+
+
+def _num_fitting(records: Records, samples: list[int]) -> int:
+    """Return how many of the samples, from the first on, are read at once; at least one."""
+    lengths = np.cumsum(records.samples.num_tokens[samples])
+    return max(1, int(np.searchsorted(lengths, _MOST_BYTES // (2 * records.manifest.layout.slot_bytes), "right")))
 
 
 def _channels(values: NDArray[np.float32]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def print_overview(found: dict[str, Any]) -> None:
 def print_marks(console: Console, marks: list[dict[str, Any]], otherwise: str) -> None:
     """Print what looks wrong, each with what to do; or that nothing does."""
     if not marks:
-        console.print(f"{'Marks':<12}none; {otherwise}")
+        console.print(f"{'Marks':<12}none{otherwise and f'; {otherwise}'}")
         return
     things = "1 thing looks" if len(marks) == 1 else f"{len(marks)} things look"
     console.print(Text(f"{things} wrong", style="bold red"))
@@ -219,7 +219,9 @@ def print_layers_view(view: dict[str, Any]) -> None:
 
 
 def _print_features(console: Console, features: dict[str, Any]) -> None:
-    console.print(f"Features of {len(features['samples'])} samples, {features['tokens']:,} tokens")
+    read, asked = len(features["samples"]), features["samples_asked"]
+    more = f"; the other {asked - read} of {asked} would take too much memory" if read < asked else ""
+    console.print(f"Features of {read} samples, {features['tokens']:,} tokens{more}")
     rows = []
     for row in features["layers"]:
         norm = row["norm"]

@@ -230,7 +230,7 @@ class Extraction:
             forecast = self.forecast(plan)
             self.progress.say(f"Forecast: {forecast}.")
             if not self.config.ignore_free_space:
-                refuse_too_large(self.config.out, forecast.num_bytes, forecast.free_bytes)
+                refuse_too_large(self.config.out, forecast.num_bytes, forecast.free_bytes, is_begun=False)
             layout = self.layout(plan.num_shards, plan.shard_tokens)
             create_arrays(folder / FEATURES, layout, list(self.layer_ids), self._scales(plan.samples))
             self._write_target(folder / TARGET)
@@ -321,7 +321,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     if len(left) < len(share):
         progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
     if left and not config.ignore_free_space:  # all that is left, not this rank's share: they fill one disk together
-        refuse_too_large(out, rest_bytes(manifest, samples, before) or 0, free_bytes(out))
+        refuse_too_large(out, rest_bytes(manifest, samples, before) or 0, free_bytes(out), is_begun=True)
     if left:
         done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
         if config.workers > 1:

@@ -179,14 +179,21 @@ def _planned_tokens(samples: SampleTable, finished: dict[int, Commit]) -> int:
     return int(samples.num_tokens[np.isin(samples.shard, list(finished))].sum())
 
 
-def refuse_too_large(out: Path, needed: int, free: int) -> None:
+def refuse_too_large(out: Path, needed: int, free: int, *, is_begun: bool) -> None:
     """Raise `DflashError` if what is still to be written does not fit the disk."""
     if needed > free:
+        advice = more_room(is_begun=is_begun)
         raise DflashError(
-            f"{out} needs {readable_bytes(needed)} more and its disk has {readable_bytes(free)} free. Name an --out "
-            f"elsewhere, take fewer samples, or a compact layout by --features rounded or --features scaled; "
-            f"--ignore-free-space starts all the same."
+            f"{out} needs {readable_bytes(needed)} more and its disk has {readable_bytes(free)} free. "
+            f"{advice[0].upper()}{advice[1:]}; --ignore-free-space starts all the same."
         )
+
+
+def more_room(*, is_begun: bool) -> str:
+    """Return what to do where a cache does not fit its disk; one that was begun can have no other settings."""
+    if is_begun:
+        return "make room there, or move the cache to a larger disk and name its new place with --out"
+    return "name an --out elsewhere, take fewer samples, or a compact layout by --features rounded or --features scaled"
 
 
 def readable_seconds(seconds: float) -> str:

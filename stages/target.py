@@ -125,9 +125,10 @@ def default_layer_ids(num_target_layers: int, num_layers: int | None) -> tuple[i
         )
     n = min(5, largest) if num_layers is None else num_layers
     if n < 1 or not usable(n):
+        some = ",".join(map(str, range(max(1, min(n, num_target_layers - 1)))))
         raise DflashError(
             f"{n} layers cannot be spread over a target of {num_target_layers} layers without repeating one. "
-            f"The largest usable number is {largest}; or name them, as in --layers 1,3,5."
+            f"The largest usable number is {largest}; or name them, as in --layers {some}."
         )
     return tuple(spread(n))
 

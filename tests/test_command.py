@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from dflash_offline.pipeline.command import dflash_line, free_name, reported
@@ -53,7 +54,13 @@ def test_an_error_is_an_event_and_the_last_event_says_how_it_ended(
 
 
 @pytest.mark.parametrize(
-    ("number", "advice"), [("EMFILE", "ulimit -n"), ("ENFILE", "end some of them"), ("ESTALE", "another machine")]
+    ("number", "advice"),
+    [
+        ("EMFILE", "ulimit -n"),
+        ("ENFILE", "end some of them"),
+        ("EFBIG", "ulimit -f"),
+        ("ESTALE", "another machine"),
+    ],
 )
 def test_a_fault_of_the_system_is_told_with_what_to_do(number: str, advice: str, capsys: Captured) -> None:
     code = getattr(errno, number)
@@ -62,6 +69,15 @@ def test_a_fault_of_the_system_is_told_with_what_to_do(number: str, advice: str,
     assert (
         found == 1 and said.startswith(f"a b: {os.strerror(code)}. ") and advice in said and said.endswith(" Repeat.")
     )
+
+
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_memory_that_does_not_suffice_is_no_bug(of_torch: bool, capsys: Captured) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        _ = torch.empty(1 << 60, dtype=torch.uint8) if of_torch else bytearray(1 << 60)
+    code, events = ended(caught.value, capsys)
+    assert code == 1 and "traceback" not in events[2]
+    assert "too little memory" in events[2]["message"] and events[2]["message"].endswith(" Repeat.")
 
 
 def test_a_command_that_ends_well_or_by_an_exit_code_says_so(capsys: Captured) -> None:

@@ -119,6 +119,8 @@ def test_default_layers_follow_the_reference_rule() -> None:
     assert default_layer_ids(6, None) == (1, 2, 3)
     with pytest.raises(DflashError, match="largest usable number is 3"):
         default_layer_ids(6, 5)
+    with pytest.raises(DflashError, match=r"as in --layers 0,1,2\."):  # the layers that a target of four has
+        default_layer_ids(4, 7)
 
 
 def test_micro_batches_hold_every_sample_once_and_keep_to_the_budget(cache: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tiny_target import save_tokenizer
 from typer.testing import CliRunner, Result
 
+from dflash_offline.pipeline import feature_figures
 from dflash_offline.pipeline.app import app
 from dflash_offline.pipeline.inspect_sample import marked_runs
 from dflash_offline.pipeline.plan_numbers import NUM_BINS, mask_token_use, spread
@@ -114,6 +115,19 @@ def test_the_features_of_a_few_samples_name_the_channel_and_the_layers_that_are_
     assert ("layers too alike", "layers 1 and 2") in kinds
     assert view["features"]["layers"][2]["channels"]["largest"][0]["channel"] == 17
     assert view["features"]["similarity"][0][1] > 0.98 > 0.1 > abs(view["features"]["similarity"][0][2])
+
+
+def test_samples_that_would_take_too_much_memory_are_said_to_be_left_out(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = document(cache, "--layers", "--features", 4)["features"]
+    assert whole["samples_asked"] == len(whole["samples"]) == 4
+    text = shown(cache, "--layers", "--features", 4)
+    assert "too much memory" not in text and "none\n" in text
+    monkeypatch.setattr(feature_figures, "_MOST_BYTES", 1)
+    part = document(cache, "--layers", "--features", 4)["features"]
+    assert part["samples"] == whole["samples"][:1] and part["samples_asked"] == 4
+    assert "the other 3 of 4 would take too much memory" in " ".join(shown(cache, "--layers", "--features", 4).split())
 
 
 def test_a_layer_that_is_odd_in_some_shards_alone_is_marked_with_them(tmp_path: Path) -> None:

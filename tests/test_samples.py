@@ -186,6 +186,8 @@ def test_data_without_a_sample_says_why(tmp_path: Path) -> None:
     silent = {"messages": [{"role": "user", "content": "the cat sees the dog"}]}
     with pytest.raises(BadInputError, match="2 rows: no supervised token"):
         plan(tmp_path, [silent, silent])
+    with pytest.raises(BadInputError, match=r"within its first 5 tokens \(--max-length\)"):
+        plan(tmp_path, conversations(3), max_length=5)
 
 
 def test_the_mask_token_is_a_reserved_one_that_no_sample_contains(tmp_path: Path) -> None:

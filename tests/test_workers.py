@@ -59,6 +59,13 @@ def test_ranks_do_their_shares_in_any_order_and_another_mix_finishes(
     assert content(config.out) == content(cache)
 
 
+def test_a_rank_that_is_done_says_how_many_shards_others_have(extract_config: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    shown = CliRunner().invoke(app, [*command(extract_config, out)[3:], "--world-size", "3", "--quiet"]).stdout
+    total, done = Manifest.read(out).layout.num_shards, len(list((out / "commits").iterdir()))
+    assert f" in {total} shards; {total - done} of the shards are left to other ranks." in shown
+
+
 def test_workers_and_ranks_mix_and_change_from_one_call_to_the_next(
     extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,8 +127,10 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_the_work_unless_told(
     _, _, expected = plan_only(config, Silent())
     # Room for the features alone does not do: the target's embeddings, its tokenizer and the plan need some too.
     free.write_text(str(expected.bytes_by_kind["lossless"]))
-    with pytest.raises(DflashError, match=r"needs .* its disk has .* free.*--ignore-free-space"):
+    with pytest.raises(DflashError, match=r"needs .* its disk has .* free.*fewer samples.*--ignore-free-space"):
         extract(config, Silent())
+    shown = CliRunner().invoke(app, [*command(extract_config, config.out)[3:], "--plan", "--quiet"]).stdout
+    assert "NOT ENOUGH" in shown and "fewer samples" in shown.splitlines()[-1]
     assert not config.out.exists()
     assert extract(replace(config, ignore_free_space=True), Silent()).shards_left == 0
 
@@ -157,7 +166,8 @@ def test_a_begun_cache_starts_where_all_that_is_left_fits_whichever_rank_asks(
         monkeypatch.setattr(module, "free_bytes", lambda _out: rest // 2)
     # Half of the rest would hold this rank's share, but the others' are written to the same disk.
     for shares in ({}, {"rank": 2, "world_size": 8}):
-        with pytest.raises(DflashError, match=r"needs .* more and its disk has .* free.*--ignore-free-space"):
+        # Other settings would be refused: only room helps.
+        with pytest.raises(DflashError, match=r"more and its disk has .* free\. Make room .*--ignore-free-space"):
             extract(replace(config, **shares), Silent())
     assert len(list((out / "commits").iterdir())) == num_done
     monkeypatch.setattr(extracting, "free_bytes", lambda _out: round(1.3 * rest))
