@@ -140,7 +140,7 @@ def run_workers(
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}
     report = Report(progress, samples, len(left), done)
-    faults: list[str] = []
+    faults: list[DflashError | OSError] = []
     try:
         for index in range(config.workers):
             receiver, sender = context.Pipe(duplex=False)
@@ -172,12 +172,12 @@ def run_workers(
     progress.finish()
     for process in processes.values():
         if process.exitcode not in (0, _FAULT):
-            faults.append(f"{process.name} ended with exit code {process.exitcode}.")
+            faults.append(DflashError(f"{process.name} ended with exit code {process.exitcode}."))
     left_over = [shard for shard in left if not is_done(shard)]
     if faults and not left_over:  # the others did its shards as well
-        progress.say("\n".join(faults))
+        progress.say("\n".join(map(_told, faults)))
     elif faults:
-        raise DflashError("\n".join(dict.fromkeys(faults)))
+        raise _as_one(faults)
     return report.written
 
 
@@ -215,9 +215,23 @@ def _worker(
     except BrokenPipeError:  # the command was killed; its workers must not live on unseen
         raise SystemExit(_FAULT) from None
     except (DflashError, OSError) as error:
-        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        sender.send("fault", f"{place}{getattr(error, 'strerror', None) or error}")
+        known = isinstance(error, OSError) and error.errno is not None
+        sender.send("fault", error if known else DflashError(str(error)))
         raise SystemExit(_FAULT) from None
+
+
+def _as_one(faults: list[DflashError | OSError]) -> DflashError | OSError:
+    """Return what to raise: a fault of the system that all have met as it is, for commands have advice for it."""
+    numbers = {fault.errno if isinstance(fault, OSError) else None for fault in faults}
+    if len(numbers) == 1 and None not in numbers:
+        return faults[0]
+    return DflashError("\n".join(dict.fromkeys(map(_told, faults))))
+
+
+def _told(fault: DflashError | OSError) -> str:
+    if isinstance(fault, OSError) and fault.filename:
+        return f"{fault.filename}: {fault.strerror}"
+    return str(fault)
 
 
 def _device(config: ExtractConfig, index: int) -> str:

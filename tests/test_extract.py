@@ -298,12 +298,14 @@ def test_a_target_with_scaled_embeddings_is_refused_by_name(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_file_size_limit_gives_a_clear_error_and_a_resumable_cache(
-    cache: Path, extract_config: Settings, tmp_path: Path
+    cache: Path, extract_config: Settings, tmp_path: Path, workers: int
 ) -> None:
     out = tmp_path / "cache"
-    code, said = run(arguments(extract_config, out), most_file_bytes=200 << 10)
+    code, said = run([*arguments(extract_config, out), "--workers", str(workers)], most_file_bytes=200 << 10)
     assert code == 1 and f"{out}/tmp/" in said and "File too large" in said and "Traceback" not in said, said
+    assert "`ulimit -f`" in said and "repeat" in said
     assert run(arguments(extract_config, out))[0] == 0
     assert content(out) == content(cache)
 
