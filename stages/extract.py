@@ -61,6 +61,7 @@ from dflash_offline.stages.target import (
     embedding_tensors,
     load_as_configured,
     open_target,
+    refuse_non_finite,
     resolve_dtype,
 )
 from dflash_offline.stages.workers import Work, run_shards, run_workers
@@ -264,6 +265,7 @@ class Extraction:
                 shutil.copyfile(self.files.folder / name, folder / name)
         self.files.tokenizer.save_pretrained(folder)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in embedding_tensors(self.model).items()}
+        refuse_non_finite(tensors, self.files.name)
         save_file(tensors, folder / EMBEDDINGS)
 
     def _origin(self) -> dict[str, Any]:

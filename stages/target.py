@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -459,6 +459,18 @@ def embedding_tensors(model: Any) -> dict[str, Tensor]:
     if getattr(head, "bias", None) is not None:
         tensors["lm_head.bias"] = head.bias.detach()
     return tensors
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a target whose embeddings or head, which every draft borrows, hold a value that is not finite."""
+    for part, tensor in tensors.items():
+        rows = tensor.reshape(len(tensor), -1)
+        sound = rows.amin(dim=1).isfinite() & rows.amax(dim=1).isfinite()
+        if not sound.all():
+            raise UnsupportedTargetError(
+                f"{name}: row {int(sound.int().argmin())} of {part} holds a value that is not finite, and drafts "
+                f"borrow it. Use a sound copy of the target."
+            )
 
 
 def _plain(config: Any) -> Any:

@@ -212,7 +212,7 @@ class Training:
         saved = list_checkpoints(self.config.out)
         raise DflashError(
             f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
-            f"The last good checkpoint is {saved[-1] if saved else '(none)'}. Lower --learning-rate, or look at those "
+            f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "
             f"samples with `dflash inspect {self.corpus.readers[cache].cache} --sample {number}`."
         )
 

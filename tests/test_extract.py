@@ -279,6 +279,18 @@ def test_a_dead_layer_is_refused(target: Path, extract_config: Settings, tmp_pat
         extract(ExtractConfig(**extract_config | {"target": str(broken)}, out=tmp_path / "cache"), Silent())
 
 
+def test_a_target_whose_embeddings_are_not_finite_is_refused(
+    target: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    model.model.embed_tokens.weight.data[299, 5] = float("nan")  # of a token that no conversation holds
+    folder = shutil.copytree(target, tmp_path / "broken")
+    model.save_pretrained(folder)
+    with pytest.raises(UnsupportedTargetError, match=r"row 299 of embed_tokens\.weight holds a value that is not"):
+        extract(ExtractConfig(**extract_config | {"target": str(folder)}, out=tmp_path / "cache"), Silent())
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_target_with_scaled_embeddings_is_refused_by_name(
     target: Path, extract_config: Settings, tmp_path: Path
 ) -> None:
