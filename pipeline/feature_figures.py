@@ -30,14 +30,13 @@ _SHARDS_MEASURED = 32
 def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     """Return what the features of samples spread over the finished shards show, layer by layer.
 
-    `samples_asked` is how many there were to read: beyond `_MOST_BYTES` the later ones are left out.
+    `samples_asked` is how many there were to read: so few are that `_MOST_BYTES` hold them.
     `layers` holds for each layer the norms of its tokens (root mean square over channels), how often the first token's
     is larger, and the channels that stand out; `similarity` [L][L] is the mean correlation of two layers' channels, and
     `difference` [L][L] their relative difference in each channel's own deviations. First tokens are left out of
     channels and similarities: many models keep activations there that are thousands of times the rest.
     """
-    chosen = _spread_samples(records, num_samples)
-    samples = chosen[: _num_fitting(records, chosen)]
+    samples = _spread_samples(records, num_samples)
     layer_ids = records.manifest.identity["layer_ids"]
     parts = [records.features(sample) for sample in samples]
     not_finite = np.sum([np.count_nonzero(~np.isfinite(part), axis=(0, 2)) for part in parts], axis=0).tolist()
@@ -61,7 +60,7 @@ def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     correlation, difference = _similarity(rest)
     return {
         "samples": samples,
-        "samples_asked": len(chosen),
+        "samples_asked": min(num_samples, len(records.usable())),
         "tokens": sum(map(len, parts)),
         "layers": layers,
         "similarity": correlation.tolist(),
@@ -77,13 +76,12 @@ def _spread_samples(records: Records, num_samples: int) -> list[int]:
         raise CacheError(
             f"{records.cache} has no finished shard whose features could be read. Let `dflash extract` run."
         )
-    return [int(usable[i]) for i in np.unique(np.linspace(0, len(usable) - 1, num_samples).round().astype(int))]
-
-
-def _num_fitting(records: Records, samples: list[int]) -> int:
-    """Return how many of the samples, from the first on, are read at once; at least one."""
-    lengths = np.cumsum(records.samples.num_tokens[samples])
-    return max(1, int(np.searchsorted(lengths, _MOST_BYTES // (2 * records.manifest.layout.slot_bytes), "right")))
+    most = _MOST_BYTES // (2 * records.manifest.layout.slot_bytes)
+    for count in range(min(num_samples, len(usable)), 0, -1):
+        chosen = usable[np.linspace(0, len(usable) - 1, count).round().astype(int)]
+        if records.samples.num_tokens[chosen].sum() <= most:
+            break
+    return [int(sample) for sample in chosen]
 
 
 def _channels(values: NDArray[np.float32]) -> dict[str, Any]:

@@ -124,6 +124,10 @@ def test_samples_that_would_take_too_much_memory_are_said_to_be_left_out(
     assert whole["samples_asked"] == len(whole["samples"]) == 4
     text = shown(cache, "--layers", "--features", 4)
     assert "too much memory" not in text and "none\n" in text
+    reader, ends = CacheReader(cache), [whole["samples"][0], whole["samples"][-1]]
+    room = 2 * reader.manifest.layout.slot_bytes * int(reader.samples.num_tokens[ends].sum())
+    monkeypatch.setattr(feature_figures, "_MOST_BYTES", room)
+    assert document(cache, "--layers", "--features", 4)["features"]["samples"] == ends
     monkeypatch.setattr(feature_figures, "_MOST_BYTES", 1)
     part = document(cache, "--layers", "--features", 4)["features"]
     assert part["samples"] == whole["samples"][:1] and part["samples_asked"] == 4
