@@ -345,6 +345,8 @@ def test_the_command_tells_a_draft_from_a_cache_and_exits_1_with_every_fault(
     assert "is sound" in verify(cache, "--quiet").stdout
     nothing = verify(tmp_path)
     assert nothing.exit_code == 1 and "is not a feature cache" in nothing.output
+    assert "--repair mends caches" in verify(draft, "--repair").output
+    assert "`dflash verify` and `dflash eval`" in CliRunner().invoke(app, ["inspect", str(draft)]).output
 
 
 def test_a_draft_is_verified_without_torch(draft: Path) -> None:

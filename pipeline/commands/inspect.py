@@ -129,10 +129,17 @@ def _show_runs(runs: list[Path], named: list[str], html: Path | None, as_json: b
 
 
 def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as_json: bool) -> None:
+    from dflash_offline.schemas.draft_lint import is_draft
+    from dflash_offline.schemas.manifest import MANIFEST
+
     if len(caches) > 1:
         raise DflashError("Several folders are compared only where all are runs. Name one cache.")
     if caches[0].is_file():
         raise DflashError(f"{caches[0]} is a file. To see a row of data as it would be extracted, name a --target.")
+    if not (caches[0] / MANIFEST).exists() and is_draft(caches[0]):
+        raise DflashError(
+            f"{caches[0]} is a model. Of a draft, `dflash verify` and `dflash eval` say more."
+        )
     if html is not None:
         from dflash_offline.pipeline.cache_page import write_cache_page
 

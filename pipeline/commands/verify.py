@@ -9,6 +9,7 @@ from dflash_offline.pipeline.arguments import Device, Json, LogFormatOption, Qui
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.config import RerunConfig
+from dflash_offline.schemas.errors import DflashError
 
 
 def verify(
@@ -47,6 +48,10 @@ def verify(
         from dflash_offline.schemas.manifest import MANIFEST
 
         if not (folder / MANIFEST).exists() and is_draft(folder):
+            if repair:
+                raise DflashError(
+                    f"{folder} is a draft, and --repair mends caches. Export it again."
+                )
             if not report.verify_draft(folder, target, as_json=json_):
                 raise typer.Exit(1)
             return
