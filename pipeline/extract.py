@@ -53,7 +53,9 @@ def print_plan(config: ExtractConfig, plan: Plan, layout: Layout, forecast: Fore
         print(f"            left out: {count:,} rows: {reason}")
     supervised = counts["supervised"] / counts["tokens"]
     print(f"Tokens      {counts['tokens']:,}; supervised {supervised:.0%}; {counts['anchors']:,} anchors")
-    print(f"Shards      {plan.num_shards:,} of {readable_bytes(layout.shard_tokens * layout.slot_bytes)} raw")
+    shard_bytes = layout.shard_tokens * layout.slot_bytes
+    why = ": the longest sample must fit" if shard_bytes > config.shard_mib << 20 else ""
+    print(f"Shards      {plan.num_shards:,} of {readable_bytes(shard_bytes)} raw{why}")
     for kind in FEATURE_KINDS:
         chosen = "   <- asked for" if kind == config.features else ""
         size = readable_bytes(forecast.bytes_by_kind[kind])

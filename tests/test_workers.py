@@ -113,6 +113,9 @@ def test_the_plan_command_prints_every_layout_and_json(extract_config: Settings,
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert all(kind in shown.stdout for kind in ("lossless", "rounded", "scaled", "Free", "Time"))
+    assert "longest sample" not in shown.stdout
+    wide = ["--chunk-tokens", str((2 << 20) // (3 * 32 * 2))]  # of 2 MiB: a sample takes whole ones
+    assert "of 2.0 MiB raw: the longest sample must fit" in CliRunner().invoke(app, [*arguments, *wide]).stdout
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert found["fits"] and set(found["bytes"]) == {"lossless", "rounded", "scaled"}
 

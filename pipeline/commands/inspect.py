@@ -137,9 +137,7 @@ def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as
     if caches[0].is_file():
         raise DflashError(f"{caches[0]} is a file. To see a row of data as it would be extracted, name a --target.")
     if not (caches[0] / MANIFEST).exists() and is_draft(caches[0]):
-        raise DflashError(
-            f"{caches[0]} is a model. Of a draft, `dflash verify` and `dflash eval` say more."
-        )
+        raise DflashError(f"{caches[0]} is a model. Of a draft, `dflash verify` and `dflash eval` say more.")
     if html is not None:
         from dflash_offline.pipeline.cache_page import write_cache_page
 

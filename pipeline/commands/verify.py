@@ -49,9 +49,7 @@ def verify(
 
         if not (folder / MANIFEST).exists() and is_draft(folder):
             if repair:
-                raise DflashError(
-                    f"{folder} is a draft, and --repair mends caches. Export it again."
-                )
+                raise DflashError(f"{folder} is a draft, and --repair mends caches. Export it again.")
             if not report.verify_draft(folder, target, as_json=json_):
                 raise typer.Exit(1)
             return
