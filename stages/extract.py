@@ -103,8 +103,6 @@ class Extraction:
             else default_layer_ids(self.files.num_layers, config.num_layers)
         )
         self.device = choose_device(config.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # kernels that transformers brings are launched on the current one
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
         self.masker = Masker(self.files, config)
         self._model: Any = None
