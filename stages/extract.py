@@ -3,6 +3,7 @@
 Axes: L captured layers, H hidden size.
 """
 
+import gc
 import os
 import platform
 import re
@@ -179,6 +180,7 @@ class Extraction:
     def unload(self) -> None:
         """Drop the model, so that worker processes have its memory."""
         self._model = None
+        gc.collect()  # hooks of a quantized one hold their modules, which hold them
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
