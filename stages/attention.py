@@ -103,8 +103,8 @@ def tiled_mask(blocks: Blocks, rule: AttentionRule) -> TiledMask:
         first = document_starts(blocks.document_ids).gather(1, anchors)
     if rule.window is not None:
         first = torch.maximum(first, anchors - rule.window + 1)
-    begins = first.masked_fill(~keep, blocks.seq_len).amin(dim=0).tolist()
-    ends = anchors.masked_fill(~keep, 0).amax(dim=0).tolist()
+    first, last = first.masked_fill(~keep, blocks.seq_len), anchors.masked_fill(~keep, 0)
+    begins, ends = torch.stack((first.amin(dim=0), last.amax(dim=0))).tolist()
     row = torch.arange(len(anchors), device=anchors.device)[:, None, None, None]
     step, tiles = max(TILE_QUERIES // size, 1), []
     for block in range(0, len(ends), step):
@@ -141,12 +141,12 @@ def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(row, query, key, blocks, rule)
 
-    return BlockMask.from_kv_blocks(
-        *_listed(seen & ~whole),
-        *_listed(whole),
-        BLOCK_SIZE=_FLEX_TILE,
-        mask_mod=mask_mod,
-        seq_lengths=(blocks.num_queries, blocks.seq_len + blocks.num_queries),
+    partly = seen & ~whole
+    # Listed by keys as well, which `from_kv_blocks` would do with indices of the CPU's, so that it waits for a GPU.
+    keys, whole_keys, queries, whole_queries = map(_listed, (partly, whole, partly.mT, whole.mT))
+    lengths = blocks.num_queries, blocks.seq_len + blocks.num_queries
+    return BlockMask(
+        lengths, *keys, *whole_keys, *queries, *whole_queries, BLOCK_SIZE=(_FLEX_TILE, _FLEX_TILE), mask_mod=mask_mod
     )
 
 
@@ -156,7 +156,7 @@ def _by_tile(x: Tensor, num_tiles: int) -> Tensor:
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for bool [B, query tiles, key tiles], how many are true and their indices first, as flex lists them.
+    """Return, for bool [B, rows, tiles], how many of each row are true and their indices first, as flex lists them.
 
     Contiguous: its compiled kernels take the strides for granted.
     """

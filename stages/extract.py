@@ -3,6 +3,7 @@
 Axes: L captured layers, H hidden size.
 """
 
+import gc
 import os
 import platform
 import re
@@ -104,8 +105,6 @@ class Extraction:
             else default_layer_ids(self.files.num_layers, config.num_layers)
         )
         self.device = choose_device(config.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # kernels that transformers brings are launched on the current one
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
         self.masker = Masker(self.files, config)
         self._model: Any = None
@@ -182,6 +181,7 @@ class Extraction:
     def unload(self) -> None:
         """Drop the model, so that worker processes have its memory."""
         self._model = None
+        gc.collect()  # hooks of a quantized one hold their modules, which hold them
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

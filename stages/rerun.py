@@ -127,8 +127,6 @@ def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> 
     if not len(finished):
         raise CacheError(f"{cache} has no finished shard to compare with the target. Let `dflash extract` finish one.")
     device = choose_device(rerun.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     files, model = _open_recorded(reader, rerun, device)
     hidden_size, last = reader.manifest.layout.hidden_size, files.num_layers - 1
     found = {

@@ -44,7 +44,7 @@ def quiet_libraries() -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device a setting stands for; auto is a GPU if there is one."""
+    """Return the device a setting stands for, a GPU with its number; auto is the first GPU if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -55,9 +55,12 @@ def choose_device(device: str) -> torch.device:
         raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.") from error
     if chosen.type not in ("cpu", "cuda"):
         raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cpu":
+        return chosen
+    index = chosen.index or 0
+    if index >= torch.cuda.device_count():
         raise DflashError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0.")
-    return chosen
+    return torch.device("cuda", index)
 
 
 def target_folder(name: str, revision: str | None = None) -> Path:
@@ -283,7 +286,8 @@ def load_model(
     """Return the target's weights as a frozen causal language model in evaluation mode.
 
     With a `device_map` (auto, balanced, ...) transformers spreads it over all devices; without one it goes to
-    `device`. A quantized checkpoint is put in place as it loads, since it cannot be moved afterwards.
+    `device`. A quantized checkpoint is put in place as it loads, since it cannot be moved afterwards. A GPU becomes
+    the current one, on which kernels that transformers brings are launched.
     """
     quantized = getattr(files.config, "quantization_config", None) is not None
     placement = device_map or ({"": device} if quantized else None)
@@ -292,6 +296,8 @@ def load_model(
             f"Loading {files.folder} {'quantized' if quantized else 'over several devices'} needs the accelerate "
             f"package. Install it: pip install 'dflash-offline[large]'."
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             files.folder,

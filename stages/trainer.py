@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo.config as compiler
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft import FULL, AttentionRule
@@ -25,6 +26,9 @@ from dflash_offline.stages.objective import (
 )
 
 logger = logging.getLogger(__name__)
+_FLEX_VARIANTS = 64
+"""Of flex attention, more than are ever compiled: for padded rows of any number and length, or of one row, with and
+without gradients, for both kinds of layers. Beyond its limit torch runs it uncompiled, which holds all scores."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class DFlashTrainerModule(nn.Module):
         problems = self._setting_problems()
         if problems:
             raise DflashError("This trainer cannot be built:\n  " + "\n  ".join(problems))
+        if attention_backend == "flex_attention":
+            compiler.recompile_limit = max(compiler.recompile_limit, _FLEX_VARIANTS)
         if isinstance(draft_model, DraftModel):
             draft_model.attention_backend = attention_backend
             if compiled:

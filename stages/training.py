@@ -159,10 +159,15 @@ class Training:
         for batch in batches:
             sums += self._backward(batch)
             tokens, samples, wait_s = tokens + batch.num_tokens, samples + len(batch.samples), wait_s + batch.wait_s
-        counts = torch.tensor([tokens, samples, wait_s, stop], dtype=torch.float64, device=self.device)
-        sums, counts = self.ranks.add(torch.cat((sums, counts))).split((len(sums), 4))
-        norm = self._apply_gradients(sums)
-        tokens, samples, wait_s, stop = counts.tolist()
+        counts = (sums.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
+        totals = self.ranks.add(torch.cat((sums, *counts)))
+        sums = totals[: len(sums)]
+        norm = self._scaled_gradients_norm(sums)
+        # All that is read, at once: here a GPU is waited for, and never behind the update.
+        loss_sum, *_, tokens, samples, wait_s, stop, norm = torch.cat((totals, norm.double()[None])).tolist()
+        if not (math.isfinite(norm) and math.isfinite(loss_sum)):
+            self._refuse_non_finite()
+        self._update()
         return StepResult(
             sums=sums,
             tokens=int(tokens),
@@ -186,23 +191,21 @@ class Training:
             ) from error
         return sums_of(metrics)
 
-    def _apply_gradients(self, sums: torch.Tensor) -> float:
-        """Update the draft from the sum of all gradients; returns their norm before clipping."""
+    def _scaled_gradients_norm(self, sums: torch.Tensor) -> torch.Tensor:
+        """Make the gradients the mean's over all ranks, clipped; returns their norm before clipping."""
         parameters = list(self.draft.parameters())
         self.ranks.add_gradients(parameters)
-        loss_sum, loss_weight = sums[0], sums[1]
-        scale = (1.0 / (loss_weight + 1e-6)).float()
+        scale = (1.0 / (sums[1] + 1e-6)).float()
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
-        if not all(map(math.isfinite, torch.stack((norm.double(), loss_sum)).tolist())):
-            self._refuse_non_finite()
+        return nn.utils.clip_grad_norm_(parameters, self.config.clip)
+
+    def _update(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average:
             self.average.update(self.draft, self.state.step)
-        return float(norm)
 
     def _refuse_non_finite(self) -> None:
         first = self.state.step * self.per_step

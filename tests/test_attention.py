@@ -121,6 +121,11 @@ def test_flex_visits_every_tile_with_a_visible_pair_and_no_other(
     assert flex.kv_indices.is_contiguous() and flex.full_kv_indices is not None and flex.full_kv_indices.is_contiguous()
     whole = as_tiles(flex.full_kv_num_blocks, flex.full_kv_indices)
     assert torch.equal(whole, by_tile.all(dim=-1))
+    by_key = as_tiles(flex.q_num_blocks, flex.q_indices), as_tiles(flex.full_q_num_blocks, flex.full_q_indices)
+    partly = by_tile.any(dim=-1) & ~whole
+    assert torch.equal(by_key[0], partly.mT) and torch.equal(by_key[1], whole.mT)
+    assert flex.q_indices is not None and flex.q_indices.is_contiguous()
+    assert flex.full_q_indices is not None and flex.full_q_indices.is_contiguous()
     assert bool(whole.any()) == (rule != AttentionRule(40))
 
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from processes import Command, run
 from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
@@ -24,7 +26,7 @@ from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.files import ABANDONED_S
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.capture import micro_batches
-from dflash_offline.stages.extract import extract
+from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.features import NAN
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target import capture, default_layer_ids, load_model, open_target
@@ -381,3 +383,11 @@ def test_a_cache_on_a_file_system_that_became_read_only_is_told_and_resumed_late
 def test_other_devices_are_refused(extract_config: Settings, tmp_path: Path, device: str) -> None:
     with pytest.raises(DflashError, match="device is"):
         extract(ExtractConfig(**extract_config | {"device": device}, out=tmp_path / "cache"), Silent())
+
+
+def test_an_unloaded_target_is_gone_though_its_hooks_hold_it(extract_config: dict[str, object], tmp_path: Path) -> None:
+    extraction = Extraction(ExtractConfig(**extract_config, out=tmp_path / "cache"), Silent())
+    extraction.model.apply(lambda module: add_hook_to_module(module, ModelHook()))
+    weights = weakref.ref(next(extraction.model.parameters()))
+    extraction.unload()
+    assert weights() is None

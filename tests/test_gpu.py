@@ -1,5 +1,6 @@
 """What only a GPU can show: flex attention's gradients, compiled steps in bfloat16, and both stages on one."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_a_compiled_step_with_checkpointing_equals_a_plain_one() -> None:
     metrics, grads = trained(checkpointing=True, attention_backend="flex_attention", compiled=True)
     assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     check_close(grads, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_padded_batches_of_many_shapes_never_run_flex_attention_uncompiled(compiled: bool) -> None:
+    draft = draft_with("one sliding")
+    trainer = tiny_trainer(draft, attention_backend="flex_attention", compiled=compiled).to(DEVICE)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows, length, grad in itertools.product((4, 3, 1), (60, 90, 140), (True, False)):
+            batch = tiny_batch(draft.config, [length] * rows)
+            with torch.set_grad_enabled(grad):
+                trainer(*(x.to(DEVICE) for x in (batch.input_ids, batch.hidden_states, batch.loss_mask)))
 
 
 def test_batches_copied_beside_the_computation_are_the_loaded_ones(cache: Path) -> None:

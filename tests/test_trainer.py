@@ -409,3 +409,11 @@ def test_trainer_refuses_inputs_of_different_lengths() -> None:
     batch = tiny_batch(trainer.draft_model.config, [20])
     with pytest.raises(DflashError, match=r"expected \[B, S\], \[B, S, L\*H\] and \[B, S\]"):
         trainer(batch.input_ids, batch.hidden_states[:, 1:], batch.loss_mask)
+
+
+def test_flex_attention_may_be_compiled_for_all_shapes_of_a_padded_run() -> None:
+    with torch._dynamo.config.patch(recompile_limit=8):
+        tiny_trainer(attention_backend="sdpa")
+        assert torch._dynamo.config.recompile_limit == 8
+        tiny_trainer(attention_backend="flex_attention")
+        assert torch._dynamo.config.recompile_limit >= 64
