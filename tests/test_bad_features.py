@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,17 +58,19 @@ def broken(target: Path, folder: Path, harm: Callable[[torch.nn.Module], None]) 
     return folder
 
 
+def too_large(token: int, model: torch.nn.Module) -> None:
+    """Give a token a feature that bfloat16 cannot hold; a norm makes zeros of it: no other position sees it."""
+    model.model.embed_tokens.weight.data[token, 5] = 3.4e38  # type: ignore[union-attr,operator,index]
+
+
 def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
     extract_config: Settings, target: Path, tmp_path: Path, rare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
 
-    def harm(model: torch.nn.Module) -> None:
-        model.model.embed_tokens.weight.data[rare] = float("inf")  # type: ignore[union-attr,operator,index]
-
-    name = str(broken(target, tmp_path / "broken", harm))
+    name = str(broken(target, tmp_path / "broken", partial(too_large, rare)))
     config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache")
-    told = r"Sample \d+ \(chats.jsonl:\d+\): a feature is not finite at layer 1.*--on-bad-features skip"
+    told = r"Sample \d+ \(chats.jsonl:\d+\): a feature is too large at layer 1.*--on-bad-features skip"
     with pytest.raises(DflashError, match=re.compile(told, re.DOTALL)):
         extract(replace(config, workers=2), Silent())  # a worker's fault is the command's
     done = extract(replace(config, on_bad_features="skip"), Silent())
@@ -81,16 +84,13 @@ def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
     assert verify_cache(done.cache, Silent()) == []
     shown = CliRunner().invoke(app, ["inspect", str(done.cache)])
     assert f"{len(holders)} samples whose features were bad" in shown.stdout
-    assert f"e.g. sample {min(holders)}: a feature is not finite at layer 1" in shown.stdout
+    assert f"e.g. sample {min(holders)}: a feature is too large at layer 1" in shown.stdout
 
 
 def test_a_feature_too_large_to_store_is_refused_with_sample_layer_and_position(
     cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
 ) -> None:
-    def harm(model: torch.nn.Module) -> None:  # a norm makes zeros of it, so that no other position sees it
-        model.model.embed_tokens.weight.data[rare, 5] = 3.4e38  # type: ignore[union-attr,operator,index]
-
-    name = str(broken(target, tmp_path / "broken", harm))
+    name = str(broken(target, tmp_path / "broken", partial(too_large, rare)))
     samples = CacheReader(cache).samples
     ids = {sample: samples.input_ids(sample).tolist() for sample in range(len(samples))}
     first = next(sample for sample, held in ids.items() if rare in held)
@@ -121,16 +121,14 @@ def test_a_target_that_spoils_everything_is_refused_although_told_to_skip(
 def test_scaled_features_are_calibrated_without_the_bad_samples_or_refused_naming_them(
     cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
 ) -> None:
-    def harm(model: torch.nn.Module) -> None:
-        model.model.embed_tokens.weight.data[rare] = float("inf")  # type: ignore[union-attr,operator,index]
-
-    name = str(broken(target, tmp_path / "broken", harm))
+    name = str(broken(target, tmp_path / "broken", partial(too_large, rare)))
     config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache", features="scaled")
     sound = CacheReader(cache)
     holders = {i for i in range(len(sound.samples)) if rare in sound.samples.input_ids(i)}
     first = min(holders)
-    told = rf"{len(holders)} of the 80 samples.*calibrate.*Sample {first} \(chats.jsonl:\d+\): a feature is not finite "
-    with pytest.raises(CacheError, match=re.compile(f"{told}at layer 1, position 0", re.DOTALL)):
+    told = rf"{len(holders)} of the 80 samples.*calibrate.*Sample {first} \(chats.jsonl:\d+\): a feature is too large "
+    position = sound.samples.input_ids(first).tolist().index(rare)
+    with pytest.raises(CacheError, match=re.compile(f"{told}at layer 1, position {position}", re.DOTALL)):
         extract(config, Silent())
     assert not config.out.exists()
     done = extract(replace(config, on_bad_features="skip"), Silent())
