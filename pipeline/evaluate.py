@@ -36,7 +36,8 @@ from dflash_offline.stages.drafter import DraftModel, load_draft
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.prompts import Prompt, encode_prompt, read_prompts
 from dflash_offline.stages.sampling import Chooser, Sampler, SamplingRule
-from dflash_offline.stages.target import check_plain_embeddings, choose_device, load_model, open_target, resolve_dtype
+from dflash_offline.stages.target import check_plain_embeddings, choose_device, load_model, resolve_dtype
+from dflash_offline.stages.target_files import open_target
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dflash_offline.stages.conversations import Chat, RowFaultError, read_conten
 from dflash_offline.stages.masks import Masker
 from dflash_offline.stages.row_batches import RowWorker, unread
 from dflash_offline.stages.sources import Data
-from dflash_offline.stages.target import open_target
+from dflash_offline.stages.target_files import open_target
 
 
 def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:

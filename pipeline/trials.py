@@ -180,7 +180,8 @@ def _try_target(name: str) -> None:
 
 def _target(name: str) -> dict[str, Any]:
     from dflash_offline.schemas.errors import DflashError
-    from dflash_offline.stages.target import default_layer_ids, open_target, quiet_libraries
+    from dflash_offline.stages.target import quiet_libraries
+    from dflash_offline.stages.target_files import default_layer_ids, open_target
 
     quiet_libraries()
     try:

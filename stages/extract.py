@@ -55,16 +55,13 @@ from dflash_offline.stages.samples import Plan, choose_mask_token, make_plan, re
 from dflash_offline.stages.shards import CODEC
 from dflash_offline.stages.sources import Data
 from dflash_offline.stages.target import (
-    TargetFiles,
-    check_layer_ids,
     choose_device,
-    default_layer_ids,
     embedding_tensors,
     load_as_configured,
-    open_target,
     refuse_non_finite,
     resolve_dtype,
 )
+from dflash_offline.stages.target_files import TargetFiles, check_layer_ids, default_layer_ids, open_target
 from dflash_offline.stages.workers import Work, run_shards, run_workers
 from dflash_offline.stages.writer import ShardWriter
 

@@ -20,14 +20,8 @@ from dflash_offline.stages.dialogues import Answer, Dialogue, own_seed
 from dflash_offline.stages.masks import MOST_CHARACTERS, REASONING_TAGS
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.sampling import SamplingRule
-from dflash_offline.stages.target import (
-    TargetFiles,
-    choose_device,
-    load_as_configured,
-    open_target,
-    quiet_libraries,
-    resolve_dtype,
-)
+from dflash_offline.stages.target import choose_device, load_as_configured, quiet_libraries, resolve_dtype
+from dflash_offline.stages.target_files import TargetFiles, open_target
 
 WINDOW_BATCHES = 8
 """Batches' worth of rows that are answered turn by turn together, those of about one length in one batch."""

@@ -14,7 +14,7 @@ from dflash_offline.stages.chat_tokenizer import ChatTokenizer, Encoded
 from dflash_offline.stages.conversations import REASONING_KEYS, Chat, Content, Text, Tokens, gather_texts, strings
 
 if TYPE_CHECKING:  # its module loads torch, which a process that only tokenizes does without
-    from dflash_offline.stages.target import TargetFiles
+    from dflash_offline.stages.target_files import TargetFiles
 
 REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
 """Part of what a model says, even where its tokenizer flags them special."""

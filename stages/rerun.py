@@ -16,7 +16,8 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import refuse_other_identity
 from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.target import TargetFiles, choose_device, load_model, open_target, run_captured
+from dflash_offline.stages.target import choose_device, load_model, run_captured
+from dflash_offline.stages.target_files import TargetFiles, open_target
 
 LARGEST_ERROR, LARGEST_CHANNEL_ERROR = 0.02, 0.05
 """Of one layer, of all tokens together and of the median channel, that rounding to bfloat16 and another machine's

@@ -34,7 +34,7 @@ from dflash_offline.stages.row_batches import BAD_ROW, BatchOutcome, RowOutcome,
 from dflash_offline.stages.row_processes import outcomes
 from dflash_offline.stages.rows import MOST_NAMED, RawRow, refuse_bad_rows
 from dflash_offline.stages.sources import Data
-from dflash_offline.stages.target import TargetFiles
+from dflash_offline.stages.target_files import TargetFiles
 
 MOST_PROCESSES = 16
 """That tokenize at once: one more would wait for the one that collects."""

@@ -24,7 +24,7 @@ from dflash_offline.stages.conversations import (
 from dflash_offline.stages.masks import MOST_CHARACTERS, REASONING_TAGS, UnmaskableError, close_turns
 from dflash_offline.stages.rows import Row
 from dflash_offline.stages.sources import Data
-from dflash_offline.stages.target import TargetFiles
+from dflash_offline.stages.target_files import TargetFiles
 
 
 @dataclass

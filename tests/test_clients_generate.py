@@ -25,7 +25,8 @@ from dflash_offline.stages.drafter import draft_state_dict, load_draft
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.prompts import encode_prompt, read_prompts
-from dflash_offline.stages.target import load_model, open_target
+from dflash_offline.stages.target import load_model
+from dflash_offline.stages.target_files import open_target
 from dflash_offline.stages.train import train
 
 pytestmark = pytest.mark.clients

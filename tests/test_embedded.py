@@ -18,7 +18,7 @@ from dflash_offline.pipeline.embedded.train_target import Recipe, batches, rate,
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.regeneration import RegenerateConfig
 from dflash_offline.stages.regenerate import regenerate
-from dflash_offline.stages.target import open_target
+from dflash_offline.stages.target_files import open_target
 
 MAX_WEIGHT_BYTES = 6_000_000
 MAX_CONVERSATIONS_BYTES = 4_000_000

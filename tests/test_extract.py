@@ -29,7 +29,8 @@ from dflash_offline.stages.capture import micro_batches
 from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.features import NAN
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.target import capture, default_layer_ids, load_model, open_target
+from dflash_offline.stages.target import capture, load_model
+from dflash_offline.stages.target_files import default_layer_ids, open_target
 
 Settings = dict[str, object]
 

@@ -37,7 +37,8 @@ from dflash_offline.stages.features import FeatureCodec
 from dflash_offline.stages.loader import Batch, BatchLoader
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.rerun import compare_with_target
-from dflash_offline.stages.target import choose_device, load_model, open_target
+from dflash_offline.stages.target import choose_device, load_model
+from dflash_offline.stages.target_files import open_target
 from dflash_offline.stages.train import train
 from dflash_offline.stages.training import Training
 

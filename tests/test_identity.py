@@ -21,7 +21,7 @@ from dflash_offline.schemas.manifest import MANIFEST, Manifest, differences
 from dflash_offline.stages.corpus import Corpus
 from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.target import open_target
+from dflash_offline.stages.target_files import open_target
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.samples import Plan, choose_mask_token
-from dflash_offline.stages.target import TargetFiles
+from dflash_offline.stages.target_files import TargetFiles
 
 
 def dflash(*arguments: object) -> Result:

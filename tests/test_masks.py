@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Qwen3Config
 from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.stages.conversations import Chat, Text, Tokens, read_messages
 from dflash_offline.stages.masks import Masker, UnmaskableError
-from dflash_offline.stages.target import TargetFiles
+from dflash_offline.stages.target_files import TargetFiles
 
 # Reasoning is written for the turns after the last question alone, and always there, even if empty.
 QWEN3_LIKE = (

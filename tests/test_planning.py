@@ -30,7 +30,7 @@ from dflash_offline.stages.row_batches import RowWorker, batches, unread
 from dflash_offline.stages.row_processes import outcomes
 from dflash_offline.stages.samples import Plan, make_plan
 from dflash_offline.stages.sources import Data
-from dflash_offline.stages.target import TargetFiles
+from dflash_offline.stages.target_files import TargetFiles
 
 WORDS = [
     *"the cat sees a red dog, e\u0301 \u00e9t\u00e9 \uac00 \u1100\u1161 \U0001f600 \u4e2d\u6587".split(),

@@ -14,7 +14,7 @@ from dflash_offline.schemas.errors import BadInputError, DflashError
 from dflash_offline.stages.masks import Masker, close_turns
 from dflash_offline.stages.samples import Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.sources import Data
-from dflash_offline.stages.target import TargetFiles
+from dflash_offline.stages.target_files import TargetFiles
 
 REWRITES_HISTORY = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content if loop.last or m.role == 'user' else 'cut' }}"

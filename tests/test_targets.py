@@ -20,8 +20,8 @@ from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.draft_lint import lint_draft
 from dflash_offline.schemas.errors import UnsupportedTargetError
 from dflash_offline.schemas.files import sha256_file
-from dflash_offline.stages import target as loading
-from dflash_offline.stages.target import open_target
+from dflash_offline.stages import target_files
+from dflash_offline.stages.target_files import open_target
 
 SHAPE = {
     "vocab_size": 304,
@@ -221,21 +221,21 @@ def test_weights_are_hashed_once_and_again_when_replaced_by_some_of_the_same_siz
         hashed.append(path)
         return sha256_file(path)
 
-    monkeypatch.setattr(loading, "sha256_file", counted)
+    monkeypatch.setattr(target_files, "sha256_file", counted)
     weights, other = tmp_path / "model.safetensors", tmp_path / "other"
 
     def sha256() -> str:
         os.utime(weights, (0, 0))
         time.sleep(0.02)  # a clock of files ticks a few hundred times a second
-        loading._noted_sha256.cache_clear()  # as a process that starts
-        return loading._cached_sha256(weights)
+        target_files._noted_sha256.cache_clear()  # as a process that starts
+        return target_files._cached_sha256(weights)
 
     weights.write_bytes(b"one")
-    assert sha256() == hashlib.sha256(b"one").hexdigest() == loading._cached_sha256(weights) and len(hashed) == 1
+    assert sha256() == hashlib.sha256(b"one").hexdigest() == target_files._cached_sha256(weights) and len(hashed) == 1
     other.write_bytes(b"two")
     other.replace(weights)
     assert sha256() == hashlib.sha256(b"two").hexdigest()
     weights.write_bytes(b"six")
     assert sha256() == hashlib.sha256(b"six").hexdigest()
-    loading._noted_sha256.cache_clear()
-    assert loading._cached_sha256(weights) == hashlib.sha256(b"six").hexdigest() and len(hashed) == 3
+    target_files._noted_sha256.cache_clear()
+    assert target_files._cached_sha256(weights) == hashlib.sha256(b"six").hexdigest() and len(hashed) == 3

@@ -125,7 +125,7 @@ def run_plan(target: str, data: str, *, drop_duplicates: bool = False) -> None:
     from dflash_offline.stages.masks import Masker
     from dflash_offline.stages.samples import make_plan
     from dflash_offline.stages.sources import Data
-    from dflash_offline.stages.target import open_target
+    from dflash_offline.stages.target_files import open_target
 
     settings = {"block_size": 2, "max_length": 1 << 20, "drop_duplicates": drop_duplicates}  # every row is a sample
     config = ExtractConfig(data=(Path(data),), target=target, out=Path("none"), **settings)

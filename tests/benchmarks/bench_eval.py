@@ -23,7 +23,8 @@ from dflash_offline.pipeline.evaluate import stop_ids
 from dflash_offline.stages.decode import plain_decode, speculative_decode
 from dflash_offline.stages.drafter import load_draft
 from dflash_offline.stages.prompts import encode_prompt, read_prompts
-from dflash_offline.stages.target import load_model, open_target
+from dflash_offline.stages.target import load_model
+from dflash_offline.stages.target_files import open_target
 
 CLIENT = Path(__file__).parent.parent / "clients" / "zlab_timed.py"
 LIMIT = 256
