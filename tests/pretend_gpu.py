@@ -261,6 +261,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         (torch.cuda, "Stream", pretended.new_stream),
         (torch.cuda, "stream", pretended.within),
         (torch.cuda, "current_stream", lambda _device=None: pretended.current),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "max_memory_allocated", lambda _device=None: 0),
         (torch.accelerator, "synchronize", lambda _device: pretended.main.synchronize()),
         (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", by_device),
