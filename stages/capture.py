@@ -204,19 +204,22 @@ class Capturer:
         index = torch.from_numpy(np.flatnonzero(np.arange(rows.shape[1]) < lengths[:, None]))
         real = index.to(self.device)  # before the forward: behind it, the copy would wait for it
         try:
-            states = run_captured(self.model, rows.to(self.device), self.layer_ids)
+            return self._encoded(run_captured(self.model, rows.to(self.device), self.layer_ids), real, encoder)
         except torch.OutOfMemoryError as error:
             raise DflashError(
                 f"{self.device} has too little memory for a forward of {list(rows.shape)} tokens. Lower --batch-tokens "
                 f"in a new --out, or spread the target with --device-map auto."
             ) from error
-        shape = (len(index), len(states), states[0].shape[-1])
+
+    def _encoded(self, states: list[Tensor], real: Tensor, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
+        """Return codes and marks of the real tokens, whose places in the states [B, S, H] are given."""
+        shape = (len(real), len(states), states[0].shape[-1])
         codes = torch.empty(shape, dtype=torch.int16, device=self.device)
         marks = torch.empty((*shape[:2], len(MARKS)), dtype=torch.float32, device=self.device)
-        step = len(index) if self._stream is not None else max(1, _CACHED_BYTES // (4 * shape[-1]))
+        step = len(real) if self._stream is not None else max(1, _CACHED_BYTES // (4 * shape[-1]))
         for layer, state in enumerate(states):
             here = real.to(state.device)
-            for part in (slice(begin, begin + step) for begin in range(0, len(index), step)):
+            for part in (slice(begin, begin + step) for begin in range(0, len(real), step)):
                 tokens = state.flatten(0, 1).index_select(0, here[part]).to(self.device)
                 codes[part, layer] = encoder.encode(tokens, layer)
                 mark(tokens, codes[part, layer], encoder, layer, marks[part, layer])
