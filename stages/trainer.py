@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo.config as compiler
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft import FULL, AttentionRule
@@ -106,6 +105,8 @@ class DFlashTrainerModule(nn.Module):
         if problems:
             raise DflashError("This trainer cannot be built:\n  " + "\n  ".join(problems))
         if attention_backend == "flex_attention":
+            from torch._dynamo import config as compiler  # takes a second, which nothing else needs at the start
+
             compiler.recompile_limit = max(compiler.recompile_limit, _FLEX_VARIANTS)
         if isinstance(draft_model, DraftModel):
             draft_model.attention_backend = attention_backend
