@@ -64,7 +64,7 @@ check-browser: $(LINKED) $(VENV)/browser ## open the pages in a real headless Ch
 # Chromium and its driver come from the system's packages; where they are missing, root or sudo can install them here.
 $(VENV)/browser: | $(LINKED)
 	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[browser]"
-	sh tests/install_chromium.sh
+	sh tests/pages/install_chromium.sh
 	touch $@
 
 CLIENT_STAMPS = $(CLIENTS)/dflash $(CLIENTS)/transformers/installed $(CLIENTS)/speculators/installed
@@ -113,13 +113,13 @@ bench-extract: $(LINKED) ## extraction's rate beside the forward alone; on a GPU
 	$(BIN)/python tests/benchmarks/bench_extract.py $(ARGS)
 
 target: $(LINKED) ## train the embedded target again, into target-run/ (about an hour)
-	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/first --steps 3200 --seed 0
-	$(BIN)/python -m dflash_offline.pipeline.embedded.train_target --out target-run/target --steps 2600 --seed 1 \
+	PYTHONPATH=tests $(BIN)/python -m embedded_target.train_target --out target-run/first --steps 3200 --seed 0
+	PYTHONPATH=tests $(BIN)/python -m embedded_target.train_target --out target-run/target --steps 2600 --seed 1 \
 	  --init target-run/first --rate-scale 0.5
 
 DATA = demo-data
 EMBEDDED = pipeline/embedded
-REFERENCES = $(BIN)/python -m dflash_offline.pipeline.embedded.conversations
+REFERENCES = PYTHONPATH=tests $(BIN)/python -m embedded_target.conversations
 ANSWER = $(BIN)/dflash regenerate --target $(EMBEDDED)/target --max-new-tokens 256
 
 # Another processor may round otherwise where two words all but tie, and then differ in a few answers.

@@ -9,11 +9,14 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import DTYPES, MASKS, ExtractConfig, RerunConfig, TrainConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.evaluation import EvalConfig
-from dflash_offline.schemas.regeneration import RegenerateConfig
-from dflash_offline.schemas.settings import read_settings, require_fields
+from dflash_offline.schemas.settings.evaluate import EvalConfig
+from dflash_offline.schemas.settings.extract import MASKS, ExtractConfig
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.schemas.settings.shared import DTYPES
+from dflash_offline.schemas.settings.toml import read_settings, require_fields
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.settings.verify import RerunConfig
 
 _INPUT_FORMATS = "json jsonl parquet arrow messages sharegpt prompt-response text tokens".split()
 Config = TypeVar("Config", ExtractConfig, RerunConfig, TrainConfig, EvalConfig, RegenerateConfig)

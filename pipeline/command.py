@@ -3,14 +3,12 @@
 import errno
 import logging
 import os
-import shlex
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 
@@ -135,14 +133,3 @@ def _warnings_shown(progress: Progress) -> Iterator[None]:
 def is_first_rank() -> bool:
     """Say whether this process is the one that speaks; without torchrun it is."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def dflash_line(*arguments: object) -> str:
-    """Return a command line that runs as it stands."""
-    return shlex.join(["dflash", *map(str, arguments)])
-
-
-def free_name(beside: Path, name: str) -> Path:
-    """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on."""
-    paths = (beside.parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    return next(path for path in paths if not path.exists())

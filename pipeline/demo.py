@@ -8,10 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.pipeline.command import dflash_line
-from dflash_offline.pipeline.embedded import CONVERSATIONS, PROMPTS, TARGET
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, dflash_line
 
+_EMBEDDED = Path(__file__).resolve().parent / "embedded"
+TARGET = _EMBEDDED / "target"
+"""A Hugging Face model folder: Qwen3 architecture, byte-level BPE tokenizer, chat template with generation tags."""
+CONVERSATIONS = _EMBEDDED / "conversations.jsonl"
+"""Training conversations whose answers are the target's own greedy ones, as `dflash regenerate` made them."""
+PROMPTS = _EMBEDDED / "prompts.jsonl"
+"""Held-out conversations of the same kinds, none of which is in CONVERSATIONS."""
 BLOCK_SIZE = 8
 
 

@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from dflash_offline.pipeline.command import dflash_line, free_name
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.evaluation import EvalResult
+from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.run import RUN
 
 BAR_WIDTH = 50

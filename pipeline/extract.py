@@ -4,15 +4,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.pipeline.command import dflash_line, free_name
-from dflash_offline.pipeline.overview import overview
+from dflash_offline.pipeline.inspect.overview import overview
 from dflash_offline.pipeline.terminal import print_json
-from dflash_offline.schemas.config import ExtractConfig
+from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
+from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.forecast import Forecast, more_room, readable_seconds
+from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.extract import Extracted
-from dflash_offline.stages.forecast import Forecast, more_room, readable_seconds
 from dflash_offline.stages.progress import readable_bytes
-from dflash_offline.stages.samples import Plan
 
 
 def print_done(done: Extracted, cache: Path, *, as_json: bool) -> None:

@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-from dflash_offline.pipeline.command import dflash_line
 from dflash_offline.pipeline.terminal import print_json
+from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.stages.regenerate import Regenerated
 
 

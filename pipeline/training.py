@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.pipeline.command import dflash_line, free_name
+from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.paths import free_name
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.train import Rehearsal, Trained
 

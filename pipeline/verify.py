@@ -6,16 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dflash_offline.pipeline.command import dflash_line, free_name
-from dflash_offline.schemas.draft_lint import lint_draft
-from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.draft.lint import lint_draft
+from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import MANIFEST, Manifest
-from dflash_offline.stages.leftovers import figures, told
-from dflash_offline.stages.surplus import Surplus, surplus
+from dflash_offline.schemas.paths import free_name
+from dflash_offline.stages.store.leftovers import figures, told
+from dflash_offline.stages.store.unexpected_files import Surplus, surplus
 
 if TYPE_CHECKING:  # a draft is verified without torch
-    from dflash_offline.stages.rerun import LayerFit
-    from dflash_offline.stages.verify import Fault
+    from dflash_offline.stages.capture.compare import LayerFit
+    from dflash_offline.stages.store.verify import Fault
 
 _OTHERS_SHOWN = 5
 

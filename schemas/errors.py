@@ -1,5 +1,7 @@
 """Errors a user can act on. Each says where, what was found, what was expected and what to do next."""
 
+import shlex
+
 
 class DflashError(ValueError):
     """A fault in the input or the settings: the command line prints the message and exits 1."""
@@ -36,3 +38,8 @@ def mismatch_table(rows: list[tuple[str, object, object]], found: str, asked: st
     if any(ABSENT in (have, want) for _, have, want in rows):
         lines.append(f"What is {ABSENT} was not set, was not there, or was not recorded by an older version.")
     return "\n".join(lines)
+
+
+def dflash_line(*arguments: object) -> str:
+    """Return a command line that runs as it stands."""
+    return shlex.join(["dflash", *map(str, arguments)])

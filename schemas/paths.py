@@ -1,4 +1,7 @@
-"""File names that are not UTF-8: Linux allows any bytes, the libraries that read and write tables and models do not."""
+"""File names: free ones, and those that are not UTF-8.
+
+Linux allows any bytes in a name; the libraries that read and write tables and models do not.
+"""
 
 import os
 from pathlib import Path
@@ -18,3 +21,9 @@ def refuse_other_than_utf8(folder: Path, what: str) -> None:
             f"{utf8_name(folder)} is not UTF-8, and {what} cannot lie there: pyarrow and transformers open no such "
             f"path. Rename it, or name another folder."
         )
+
+
+def free_name(beside: Path, name: str) -> Path:
+    """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on."""
+    paths = (beside.parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in paths if not path.exists())

@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import read_sealed
 from dflash_offline.schemas.manifest import differences
+from dflash_offline.schemas.settings.train import TrainConfig
 
 RUN, CONFIG, METRICS, EVENTS = "run.json", "config.toml", "metrics.jsonl", "tensorboard"
 FORMAT_VERSION = 3

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from dflash_offline.schemas.commits import Commit, read_commits
-from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import MismatchError, mismatch_table
 from dflash_offline.schemas.files import building_folder, output_folder, remove_unfinished
 from dflash_offline.schemas.manifest import (
@@ -41,29 +40,31 @@ from dflash_offline.schemas.manifest import (
 )
 from dflash_offline.schemas.paths import refuse_other_than_utf8, utf8_name
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.bad_features import BadFeatures, refuse_too_many
-from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
-from dflash_offline.stages.calibration import calibrated_scales
-from dflash_offline.stages.capture import Capturer
-from dflash_offline.stages.encoding import FeatureEncoder
-from dflash_offline.stages.forecast import Forecast, free_bytes, measure, refuse_too_large, rest_bytes
-from dflash_offline.stages.leftovers import remove_abandoned
-from dflash_offline.stages.masks import Masker
-from dflash_offline.stages.plan_wait import wait_for_plan
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
+from dflash_offline.stages.capture.calibrate import calibrated_scales
+from dflash_offline.stages.capture.encode import FeatureEncoder
+from dflash_offline.stages.capture.forecast import Forecast, free_bytes, measure, refuse_too_large, rest_bytes
+from dflash_offline.stages.capture.shard import Capturer
+from dflash_offline.stages.capture.workers import Work, run_shards, run_workers
+from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
+from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
-from dflash_offline.stages.samples import Plan, choose_mask_token, make_plan, refuse_ids_beyond_table
-from dflash_offline.stages.shards import CODEC
-from dflash_offline.stages.sources import Data
-from dflash_offline.stages.target import (
+from dflash_offline.stages.store.cache import create_arrays, open_codec, publish_cache
+from dflash_offline.stages.store.leftovers import remove_abandoned
+from dflash_offline.stages.store.plan_wait import wait_for_plan
+from dflash_offline.stages.store.shard_file import CODEC
+from dflash_offline.stages.store.writer import ShardWriter
+from dflash_offline.stages.target.files import TargetFiles, check_layer_ids, default_layer_ids, open_target
+from dflash_offline.stages.target.mask_token import choose_mask_token
+from dflash_offline.stages.target.model import (
     choose_device,
     embedding_tensors,
     load_as_configured,
     refuse_non_finite,
     resolve_dtype,
 )
-from dflash_offline.stages.target_files import TargetFiles, check_layer_ids, default_layer_ids, open_target
-from dflash_offline.stages.workers import Work, run_shards, run_workers
-from dflash_offline.stages.writer import ShardWriter
 
 _SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow zarr numcodecs zstandard".split()
 
@@ -223,7 +224,7 @@ class Extraction:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.config.workers))
         with building_folder(self.config.out) as folder, _disk_faults_told(folder):
             plan = self.plan(folder)
-            mask_token_id = choose_mask_token(self.files, plan, self.config.mask_token_id)
+            mask_token_id = choose_mask_token(self.files, plan.samples, plan.first_uses, self.config.mask_token_id)
             _say_plan(self.progress, plan)
             forecast = self.forecast(plan)
             self.progress.say(f"Forecast: {forecast}.")
@@ -375,7 +376,7 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
     near = next(folder for folder in out.parents if folder.is_dir())
     with building_folder(near / out.name) as folder, _disk_faults_told(folder):
         plan = extraction.plan(folder)
-        choose_mask_token(extraction.files, plan, config.mask_token_id)
+        choose_mask_token(extraction.files, plan.samples, plan.first_uses, config.mask_token_id)
         forecast = extraction.forecast(plan)
     if begun:
         forecast = forecast.of_rest(begun, SampleTable.read(out / SAMPLES), _finished(out, begun))

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import BadInputError, DflashError
 from dflash_offline.schemas.files import (
     locked,
@@ -28,12 +27,13 @@ from dflash_offline.schemas.files import (
     write_synced,
 )
 from dflash_offline.schemas.manifest import refuse_other_identity
-from dflash_offline.schemas.regeneration import RegenerateConfig
-from dflash_offline.stages.dialogues import BAD_ROW, Answer, Dialogue, read_dialogues
-from dflash_offline.stages.journal import Journal
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.stages.answers.dialogues import BAD_ROW, Answer, Dialogue, read_dialogues
+from dflash_offline.stages.answers.journal import Journal
+from dflash_offline.stages.conversations.files import MOST_NAMED, refuse_bad_rows
+from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.rows import MOST_NAMED, refuse_bad_rows
-from dflash_offline.stages.sources import Data
 
 IDENTITY = "identity"
 ANSWERS = "answers"
@@ -122,10 +122,10 @@ def regenerate(config: RegenerateConfig, progress: Progress | None = None) -> Re
 
 def _answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
     if config.servers:
-        from dflash_offline.stages.server import ServerAnswerer
+        from dflash_offline.stages.answers.servers import ServerAnswerer
 
         return ServerAnswerer(config, progress)
-    from dflash_offline.stages.generation import LocalAnswerer
+    from dflash_offline.stages.answers.local import LocalAnswerer
 
     return LocalAnswerer(config, progress)
 

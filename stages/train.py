@@ -13,13 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.config import TrainConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import locked, output_folder, publish, sealed_bytes
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run
-from dflash_offline.schemas.settings import to_toml
-from dflash_offline.stages.checkpoint import (
+from dflash_offline.schemas.settings.toml import to_toml
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.training.checkpoint import (
     TrainState,
     checkpoint_folder,
     list_checkpoints,
@@ -27,12 +28,11 @@ from dflash_offline.stages.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dflash_offline.stages.corpus import Corpus
-from dflash_offline.stages.distributed import joined_ranks
-from dflash_offline.stages.loader import Batch
-from dflash_offline.stages.metrics import MetricsLog, Window, check_reporter, peak_memory
-from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.training import Training
+from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.loader import Batch
+from dflash_offline.stages.training.metrics import MetricsLog, Window, check_reporter, peak_memory
+from dflash_offline.stages.training.ranks import joined_ranks
+from dflash_offline.stages.training.run import Training
 
 LOG_EVERY = 10
 """Steps between two rows of metrics."""

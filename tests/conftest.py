@@ -17,7 +17,8 @@ from tiny_target import save_conversations, save_target
 from transformers.utils import logging
 
 from dflash_offline.schemas import files
-from dflash_offline.schemas.config import ExtractConfig, TrainConfig
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.files import building_folder
 from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
 from dflash_offline.schemas.samples import SampleTable, write_rejects, write_samples
-from dflash_offline.stages.cache import create_arrays, open_codec, publish_cache
-from dflash_offline.stages.writer import ShardWriter
+from dflash_offline.stages.store.cache import create_arrays, open_codec, publish_cache
+from dflash_offline.stages.store.writer import ShardWriter
 
 CHUNK, BLOCK = 32, 8
 

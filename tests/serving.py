@@ -10,11 +10,11 @@ from reference import draft_one_block
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_offline.schemas.draft import AttentionRule, DraftConfig
+from dflash_offline.schemas.draft.config import AttentionRule, DraftConfig
 from dflash_offline.stages import trainer as trainer_module
-from dflash_offline.stages.attention import Blocks, TiledMask, tiled_mask
-from dflash_offline.stages.drafter import DraftCache, DraftModel
-from dflash_offline.stages.objective import supervised_slots
+from dflash_offline.stages.draft.attention import Blocks, TiledMask, tiled_mask
+from dflash_offline.stages.draft.model import DraftCache, DraftModel
+from dflash_offline.stages.draft.objective import supervised_slots
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
 TARGET_LAYERS = 6

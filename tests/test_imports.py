@@ -14,7 +14,11 @@ MAY_IMPORT = {
     "stages": {"schemas", "stages"},
     "pipeline": {"schemas", "stages", "pipeline"},
 }
-STAGES = {"extract", "regenerate", "train"}
+STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_samples", "export_card"}
+LOOSE = {"cores", "progress"}
+"""Files of `stages/` that belong to no room and import none."""
+ROOMS = "store target conversations draft capture trainer training answers".split()
+"""From the ground up: a room imports those before it, never one behind it."""
 
 
 def imported(path: Path) -> list[str]:
@@ -41,11 +45,38 @@ def test_schemas_need_neither_torch_nor_zarr() -> None:
         assert not {name.split(".")[0] for name in imported(path)} & {"torch", "zarr", "transformers"}, path
 
 
-def test_parts_do_not_import_stages() -> None:
-    for path in (ROOT / "stages").glob("*.py"):
-        if path.stem not in STAGES:
-            taken = {name.split(".")[2] for name in imported(path) if name.startswith("dflash_offline.stages.")}
-            assert not taken & STAGES, f"{path} imports a stage"
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downward_only(room: str) -> None:
+    below = {*ROOMS[: ROOMS.index(room) + 1], *LOOSE}
+    paths = [ROOT / "stages" / f"{room}.py"] if room == "trainer" else (ROOT / "stages" / room).glob("*.py")
+    for path in paths:
+        taken = {name.split(".")[2] for name in imported(path) if name.startswith("dflash_offline.stages.")}
+        assert taken <= below, f"{path} imports {sorted(taken - below)}"
+
+
+def test_every_file_of_stages_is_a_stage_or_stands_in_a_room() -> None:
+    names = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
+    assert names == {*STAGES, *LOOSE, "trainer"}
+    assert {path.name for path in (ROOT / "stages").iterdir() if path.is_dir()} - {"__pycache__"} == {*ROOMS} - {
+        "trainer"
+    }
+
+
+def test_the_store_needs_no_torch() -> None:
+    for path in (ROOT / "stages" / "store").glob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & {"torch", "transformers"}, path
+
+
+def folders() -> list[Path]:
+    """Return every folder of Python files."""
+    return sorted({path.parent for top in (*MAY_IMPORT, "tests") for path in (ROOT / top).rglob("*.py")})
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_has_fourteen_files_at_most_and_its_purpose_in_a_line(folder: Path) -> None:
+    assert len(list(folder.glob("*.py"))) <= 14
+    if folder.relative_to(ROOT).parts[0] != "tests":
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
 WITHOUT_TORCH = """
@@ -75,7 +106,7 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_a_process_that_tokenizes_does_not_load_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import dflash_offline.stages.row_processes"
+    code = "import sys; sys.modules['torch'] = None; import dflash_offline.stages.conversations.processes"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -94,7 +125,9 @@ def test_the_doctor_leaves_torch_to_a_process_of_its_own() -> None:
     program = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
-from dflash_offline.pipeline import doctor, doctor_report, machine
+from dflash_offline.pipeline.doctor import examine as doctor
+from dflash_offline.pipeline.doctor import report as doctor_report
+from dflash_offline.pipeline.doctor import machine
 print(machine.time_codec().ratio, all(package.fits for package in doctor.needed_packages()))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dflash_offline.schemas.draft import DraftConfig
-from dflash_offline.stages.drafter import DraftModel, RMSNorm
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.stages.draft.model import DraftModel, RMSNorm
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
 ATTENTION: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
-from dflash_offline.schemas.draft import DraftConfig
-from dflash_offline.stages.decode import plain_decode
-from dflash_offline.stages.drafter import DraftCache, DraftModel
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.stages.draft.decode import plain_decode
+from dflash_offline.stages.draft.model import DraftCache, DraftModel
 
 VOCAB, HIDDEN, LAYERS, MASK = 96, 64, 6, 95
 SHAPE = {

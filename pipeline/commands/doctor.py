@@ -22,8 +22,8 @@ def doctor(
 ) -> None:
     """Look at packages, devices, disk and speed; exit 1 if something that is needed is wrong."""
     with reported(quiet=quiet, log_format=log_format) as progress:
-        from dflash_offline.pipeline.doctor import examine, require_folder
-        from dflash_offline.pipeline.doctor_report import print_examination
+        from dflash_offline.pipeline.doctor.examine import examine, require_folder
+        from dflash_offline.pipeline.doctor.report import print_examination
 
         require_folder(out)
         found = examine(out, target, hub, progress)

@@ -22,8 +22,8 @@ from dflash_offline.pipeline.arguments import (
 )
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import DTYPES
-from dflash_offline.schemas.evaluation import EvalConfig
+from dflash_offline.schemas.settings.evaluate import EvalConfig
+from dflash_offline.schemas.settings.shared import DTYPES
 
 
 def evaluate(
@@ -91,10 +91,10 @@ def evaluate(
         config = settings(
             EvalConfig, given, chat_template_kwargs=kwargs, keep_rounds=html is not None and target is not None
         )
-        from dflash_offline.pipeline import eval_page, plots
         from dflash_offline.pipeline import eval_report as report
-        from dflash_offline.pipeline.evaluate import evaluate_folder, token_decoder
-        from dflash_offline.stages.target import quiet_libraries
+        from dflash_offline.pipeline.pages import eval_page, plots
+        from dflash_offline.stages.evaluate import evaluate_folder, token_decoder
+        from dflash_offline.stages.target.model import quiet_libraries
 
         quiet_libraries()
         if plot is not None:

@@ -9,9 +9,9 @@ import typer
 from dflash_offline.pipeline.arguments import Json, LogFormatOption, Quiet, one_of
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import choice_problem
-from dflash_offline.schemas.draft_formats import FORMATS
+from dflash_offline.schemas.draft.formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.shared import choice_problem
 from dflash_offline.stages.progress import readable_bytes
 
 CHECKPOINTS = ("best", "last")
@@ -45,7 +45,7 @@ def export(
     with reported("Repeat the command.", quiet=quiet, log_format=log_format):
         if problem := choice_problem("--checkpoint", checkpoint, CHECKPOINTS):
             raise DflashError(problem)
-        from dflash_offline.pipeline.export import export as write
+        from dflash_offline.stages.export import export as write
 
         done = write(run, out, checkpoint, format_, eval_)
         if json_:

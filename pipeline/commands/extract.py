@@ -30,8 +30,8 @@ from dflash_offline.pipeline.arguments import (
 )
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import ON_BAD_FEATURES, ExtractConfig
 from dflash_offline.schemas.manifest import FEATURE_KINDS
+from dflash_offline.schemas.settings.extract import ON_BAD_FEATURES, ExtractConfig
 
 
 def extract(
@@ -149,7 +149,7 @@ def extract(
         from dflash_offline.pipeline.extract import print_done, print_plan
         from dflash_offline.stages.extract import extract as run
         from dflash_offline.stages.extract import plan_only
-        from dflash_offline.stages.target import quiet_libraries
+        from dflash_offline.stages.target.model import quiet_libraries
 
         quiet_libraries()
         if plan:

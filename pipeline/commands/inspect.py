@@ -21,8 +21,8 @@ from dflash_offline.pipeline.arguments import (
     settings,
 )
 from dflash_offline.pipeline.command import reported
-from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.extract import ExtractConfig
 
 
 def inspect(
@@ -75,7 +75,7 @@ def inspect(
     """
     given = locals()
     with reported():
-        from dflash_offline.pipeline.run_view import is_run
+        from dflash_offline.pipeline.inspect.run import is_run
 
         if html is not None:
             check_file(html, "--html")
@@ -96,9 +96,9 @@ def _show_row(data: list[Path], named: list[str], given: dict[str, Any], as_json
         raise DflashError(f"With --target a row of data is shown; {', '.join(of_caches)} shows a part of a cache.")
     if len(data) > 1:
         raise DflashError("Of several data a row is not shown. Name one.")
-    from dflash_offline.pipeline.inspect_row import print_row, row_view
+    from dflash_offline.pipeline.inspect.row import print_row, row_view
     from dflash_offline.pipeline.terminal import print_json
-    from dflash_offline.stages.target import quiet_libraries
+    from dflash_offline.stages.target.model import quiet_libraries
 
     quiet_libraries()
     kwargs = json_object(given["chat_template_kwargs"], "--chat-template-kwargs")
@@ -111,11 +111,12 @@ def _show_row(data: list[Path], named: list[str], given: dict[str, Any], as_json
 def _show_runs(runs: list[Path], named: list[str], html: Path | None, as_json: bool) -> None:
     if named:
         raise DflashError(f"{runs[0]} is a run, and {', '.join(named)} shows a part of a cache. Name one.")
-    from dflash_offline.pipeline import run_report, run_view
+    from dflash_offline.pipeline.inspect import run as run_view
+    from dflash_offline.pipeline.inspect import run_report
 
     views = [run_view.run_view(run) for run in runs]
     if html is not None:
-        from dflash_offline.pipeline.run_page import write_run_page
+        from dflash_offline.pipeline.pages.run_page import write_run_page
 
         write_run_page(views, html)
     if as_json:
@@ -129,7 +130,7 @@ def _show_runs(runs: list[Path], named: list[str], html: Path | None, as_json: b
 
 
 def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as_json: bool) -> None:
-    from dflash_offline.schemas.draft_lint import is_draft
+    from dflash_offline.schemas.draft.lint import is_draft
     from dflash_offline.schemas.manifest import MANIFEST
 
     if len(caches) > 1:
@@ -139,14 +140,14 @@ def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as
     if not (caches[0] / MANIFEST).exists() and is_draft(caches[0]):
         raise DflashError(f"{caches[0]} is a model. Of a draft, `dflash verify` and `dflash eval` say more.")
     if html is not None:
-        from dflash_offline.pipeline.cache_page import write_cache_page
+        from dflash_offline.pipeline.pages.cache_page import write_cache_page
 
         done = write_cache_page(caches[0], html)
         if not as_json:
             print(f"{html} lists {done['listed']:,} samples and shows {done['shown']} of them token by token.")
             print("Next: open it in a browser.")
             return
-    from dflash_offline.pipeline.inspect_cache import show_cache
+    from dflash_offline.pipeline.inspect.cache import show_cache
 
     views = {name: given[name] for name in ("sample", "shard", "layers", "features", "top")}
     show_cache(caches[0], **views, as_json=as_json)

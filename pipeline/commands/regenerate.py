@@ -24,7 +24,7 @@ from dflash_offline.pipeline.arguments import (
 )
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.regeneration import RegenerateConfig
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 
 
 def regenerate(

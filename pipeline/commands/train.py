@@ -17,7 +17,8 @@ from dflash_offline.pipeline.arguments import (
 )
 from dflash_offline.pipeline.command import is_first_rank, reported
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import (
+from dflash_offline.schemas.draft.config import CAUSAL_LAYERS
+from dflash_offline.schemas.settings.train import (
     ATTENTION_BACKENDS,
     AUTOCAST_DTYPES,
     LOSSES,
@@ -25,7 +26,6 @@ from dflash_offline.schemas.config import (
     REPORTERS,
     TrainConfig,
 )
-from dflash_offline.schemas.draft import CAUSAL_LAYERS
 
 
 def train(

@@ -8,8 +8,8 @@ import typer
 from dflash_offline.pipeline.arguments import Device, Json, LogFormatOption, Quiet, TrustRemoteCode, settings
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.config import RerunConfig
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.verify import RerunConfig
 
 
 def verify(
@@ -44,7 +44,7 @@ def verify(
     with reported(quiet=quiet, log_format=log_format) as progress:
         rerun = settings(RerunConfig, given) if target else None
         from dflash_offline.pipeline import verify as report
-        from dflash_offline.schemas.draft_lint import is_draft
+        from dflash_offline.schemas.draft.lint import is_draft
         from dflash_offline.schemas.manifest import MANIFEST
 
         if not (folder / MANIFEST).exists() and is_draft(folder):
@@ -53,16 +53,16 @@ def verify(
             if not report.verify_draft(folder, target, as_json=json_):
                 raise typer.Exit(1)
             return
-        from dflash_offline.stages.verify import repair as forget
-        from dflash_offline.stages.verify import verify_cache
+        from dflash_offline.stages.store.verify import repair as forget
+        from dflash_offline.stages.store.verify import verify_cache
 
         beside = report.surplus_of(folder)  # before any shard is forgotten, whose files then have no record
         faults = verify_cache(folder, progress, beside)
         forgotten = forget(folder, faults) if repair else None
         fits = []
         if rerun and not faults:  # of a damaged cache the faults are the news
-            from dflash_offline.stages.rerun import compare_with_target
-            from dflash_offline.stages.target import quiet_libraries
+            from dflash_offline.stages.capture.compare import compare_with_target
+            from dflash_offline.stages.target.model import quiet_libraries
 
             quiet_libraries()
             fits = compare_with_target(folder, rerun, progress)

@@ -121,11 +121,11 @@ def train_tokenizer(path: Path, texts: list[str]) -> None:
 
 def run_plan(target: str, data: str, *, drop_duplicates: bool = False) -> None:
     """Plan the data in this process and those that it starts; prints tokens, seconds, samples and peak memory."""
-    from dflash_offline.schemas.config import ExtractConfig
-    from dflash_offline.stages.masks import Masker
-    from dflash_offline.stages.samples import make_plan
-    from dflash_offline.stages.sources import Data
-    from dflash_offline.stages.target_files import open_target
+    from dflash_offline.schemas.settings.extract import ExtractConfig
+    from dflash_offline.stages.conversations.loss_mask import Masker
+    from dflash_offline.stages.conversations.plan import make_plan
+    from dflash_offline.stages.conversations.sources import Data
+    from dflash_offline.stages.target.files import open_target
 
     settings = {"block_size": 2, "max_length": 1 << 20, "drop_duplicates": drop_duplicates}  # every row is a sample
     config = ExtractConfig(data=(Path(data),), target=target, out=Path("none"), **settings)

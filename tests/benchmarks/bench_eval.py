@@ -18,13 +18,13 @@ import torch
 from sides import interleaved, machine, median_ratio, spread
 from transformers import GenerationConfig
 
-from dflash_offline.pipeline.embedded import PROMPTS, TARGET
-from dflash_offline.pipeline.evaluate import stop_ids
-from dflash_offline.stages.decode import plain_decode, speculative_decode
-from dflash_offline.stages.drafter import load_draft
-from dflash_offline.stages.prompts import encode_prompt, read_prompts
-from dflash_offline.stages.target import load_model
-from dflash_offline.stages.target_files import open_target
+from dflash_offline.pipeline.demo import PROMPTS, TARGET
+from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
+from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
+from dflash_offline.stages.draft.model import load_draft
+from dflash_offline.stages.evaluate import stop_ids
+from dflash_offline.stages.target.files import open_target
+from dflash_offline.stages.target.model import load_model
 
 CLIENT = Path(__file__).parent.parent / "clients" / "zlab_timed.py"
 LIMIT = 256

@@ -19,14 +19,14 @@ from sides import interleaved, machine, median_ratio, spread
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.capture import micro_batches, pad_rows
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.shard import micro_batches, pad_rows
+from dflash_offline.stages.capture.workers import Work, run_shards
 from dflash_offline.stages.extract import Extraction
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.target import run_captured
-from dflash_offline.stages.workers import Work, run_shards
+from dflash_offline.stages.target.model import run_captured
 
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
 TARGET = EMBEDDED / "target"

@@ -18,12 +18,12 @@ from sides import interleaved, machine, median_ratio, spread
 from steps import packed_row, step_flops, target_ends
 from torch import Tensor, nn
 
-from dflash_offline.schemas.draft import AttentionRule, DraftConfig
-from dflash_offline.stages.attention import Blocks, flex_mask, tiled_mask
-from dflash_offline.stages.drafter import DraftModel, attend
-from dflash_offline.stages.objective import head_cross_entropy
-from dflash_offline.stages.optimizer import make_optimizers
+from dflash_offline.schemas.draft.config import AttentionRule, DraftConfig
+from dflash_offline.stages.draft.attention import Blocks, flex_mask, tiled_mask
+from dflash_offline.stages.draft.model import DraftModel, attend
+from dflash_offline.stages.draft.objective import head_cross_entropy
 from dflash_offline.stages.trainer import DFlashTrainerModule
+from dflash_offline.stages.training.optimizer import make_optimizers
 
 COMPILED, PLAIN, SDPA = "flex_attention, compiled", "flex_attention", "sdpa in tiles"
 FLEX_ALONE, SDPA_ALONE = "one layer's attention, flex_attention", "one layer's attention, sdpa in tiles"

@@ -37,11 +37,11 @@ from sides import interleaved, machine, median_ratio
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dflash_offline.pipeline.machine import time_codec
+from dflash_offline.pipeline.doctor.machine import time_codec
 from dflash_offline.schemas.manifest import FEATURES, HIDDEN, FeatureLayout
-from dflash_offline.stages.cache import CacheReader
 from dflash_offline.stages.cores import usable_cores
-from dflash_offline.stages.target_files import default_layer_ids
+from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.target.files import default_layer_ids
 
 WIDTH = 2048
 NUM_CONVERSATIONS = 150

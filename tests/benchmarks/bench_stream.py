@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from sides import interleaved, machine, median_ratio, spread
 
-from dflash_offline.pipeline.embedded import CONVERSATIONS, TARGET
-from dflash_offline.schemas.config import TrainConfig
-from dflash_offline.stages.corpus import Corpus
-from dflash_offline.stages.distributed import Ranks
-from dflash_offline.stages.loader import Batch
-from dflash_offline.stages.metrics import peak_memory
+from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
+from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import readable_bytes
-from dflash_offline.stages.schedule import Rows
-from dflash_offline.stages.target import choose_device
-from dflash_offline.stages.training import Training
+from dflash_offline.stages.target.model import choose_device
+from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.loader import Batch
+from dflash_offline.stages.training.metrics import peak_memory
+from dflash_offline.stages.training.ranks import Ranks
+from dflash_offline.stages.training.run import Training
+from dflash_offline.stages.training.schedule import Rows
 
 LEAN: dict[str, Any] = {"draft_layers": 2, "num_anchors": 16, "optimizer": "muon"}
 """The demo's draft and anchors: some seven times less to compute for each token that is read."""

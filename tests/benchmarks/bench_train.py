@@ -21,10 +21,10 @@ from sides import interleaved, machine, median_ratio, spread
 from steps import PackedRow, packed_row, step_flops, straightforward_loss, target_ends
 from torch import nn
 
-from dflash_offline.schemas.draft import DraftConfig
-from dflash_offline.stages.drafter import DraftModel
-from dflash_offline.stages.optimizer import make_optimizers
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashTrainerModule
+from dflash_offline.stages.training.optimizer import make_optimizers
 
 GAMMA = 7.0
 OURS, OTHER = "this trainer", "straightforward"

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.config import ExtractConfig
 from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable, write_samples
-from dflash_offline.stages.cache import CacheReader, create_arrays, open_codec, publish_cache
-from dflash_offline.stages.encoding import FeatureEncoder, calibrate
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.statistics import Sums
-from dflash_offline.stages.writer import ShardWriter
+from dflash_offline.stages.store.cache import CacheReader, create_arrays, open_codec, publish_cache
+from dflash_offline.stages.store.feature_ranges import Sums
+from dflash_offline.stages.store.writer import ShardWriter
 
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
 TARGET = EMBEDDED / "target"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_offline.schemas.draft import AttentionRule, DraftConfig
-from dflash_offline.stages.anchors import draw_anchors
-from dflash_offline.stages.attention import Blocks, dense_mask
-from dflash_offline.stages.drafter import DraftModel
-from dflash_offline.stages.objective import slot_weights, supervised_slots
+from dflash_offline.schemas.draft.config import AttentionRule, DraftConfig
+from dflash_offline.stages.draft.anchors import draw_anchors
+from dflash_offline.stages.draft.attention import Blocks, dense_mask
+from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.draft.objective import slot_weights, supervised_slots
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 
 

@@ -1,0 +1,1 @@
+"""What `dflash doctor` looks at, tries out and prints."""

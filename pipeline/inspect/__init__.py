@@ -1,0 +1,1 @@
+"""What `dflash inspect` finds in a cache, a run or a row of data, and how it prints that."""

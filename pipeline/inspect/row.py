@@ -1,0 +1,72 @@
+"""`dflash inspect DATA --target MODEL`: what would become of one row, before anything is extracted."""
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from dflash_offline.pipeline.inspect.sample import legend, marked_runs, marked_text
+from dflash_offline.pipeline.terminal import facts, has_colour, open_console
+from dflash_offline.pipeline.token_text import token_texts
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.content import Chat, RowFaultError, read_content
+from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.sources import Data
+from dflash_offline.stages.conversations.tokenize import RowWorker, unread
+from dflash_offline.stages.target.files import open_target
+
+
+def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
+    """Return what `extract` would make of row `number`, from 0: its text in runs, its numbers, why it is left out."""
+    files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    most = files.decoder()["max_position_embeddings"]
+    config = replace(config, max_length=min(config.max_length, most))
+    data, masker = Data(config), Masker(files, config)
+    row = next(islice(data.raw_rows(), number, None), None) if number >= 0 else None
+    if row is None:
+        raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
+    batch = RowWorker(config, masker, data.format.layout)(unread([row]))
+    (made,) = batch.rows
+    texts = token_texts(batch.ids.tolist(), files.tokenizer.decode)
+    try:
+        content = read_content(row.parsed().value, data.format.layout)[1]
+        roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
+    except RowFaultError:
+        roles = []
+    return {
+        "row": number,
+        "source": row.source.name,
+        "line": row.line,
+        "format": f"{row.source.container}, {made.layout}" if made.layout else row.source.container,
+        "roles": roles,
+        "mask_rule": masker.rule,
+        "tokens": made.num_tokens,
+        "supervised": made.num_supervised,
+        "anchors": made.num_anchors,
+        "block_size": config.block_size,
+        "truncated_supervised": made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
+        "left_out": made.reason or None,
+        "detail": made.detail or None,
+        "runs": marked_runs(texts, batch.mask, config.block_size) if texts else [],
+    }
+
+
+def print_row(view: dict[str, Any]) -> None:
+    """Print a row for a person, marked as a cache's sample is."""
+    console = open_console()
+    coloured = has_colour(console)
+    rows = [
+        ("Row", f"{view['row']} ({view['source']}:{view['line']}), {view['format']}"),
+        ("Roles", ", ".join(view["roles"]) or "none"),
+        ("Mask", f"{view['mask_rule']}; {legend(view['block_size'], coloured=coloured)}"),
+        ("Tokens", f"{view['tokens']:,}; supervised {view['supervised']:,}"),
+        ("Anchors", f"{view['anchors']:,} for blocks of {view['block_size']}"),
+    ]
+    if view["truncated_supervised"] is not None:
+        rows.append(("", f"cut at the maximum length, by {view['truncated_supervised']:,} supervised tokens"))
+    if view["left_out"]:
+        rows.append(("LEFT OUT", f"{view['left_out']}: {view['detail']}"))
+    console.print(facts(rows))
+    if view["runs"]:
+        console.print()
+        console.print(marked_text(view["runs"], coloured=coloured), soft_wrap=True)

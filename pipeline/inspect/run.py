@@ -1,0 +1,175 @@
+"""What a training run says of itself, from run.json, metrics.jsonl and the checkpoints' states; torch is not loaded."""
+
+import itertools
+import json
+import math
+import time
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dflash_offline.pipeline.inspect.run_warnings import run_faults
+from dflash_offline.schemas.draft.weights import expected_shapes
+from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.files import read_sealed
+from dflash_offline.schemas.manifest import Manifest, flatten
+from dflash_offline.schemas.run import CONFIG, METRICS, RUN, RunRecord
+
+EVALUATION = "eval.json"
+"""Where `dflash export` looks for a result of `dflash eval --save`, and so does this."""
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder holds a run."""
+    return (folder / RUN).is_file()
+
+
+def run_view(run: Path) -> dict[str, Any]:
+    """Return a run's state, settings, rows of metrics and what looks wrong; `DflashError` if it is no run.
+
+    `training` and `validation` are all rows of metrics.jsonl, oldest first; a number that is not finite is None.
+    """
+    record = RunRecord.read(run)
+    rows, unreadable = _read_rows(run / METRICS)
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "val_loss" in row]
+    saved = _checkpoints(run)
+    newest = saved[max(saved)] if saved else {}
+    settings, draft = record.identity["settings"], record.identity["draft"]
+    step = max([*saved, *(row["step"] for row in rows)], default=0)
+    total = record.origin.get("total_steps") or settings.get("steps")
+    view: dict[str, Any] = {
+        "run": str(run),
+        "target": record.origin["target"],
+        "step": step,
+        "total_steps": total,
+        "epochs": settings.get("epochs"),
+        "patience": _free_settings(run).get("patience"),
+        "tokens_at_checkpoint": newest.get("tokens"),
+        "checkpoints": sorted(saved),
+        "best_step": newest.get("best_step") or None,
+        "best_serving_walk": newest.get("best_walk") if newest.get("best_step") else None,
+        "last_training": training[-1] if training else None,
+        "last_validation": validation[-1] if validation else None,
+        "written_s_ago": _age_s(run / METRICS),
+        "parameters": sum(math.prod(shape) for shape in expected_shapes(SimpleNamespace(**draft)).values()),
+        "draft": draft,
+        "settings": settings,
+        "init_from": record.identity.get("init_from"),
+        "caches": _caches(record),
+        "evaluation": _evaluation(run / EVALUATION),
+        "software": record.origin["software"],
+        "unreadable_rows": unreadable,
+        "training": training,
+        "validation": validation,
+    }
+    view["state"] = _state(view)
+    view["faults"] = run_faults(view)
+    return view
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows and how many lines are none; the last line of a killed run may be cut off."""
+    rows, unreadable = [], 0
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), **{name: _finite(value) for name, value in row.items()}})
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    return rows, unreadable
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _checkpoints(run: Path) -> dict[int, dict[str, Any]]:
+    """Return the checkpoints' states by step; their weights are not read."""
+    states = [read_sealed(path) for path in (run / "checkpoints").glob("step-*/state.json")]
+    return {state["step"]: state for state in states}
+
+
+def _free_settings(run: Path) -> dict[str, Any]:
+    """Return the settings as the last call resolved them, those that a resume may change among them."""
+    try:
+        return tomllib.loads((run / CONFIG).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _age_s(path: Path) -> float | None:
+    return max(0.0, time.time() - path.stat().st_mtime) if path.is_file() else None
+
+
+def _caches(record: RunRecord) -> list[dict[str, Any]]:
+    """Return where the run's caches lay, and whether what lies there now is still them."""
+    found = []
+    for name, checksum in zip(record.origin["caches"], record.identity["caches"], strict=True):
+        cache: dict[str, Any] = {"path": name, "manifest": checksum, "fault": None}
+        try:
+            if Manifest.read(Path(name)).checksum != checksum:
+                cache["fault"] = "another cache lies there now"
+        except CacheError as error:
+            cache["fault"] = "is not there any more" if not Path(name).exists() else str(error)
+        found.append(cache)
+    return found
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    """Return the figures of `dflash eval --save`, if there are any and they can be read."""
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        found["acceptance"]["pooled"], found["block_size"], found["drafted_by_slot"], found["accepted_by_slot"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DflashError(
+            f"{path} is no result of `dflash eval --save` ({error!r}). Write it again, or move it away."
+        ) from error
+    return found
+
+
+def _state(view: dict[str, Any]) -> str:
+    if view["total_steps"] and view["step"] >= view["total_steps"]:
+        return "finished"
+    patience, best = view["patience"], view["best_step"]
+    if patience and best and view["step"] - best >= patience * view["settings"]["val_every"]:
+        return "stopped early"
+    return "not finished" if view["step"] else "no step done"
+
+
+def differing_settings(views: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return each setting, draft number and cache in which the runs differ, with every run's value."""
+    documents = [
+        flatten({**view["settings"], "draft": view["draft"], "init_from": view["init_from"]})
+        | {"target": view["target"], "caches": [cache["manifest"][:12] for cache in view["caches"]]}
+        for view in views
+    ]
+    names = {name: None for document in documents for name in document}
+    table = {name: [document.get(name) for document in documents] for name in names}
+    return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
+
+
+def bucket_means(rows: list[dict[str, Any]], name: str, most: int) -> tuple[list[float], list[float]]:
+    """Return steps and values of one figure: every row's, or the means of `most` runs of rows where there are more.
+
+    Rows without the figure are left out.
+    """
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    buckets = min(most, len(pairs))
+    edges = [round(i * len(pairs) / buckets) for i in range(buckets + 1)] if buckets else []
+    parts = [pairs[begin:end] for begin, end in itertools.pairwise(edges)]
+    return (
+        [math.fsum(step for step, _ in part) / len(part) for part in parts],
+        [math.fsum(value for _, value in part) / len(part) for part in parts],
+    )
+
+
+def compared(views: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return several runs and in what they differ, as one document."""
+    return {"runs": views, "differing_settings": differing_settings(views)}

@@ -1,0 +1,1 @@
+"""The pages that `--html` writes, and their templates."""

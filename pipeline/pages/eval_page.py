@@ -1,0 +1,185 @@
+"""`dflash eval --html`: an evaluation as a page, with every round of every prompt, and where the draft fails most."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.pipeline.pages.page import page_bytes, write_page
+from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
+from dflash_offline.pipeline.token_text import Decode, token_texts, visible
+from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult
+
+MOST_BYTES = 6 << 20
+"""Of the prompts' rounds on a page; further prompts are left out, and the page says so."""
+MOST_CONFUSIONS = 100
+PROMPT_CHARACTERS = 4000
+"""Shown of a prompt: its end, where the answer begins."""
+
+
+def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None) -> None:
+    """Write the page; `decode` makes text of token ids, and is needed where prompts were decoded."""
+    require_matplotlib()
+    config, decoded = result.config, result.decoded or ()
+    shown = _fitting([_prompt(one, decode) for one in decoded] if decode else [])
+    note = f"{len(shown):,} prompts."
+    if len(shown) < len(decoded):
+        note = f"The first {len(shown):,} of {len(decoded):,} prompts; the others would make the page too large."
+    if result.offline:
+        note = "No prompt was decoded: the cache was walked without a target. Name one with --target to see rounds."
+    confusions = _confusions(decoded, decode) if decode else []
+    write_page(
+        path,
+        "eval.html",
+        ("browse.js", "eval.js"),
+        title=f"Draft {Path(config.draft).resolve().name}, evaluated",
+        lead=f"{config.draft} against {config.target or config.cache}, "
+        + (f"prompts of {config.prompts or config.cache}" if config.target else "serving walk over cached answers"),
+        fault_lines=_faults(result),
+        facts=_facts(result),
+        plots=[draw(plot) for plot in _plots(result)],
+        kinds=_kinds(result),
+        confusions=confusions[:MOST_CONFUSIONS],
+        confusions_note=f"First rejected token of each round, over all prompts; {_listed(len(confusions))}.",
+        prompts=shown,
+        prompts_note=note,
+    )
+
+
+def _kinds(result: EvalResult) -> list[list[Any]]:
+    """Return the figures of each kind of prompts, the worst first."""
+    kinds = sorted(result.acceptance_by_kind.items(), key=lambda pair: pair[1].pooled or 0)
+    return [[visible(kind), one.prompts, one.rounds, one.pooled, one.mean] for kind, one in kinds]
+
+
+def _listed(number: int) -> str:
+    if number <= MOST_CONFUSIONS:
+        return f"{number:,} pairs, the most frequent first"
+    return f"the {MOST_CONFUSIONS} most frequent of {number:,} pairs"
+
+
+def _faults(result: EvalResult) -> list[str]:
+    lines = []
+    if result.lossless is False:
+        lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
+    if result.acceptance.pooled is not None and result.acceptance.pooled < 1.2:
+        lines.append(f"acceptance length {result.acceptance.pooled:.2f}: nearly every drafted token is rejected.")
+    return lines
+
+
+def _facts(result: EvalResult) -> list[tuple[str, Any]]:
+    """Return the figures that have a value, named as on the terminal."""
+    acceptance = result.acceptance
+    figures: list[tuple[str, Any]] = [
+        ("acceptance length, pooled", acceptance.pooled),
+        ("acceptance length, mean of prompts", acceptance.mean),
+        ("most it could be (block size)", result.block_size),
+        ("turns" if result.offline else "prompts", acceptance.prompts),
+        ("rounds", acceptance.rounds),
+        ("drafted tokens", result.drafted_tokens),
+        ("accepted tokens", result.accepted_tokens),
+        ("tokens per target call", result.tokens_per_call),
+        ("with prompt lookup", result.prompt_lookup_tokens_per_call),
+        ("tokens/s, target alone", result.plain_tokens_per_s),
+        ("tokens/s, with the draft", result.speculative_tokens_per_s),
+        ("times as fast", result.speedup),
+        ("answers identical to the target's", result.identical),
+    ]
+    return [(name, value) for name, value in figures if value is not None]
+
+
+def _plots(result: EvalResult) -> list[Plot]:
+    slots = list(range(1, result.block_size))
+    in_answer = [a / max(d, 1) for a, d in zip(result.accepted_by_slot, result.drafted_by_slot, strict=True)]
+    # A slot is looked at only where all before it were accepted; the first always is.
+    reached = [*result.drafted_by_slot[:1], *result.accepted_by_slot[:-1]]
+    alone = [a / max(r, 1) for a, r in zip(result.accepted_by_slot, reached, strict=True)]
+    rounds = max(result.acceptance.rounds, 1)
+    return [
+        Plot(
+            title="Acceptance by slot",
+            note="In the answer: of all drafted. If those before are: what the slot itself gets right.",
+            x_label="slot",
+            y_label="share",
+            kind="bar",
+            y_range=(0, 1),
+            series=[
+                Series(name="in the answer", x=slots, y=in_answer),
+                Series(name="if those before are", x=slots, y=alone, colour=1),
+            ],
+        ),
+        Plot(
+            title="Tokens of a round",
+            note="A round gives at least the target's own token and at most a whole block.",
+            x_label="tokens",
+            y_label="share of rounds",
+            kind="bar",
+            series=[
+                Series(
+                    name="rounds",
+                    x=range(1, result.block_size + 1),
+                    y=[n / rounds for n in result.rounds_by_tokens],
+                    colour=2,
+                )
+            ],
+        ),
+    ]
+
+
+def _prompt(one: DecodedPrompt, decode: Decode) -> dict[str, Any]:
+    """Return a prompt as the page's script reads it; every text is what its token adds where it stands."""
+    texts = [visible(text) for text in token_texts(one.answer, decode, one.prompt_ids)]
+    rounds, at = [], 1
+    for drafted, accepted, produced in zip(one.drafted, one.accepted, one.produced, strict=True):
+        before = [*one.prompt_ids[-4:], *one.answer[:at], *drafted[:accepted]]
+        lost = [visible(text) for text in token_texts(drafted[accepted:], decode, before)]
+        own = at + accepted if produced > accepted else None
+        rounds.append(
+            {
+                "texts": texts[at : at + accepted] + lost,
+                "ids": drafted,
+                "accepted": accepted,
+                "own": None if own is None else texts[own],
+                "own_id": None if own is None else one.answer[own],
+            }
+        )
+        at += produced
+    proposed, kept = sum(map(len, one.drafted)), sum(one.accepted)
+    return {
+        "place": visible(one.prompt.rsplit("/", 1)[-1]),
+        "kind": None if one.kind is None else visible(one.kind),
+        "text": visible(decode(list(one.prompt_ids))[-PROMPT_CHARACTERS:]),
+        "first": texts[0] if texts else "",
+        "first_id": one.answer[0] if one.answer else None,
+        "tokens": len(one.answer),
+        "rounds": rounds,
+        "acceptance": sum(one.produced) / len(one.produced) if one.produced else None,
+        "accepted_share": kept / proposed if proposed else None,
+        "identical": one.identical,
+    }
+
+
+def _fitting(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return as many prompts as a page may hold."""
+    spent, fitting = 0, list[dict[str, Any]]()
+    for prompt in prompts:
+        spent += page_bytes(prompt)
+        if spent > MOST_BYTES and fitting:
+            break
+        fitting.append(prompt)
+    return fitting
+
+
+def _confusions(decoded: tuple[DecodedPrompt, ...], decode: Decode) -> list[list[Any]]:
+    """Return (first rejected token, the target's own instead, times), the most frequent first."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for one in decoded:
+        at = 1
+        for drafted, accepted, produced in zip(one.drafted, one.accepted, one.produced, strict=True):
+            if accepted < len(drafted) and produced > accepted:
+                pairs[drafted[accepted], one.answer[at + accepted]] += 1
+            at += produced
+    return [[_quoted(a, decode), _quoted(b, decode), times] for (a, b), times in pairs.most_common()]
+
+
+def _quoted(token: int, decode: Decode) -> str:
+    return f"“{visible(decode([token]))}” ({token})"

@@ -1,0 +1,255 @@
+"""`dflash inspect RUN ... --html`: runs as one page, several of them on the same axes."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.pipeline.inspect.run import EVALUATION, bucket_means, differing_settings
+from dflash_offline.pipeline.inspect.run_report import best_text, evaluation_text, progress_text
+from dflash_offline.pipeline.pages.page import link, write_page
+from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
+from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.manifest import flatten
+
+CACHE_PAGE, EVALUATION_PAGE = "report.html", "eval.html"
+"""Pages that are linked if they are there: in the cache's folder, and in the run's."""
+POINTS = 300
+"""Points of one curve; a longer one shows means of as many runs of rows."""
+VALIDATION_COLUMNS = {
+    "step": "step",
+    "val_loss": "loss",
+    "val_accuracy": "accuracy",
+    "val_accept_len_over_anchors": "acceptance length, mean over all anchors",
+    "val_serving_walk": "acceptance length, serving walk (pooled)",
+    "val_serving_walk_mean_of_samples": "acceptance length, serving walk (mean of samples)",
+}
+MOST_VALIDATIONS = 1000
+"""Rows of the table of validations; the newest."""
+
+
+def write_run_page(views: list[dict[str, Any]], path: Path) -> None:
+    """Write the page of one or more runs' views."""
+    require_matplotlib()
+    names, one = _names(views), len(views) == 1
+    rows = [
+        ([] if one else [name]) + [row.get(column) for column in VALIDATION_COLUMNS]
+        for name, view in zip(names, views, strict=True)
+        for row in view["validation"][-MOST_VALIDATIONS:]
+    ]
+    write_page(
+        path,
+        "run.html",
+        title=f"Run {names[0]}" if one else f"{len(views)} runs compared",
+        lead=", ".join(view["run"] for view in views),
+        one=one,
+        names=names if not one else ["value"],
+        fault_lines=[
+            fault if one else f"{name}: {fault}"
+            for name, view in zip(names, views, strict=True)
+            for fault in view["faults"]
+        ],
+        summary=_summary(views, path),
+        hint=_hint(views, path),
+        differing=_rows(differing_settings(views)),
+        curves_note=_curves_note(views),
+        plots=[draw(plot) for plot in _plots(views, names)],
+        evaluation_plot=_evaluation_plot(views, names),
+        validation_columns=([] if one else ["run"]) + list(VALIDATION_COLUMNS.values()),
+        validations=rows,
+        settings=_rows(_all_settings(views)),
+    )
+
+
+def _names(views: list[dict[str, Any]]) -> list[str]:
+    """Return short names of the runs, all different: what is left of their paths without the part all share."""
+    paths = [Path(view["run"]).resolve() for view in views]
+    if len(views) == 1:
+        return [paths[0].name]
+    shared = os.path.commonpath([path.parent for path in paths])
+    short = [os.path.relpath(path, shared) for path in paths]
+    return [name if short.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(short, start=1)]
+
+
+def _rows(table: dict[str, list[Any]]) -> list[list[Any]]:
+    return [[name, *(_plain(value) for value in values)] for name, values in table.items()]
+
+
+def _plain(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _all_settings(views: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    documents = [flatten({**view["settings"], "draft": view["draft"]}) for view in views]
+    names = {name: None for document in documents for name in document}
+    return {name: [document.get(name) for document in documents] for name in names}
+
+
+def _summary(views: list[dict[str, Any]], page: Path) -> list[tuple[str, list[Any]]]:
+    rows: list[tuple[str, list[Any]]] = [
+        ("state", [progress_text(view) for view in views]),
+        ("best checkpoint", [best_text(view) for view in views]),
+    ]
+    for kind, name, label in (
+        ("last_training", "loss", "training loss, last"),
+        ("last_validation", "val_loss", "held-out loss, last"),
+        ("last_training", "accept_len_over_anchors", "acceptance length, mean over all anchors, training"),
+        ("last_validation", "val_accept_len_over_anchors", "acceptance length, mean over all anchors, held-out"),
+        ("last_validation", "val_serving_walk", "acceptance length, serving walk, held-out"),
+        ("last_validation", "val_accuracy", "accuracy, held-out"),
+        ("last_training", "tokens_per_s", "tokens/s"),
+        ("last_training", "data_wait_share", "share of time waiting for data"),
+        ("last_training", "peak_memory_gib", "peak memory, GiB"),
+    ):
+        rows.append((label, [(view[kind] or {}).get(name) for view in views]))
+    rows += [
+        ("checkpoints", [", ".join(f"{step:,}" for step in view["checkpoints"]) or None for view in views]),
+        ("parameters", [view["parameters"] for view in views]),
+        ("target", [view["target"] for view in views]),
+    ]
+    for i in range(max(len(view["caches"]) for view in views)):
+        rows.append(("cache", [_cache_cell(view["caches"], i, page) for view in views]))
+    rows.append(("evaluation", [_evaluation_cell(view, page) for view in views]))
+    return rows
+
+
+def _cache_cell(caches: list[dict[str, Any]], i: int, page: Path) -> Any:
+    if i >= len(caches):
+        return None
+    return {"text": caches[i]["path"], "link": link(page, Path(caches[i]["path"]) / CACHE_PAGE)}
+
+
+def _evaluation_cell(view: dict[str, Any], page: Path) -> Any:
+    address = link(page, Path(view["run"]) / EVALUATION_PAGE)
+    none = "decoded prompts" if address else "no figures saved"
+    text = evaluation_text(view["evaluation"]) if view["evaluation"] else none
+    return {"text": text, "link": address}
+
+
+def _hint(views: list[dict[str, Any]], page: Path) -> str:
+    """Return how to make pages that this one would link to, where one is not there yet."""
+    hints = []
+    for cache in (Path(cache["path"]) for view in views for cache in view["caches"] if not cache["fault"]):
+        if not link(page, cache / CACHE_PAGE):
+            hints.append(dflash_line("inspect", cache, "--html", cache / CACHE_PAGE))
+            break
+    for run in (Path(view["run"]) for view in views):
+        if not link(page, run / EVALUATION_PAGE):
+            hints.append(dflash_line("eval", run, "...", "--save", run / EVALUATION, "--html", run / EVALUATION_PAGE))
+            break
+    return f"A page made so is linked here: {'; '.join(hints)}." if hints else ""
+
+
+def _curves_note(views: list[dict[str, Any]]) -> str:
+    most = max(len(view["training"]) for view in views)
+    if most <= POINTS:
+        return "Every logged row is a point; a training row is the mean of the steps since the one before."
+    return f"Of up to {most:,} training rows, each curve shows the means of {POINTS} equal runs of rows."
+
+
+def _plots(views: list[dict[str, Any]], names: list[str]) -> Iterable[Plot]:
+    """Yield the plots that the runs have figures for."""
+    both = (("training", "loss", "training"), ("validation", "val_loss", "held-out"))
+    anchors = (
+        ("training", "accept_len_over_anchors", "training"),
+        ("validation", "val_accept_len_over_anchors", "held-out"),
+    )
+    walks = (
+        ("validation", "val_serving_walk", "pooled"),
+        ("validation", "val_serving_walk_mean_of_samples", "mean of samples"),
+    )
+    yield from _plot(views, names, "Loss", both, "loss")
+    yield from _plot(
+        views,
+        names,
+        "Acceptance length, serving walk",
+        walks,
+        "tokens a round",
+        note="Held-out samples walked as serving would: what a user of the draft sees.",
+    )
+    yield from _plot(
+        views,
+        names,
+        "Acceptance length, mean over all anchors",
+        anchors,
+        "tokens a block",
+        note="From every drawn anchor alike, so not what serving sees, where rounds start after what was accepted.",
+    )
+    yield from _slot_plots(views, names)
+    for name, title, unit in (
+        ("learning_rate", "Learning rate", "learning rate"),
+        ("grad_norm", "Gradient norm, before clipping", "norm"),
+        ("tokens_per_s", "Throughput", "tokens/s"),
+        ("data_wait_share", "Data wait", "share of the time"),
+        ("peak_memory_gib", "Peak memory", "GiB"),
+    ):
+        yield from _plot(views, names, title, (("training", name, unit),), unit, from_zero=name != "grad_norm")
+
+
+def _plot(
+    views: list[dict[str, Any]],
+    names: list[str],
+    title: str,
+    curves: tuple[tuple[str, str, str], ...],
+    unit: str,
+    note: str = "",
+    from_zero: bool = False,
+) -> Iterable[Plot]:
+    """Yield one plot of all runs: a colour a run, or of one run a colour a curve; nothing without a figure."""
+    series = []
+    for i, (run, view) in enumerate(zip(names, views, strict=True)):
+        for j, (rows, name, label) in enumerate(curves):
+            x, y = bucket_means(view[rows], name, POINTS)
+            full = label if len(views) == 1 else run if len(curves) == 1 else f"{run}, {label}"
+            style = {"colour": j} if len(views) == 1 else {"colour": i, "dash": j}
+            if x:
+                series.append(Series(name=full, x=x, y=y, points=rows == "validation", **style))
+    if series:
+        yield Plot(title=title, note=note, x_label="step", y_label=unit, series=series, y_from_zero=from_zero)
+
+
+def _slot_plots(views: list[dict[str, Any]], names: list[str]) -> Iterable[Plot]:
+    last = max((row["step"] for view in views for row in view["validation"]), default=0)
+    most = max(
+        (max(filter(None, r["val_accuracy_by_slot"]), default=0) for v in views for r in v["validation"]), default=0
+    )
+    for name, view in zip(names, views, strict=True):
+        rows = view["validation"]
+        slots = len(rows[-1]["val_accuracy_by_slot"]) if rows else 0
+        series = []
+        for slot in range(slots):
+            by_step = [{"step": row["step"], "y": row["val_accuracy_by_slot"][slot]} for row in rows]
+            x, y = bucket_means(by_step, "y", POINTS)
+            series.append(Series(name=f"{slot + 1}", x=x, y=y, shade=slot / max(slots - 1, 1), points=len(x) < 30))
+        if series:
+            yield Plot(
+                title="Accuracy by slot" + ("" if len(views) == 1 else f", {name}"),
+                note="Held-out samples; blue is the first slot after the anchor, red the last.",
+                x_label="step",
+                y_label="accuracy",
+                series=series,
+                y_range=(0, min(1.0, most * 1.08 + 0.02)),
+                x_range=(0, last * 1.03 + 1),
+            )
+
+
+def _evaluation_plot(views: list[dict[str, Any]], names: list[str]) -> dict[str, Any] | None:
+    """Return acceptance by slot of the saved evaluations, if there are any."""
+    series = []
+    for i, (name, view) in enumerate(zip(names, views, strict=True)):
+        if found := view["evaluation"]:
+            shares = [a / max(d, 1) for a, d in zip(found["accepted_by_slot"], found["drafted_by_slot"], strict=True)]
+            series.append(Series(name=name, x=range(1, len(shares) + 1), y=shares, colour=i))
+    if not series:
+        return None
+    return draw(
+        Plot(
+            title="Drafted tokens in the answer, by slot",
+            note="From the result of dflash eval beside the run.",
+            x_label="slot",
+            y_label="share accepted",
+            series=series,
+            kind="bar",
+            y_range=(0, 1),
+        )
+    )

@@ -1,0 +1,1 @@
+"""What a user may set, for each command; each setting and its default stand here alone."""

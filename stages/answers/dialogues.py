@@ -1,0 +1,157 @@
+"""Conversations whose assistant turns are to be answered anew, turn after turn."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dflash_offline.stages.conversations.content import (
+    REASONING_KEYS,
+    Chat,
+    Content,
+    RowFaultError,
+    Text,
+    Tokens,
+    read_content,
+    strings,
+)
+from dflash_offline.stages.conversations.files import Row
+from dflash_offline.stages.conversations.sources import Data
+
+Message = dict[str, Any]
+
+
+class UnanswerableError(Exception):
+    """This row cannot be answered anew; the arguments are a reason to count by, and the detail."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the target said in one turn, or why that is no answer."""
+
+    content: str = ""
+    reasoning: str | None = None
+    """Where it was given apart from the content."""
+    fault: str = ""
+    """Short and countable; the whole row is left out then."""
+    detail: str = ""
+
+    def message(self) -> Message:
+        """Return the answer as a turn of a conversation."""
+        said = {"role": "assistant", "content": self.content}
+        return said if self.reasoning is None else {**said, "reasoning_content": self.reasoning}
+
+
+@dataclass(kw_only=True)
+class Dialogue:
+    """One row of the data: what is said before each of its answers, and the answers so far."""
+
+    index: int
+    """Number of the row, from 0, in the order in which the data is read."""
+    source: str
+    line: int
+    said: list[list[Message]] = field(default_factory=list)
+    """Turns of system, user and developer before the first answer, before the second, and so on."""
+    tools: list[dict[str, Any]] | None = None
+    kind: str | None = None
+    """The row's group, which is kept."""
+    answers: list[Answer] = field(default_factory=list)
+    fault: tuple[str, str] | None = None
+    """Why nothing is asked, or why an answer is none: a reason to count by, and the detail."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a turn to be answered yet."""
+        return self.fault is None and len(self.answers) < len(self.said)
+
+    def add(self, answer: Answer) -> None:
+        """Take the answer to the first turn that has none."""
+        self.answers.append(answer)
+        if answer.fault:
+            self.fault = (answer.fault, answer.detail)
+
+    def reaches(self, turn: int) -> bool:
+        """Say whether the turn is one that was, or is to be, asked."""
+        whole = self.fault is None or bool(self.answers)
+        return whole and turn < len(self.said) and not any(answer.fault for answer in self.answers[:turn])
+
+    def prompt(self, turn: int) -> list[Message]:
+        """Return the conversation up to the answer of a turn, that answer left out."""
+        messages = list(self.said[0])
+        for answer, said in zip(self.answers[:turn], self.said[1 : turn + 1], strict=True):
+            messages += [answer.message(), *said]
+        return messages
+
+    def record(self) -> dict[str, Any]:
+        """Return the row of the new file."""
+        messages = [*self.prompt(len(self.said) - 1), self.answers[-1].message()]
+        more = {"tools": self.tools, "kind": self.kind, "source": f"{self.source}:{self.line}"}
+        return {"messages": messages, **{name: value for name, value in more.items() if value is not None}}
+
+
+def own_seed(seed: int, row: int, turn: int) -> int:
+    """Return the seed of one answer's draws, 0 to 2**31 - 1: a function of nothing else."""
+    return int(np.random.SeedSequence((seed, row, turn)).generate_state(1)[0]) >> 1
+
+
+def read_dialogues(data: Data) -> Iterator[Dialogue]:
+    """Yield every row of the data in order, without answers; what cannot be answered anew says why."""
+    for index, row in enumerate(data.rows()):
+        dialogue = Dialogue(index=index, source=row.source.name, line=row.line)
+        try:
+            content = _content(row, data.format.layout)
+            dialogue.said, dialogue.tools = _turns(content)
+        except RowFaultError as fault:
+            dialogue.fault = (BAD_ROW, f"{row.place} {fault}")
+        except UnanswerableError as unanswerable:
+            dialogue.fault = unanswerable.args[0], unanswerable.args[1]
+        kind = row.value.get("kind")
+        dialogue.kind = kind if isinstance(kind, str) else None
+        yield dialogue
+
+
+BAD_ROW = "bad row"
+
+
+def _content(row: Row, layout: str | None) -> Content:
+    if row.fault:
+        raise RowFaultError(row.fault)
+    _, content = read_content(row.value, layout)
+    for place, text in strings(vars(content)) if isinstance(content, Chat) else ():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowFaultError(f"has {place} with an unpaired surrogate at character {error.start}") from None
+    return content
+
+
+def _turns(content: Content) -> tuple[list[list[Message]], list[dict[str, Any]] | None]:
+    """Return what is said before each answer; `UnanswerableError` if the answers cannot be given anew.
+
+    A turn that nobody answered at the end is one to answer; assistant turns in a row are one answer.
+    """
+    if isinstance(content, Tokens):
+        raise UnanswerableError("tokens without text", "turns cannot be told from tokens")
+    if isinstance(content, Text):
+        raise UnanswerableError("plain text", "has no turns to answer")
+    assert isinstance(content, Chat)
+    said: list[list[Message]] = [[]]
+    answered = False
+    for index, message in enumerate(content.messages):
+        if message["role"] == "tool" or message.get("tool_calls"):
+            raise UnanswerableError(
+                "tool calls", f"messages[{index}]: a tool's result belongs to the old call, and a new one has none"
+            )
+        if message["role"] == "assistant":
+            if not any(one["role"] == "user" for one in said[0]):
+                raise UnanswerableError("no user turn before the first answer", f"messages[{index}]")
+            answered = True
+            continue
+        if answered:
+            said.append([])
+            answered = False
+        said[-1].append({key: value for key, value in message.items() if key not in REASONING_KEYS})
+    if not any(one["role"] == "user" for one in said[0]):
+        raise UnanswerableError("no user turn before the first answer", "the row has no user turn")
+    return said, content.tools

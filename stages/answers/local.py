@@ -1,0 +1,192 @@
+"""Answers from a target that is loaded here, many conversations in one batch.
+
+Axes: B rows, S positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.stages.answers.dialogues import Answer, Dialogue, own_seed
+from dflash_offline.stages.conversations.content import template_kwargs
+from dflash_offline.stages.conversations.loss_mask import MOST_CHARACTERS, REASONING_TAGS
+from dflash_offline.stages.draft.sampling import SamplingRule
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.target.files import TargetFiles, open_target
+from dflash_offline.stages.target.model import choose_device, load_as_configured, quiet_libraries, resolve_dtype
+
+WINDOW_BATCHES = 8
+"""Batches' worth of rows that are answered turn by turn together, those of about one length in one batch."""
+
+Note = Callable[[list[tuple[Dialogue, Answer]]], None]
+
+
+class LocalAnswerer:
+    """Answers dialogues with the target itself.
+
+    Which rows share a batch follows from the data and the settings alone, never from what was answered before a
+    restart: a batch that was cut off is done again as it was, so that greedy answers do not depend on interruptions.
+    """
+
+    def __init__(self, config: RegenerateConfig, progress: Progress) -> None:
+        quiet_libraries()
+        assert config.target is not None
+        self.config = config
+        self.progress = progress
+        self.files: TargetFiles = open_target(
+            config.target, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        self.device = choose_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
+        self.end_ids = sorted(self.files.end_ids())
+        if not self.end_ids:
+            raise DflashError(
+                f"{self.files.folder} names no token at which an answer ends. Put eos_token_id into its "
+                f"generation_config.json."
+            )
+        self.positions = self.files.decoder()["max_position_embeddings"]
+        added = self.files.tokenizer.added_tokens_decoder.items()
+        self._special_ids = {i for i, token in added if token.special and str(token) not in REASONING_TAGS}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the answers."""
+        config = self.config
+        return {
+            "target": {
+                **self.files.identity(),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "attn_implementation": config.attn_implementation,
+                "device_map": config.device_map,
+            },
+            "device": self.device.type,
+            "batch_rows": config.batch_rows,
+        }
+
+    def origin(self) -> dict[str, Any]:
+        """Return what is worth recording beside it."""
+        return {"target": self.files.name, "revision": self.config.revision}
+
+    def answer(self, dialogues: Iterable[Dialogue], note: Note, num_open: int) -> None:
+        """Answer every open turn of the dialogues, and note the answers batch by batch."""
+        if not num_open:
+            return
+        # Checked as for extraction: answers of a target that no draft can serve would train none.
+        self.model = load_as_configured(self.files, self.config, self.dtype, self.device, self.progress)
+        # A checkpoint's own sampling habits (top_k, repetition_penalty) would otherwise join in.
+        pad = self.files.tokenizer.pad_token_id
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.end_ids[0] if pad is None else pad
+        )
+        rows = iter(dialogues)
+        while window := list(islice(rows, WINDOW_BATCHES * self.config.batch_rows)):
+            if any(dialogue.is_open for dialogue in window):
+                self._answer_window(window, note)
+
+    def _answer_window(self, window: list[Dialogue], note: Note) -> None:
+        for turn in range(max(len(dialogue.said) for dialogue in window)):
+            prompts: list[tuple[Dialogue, list[int]]] = []
+            for dialogue in window:
+                if dialogue.reaches(turn):
+                    ids = self._encode(dialogue, turn)
+                    if isinstance(ids, list):
+                        prompts.append((dialogue, ids))
+                    elif len(dialogue.answers) == turn:
+                        dialogue.add(ids)
+                        note([(dialogue, ids)])
+            prompts.sort(key=lambda one: (len(one[1]), one[0].index))
+            for begin in range(0, len(prompts), self.config.batch_rows):
+                batch = prompts[begin : begin + self.config.batch_rows]
+                if any(len(dialogue.answers) == turn for dialogue, _ in batch):
+                    note(list(self._answer_batch(batch, turn)))
+
+    def _encode(self, dialogue: Dialogue, turn: int) -> list[int] | Answer:
+        """Return the tokens up to where the answer begins, or why there can be none."""
+        tokenizer = self.files.tokenizer
+        try:
+            text = tokenizer.apply_chat_template(
+                dialogue.prompt(turn),
+                tokenize=False,
+                add_generation_prompt=True,
+                **template_kwargs(self.config.chat_template_kwargs, dialogue.tools),
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            return Answer(fault="refused by the chat template", detail=f"turn {turn}: {str(error)[:200]}")
+        if len(text) > MOST_CHARACTERS:
+            return Answer(fault="prompt too long", detail=f"turn {turn}: {len(text):,} characters")
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not 0 < len(ids) < self.positions:
+            said = f"turn {turn}: {len(ids):,} tokens; the target has {self.positions:,} positions"
+            return Answer(fault="prompt too long", detail=said)
+        return ids
+
+    def _answer_batch(self, batch: list[tuple[Dialogue, list[int]]], turn: int) -> Iterator[tuple[Dialogue, Answer]]:
+        for (dialogue, prompt), ids in zip(batch, self._generate(batch, turn), strict=True):
+            if len(dialogue.answers) == turn:
+                answer = self._read(ids[: self.positions - len(prompt)], turn)
+                dialogue.add(answer)
+                yield dialogue, answer
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[tuple[Dialogue, list[int]]], turn: int) -> list[list[int]]:
+        """Return the new tokens of each row, whatever follows an end token included."""
+        config, width = self.config, max(len(ids) for _, ids in batch)
+        ids_BS = torch.full((len(batch), width), self.model.generation_config.pad_token_id)
+        real_BS = torch.zeros_like(ids_BS)
+        for row, (_, ids) in enumerate(batch):
+            ids_BS[row, width - len(ids) :] = torch.tensor(ids)
+            real_BS[row, width - len(ids) :] = 1
+        most = min(config.max_new_tokens, self.positions - min(len(ids) for _, ids in batch))
+        processors = LogitsProcessorList()
+        if config.temperature:
+            seeds = [own_seed(config.seed, dialogue.index, turn) for dialogue, _ in batch]
+            processors.append(OwnDraws(SamplingRule(temperature=config.temperature, top_p=config.top_p), seeds))
+        try:
+            made = self.model.generate(
+                input_ids=ids_BS.to(self.model.device),
+                attention_mask=real_BS.to(self.model.device),
+                max_new_tokens=most,
+                logits_processor=processors,
+            )
+        except torch.OutOfMemoryError as error:
+            raise DflashError(
+                f"{len(batch)} rows of up to {width + most} tokens do not fit the device's memory. Start anew with a "
+                f"smaller --batch-rows or --max-new-tokens, into another --out."
+            ) from error
+        new: list[list[int]] = made[:, width:].tolist()
+        return new
+
+    def _read(self, ids: list[int], turn: int) -> Answer:
+        """Return what new tokens say up to the end token, or why that is no answer."""
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        if end is None:
+            return Answer(fault="truncated answer", detail=f"turn {turn}: no end within {len(ids)} tokens")
+        special = next((token for token in ids[:end] if token in self._special_ids), None)
+        if special is not None:
+            name = self.files.tokenizer.convert_ids_to_tokens(special)
+            return Answer(fault="special token in answer", detail=f"turn {turn}: {name}")
+        text = self.files.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Answer(content=text) if text.strip() else Answer(fault="empty answer", detail=f"turn {turn}")
+
+
+class OwnDraws:
+    """Leaves each row one token: the one that the row's own chance draws, whichever rows are beside it."""
+
+    def __init__(self, rule: SamplingRule, seeds: list[int]) -> None:
+        self._rule = rule
+        self._chances = [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [B, V] of which the drawn token's alone is finite."""
+        cumulative = self._rule.probabilities(scores).double().cumsum(dim=-1)
+        shares = torch.tensor([[chance.random()] for chance in self._chances], dtype=torch.float64)
+        drawn = torch.searchsorted(cumulative, shares.to(scores.device) * cumulative[:, -1:], right=True)
+        drawn.clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

@@ -1,0 +1,78 @@
+"""Center and step of each channel of scaled features, from samples spread over the plan, before the first shard.
+
+Axes: L captured layers, H hidden size.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_offline.schemas.commits import SkippedSample
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.manifest import FeatureLayout
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.capture.bad_features import SKIP_HINT, listed
+from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
+from dflash_offline.stages.capture.shard import Capture, Capturer, micro_batches, spread_out
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.store.codec import FeatureCodec
+
+CALIBRATION_TOKENS = 16_384
+"""Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
+_LEAST_SOUND = 0.5
+"""Share of those tokens; below it something is wrong with the target, not with samples."""
+
+
+def calibrated_scales(
+    capturer: Capturer, samples: SampleTable, step: float, *, skip_bad: bool, progress: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return center and step of each layer and channel, float32 [L, H]; a function of plan and target alone.
+
+    Samples with bad features refuse it, or with `skip_bad` do not count. Raises `CacheError` naming them, also where
+    too few are left or a scale is no number above zero.
+    """
+    members = spread_out(samples, np.arange(len(samples)), CALIBRATION_TOKENS)
+    states, bad = _states(capturer, samples, members, progress)
+    if bad:
+        num_tokens = int(samples.num_tokens[members].sum())
+        told = f"The target gives bad features for {len(bad)} of the {len(members)} samples that are to calibrate steps"
+        if not skip_bad:
+            raise CacheError(f"{told}; no cache was made:{listed(bad, samples)}\n{SKIP_HINT}")
+        if len(states) < _LEAST_SOUND * num_tokens:
+            raise CacheError(
+                f"{told}; {len(states):,} of their {num_tokens:,} tokens are left, and no cache was made:"
+                f"{listed(bad, samples)}\nThat is the target's fault, not the samples': check its dtype and attention "
+                f"implementation."
+            )
+    scales = [calibrate(states[:, layer], step) for layer in range(states.shape[1])]
+    for layer_id, (center, size) in zip(capturer.layer_ids, scales, strict=True):
+        unusable = np.flatnonzero(~(np.isfinite(center) & np.isfinite(size) & (size > 0)))
+        if len(unusable):
+            channel = int(unusable[0])
+            raise CacheError(
+                f"Channel {channel} of layer {layer_id} has center {center[channel]} and step {size[channel]} over "
+                f"{len(states):,} tokens; expected finite numbers and a step above 0. Extract with --features rounded "
+                f"or lossless."
+            )
+    centers, sizes = zip(*scales, strict=True)
+    return np.stack(centers), np.stack(sizes)
+
+
+def _states(
+    capturer: Capturer, samples: SampleTable, members: NDArray[np.int64], progress: Progress
+) -> tuple[Tensor, list[SkippedSample]]:
+    """Return the members' features, bfloat16 [tokens, L, H], without the bad ones, and what is wrong with those."""
+    lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
+    parts, bad = [], list[SkippedSample]()
+    progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
+    for batch in micro_batches(samples, members, capturer.batch_tokens):
+        codes, marks = capturer.run(samples, batch, lossless)
+        lengths = samples.num_tokens[batch]
+        faults = list(Capture.faults(batch, lengths, marks.cpu().numpy(), capturer.layer_ids))
+        sound = ~np.isin(batch, [fault.sample for fault in faults])
+        parts.append(codes if sound.all() else codes[torch.from_numpy(np.repeat(sound, lengths))])
+        bad += faults
+        progress.advance(int(lengths.sum()))
+    progress.finish()
+    return torch.cat(parts).view(torch.bfloat16), sorted(bad, key=lambda fault: fault.sample)

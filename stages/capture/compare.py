@@ -1,0 +1,197 @@
+"""Are the features of a cache its target's? The target is run again on some samples.
+
+Axes: T tokens, L captured layers, H hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.manifest import refuse_other_identity
+from dflash_offline.schemas.settings.verify import RerunConfig
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.target.files import TargetFiles, open_target
+from dflash_offline.stages.target.model import choose_device, load_model, run_captured
+
+LARGEST_ERROR, LARGEST_CHANNEL_ERROR = 0.02, 0.05
+"""Of one layer, of all tokens together and of the median channel, that rounding to bfloat16 and another machine's
+arithmetic may explain. Rounding gives 0.002 of either. Another attention kernel in bfloat16 gave the median channel
+0.005 after one layer and 0.008 after eight, and this grows with the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFit:
+    """How one stored layer compares with the target run again on the samples drawn.
+
+    The error of all tokens together is that of the largest: a first token a thousand times the rest hides whatever
+    the rest is. So a layer is judged by its channels as well, over the tokens that are no sample's first, each in
+    standard deviations of its own. Of the channels the median counts and the worst is only told: a channel that
+    hardly varies around a large mean is rounded by much of its deviation.
+    """
+
+    layer_id: int
+    error: float
+    """Relative L2 error."""
+    channel_error: float
+    """Root mean square error of a channel over its standard deviation: the median channel. NaN where no channel varies
+    over the tokens drawn: then the plain error alone judges."""
+    worst_channel_error: float
+    best_layer_id: int
+    """The one of this layer and its neighbours whose channels fit best."""
+    best_channel_error: float
+    is_finite: bool
+    """Whether the target run again gave features that the layer can be compared with."""
+    largest_error: float = LARGEST_ERROR
+    """What arithmetic and the feature layout may explain."""
+    largest_channel_error: float = LARGEST_CHANNEL_ERROR
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the layer, or an empty string."""
+        if not self.is_finite:
+            return (
+                f"layer {self.layer_id} cannot be compared: the target run again gives features that are not finite. "
+                f"Run it on another --device or with another --attn-implementation"
+            )
+        if self.best_layer_id != self.layer_id and self.best_channel_error <= self.largest_channel_error:
+            return (
+                f"layer {self.layer_id} is off by {self.best_layer_id - self.layer_id:+d}: the target's layer "
+                f"{self.best_layer_id} fits better (error of the median channel {self.best_channel_error:.2%} against "
+                f"{self.channel_error:.2%})"
+            )
+        if not self.error <= self.largest_error or self.channel_error > self.largest_channel_error:
+            channels = (
+                f", its median channel by {self.channel_error:.2%} of the channel's standard deviation (at most "
+                f"{self.largest_channel_error:.1%})"
+            )
+            return (
+                f"layer {self.layer_id} differs from the target's by {self.error:.2%} (expected at most "
+                f"{self.largest_error:.1%}){'' if math.isnan(self.channel_error) else channels}"
+            )
+        return ""
+
+
+class _Difference:
+    """Of a stored layer from one of the target's, added up sample by sample."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self._squares = self._norm = 0.0
+        self._count = 0
+        self._by_channel, self._total, self._total_squares = np.zeros((3, hidden_size))
+
+    def add(self, stored: NDArray[np.float32], state: NDArray[np.float32]) -> None:
+        """Take a sample's features, [T, H] each; what is not finite makes both figures NaN or infinite."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference, squares = np.square(stored - state), np.square(state, dtype=np.float64)
+            self._squares += float(difference.sum(dtype=np.float64))
+            self._norm += float(squares.sum())
+            self._count += len(state) - 1
+            self._by_channel += difference[1:].sum(axis=0, dtype=np.float64)
+            self._total += state[1:].sum(axis=0, dtype=np.float64)
+            self._total_squares += squares[1:].sum(axis=0)
+
+    def is_finite(self) -> bool:
+        """Say whether all of the target's states were."""
+        return math.isfinite(self._norm)
+
+    def error(self) -> float:
+        """Return the relative L2 error of all tokens together."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.sqrt(np.float64(self._squares) / self._norm))
+
+    def channel_errors(self) -> NDArray[np.float64]:
+        """Return each channel's error over its standard deviation, [H]; a channel that never varies has none or
+        infinitely much, and all are NaN where none varies, as over a single token."""
+        count = max(self._count, 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            variance = np.maximum(self._total_squares / count - np.square(self._total / count), 0)
+            errors = np.sqrt(self._by_channel / count / variance)
+        if not variance.any():
+            return np.full_like(errors, np.nan)
+        return np.where(self._by_channel == 0, 0.0, errors)
+
+
+def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> list[LayerFit]:
+    """Run the target again on samples drawn by seed and return how each stored layer compares.
+
+    Each layer is also compared with the target's layers before and after it: an id off by one trains without a sign
+    and is served badly. Raises `MismatchError` if the target is not the one the cache names.
+    """
+    reader = CacheReader(cache)
+    finished = reader.usable()
+    if not len(finished):
+        raise CacheError(f"{cache} has no finished shard to compare with the target. Let `dflash extract` finish one.")
+    device = choose_device(rerun.device)
+    files, model = _open_recorded(reader, rerun, device)
+    hidden_size, last = reader.manifest.layout.hidden_size, files.num_layers - 1
+    found = {
+        layer: {near: _Difference(hidden_size) for near in range(max(layer - 1, 0), min(layer + 1, last) + 1)}
+        for layer in reader.layer_ids
+    }
+    around = sorted({near for differences in found.values() for near in differences})
+    drawn = np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
+    progress.start("Running the target", len(drawn), "samples")
+    for sample in np.sort(drawn).tolist():
+        ids = torch.from_numpy(reader.samples.input_ids(sample).astype(np.int64))[None].to(device)
+        states = [state[0].float().cpu().numpy() for state in run_captured(model, ids, around)]
+        stored = reader.read_values(sample)
+        for column, differences in enumerate(found.values()):
+            for near, difference in differences.items():
+                difference.add(stored[:, column], states[around.index(near)])
+        progress.advance(1)
+    progress.finish()
+    expected_error = reader.manifest.layout.features.expected_error
+    return [_fit(layer, differences, expected_error) for layer, differences in found.items()]
+
+
+def _open_recorded(
+    reader: CacheReader, rerun: RerunConfig, device: torch.device
+) -> tuple[TargetFiles, torch.nn.Module]:
+    """Return the target's files and its model, as it was extracted; `MismatchError` if it is not the cache's."""
+    recorded, origin = reader.manifest.identity["target"], reader.manifest.origin
+    revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
+    files = open_target(rerun.target, revision=revision, trust_remote_code=rerun.trust_remote_code)
+    own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
+    refuse_other_identity(
+        reader.cache,
+        {"target": recorded},
+        {"target": {**files.identity(), **own}},
+        what_to_do="Name the target that it was made from, or extract again from this one into a new folder.",
+    )
+    model = load_model(
+        files,
+        dtype=getattr(torch, recorded["dtype"]),
+        device=device,
+        attn_implementation=rerun.attn_implementation or recorded["attn_implementation"],
+        device_map=rerun.device_map or recorded["device_map"],
+        trust_remote_code=rerun.trust_remote_code,
+    )
+    return files, model
+
+
+def _fit(layer_id: int, differences: dict[int, _Difference], expected_error: float) -> LayerFit:
+    """Return how a stored layer compares, by its differences from the target's layers around it."""
+    channels = {near: difference.channel_errors() for near, difference in differences.items()}
+    medians = {near: float(np.median(errors)) for near, errors in channels.items()}
+    best = min(
+        (near for near in medians if math.isfinite(medians[near])),
+        key=lambda near: (medians[near], near != layer_id),  # a block that adds nothing gives its neighbour's states
+        default=layer_id,
+    )
+    return LayerFit(
+        layer_id=layer_id,
+        error=differences[layer_id].error(),
+        channel_error=medians[layer_id],
+        worst_channel_error=float(channels[layer_id].max()),
+        best_layer_id=best,
+        best_channel_error=medians[best],
+        is_finite=differences[layer_id].is_finite(),
+        largest_error=LARGEST_ERROR + expected_error,
+        largest_channel_error=LARGEST_CHANNEL_ERROR + expected_error,
+    )

@@ -1,0 +1,204 @@
+"""What an extraction will cost on this machine, measured on a few of its own micro-batches."""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.commits import Commit
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout, Manifest
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
+from dflash_offline.stages.capture.shard import Capturer, micro_batches, spread_out
+from dflash_offline.stages.conversations.plan import Plan
+from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.store.codec import FeatureCodec
+from dflash_offline.stages.store.shard_file import encode_chunk
+
+_TIMED_BATCHES = 4
+_TIMED_S = 2.0
+"""Seconds after which no further batch is timed."""
+_PACKED_TOKENS = 2048
+"""Tokens whose features are compressed to learn the ratio."""
+_RECORD_BYTES, _LAYER_RECORD_BYTES = 1400, 180
+"""Of a commit record, and of each layer in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Time and disk that a plan's features will take."""
+
+    features: FeatureLayout
+    tokens_per_s: float
+    """Of one process, measured."""
+    seconds: float
+    """For the shards that are left, with the workers and ranks that were asked for."""
+    ratios: dict[str, float]
+    """Bytes on disk over raw bfloat16, for each feature layout."""
+    bytes_by_kind: dict[str, int]
+    """Of the shards and their records on disk, for each feature layout."""
+    plan_bytes: int
+    target_bytes: int
+    """Of the embeddings that a draft borrows, and of the tokenizer."""
+    free_bytes: int
+    """On the disk of the cache, without the plan."""
+    shards_done: int = 0
+    rest_bytes: int | None = None
+    """That a cache which was begun still needs, about; None for a new one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole cache on disk, in the layout asked for."""
+        return self.bytes_by_kind[self.features.kind] + self.plan_bytes + self.target_bytes
+
+    @property
+    def bytes_left(self) -> int:
+        """Bytes that are still to be written."""
+        return self.num_bytes if self.rest_bytes is None else self.rest_bytes
+
+    def of_rest(self, manifest: Manifest, samples: SampleTable, finished: dict[int, Commit]) -> "Forecast":
+        """Return the forecast for what is left of a cache that was begun."""
+        left = manifest.plan["tokens"] - _planned_tokens(samples, finished)
+        rest = rest_bytes(manifest, samples, finished)
+        return replace(
+            self,
+            seconds=self.seconds * left / manifest.plan["tokens"],
+            shards_done=len(finished),
+            rest_bytes=self.bytes_by_kind[self.features.kind] if rest is None else rest,
+        )
+
+    def __str__(self) -> str:
+        """Return the forecast in one line."""
+        return (
+            f"{readable_bytes(self.num_bytes)} on disk ({self.ratios[self.features.kind]:.2f} of raw bfloat16, "
+            f"{readable_bytes(self.free_bytes)} free), {readable_seconds(self.seconds)} at {self.tokens_per_s:,.0f} "
+            f"tokens/s"
+        )
+
+
+def measure(
+    config: ExtractConfig,
+    capturer: Capturer,
+    plan: Plan,
+    layout: Layout,
+    target_bytes: int,
+    progress: Callable[[int], None],
+) -> Forecast:
+    """Run a few micro-batches spread over the plan, and compress some of their features in each layout.
+
+    `target_bytes` is what the cache will keep of the target; `progress` is called after each batch.
+    """
+    samples, lossless = plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
+    members = spread_out(samples, np.arange(len(samples)), _TIMED_BATCHES * config.batch_tokens)
+    capturer.run(samples, members[:1], lossless)[0].cpu()  # warms up
+    batches = list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]
+    tokens, codes, began = 0, torch.empty(0), time.perf_counter()
+    for batch in batches:
+        found = capturer.run(samples, batch, lossless)[0].cpu()
+        if not tokens:  # so that the sizes, which the manifest keeps, do not depend on how many batches are timed
+            codes = found
+        tokens += len(found)
+        seconds = time.perf_counter() - began
+        progress(1)
+        if seconds > _TIMED_S:
+            break
+    ratios = {kind: _ratio(codes[:_PACKED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS}
+    num_tokens = int(samples.num_tokens.sum())
+    besides = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
+    rate = tokens / seconds
+    processes = config.world_size * (config.workers if capturer.device.type == "cuda" else 1)
+    plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
+    return Forecast(
+        features=config.feature_layout,
+        tokens_per_s=rate,
+        seconds=num_tokens / rate / processes,
+        ratios=ratios,
+        bytes_by_kind={kind: int(ratio * num_tokens * layout.slot_bytes) + besides for kind, ratio in ratios.items()},
+        plan_bytes=plan_bytes,
+        target_bytes=target_bytes,
+        free_bytes=free_bytes(config.out) + plan_bytes,  # it lies beside the cache already
+    )
+
+
+def _token_bytes(samples: SampleTable, batch: NDArray[np.int64]) -> float:
+    """Return the bytes that one token's id and mask take in the arrays."""
+    ids = np.concatenate([samples.input_ids(sample) for sample in batch.tolist()])
+    mask = np.concatenate([samples.loss_mask(sample) for sample in batch.tolist()])
+    return (len(encode_chunk(ids).data) + len(encode_chunk(mask).data)) / len(ids)
+
+
+def _index_bytes(layout: Layout) -> int:
+    """Return the bytes of what stands beside the compressed values: shard indexes and records."""
+    chunks = layout.num_slots // layout.chunk_tokens * layout.num_layers
+    return 16 * chunks + layout.num_shards * (_RECORD_BYTES + _LAYER_RECORD_BYTES * layout.num_layers)
+
+
+def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> float:
+    """Return compressed bytes over raw bfloat16 bytes of lossless codes [N, L, H] in a feature layout."""
+    values = codes.view(torch.bfloat16).float()
+    codec = FeatureCodec(features)
+    if features.step is not None:
+        scales = [calibrate(values[:, layer], features.step) for layer in range(layout.num_layers)]
+        codec = FeatureCodec(features, *(np.stack(part) for part in zip(*scales, strict=True)))
+    encoder = FeatureEncoder(codec)
+    stored = [encoder.encode(values[:, layer], layer).numpy() for layer in range(layout.num_layers)]
+    chunks = [layer[i : i + layout.chunk_tokens] for layer in stored for i in range(0, len(layer), layout.chunk_tokens)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return sum(len(chunk.data) for chunk in pool.map(encode_chunk, chunks)) / (2 * codes.numel())
+
+
+def free_bytes(out: Path) -> int:
+    """Return the bytes free on the disk of a folder, which may not be there yet."""
+    return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+
+
+def rest_bytes(manifest: Manifest, samples: SampleTable, finished: dict[int, Commit]) -> int | None:
+    """Return about how many bytes the shards that are not finished will take: a token as many as in those that are.
+
+    Before the first one, as many as the plan expected; None where it says nothing, as of older caches.
+    """
+    done = _planned_tokens(samples, finished)
+    if not done:
+        expected: int | None = manifest.plan.get("feature_bytes")
+        return expected
+    written = sum(file.size for commit in finished.values() for file in commit.files.values())
+    return int(written * (manifest.plan["tokens"] - done) // done)
+
+
+def _planned_tokens(samples: SampleTable, finished: dict[int, Commit]) -> int:
+    """Return the tokens of the shards that are finished, those of samples that were left out included."""
+    return int(samples.num_tokens[np.isin(samples.shard, list(finished))].sum())
+
+
+def refuse_too_large(out: Path, needed: int, free: int, *, is_begun: bool) -> None:
+    """Raise `DflashError` if what is still to be written does not fit the disk."""
+    if needed > free:
+        advice = more_room(is_begun=is_begun)
+        raise DflashError(
+            f"{out} needs {readable_bytes(needed)} more and its disk has {readable_bytes(free)} free. "
+            f"{advice[0].upper()}{advice[1:]}; --ignore-free-space starts all the same."
+        )
+
+
+def more_room(*, is_begun: bool) -> str:
+    """Return what to do where a cache does not fit its disk; one that was begun can have no other settings."""
+    if is_begun:
+        return "make room there, or move the cache to a larger disk and name its new place with --out"
+    return "name an --out elsewhere, take fewer samples, or a compact layout by --features rounded or --features scaled"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Return a duration as people say it."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

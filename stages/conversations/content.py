@@ -1,0 +1,251 @@
+"""What a row says, whichever way it is written: a conversation, a plain text, or tokens with their mask."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from dflash_offline.stages.conversations.files import MOST_NESTED, is_too_deep, shown
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names under which templates look for an assistant's reasoning; a message that has one is given all."""
+
+
+class RowFaultError(ValueError):
+    """What is wrong with a row, to be read after its place."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, as chat templates take it."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text without turns, given to the target as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens that were made elsewhere, and which of them are supervised."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
+Content = Chat | Text | Tokens
+
+
+def read_content(value: dict[str, Any], layout: str | None = None) -> tuple[str, Content]:
+    """Return the layout of a row, found by its keys unless it is given, and its content; `RowFaultError` if bad."""
+    if layout is None:
+        layout = next((name for name, (keys, _) in LAYOUTS.items() if all(key in value for key in keys)), None)
+    if layout is None:
+        expected = ", ".join(" + ".join(keys) for keys, _ in LAYOUTS.values())
+        raise RowFaultError(
+            f"has none of the keys of a row (its keys are {shown(sorted(value)[:8])}; known: {expected})"
+        )
+    return layout, LAYOUTS[layout][1](value)
+
+
+def content_hash(content: Content) -> bytes:
+    """Return 16 bytes that two rows share only if they say exactly the same."""
+    document = json.dumps([type(content).__name__, asdict(content)], sort_keys=True)
+    return sha256(document.encode()).digest()[:16]
+
+
+def strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text within a value, keys included, with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield place, key
+            yield from strings(item, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from strings(item, f"{place}[{index}]")
+
+
+def gather_texts(value: Any, texts: list[str]) -> bool:
+    """Add every text that `strings` yields to a list; returns whether the value is of JSON's types alone."""
+    kind = type(value)
+    if kind is str:
+        texts.append(value)
+        return True
+    if kind is dict:
+        texts += value
+        value = [*value.values()]
+    if kind in (dict, list):
+        found = [gather_texts(item, texts) for item in value]  # all of them, even after one that is not
+        return False not in found
+    return value is None or kind in (int, float, bool)
+
+
+def read_messages(value: dict[str, Any]) -> Chat:
+    """Return a row's `messages` and `tools`, checked; content parts become one text, call arguments an object."""
+    messages = value.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RowFaultError(f"has no list 'messages' (its keys are {shown(sorted(value)[:8])})")
+    return Chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)], _tools(value))
+
+
+def template_kwargs(given: Mapping[str, Any], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Return what the chat template is given: the user's arguments, and the row's own tools over theirs."""
+    return {**given, "tools": tools} if tools else dict(given)
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise RowFaultError(f"has {place} of type {type(message).__name__}; expected an object")
+    role = message.get("role")
+    if role not in ROLES:
+        raise RowFaultError(f"has {place}.role {shown(role)}; expected one of {', '.join(ROLES)}")
+    made = {key: item for key, item in message.items() if item is not None}
+    calls = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(_list(made, "tool_calls", place))]
+    made.pop("tool_calls", None)
+    content = made.get("content", "" if calls and role == "assistant" else None)
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{place}.content[{i}]") for i, part in enumerate(content))
+    content = made["content"] = _text(content, f"{place}.content")
+    if calls and role == "assistant":
+        made["tool_calls"] = calls
+    elif calls:
+        raise RowFaultError(f"has {place}.tool_calls on a message of role {role}; expected them on the assistant's")
+    elif not content.strip():
+        raise RowFaultError(f"has an empty {place}.content ({role})")
+    reasoning = next((made[key] for key in REASONING_KEYS if key in made), None)
+    if reasoning is not None:
+        made |= dict.fromkeys(REASONING_KEYS, _text(reasoning, f"{place}.{REASONING_KEYS[0]}"))
+    return made
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise RowFaultError(f"has {place} of type {type(value).__name__}; expected text")
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise RowFaultError(f"has {place} with an unpaired surrogate at character {error.start}") from None
+    return value
+
+
+def _list(value: dict[str, Any], key: str, place: str) -> list[Any]:
+    found = value.get(key, [])
+    if not isinstance(found, list):
+        raise RowFaultError(f"has {place}.{key} of type {type(found).__name__}; expected a list")
+    return found
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text":
+        return _text(part.get("text"), f"{place}.text")
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise RowFaultError(f"has {place} of type {shown(kind)}; expected parts of type 'text' alone")
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowFaultError(f"has {place} without a function and its name")
+    return {**call, "function": {**function, "arguments": _json(function.get("arguments", {}), dict, place)}}
+
+
+def _tools(value: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = _json(value.get("tools") or [], list, "tools")
+    if any(not isinstance(tool, dict) for tool in tools):
+        raise RowFaultError("has tools that are not objects")
+    return tools or None
+
+
+def _json(value: Any, kind: type, place: str) -> Any:
+    """Return an object or a list, which may also be written as a text of JSON."""
+    deep = f"has {place} whose text is nested more than {MOST_NESTED} deep"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowFaultError(f"has {place} whose text is not JSON ({error})") from None
+        except RecursionError:
+            raise RowFaultError(deep) from None
+        if isinstance(value, (dict, list)) and is_too_deep(value):
+            raise RowFaultError(deep)
+    if not isinstance(value, kind):
+        raise RowFaultError(f"has {place} that is no {kind.__name__} but {type(value).__name__}")
+    return value
+
+
+def _sharegpt(value: dict[str, Any]) -> Chat:
+    turns = value.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise RowFaultError("has no list 'conversations'")
+    messages = []
+    if value.get("system"):
+        messages.append(_message({"role": "system", "content": value["system"]}, "system"))
+    for index, turn in enumerate(turns):
+        place = f"conversations[{index}]"
+        if not isinstance(turn, dict):
+            raise RowFaultError(f"has {place} of type {type(turn).__name__}; expected an object")
+        if "from" not in turn:
+            messages.append(_message(turn, place))
+            continue
+        speaker = turn["from"]
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+            raise RowFaultError(f"has {place}.from {shown(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
+        said = {"content": turn.get("value"), **{key: turn.get(key) for key in REASONING_KEYS}}
+        messages.append(_message({"role": SHAREGPT_ROLES[speaker], **said}, place))
+    return Chat(messages, _tools(value))
+
+
+def _prompt_response(value: dict[str, Any]) -> Chat:
+    turns = [{"role": "system", "content": value["system"]}] if value.get("system") else []
+    turns += [{"role": "user", "content": value.get("prompt")}, {"role": "assistant", "content": value.get("response")}]
+    return Chat(
+        [_message(turn, {"user": "prompt", "assistant": "response"}.get(turn["role"], "system")) for turn in turns]
+    )
+
+
+def _plain(value: dict[str, Any]) -> Text:
+    text = _text(value.get("text"), "text")
+    if not text.strip():
+        raise RowFaultError("has an empty text")
+    return Text(text)
+
+
+def _tokens(value: dict[str, Any]) -> Tokens:
+    ids, mask = _list(value, "input_ids", "the row's"), _list(value, "loss_mask", "the row's")
+    if any(type(token) is not int or not 0 <= token < 2**32 for token in ids):
+        raise RowFaultError("has input_ids that are not all whole numbers from 0")
+    if any(type(one) not in (bool, int) or one not in (0, 1) for one in mask):
+        raise RowFaultError("has a loss_mask that is not all 0 and 1")
+    if not ids or len(ids) != len(mask):
+        raise RowFaultError(f"has {len(ids)} input_ids and a loss_mask of {len(mask)}; expected the same, and some")
+    return Tokens(ids, [int(one) for one in mask])
+
+
+LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Content]]] = {
+    "tokens": (("input_ids", "loss_mask"), _tokens),
+    "messages": (("messages",), read_messages),
+    "sharegpt": (("conversations",), _sharegpt),
+    "prompt-response": (("prompt", "response"), _prompt_response),
+    "text": (("text",), _plain),
+}
+"""Ways to write a row: the keys that tell it, in the order in which they are looked for, and what reads it."""

@@ -1,0 +1,292 @@
+"""From what a row says to tokens and the mask of those that a draft learns from."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.chat_tokenizer import ChatTokenizer, Encoded
+from dflash_offline.stages.conversations.content import (
+    REASONING_KEYS,
+    Chat,
+    Content,
+    Text,
+    Tokens,
+    gather_texts,
+    strings,
+)
+
+if TYPE_CHECKING:  # its module loads torch, which a process that only tokenizes does without
+    from dflash_offline.stages.target.files import TargetFiles
+
+REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+"""Part of what a model says, even where its tokenizer flags them special."""
+MOST_CHARACTERS = 1 << 22
+"""Of one row: about a million tokens, which take some 800 MiB while they are made."""
+_REASONING = re.compile(
+    r"(?:<think>|\A)(?:(?!<think>).)*?</think>|<think>.*\Z"
+    r"|(?:\[THINK\]|\A)(?:(?!\[THINK\]).)*?\[/THINK\]|\[THINK\].*\Z"
+    r"|<\|channel\|>analysis<\|message\|>.*?(?:<\|end\|>(?:<\|start\|>assistant)?|\Z)",
+    re.DOTALL,
+)
+"""Reasoning within one answer: between its tags, up to a closing tag whose opening one the prompt held, or cut off."""
+
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class UnmaskableError(Exception):
+    """This row's supervised tokens cannot be told; the arguments are a reason to count by, and the detail."""
+
+
+ROW_ERRORS = (UnmaskableError, TemplateError, ValueError, TypeError, RecursionError)
+"""What a row can provoke in a chat template or a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """One row as the target sees it."""
+
+    input_ids: NDArray[np.uint32]
+    loss_mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """One row's text before it is encoded, and the parts of it, in characters, that the template or its turns mark."""
+
+    content: Chat | Text
+    text: str
+    tagged: list[tuple[int, int]] | None = None
+    """What generation tags enclose."""
+    turns: list[tuple[int, int]] | None = None
+    """What rendering turn by turn shows to be the assistant's."""
+    begin: int = 0
+    """Where the first supervised token may begin."""
+
+
+class Masker:
+    """Renders conversations with the target's chat template and marks the tokens to learn from.
+
+    With the rule `assistant` these are the assistant's words and the end-of-turn token, with `last-turn` those of the
+    last answer, with `all` every token. Where the template has generation tags they decide; otherwise the conversation
+    is rendered turn by turn, which is accepted only if each rendering is a true prefix of the next. A plain text has no
+    turns: all of it is supervised, save what the tokenizer adds. Tokens made elsewhere come with their mask.
+    """
+
+    def __init__(self, target: "TargetFiles", config: ExtractConfig) -> None:
+        self.tokenizer = ChatTokenizer(target.tokenizer, config.chat_template_kwargs)
+        self.config = config
+        self.vocab_size = int(target.text_config.vocab_size)
+        """Rows of the target's embedding table."""
+        self.tagged = re.search(r"\{%-?\s*generation\s*-?%\}", target.template) is not None
+        how = "from generation tags" if self.tagged else "from rendering turn by turn"
+        self.rule = config.mask if config.mask == "all" else f"{config.mask}, {how}"
+        self.rule += ", without reasoning" if config.no_reasoning else ""
+        self.end_ids = np.array(sorted(target.end_ids()), np.uint32)
+        special = [str(token) for token in target.tokenizer.added_tokens_decoder.values() if token.special]
+        spelled = sorted({*special} - {*REASONING_TAGS, ""}, key=len, reverse=True)
+        self._special_firsts = sorted({text[0] for text in spelled})
+        self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+
+    def tokenize(self, content: Content) -> Tokenized:
+        """Return tokens and mask; `UnmaskableError`, or jinja2's `TemplateError`, if this row has none."""
+        (made,) = self.tokenize_all([content])
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def tokenize_all(self, contents: Sequence[Content]) -> list[Tokenized | Exception]:
+        """Return what `tokenize` returns or raises for each row, their texts encoded together."""
+        made: list[Tokenized | _Rendered | Exception] = [_result(self._prepared, content) for content in contents]
+        plain = [one for one in made if isinstance(one, _Rendered) and isinstance(one.content, Text)]
+        chats = [one for one in made if isinstance(one, _Rendered) and isinstance(one.content, Chat)]
+        encoded = iter(self._encoded(plain, add_special_tokens=True)), iter(self._encoded(chats))
+        return [
+            self._finished(one, next(encoded[isinstance(one.content, Chat)])) if isinstance(one, _Rendered) else one
+            for one in made
+        ]
+
+    def _encoded(self, rendered: list[_Rendered], *, add_special_tokens: bool = False) -> list[Encoded | Exception]:
+        texts = [one.text for one in rendered]
+        try:
+            return [*self.tokenizer.encode(texts, add_special_tokens=add_special_tokens)] if texts else []
+        except Exception:  # of one text or several: each says for itself
+
+            def alone(text: str) -> Encoded:
+                return self.tokenizer.encode([text], add_special_tokens=add_special_tokens)[0]
+
+            return [_result(alone, text) for text in texts]
+
+    def _prepared(self, content: Content) -> Tokenized | _Rendered:
+        if isinstance(content, Tokens):
+            return self._given(content)
+        plain = self._refuse_unfit(content)
+        if isinstance(content, Text):
+            return _Rendered(content, content.text)
+        plain = plain and not any(REASONING_KEYS[0] in message for message in content.messages)
+        if self.config.mask == "all":
+            return _Rendered(content, self._render(content, plain=plain))
+        return self._from_tags(content, plain) if self.tagged else self._from_prefixes(content, plain)
+
+    def _finished(self, rendered: _Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
+        """Return the tokens with those marked that the rule supervises."""
+        if isinstance(encoded, Exception):
+            return encoded
+        begins, ends = encoded.begins, encoded.ends
+        mask = np.zeros(len(begins), np.bool_)
+        if self.config.mask == "all":
+            mask[:] = True
+        elif isinstance(rendered.content, Text):
+            mask[encoded.touching(0, int(ends.max(initial=0)))] = True
+        else:
+            for begin, end in rendered.tagged or []:
+                mask[encoded.touching(begin, end)] = True
+            if rendered.begin:
+                mask[begins < rendered.begin] = False
+            for begin, end in rendered.turns or []:
+                mask[encoded.within(begin, end)] = True
+            mask = close_turns(encoded.ids, mask, self.end_ids, self._is_blank)
+        if self.config.no_reasoning:
+            text = rendered.text
+            for begin, end in list(_reasoning(rendered.content, text, mask, encoded)):
+                words = end + len(text[end:]) - len(text[end:].lstrip())
+                mask &= ~(((ends > begin) & (begins < end)) | ((begins >= end) & (ends <= words)))
+        return Tokenized(encoded.ids, mask)
+
+    def _given(self, tokens: Tokens) -> Tokenized:
+        mask = np.array(tokens.loss_mask, np.bool_)
+        if self.config.no_reasoning:
+            raise UnmaskableError("reasoning in tokens cannot be told", "the row holds tokens, not text")
+        if self.config.mask == "all":
+            mask[:] = True
+        elif self.config.mask == "last-turn":
+            runs = supervised_runs(mask)
+            mask[: runs[-1, 0] if len(runs) else 0] = False
+        return Tokenized(np.array(tokens.input_ids, np.uint32), mask)
+
+    def _refuse_unfit(self, content: Chat | Text) -> bool:
+        """Raise `UnmaskableError` if a text is none to tokenize; returns whether all is of JSON's types."""
+        texts: list[str] = []
+        plain = gather_texts(vars(content), texts)
+        size = sum(map(len, texts))
+        if size > MOST_CHARACTERS:
+            raise UnmaskableError("far too long", f"{size:,} characters; at most {MOST_CHARACTERS:,} are tokenized")
+        if self._special is None or self.config.keep_special_tokens:
+            return plain
+        whole = "".join(texts)
+        if not any(first in whole for first in self._special_firsts):
+            return plain
+        for text in texts:
+            if found := self._special.search(text):
+                place = next(place for place, one in strings(vars(content)) if one == text)
+                raise UnmaskableError("special token in content", f"{place} spells {found.group()!r}")
+        return plain
+
+    def _is_blank(self, ids: NDArray[np.uint32]) -> bool:
+        return not self.tokenizer.decode(ids.tolist()).strip()
+
+    def _render(self, chat: Chat, turns: int | None = None, *, prompt: bool = False, plain: bool) -> str:
+        """Return the text of the first `turns` messages, or of all."""
+        return self.tokenizer.render(chat.messages[:turns], chat.tools, prompt=prompt, plain=plain)
+
+    def _from_tags(self, chat: Chat, plain: bool) -> _Rendered:
+        text, spans = self.tokenizer.render_tagged(chat.messages, chat.tools, plain=plain)
+        turns = _answers(chat)
+        before = ""
+        if self.config.mask == "last-turn" and turns:
+            before = self._render(chat, turns[-1], plain=plain) if turns[-1] else ""
+            if not text.startswith(before):
+                raise _rewritten(turns[-1], "once it is there")
+        return _Rendered(chat, text, tagged=spans, begin=len(before))
+
+    def _from_prefixes(self, chat: Chat, plain: bool) -> _Rendered:
+        text = self._render(chat, plain=plain)
+        turns = _answers(chat)
+        spans = []
+        for turn in turns[-1:] if self.config.mask == "last-turn" else turns:
+            if turn == 0:
+                raise UnmaskableError(
+                    "begins with an assistant turn", "its first token cannot be told without a prompt"
+                )
+            before = self._render(chat, turn, prompt=True, plain=plain)
+            through = text if turn + 1 == len(chat.messages) else self._render(chat, turn + 1, plain=plain)
+            if not through.startswith(before):
+                raise _rewritten(turn, "once it is there")
+            if not text.startswith(through):
+                raise UnmaskableError(
+                    "template rewrites history", f"messages[{turn}] renders otherwise when more follows"
+                )
+            spans.append((len(before), len(through)))
+        return _Rendered(chat, text, turns=spans)
+
+
+def _result(function: Callable[[_T], _R], argument: _T) -> _R | Exception:
+    """Return what the function returns, or the error of the row that it raises."""
+    try:
+        return function(argument)
+    except ROW_ERRORS as error:
+        return error
+
+
+def _answers(chat: Chat) -> list[int]:
+    return [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def _rewritten(turn: int, when: str) -> UnmaskableError:
+    return UnmaskableError("template rewrites history", f"what leads to messages[{turn}] renders otherwise {when}")
+
+
+def _reasoning(content: Chat | Text, text: str, mask: NDArray[np.bool_], encoded: Encoded) -> Iterator[tuple[int, int]]:
+    """Yield where, in characters, the supervised part of a text is reasoning."""
+    said = [] if isinstance(content, Text) else [message.get("reasoning_content", "") for message in content.messages]
+    for first, last in supervised_runs(mask):
+        begin, end = int(encoded.begins[first]), int(encoded.ends[last - 1])
+        for found in _REASONING.finditer(text[begin:end]):
+            yield begin + found.start(), begin + found.end()
+        for reasoning in filter(None, map(str.strip, said)):
+            at = text.find(reasoning, begin, end)
+            if at >= 0:
+                yield at, at + len(reasoning)
+
+
+def supervised_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return begin and end of each run of supervised tokens, int64 [runs, 2]."""
+    edged = np.zeros(len(mask) + 2, np.bool_)
+    edged[1:-1] = mask
+    return (edged[1:] != edged[:-1]).nonzero()[0].reshape(-1, 2)
+
+
+def close_turns(
+    ids: NDArray[np.uint32],
+    mask: NDArray[np.bool_],
+    end_ids: NDArray[np.uint32],
+    is_blank: Callable[[NDArray[np.uint32]], bool],
+) -> NDArray[np.bool_]:
+    """Return the mask with every supervised run ending at the token at which serving ends an answer.
+
+    A run that holds such a token is cut after the last one; a run that lacks it takes it if it comes next; blanks
+    that the template writes at the end of any other run are not supervised.
+    """
+    closed = mask.copy()
+    is_end = np.zeros(len(ids), np.bool_)
+    for token in end_ids.tolist():  # a few; np.isin sorts
+        is_end |= ids == token
+    for begin, end in supervised_runs(mask).tolist():
+        ends = np.flatnonzero(is_end[begin:end])
+        if len(ends):
+            closed[begin + ends[-1] + 1 : end] = False
+        elif end < len(ids) and is_end[end]:
+            closed[end] = True
+        else:
+            last = end
+            while last > begin and is_blank(ids[last - 1 : last]):
+                last -= 1
+            closed[last:end] = False
+    return closed

@@ -1,0 +1,275 @@
+"""From rows to samples: what is kept, cut or left out and why, and the place of each sample in the cache.
+
+Memory does not grow with the data but for a few numbers of each sample: tokens and rejects go to files as they come.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.errors import BadInputError, DflashError
+from dflash_offline.schemas.manifest import REJECTS, SAMPLES
+from dflash_offline.schemas.samples import (
+    Numbers,
+    Reject,
+    RejectWriter,
+    SampleTable,
+    Tokens,
+    read_rejects,
+    write_samples,
+)
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.duplicates import Digests
+from dflash_offline.stages.conversations.files import MOST_NAMED, RawRow, refuse_bad_rows
+from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.processes import outcomes
+from dflash_offline.stages.conversations.sources import Data
+from dflash_offline.stages.conversations.tokenize import BAD_ROW, BatchOutcome, RowOutcome, RowWorker, batches
+from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.target.files import TargetFiles
+
+MOST_PROCESSES = 16
+"""That tokenize at once: one more would wait for the one that collects."""
+_SPOOLED_IDS, _SPOOLED_MASK = "input_ids.tmp", "loss_mask.tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All samples, where they go, and what did not become a sample."""
+
+    folder: Path
+    """Holds samples.parquet and rejects.parquet."""
+    samples: SampleTable
+    num_shards: int
+    shard_tokens: int
+    first_uses: NDArray[np.int64]
+    """For each row of the target's embedding table the first sample that holds its token; -1 where none does."""
+    beyond: tuple[int, int] | None
+    """The first sample that holds a token beyond that table, and the token; None if none does."""
+    formats: Counter[str]
+    """Rows that could be read, by how they were written."""
+    reasons: Counter[str]
+    """Rows that were drawn and are no sample, by reason."""
+    num_not_drawn: int
+    num_truncated: int
+    num_supervised_cut: int
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """Rows that were drawn and are no sample, read from their file."""
+        return read_rejects(self.folder / REJECTS)
+
+    def counts(self) -> dict[str, Any]:
+        """Return the totals that the manifest keeps."""
+        return {
+            "formats": dict(sorted(self.formats.items())),
+            "not_drawn": self.num_not_drawn,
+            "samples": len(self.samples),
+            "tokens": int(self.samples.num_tokens.sum()),
+            "supervised": int(self.samples.num_supervised.sum()),
+            "anchors": int(self.samples.num_anchors.sum()),
+            "truncated": self.num_truncated,
+            "truncated_supervised": self.num_supervised_cut,
+            "rejects": dict(sorted(self.reasons.items())),
+        }
+
+
+def make_plan(
+    config: ExtractConfig,
+    data: Data,
+    masker: Masker,
+    slot_bytes: int,
+    folder: Path,
+    progress: Callable[[int], None],
+    num_processes: int | None = None,
+) -> Plan:
+    """Return the plan for all rows of the data, its samples and rejects in files of `folder`; a pure function of data
+    and settings, whatever the number of processes that tokenize (None for one a core).
+
+    `slot_bytes` is the size of one token's raw features; `progress` is called with the rows read since the last
+    call. Raises `BadInputError` naming unusable rows, unless they are to be skipped, and if nothing remains.
+    """
+    worker = RowWorker(config, masker, data.format.layout)
+    processes = num_processes or min(usable_cores(), MOST_PROCESSES)
+    with _Collected(folder, masker.vocab_size) as collected:
+        with closing(outcomes(batches(data.raw_rows()), worker, processes)) as answers:
+            for batch, outcome in answers:
+                collected.add(batch, outcome)
+                progress(len(batch))
+        if not config.skip_bad_rows:
+            refuse_bad_rows(
+                collected.faults, "Mend them, or leave them out with --skip-bad-rows.", collected.reasons[BAD_ROW]
+            )
+        if not collected.num_tokens:
+            raise BadInputError(_nothing_left(config, collected.reasons, masker.rule))
+        num_shards, shard_tokens = collected.write(config, slot_bytes)
+    return Plan(
+        folder=folder,
+        samples=SampleTable.read(folder / SAMPLES),
+        num_shards=num_shards,
+        shard_tokens=shard_tokens,
+        first_uses=collected.first_uses,
+        beyond=collected.beyond,
+        formats=collected.formats,
+        reasons=collected.reasons,
+        num_not_drawn=data.num_not_drawn,
+        num_truncated=collected.num_truncated,
+        num_supervised_cut=collected.num_supervised_cut,
+    )
+
+
+def _nothing_left(config: ExtractConfig, reasons: Counter[str], rule: str) -> str:
+    listed = "".join(f"\n  {count} rows: {reason}" for reason, count in reasons.most_common()) or "\n  no rows"
+    return (
+        f"No row of {', '.join(map(str, config.data))} gives a sample to train on:{listed}\n"
+        f"A sample needs a supervised token with {config.block_size - 1} more tokens after it, within its first "
+        f"{config.max_length:,} tokens (--max-length); the mask rule was '{rule}'."
+    )
+
+
+class _Collected:
+    """What became of the rows so far: numbers in arrays, tokens and rejects in files of a folder, open while used."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
+        self.formats: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.faults: list[str] = []
+        """Of the first bad rows, with their places."""
+        self.num_truncated = 0
+        self.num_supervised_cut = 0
+        self.first_uses = np.full(vocab_size, -1, np.int64)
+        self.beyond: tuple[int, int] | None = None
+        self.sources: dict[str, int] = {}
+        self.source_index, self.row = array("i"), array("q")
+        self.num_tokens, self.num_supervised, self.num_anchors = array("i"), array("i"), array("i")
+        self._seen = Digests()
+        self._files = ExitStack()
+
+    def __enter__(self) -> "_Collected":
+        with ExitStack() as files:
+            self._ids = files.enter_context((self.folder / _SPOOLED_IDS).open("w+b"))
+            self._mask = files.enter_context((self.folder / _SPOOLED_MASK).open("w+b"))
+            self._rejects = files.enter_context(RejectWriter(self.folder / REJECTS))
+            self._files = files.pop_all()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._files.close()
+        for name in (_SPOOLED_IDS, _SPOOLED_MASK):
+            (self.folder / name).unlink()
+
+    def add(self, batch: list[RawRow], outcome: BatchOutcome) -> None:
+        """Take a batch's samples, and count the rows that are none."""
+        first = len(self.num_tokens)
+        kept = [self._add_row(row, found) for row, found in zip(batch, outcome.rows, strict=True)]
+        ids, mask = outcome.ids, outcome.mask
+        if len(ids) > sum(self.num_tokens[first:]):  # some are of rows that were not taken
+            taken = np.repeat(kept, [found.num_tokens for found in outcome.rows])
+            ids, mask = ids[taken], mask[taken]
+        self._ids.write(ids.tobytes())
+        self._mask.write(mask.tobytes())
+        self._note_uses(first, ids)
+
+    def _add_row(self, row: RawRow, found: RowOutcome) -> bool:
+        """Count a row; returns whether it is a sample."""
+        if found.layout:
+            self.formats[f"{row.source.container}, {found.layout}"] += 1
+        reason, detail = found.reason, found.detail
+        if found.digest and not self._seen.add(found.digest):
+            reason, detail = "duplicate", "says exactly what an earlier row says"
+        elif found.num_supervised_cut >= 0:
+            self.num_truncated += 1
+            self.num_supervised_cut += found.num_supervised_cut
+        if reason:
+            self.reasons[reason] += 1
+            self._rejects.add(Reject(source=row.source.name, row=row.line, reason=reason, detail=detail))
+            if reason == BAD_ROW and len(self.faults) < MOST_NAMED:
+                self.faults.append(f"{row.source.path}:{row.line} {detail}")
+            return False
+        self.source_index.append(self.sources.setdefault(row.source.name, len(self.sources)))
+        self.row.append(row.line)
+        self.num_tokens.append(found.num_tokens)
+        self.num_supervised.append(found.num_supervised)
+        self.num_anchors.append(found.num_anchors)
+        return True
+
+    def _note_uses(self, first: int, ids: NDArray[np.uint32]) -> None:
+        """Note the tokens that occur for the first time in the samples from `first` on, whose ids these are."""
+        known = ids < len(self.first_uses)
+        fresh = np.flatnonzero(self.first_uses[np.where(known, ids, 0)] < 0)
+        fresh = fresh[known[fresh]][::-1]  # backwards, so that the first place of each is what remains
+        ends = np.cumsum(np.array(self.num_tokens[first:], np.int64))
+        self.first_uses[ids[fresh]] = first + np.searchsorted(ends, fresh, "right")
+        if self.beyond is None and not known.all():
+            place = int(np.argmin(known))
+            self.beyond = first + int(np.searchsorted(ends, place, "right")), int(ids[place])
+
+    def write(self, config: ExtractConfig, slot_bytes: int) -> tuple[int, int]:
+        """Write samples.parquet; returns the number of shards and the slots of each."""
+        self._seen = Digests()  # its memory is needed now
+        num_tokens = np.frombuffer(self.num_tokens, np.int32)
+        shard, start, shard_tokens = _places(num_tokens, config, slot_bytes)
+        numbers: dict[str, Numbers] = {
+            "row": np.frombuffer(self.row, np.int64),
+            "num_tokens": num_tokens,
+            "num_supervised": np.frombuffer(self.num_supervised, np.int32),
+            "num_anchors": np.frombuffer(self.num_anchors, np.int32),
+            "shard": shard,
+            "start": start,
+        }
+        write_samples(
+            self.folder / SAMPLES,
+            sources=list(self.sources),
+            source_index=np.frombuffer(self.source_index, np.int32),
+            numbers=numbers,
+            read=self._spooled,
+        )
+        self.source_index, self.row = array("i"), array("q")  # they are in the file now
+        self.num_tokens, self.num_supervised, self.num_anchors = array("i"), array("i"), array("i")
+        return int(shard[-1]) + 1, shard_tokens
+
+    def _spooled(self, begin: int, end: int) -> Tokens:
+        self._ids.seek(4 * begin)
+        self._mask.seek(begin)
+        ids, mask = self._ids.read(4 * (end - begin)), self._mask.read(end - begin)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.bool_)
+
+
+def _places(
+    num_tokens: NDArray[np.int32], config: ExtractConfig, slot_bytes: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
+    """Return each sample's shard and first slot, and the slots of a shard: as many samples as fit, in order, each on
+    a chunk of its own."""
+    chunk = config.chunk_tokens
+    ends = np.cumsum(-(-num_tokens // chunk) * chunk, dtype=np.int64)
+    wanted = (config.shard_mib << 20) // slot_bytes // chunk * chunk
+    longest = -(-int(num_tokens.max()) // chunk) * chunk
+    shard_tokens = int(min(max(wanted, longest), ends[-1]))
+    shard, start = np.zeros(len(ends), np.int32), np.zeros(len(ends), np.int64)
+    first = used = current = 0
+    while first < len(ends):
+        end = int(np.searchsorted(ends, used + shard_tokens, "right"))
+        shard[first:end] = current
+        start[first + 1 : end] = ends[first : end - 1] - used
+        start[first:end] += current * shard_tokens
+        first, used, current = end, int(ends[end - 1]), current + 1
+    return shard, start, shard_tokens
+
+
+def refuse_ids_beyond_table(target: TargetFiles, plan: Plan) -> None:
+    """Raise `DflashError` if the tokenizer wrote a token that the target has no embedding for."""
+    if plan.beyond is not None:
+        sample, token = plan.beyond
+        raise DflashError(
+            f"{plan.samples.place(sample)} holds token {token}, but the target's embedding table has "
+            f"{len(plan.first_uses)} rows. The tokenizer in {target.folder} belongs to another model; put the right "
+            f"one there."
+        )

@@ -1,0 +1,111 @@
+"""Reading prompts from JSONL and turning them into the tokens a target is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dflash_offline.schemas.errors import BadInputError
+from dflash_offline.stages.conversations.content import RowFaultError, read_messages, template_kwargs
+from dflash_offline.stages.conversations.files import Row, identify, read_rows, refuse_bad_rows
+
+WHAT_TO_DO = (
+    'Each line is an object with either "messages", a list of {"role": ..., "content": ...} objects, or "prompt", '
+    'a text; "kind" may name a group.'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt: a conversation that the target is to continue, or a text as it is."""
+
+    place: str
+    """File and line."""
+    messages: list[dict[str, Any]] | None = None
+    """Without the assistant turns at the end."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the conversation's target may call."""
+    text: str | None = None
+    kind: str | None = None
+    """Group for the figures."""
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """Return the file's first `limit` prompts; `BadInputError` naming every line that is not one."""
+    prompts: list[Prompt] = []
+    faults: list[str] = []
+    for count, row in enumerate(read_rows(identify(path)), start=1):
+        if fault := row.fault or _fault(row.value):
+            faults.append(f"{row.place} {fault}")
+        else:
+            prompts.append(_prompt(row))
+        if count == limit:
+            break
+    refuse_bad_rows(faults, WHAT_TO_DO)
+    if not prompts:
+        raise BadInputError(f"{path} holds no prompt. {WHAT_TO_DO}")
+    return prompts
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+    """Return the prompt's tokens; a conversation is rendered up to where the assistant's answer begins."""
+    if prompt.messages is None:
+        ids: list[int] = tokenizer(prompt.text)["input_ids"]
+    else:
+        try:
+            text = tokenizer.apply_chat_template(
+                prompt.messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **template_kwargs(chat_template_kwargs, prompt.tools),
+            )
+        except (TemplateError, ValueError) as error:
+            raise BadInputError(
+                f"{prompt.place} cannot be rendered with the target's chat template: {error}. "
+                f'Change the conversation, or give the rendered text as "prompt".'
+            ) from error
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise BadInputError(f"{prompt.place} becomes no token at all; expected at least one. Remove the line.")
+    return ids
+
+
+def _prompt(row: Row) -> Prompt:
+    kind = row.value.get("kind")
+    if "prompt" in row.value:
+        return Prompt(place=row.place, text=row.value["prompt"], kind=kind)
+    chat = read_messages(row.value)
+    return Prompt(place=row.place, messages=_open_turns(chat.messages), tools=chat.tools, kind=kind)
+
+
+def _open_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
+
+
+def _fault(value: dict[str, Any]) -> str:
+    """Return what keeps a line from being a prompt, or an empty string."""
+    kind = value.get("kind")
+    if kind is not None and not isinstance(kind, str):
+        return f"has a kind of type {type(kind).__name__}; expected text"
+    if ("prompt" in value) == ("messages" in value):
+        keys = ", ".join(sorted(value)[:8]) or "none"
+        return f"needs either 'messages' or 'prompt', and not both (its keys: {keys})"
+    if "messages" in value:
+        try:
+            messages = read_messages(value).messages
+        except RowFaultError as fault:
+            return str(fault)
+        return "" if _open_turns(messages) else "has only assistant turns; expected one to answer"
+    text = value["prompt"]
+    if not isinstance(text, str):
+        return f"has a prompt of type {type(text).__name__}; expected text"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has a prompt with an unpaired surrogate at character {error.start}"
+    return "" if text else "has an empty prompt"

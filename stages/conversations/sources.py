@@ -1,0 +1,233 @@
+"""What the data arguments name: files, folders, globs, saved datasets and hub ids, each with its share of rows."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dflash_offline.schemas.errors import BadInputError
+from dflash_offline.schemas.files import sha256_file
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.content import LAYOUTS
+from dflash_offline.stages.conversations.files import (
+    COMPRESSED,
+    CONTAINERS,
+    ENDINGS,
+    DataFile,
+    RawRow,
+    Row,
+    identify,
+    read_raw_rows,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data argument: its files in the order they are read, and the share of its rows that is taken."""
+
+    argument: str
+    files: tuple[DataFile, ...]
+    weight: float | None
+    """None where no weight was given: all rows."""
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How rows are written, where it is not to be found out."""
+
+    container: str | None = None
+    layout: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> "InputFormat":
+        """Return what --input-format says: a container, a layout, or both with a comma between."""
+        words = [word.strip() for word in (text or "").split(",") if word.strip()]
+        containers = [word for word in words if word in CONTAINERS]
+        layouts = [word for word in words if word in LAYOUTS]
+        if len(containers) > 1 or len(layouts) > 1 or len(containers) + len(layouts) < len(words):
+            raise BadInputError(
+                f"--input-format is {text!r}; expected one of {', '.join(CONTAINERS)}, one of {', '.join(LAYOUTS)}, "
+                f"or one of each with a comma between, as in parquet,messages."
+            )
+        return cls(*(found[0] if found else None for found in (containers, layouts)))
+
+
+class Data:
+    """All rows that a plan reads, drawn by weight and seed; `rows` can be read again and gives the same."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        self.config = config
+        self.format = InputFormat.parse(config.input_format)
+        self.sources = [_source(str(argument), self.format.container) for argument in config.data]
+        self.num_not_drawn = 0
+        """Rows that weights left out, once `rows` has been read."""
+        self._files = [file.path for source in self.sources for file in source.files]
+        self._hashed = [_state(path) for path in self._files]
+
+    def identity(self) -> dict[str, str]:
+        """Return the hash of each file's bytes."""
+        return {f"file_{i}_sha256": sha256_file(path) for i, path in enumerate(self._files)}
+
+    def refuse_changed(self) -> None:
+        """Raise `BadInputError` if a file is another than when it was looked up: its hash and its rows, read one after
+        the other, may then be of different content."""
+        changed = [path for path, before in zip(self._files, self._hashed, strict=True) if _state(path) != before]
+        if changed:
+            raise BadInputError(
+                f"{', '.join(map(str, changed))} changed while being read; nothing was kept of it. Repeat the command "
+                f"when nobody writes to the data any more."
+            )
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The share of each argument's rows; None if none is given."""
+        given = [source.weight for source in self.sources]
+        return None if all(weight is None for weight in given) else [1.0 if w is None else w for w in given]
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in order; with weights, the arguments mixed at rates in proportion to them."""
+        return (row.parsed() for row in self.raw_rows())
+
+    def raw_rows(self) -> Iterator[RawRow]:
+        """Yield the rows of `rows` unparsed."""
+        self.num_not_drawn = 0
+        readers = [self._drawn(index) for index in range(len(self.sources))]
+        weights = self.weights
+        mixed = (row for reader in readers for row in reader) if weights is None else self._mixed(readers, weights)
+        return islice(mixed, self.config.limit)
+
+    def _drawn(self, index: int) -> Iterator[RawRow]:
+        source = self.sources[index]
+        chance = random.Random(f"{self.config.seed} {index}")
+        for file in source.files:
+            for row in read_raw_rows(file):
+                if source.weight is None or chance.random() < source.weight:
+                    yield row
+                else:
+                    self.num_not_drawn += 1
+
+    def _mixed(self, readers: list[Iterator[RawRow]], weights: Sequence[float]) -> Iterator[RawRow]:
+        chance = random.Random(f"{self.config.seed} mix")
+        open_ones = list(range(len(readers)))
+        while open_ones:
+            chosen = chance.choices(open_ones, [weights[i] for i in open_ones])[0]
+            row = next(readers[chosen], None)
+            if row is None:
+                open_ones.remove(chosen)
+            else:
+                yield row
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what differs after a file was written to or replaced; None if there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _source(argument: str, container: str | None) -> Source:
+    place, weight = _weighted(argument)
+    path = Path(place).expanduser()
+    if path.is_dir():
+        files = _folder(path, container)
+    elif path.is_file():  # a pipe could be read only once
+        files = [identify(path, container=container)]
+    elif any(sign in place for sign in "*?["):
+        matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        files = [file for match in matches for file in _matched(match, container)]
+    else:
+        files = _hub(place)
+    if not files:
+        raise BadInputError(f"{place} names no data file. Expected files ending in {', '.join(ENDINGS)}.")
+    return Source(argument, tuple(files), weight)
+
+
+def _weighted(argument: str) -> tuple[str, float | None]:
+    """Split `a.jsonl:0.3` into the path and its weight, unless a file has that very name."""
+    place, colon, number = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return argument, None
+    try:
+        weight = float(number)
+    except ValueError:
+        return argument, None
+    if not 0 < weight <= 1:
+        raise BadInputError(
+            f"{argument} has weight {number}; expected more than 0 and at most 1: the share of its rows that is taken. "
+            f"To have one file's rows more often, name it twice."
+        )
+    return place, weight
+
+
+def _matched(path: Path, container: str | None) -> list[DataFile]:
+    if path.is_dir():
+        return _folder(path, container)
+    return [identify(path, container=container)] if path.is_file() else []
+
+
+def _folder(folder: Path, container: str | None) -> list[DataFile]:
+    """Return the data files of a folder, in the order of their paths, or those of the dataset saved there."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        if len(splits) != 1:
+            raise BadInputError(
+                f"{folder} is a saved dataset of the splits {', '.join(splits) or '(none)'}. Name the folder of one, "
+                f"as in {folder / (splits[0] if splits else 'train')}."
+            )
+        folder = folder / splits[0]
+    if (folder / "state.json").is_file():
+        return _saved_dataset(folder)
+    return [
+        identify(path, name=path.relative_to(folder).as_posix(), container=container)
+        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+        if path.is_file() and _is_data(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+
+
+def _is_data(path: Path) -> bool:
+    endings = [ending for ending in path.suffixes if ending not in COMPRESSED]
+    return bool(endings) and endings[-1] in ENDINGS
+
+
+def _saved_dataset(folder: Path) -> list[DataFile]:
+    """Return the Arrow files of a dataset saved to disk by the `datasets` library, in the order of its rows."""
+    path = folder / "state.json"
+    try:
+        state: Any = json.loads(path.read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{path} does not list a saved dataset's files ({error!r}). Save the dataset again."
+        ) from error
+    if state.get("_indices_data_files"):
+        raise BadInputError(f"{folder} keeps a selection of its rows as indices. Save it after flatten_indices().")
+    return [identify(folder / name, container="arrow") for name in names]
+
+
+def _hub(place: str) -> list[DataFile]:
+    """Return the Arrow files that the `datasets` library makes of `owner/name`, or of `owner/name@split`."""
+    name, _, split = place.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or _is_data(Path(name)):
+        raise BadInputError(
+            f"{place} is not a file or a folder. Name JSONL, JSON, Parquet or Arrow files, or a hub id."
+        )
+    if find_spec("datasets") is None:
+        raise BadInputError(
+            f"{place} is not a file or a folder here. If it is a dataset's hub id, the datasets package is needed: "
+            f"pip install 'dflash-offline[hub]'."
+        )
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split or "train")
+        names = [entry["filename"] for entry in dataset.cache_files]
+    except Exception as error:  # whatever the library and the dataset provoke
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInputError(f"The dataset {place} cannot be loaded: {said}. Check the id, or give files.") from error
+    return [identify(Path(name), container="arrow") for name in names]

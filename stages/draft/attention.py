@@ -1,0 +1,175 @@
+"""What a block may see: one predicate, materialised for every attention backend."""
+
+# Axes: B rows, S context positions, N anchors, K block size; queries are N*K, keys are S + N*K.
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+from dflash_offline.schemas.draft.config import AttentionRule
+from dflash_offline.stages.draft.anchors import document_starts
+
+TILE_QUERIES = 128
+"""Queries of one tile, about: enough to keep a matmul busy, few enough that neighbours see nearly the same context."""
+_FLEX_TILE = 128
+"""Queries and keys of a tile of flex attention."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the blocks of a batch stand."""
+
+    anchors: Tensor
+    """int64 [B, N]."""
+    keep: Tensor
+    """bool [B, N]; a block that is not kept sees only itself."""
+    document_ids: Tensor | None
+    """int [B, S], or None for one document per row."""
+    seq_len: int
+    """S."""
+    block_size: int
+    """K."""
+
+    @property
+    def num_queries(self) -> int:
+        """N * K."""
+        return self.anchors.shape[1] * self.block_size
+
+
+def visible(row: Tensor, query: Tensor, key: Tensor, blocks: Blocks, rule: AttentionRule) -> Tensor:
+    """Return whether a query sees a key; the int tensors `row`, `query` and `key` broadcast.
+
+    A query of block j sees context positions strictly before anchor j and of the anchor's document, if block j is
+    kept, and the tokens of its own block. A block that is not kept still sees itself: a softmax over nothing is NaN.
+    A window W hides context W or more positions before the query itself; a causal rule hides the later tokens of
+    the block. Keys below S are context positions, the others block tokens.
+    """
+    block, slot = query // blocks.block_size, query % blocks.block_size
+    anchor = blocks.anchors[row, block]
+    # The anchor is a context position, so key < anchor also says that the key is one.
+    context = (key < anchor) & blocks.keep[row, block]
+    if rule.window is not None:
+        context = context & (anchor + slot - key < rule.window)
+    if blocks.document_ids is not None:
+        position = torch.where(key < blocks.seq_len, key, 0)
+        context = context & (blocks.document_ids[row, position] == blocks.document_ids[row, anchor])
+    own = key - blocks.seq_len
+    own_block = (own >= 0) & (own // blocks.block_size == block)
+    if rule.causal:
+        own_block = own_block & (own <= query)
+    return context | own_block
+
+
+def dense_mask(blocks: Blocks, rule: AttentionRule) -> Tensor:
+    """Return the predicate as bool [B, 1, N*K, S + N*K]; True is visible."""
+    device = blocks.anchors.device
+    row = torch.arange(blocks.anchors.shape[0], device=device)[:, None, None, None]
+    query = torch.arange(blocks.num_queries, device=device)[:, None]
+    key = torch.arange(blocks.seq_len + blocks.num_queries, device=device)
+    return visible(row, query, key, blocks, rule)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Neighbouring blocks, and all that any of them can see: one stretch of the context, and themselves."""
+
+    num_queries: int
+    """Q."""
+    context: slice
+    """C positions of the row; no query of the tile sees another."""
+    mask: Tensor
+    """The predicate, bool [B, 1, Q, C + Q]."""
+
+
+@dataclass(frozen=True)
+class TiledMask:
+    """The predicate, cut into tiles of queries in order; what lies outside a tile's keys is not visible."""
+
+    seq_len: int
+    tiles: tuple[Tile, ...]
+
+
+def tiled_mask(blocks: Blocks, rule: AttentionRule) -> TiledMask:
+    """Return the predicate as tiles. Anchors ascend, so neighbours share their context, and N*K x N*K is never formed.
+
+    Exact for any order of anchors; on a GPU the host waits for them once.
+    """
+    anchors, keep, size = blocks.anchors, blocks.keep, blocks.block_size
+    first = torch.zeros_like(anchors)
+    if blocks.document_ids is not None:
+        first = document_starts(blocks.document_ids).gather(1, anchors)
+    if rule.window is not None:
+        first = torch.maximum(first, anchors - rule.window + 1)
+    first, last = first.masked_fill(~keep, blocks.seq_len), anchors.masked_fill(~keep, 0)
+    begins, ends = torch.stack((first.amin(dim=0), last.amax(dim=0))).tolist()
+    row = torch.arange(len(anchors), device=anchors.device)[:, None, None, None]
+    step, tiles = max(TILE_QUERIES // size, 1), []
+    for block in range(0, len(ends), step):
+        end = max(ends[block : block + step])
+        context = slice(min(*begins[block : block + step], end), end)
+        query = torch.arange(block * size, min(block + step, len(ends)) * size, device=anchors.device)
+        position = torch.arange(context.start, context.stop, device=anchors.device)
+        mask = visible(row, query[:, None], torch.cat((position, blocks.seq_len + query)), blocks, rule)
+        tiles.append(Tile(len(query), context, mask))
+    return TiledMask(blocks.seq_len, tuple(tiles))
+
+
+def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
+    """Return the predicate as a flex `BlockMask` over N*K queries and S + N*K keys.
+
+    Which tiles of queries and keys to visit is found block by block, K times fewer pairs than token by token: of a
+    block's slots the first sees the most of the context and the last the least.
+    """
+    size, device = blocks.block_size, blocks.anchors.device
+    row = torch.arange(len(blocks.anchors), device=device)[:, None, None]
+    first_slot = torch.arange(0, blocks.num_queries, size, device=device)[:, None]
+    position = torch.arange(blocks.seq_len, device=device)
+    most = visible(row, first_slot, position, blocks, rule)
+    least = visible(row, first_slot + size - 1, position, blocks, rule)
+    key_tile = torch.arange(-(-(blocks.seq_len + blocks.num_queries) // _FLEX_TILE), device=device)
+    own = blocks.seq_len + first_slot
+    own_tiles = (key_tile >= own // _FLEX_TILE) & (key_tile <= (own + size - 1) // _FLEX_TILE)
+    seen = _by_tile(most, len(key_tile)).any(dim=-1) | own_tiles
+    whole = _by_tile(least, len(key_tile)).all(dim=-1)
+    num_tiles = -(-blocks.num_queries // _FLEX_TILE)
+    seen = _by_tile(seen.repeat_interleave(size, dim=1).mT, num_tiles).any(dim=-1).mT
+    whole = ~_by_tile(~whole.repeat_interleave(size, dim=1).mT, num_tiles).any(dim=-1).mT
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(row, query, key, blocks, rule)
+
+    partly = seen & ~whole
+    # Listed by keys as well, which `from_kv_blocks` would do with indices of the CPU's, so that it waits for a GPU.
+    keys, whole_keys, queries, whole_queries = map(_listed, (partly, whole, partly.mT, whole.mT))
+    lengths = blocks.num_queries, blocks.seq_len + blocks.num_queries
+    return BlockMask(
+        lengths, *keys, *whole_keys, *queries, *whole_queries, BLOCK_SIZE=(_FLEX_TILE, _FLEX_TILE), mask_mod=mask_mod
+    )
+
+
+def _by_tile(x: Tensor, num_tiles: int) -> Tensor:
+    """Return bool [..., n] as [..., num_tiles, tile], false beyond its end."""
+    return F.pad(x, (0, num_tiles * _FLEX_TILE - x.shape[-1])).unflatten(-1, (num_tiles, _FLEX_TILE))
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for bool [B, rows, tiles], how many of each row are true and their indices first, as flex lists them.
+
+    Contiguous: its compiled kernels take the strides for granted.
+    """
+    tiles = tiles[:, None].to(torch.int32).contiguous()
+    return tiles.sum(dim=-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def served_mask(num_context: int, num_slots: int, rule: AttentionRule, device: torch.device) -> Tensor | None:
+    """Return what a served block sees, bool [1, 1, Q, C + Q]; None if that is everything.
+
+    It stands after a context of `num_context` positions, none of them another document's.
+    """
+    if rule == AttentionRule():
+        return None
+    start = torch.full((1, 1), num_context, device=device)
+    return dense_mask(Blocks(start, torch.ones_like(start, dtype=torch.bool), None, num_context, num_slots), rule)

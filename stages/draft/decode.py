@@ -1,0 +1,362 @@
+"""Decoding of one prompt: by the target alone, with a DFlash draft, and with prompt lookup.
+
+The draft's rounds are those of the reference client, token for token, so that acceptance lengths agree prompt by
+prompt. All three keep a key/value cache; nothing is computed twice.
+"""
+
+# Axes: P prompt tokens, K block size, Q tokens of one block (K, fewer near the end), C new context positions,
+# H hidden size, L captured target layers, V vocabulary. The batch axis is 1 throughout.
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from dflash_offline.schemas.errors import UnsupportedTargetError
+from dflash_offline.stages.draft.model import DraftCache, DraftModel
+from dflash_offline.stages.draft.sampling import Chooser, Greedy
+from dflash_offline.stages.target.model import capture
+
+ROWS_SCORED_AT_ONCE = 64
+"""Rows of logits that plain decoding holds before it turns them into log-probabilities, outside the measured time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainDecoding:
+    """What the target answers on its own."""
+
+    tokens: list[int]
+    """The answer, with the stop token if one was reached."""
+    log_probs: list[float]
+    """The target's log-probability of each token, computed in float32."""
+    seconds: float
+    """Wall time of decoding; the prompt's forward, which gives the first token, is not in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeDecoding:
+    """What the target answers with the help of a draft."""
+
+    tokens: list[int]
+    """The answer, with the stop token if one was reached."""
+    produced: list[int]
+    """Tokens of each round, cut at the stop token and at the limit; with the prompt's one they make up the answer."""
+    proposed: list[int]
+    """Tokens that the draft proposed in each round."""
+    kept: list[int]
+    """Proposed tokens of each round that are in the answer; the others of a round are the target's own."""
+    seconds: float
+    """Wall time of the rounds; the prompt's forward, which gives the first token, is not in it."""
+    blocks: list[list[int]] | None = None
+    """The proposed tokens themselves, round by round; None unless they were asked for."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that the draft proposed."""
+        return sum(self.proposed)
+
+    @property
+    def accepted(self) -> int:
+        """Proposed tokens that are in the answer."""
+        return sum(self.kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupDecoding:
+    """What the target answers when earlier text of the prompt and the answer serves as the draft."""
+
+    tokens: list[int]
+    target_calls: int
+    """Forward calls of the target; the first one also reads the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGap:
+    """How far below the target's best logit the worse of two tokens lies."""
+
+    gap: float
+    """In logits."""
+    tolerance: float
+    """What rounding can do to logits of this size and dtype."""
+
+    @property
+    def tie(self) -> bool:
+        """Whether rounding alone decides which of the two tokens is chosen."""
+        return self.gap <= self.tolerance
+
+
+class Stopwatch:
+    """Adds up the wall time spent inside `with`; waits for the device at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._started = self._now()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds += self._now() - self._started
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+
+class _BlockDraft:
+    """The draft's side of one decoding: its cache, its buffers, and what it borrows from the target."""
+
+    def __init__(self, target: PreTrainedModel, draft: DraftModel, num_positions: int, chooser: Chooser) -> None:
+        config = draft.config
+        self._chooser = chooser
+        table = target.get_input_embeddings().weight
+        self._draft, self._table, self._head = draft, table, target.get_output_embeddings()
+        self._cache = DraftCache()
+        self._ids = torch.full((1, config.block_size), config.mask_token_id, device=table.device)
+        # The table's raw rows: whatever a target's embedding module does beyond the look-up is not part of a block.
+        self._noise = table[self._ids[0]].unsqueeze(0)
+        self._positions = torch.arange(num_positions, device=table.device).unsqueeze(0)
+
+    def propose(self, anchor: int, start: int, size: int, context: Tensor) -> Tensor:
+        """Return the block [1, Q] that begins with `anchor` at position `start`; overwritten by the next call.
+
+        `context` holds the features [1, C, L*H] of the positions before `start` that no earlier call has seen.
+        """
+        ids = self._ids[:, :size]
+        ids[:, 0] = anchor
+        self._noise[0, 0] = self._table[anchor]
+        hidden = self._draft(
+            position_ids=self._positions[:, start - context.shape[1] : start + size],
+            noise_embedding=self._noise[:, :size],
+            target_hidden=context,
+            past_key_values=self._cache,
+        )
+        self._cache.crop(start)
+        ids[:, 1:] = self._chooser.draft(self._head(hidden[:, 1:]))
+        return ids
+
+
+@torch.inference_mode()
+def plain_decode(
+    target: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    chooser: Chooser | None = None,
+) -> PlainDecoding:
+    """Return the target's own answer: at most `max_new_tokens` tokens, ending with the first of `stop_ids`.
+
+    It is greedy without a `chooser`.
+    """
+    chooser = chooser or Greedy()
+    cache = DynamicCache(config=target.config)
+    rows = [_read_prompt(target, prompt_ids, cache)]
+    tokens: list[int] = []
+    log_probs: list[float] = []
+    watch = Stopwatch(target.device)
+    while True:
+        with watch:
+            done = _extend(target, cache, rows, tokens, max_new_tokens, stop_ids, chooser)
+        scored = rows if done else rows[:-1]
+        log_probs += _log_probs(scored, tokens[len(log_probs) :])
+        del rows[: len(scored)]
+        if done:
+            return PlainDecoding(tokens=tokens, log_probs=log_probs, seconds=watch.seconds)
+
+
+def _extend(
+    target: PreTrainedModel,
+    cache: DynamicCache,
+    rows: list[Tensor],
+    tokens: list[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    chooser: Chooser,
+) -> bool:
+    """Decode until the answer ends (True) or enough rows of logits [1, V] wait to be scored; the last one is open."""
+    while len(rows) <= ROWS_SCORED_AT_ONCE:
+        chosen = chooser.choose(rows[-1])[:, None]
+        tokens.append(int(chosen.item()))
+        if len(tokens) == max_new_tokens or tokens[-1] in stop_ids:
+            return True
+        rows.append(target(chosen, past_key_values=cache, use_cache=True).logits[:, -1])
+    return False
+
+
+def _log_probs(rows: list[Tensor], tokens: list[int]) -> list[float]:
+    logits = torch.cat(rows).float()
+    chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    return logits.log_softmax(dim=-1).gather(1, chosen).squeeze(1).tolist()
+
+
+@torch.inference_mode()
+def speculative_decode(
+    target: PreTrainedModel,
+    draft: DraftModel,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    chooser: Chooser | None = None,
+    *,
+    keep_blocks: bool = False,
+) -> SpeculativeDecoding:
+    """Return the target's answer, decoded in rounds that each verify a block of the draft; greedy without a `chooser`.
+
+    A round drafts K - 1 tokens after the newest one, has the target read the whole block in one call, and keeps the
+    tokens the target agrees with and the target's own next one. The last block is only as long as the answer may
+    still become. `keep_blocks` keeps what was proposed, at the price of one more transfer a round.
+    """
+    chooser = chooser or Greedy()
+    cache, stops = DynamicCache(config=target.config), frozenset(stop_ids)
+    # Lets layers that keep only a window, or only a state, be taken back to before a rejected token.
+    cache.activate_past_recording()
+    produced: list[int] = []
+    proposed: list[int] = []
+    kept: list[int] = []
+    kept_blocks: list[list[int]] = []
+    watch = Stopwatch(target.device)
+    with capture(target, draft.config.target_layer_ids) as features:
+        tokens = [int(chooser.choose(_read_prompt(target, prompt_ids, cache)))]
+        cache.crop(0)
+        start, fresh = len(prompt_ids), len(prompt_ids)
+        with watch:
+            drafting = _BlockDraft(target, draft, start + max_new_tokens, chooser)
+            while (room := max_new_tokens - len(tokens)) > 0 and tokens[-1] not in stops:
+                size = min(draft.config.block_size, room + 1)
+                context = torch.cat([layer[:, :fresh] for layer in features], dim=-1)
+                block = drafting.propose(tokens[-1], start, size, context)
+                logits = target(block, past_key_values=cache, use_cache=True).logits
+                agreed, answer = chooser.verify(block, logits)
+                answer = _until_stop(answer[:room], stops)
+                fresh = len(answer)
+                cache.crop(fresh - size)
+                tokens += answer
+                produced.append(fresh)
+                proposed.append(size - 1)
+                kept.append(min(agreed, fresh))
+                if keep_blocks:
+                    kept_blocks.append(block[0, 1:].tolist())
+                start += fresh
+    return SpeculativeDecoding(
+        tokens=tokens,
+        produced=produced,
+        proposed=proposed,
+        kept=kept,
+        seconds=watch.seconds,
+        blocks=kept_blocks if keep_blocks else None,
+    )
+
+
+def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: i + 1]
+    return tokens
+
+
+def prompt_lookup_decode(
+    target: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    num_lookup_tokens: int,
+) -> LookupDecoding:
+    """Return the answer of transformers' own prompt-lookup decoding and the target's calls it took.
+
+    Each call verifies up to `num_lookup_tokens` tokens that followed the latest n-gram earlier in the text.
+    """
+    ids = torch.tensor([list(prompt_ids)], device=target.device)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=min(stop_ids, default=0),
+        prompt_lookup_num_tokens=num_lookup_tokens,
+    )
+    calls = 0
+
+    def count(module: nn.Module, args: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    # `generate` fills what is left open from the model's own settings, which may hold a repetition penalty.
+    own, target.generation_config = target.generation_config, settings
+    handle = target.register_forward_pre_hook(count)
+    try:
+        output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    finally:
+        handle.remove()
+        target.generation_config = own
+    return LookupDecoding(tokens=output[0, ids.shape[1] :].tolist(), target_calls=calls)
+
+
+@torch.inference_mode()
+def check_rewindable(target: PreTrainedModel, name: str) -> None:
+    """Refuse a target whose cache cannot be taken back to before a rejected token; `name` names it.
+
+    A layer that keeps one state for all that was read, as recurrent layers do, has nothing to go back to. What
+    transformers says of its layers is believed, and what it leaves open is tried on a few tokens.
+    """
+    ids = torch.arange(1, 17, device=target.device)[None]
+    why = ""
+    try:
+        cache = DynamicCache(config=target.config)
+        cache.activate_past_recording()
+        target(ids[:, :8], past_key_values=cache, use_cache=True)
+        if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
+            why = "its layers keep a recurrent state"
+        cache.crop(0)
+        target(ids[:, :6], past_key_values=cache, use_cache=True)
+        cache.crop(-6)
+        again = target(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+        straight = target(ids, use_cache=False).logits[:, 8:]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = why or str(error).split("\n")[0] or type(error).__name__
+    else:
+        if not torch.allclose(again.float(), straight.float(), rtol=0.05, atol=0.05 * float(straight.abs().max())):
+            why = why or "what it answers after rejected tokens is not what it answers without them"
+    if why:
+        raise UnsupportedTargetError(
+            f"{name} ({type(target).__name__}) cannot be decoded with a draft here: its cache cannot be taken back to "
+            f"before a rejected token ({why}). Extracting from it and training for it work, and so does `dflash eval "
+            f"RUN --cache CACHE`, which needs no target."
+        )
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Return the first index at which two token lists differ, or None if they are equal.
+
+    Where one list only continues the other, that is the length of the shorter one.
+    """
+    for i, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+@torch.inference_mode()
+def token_gap(target: PreTrainedModel, context_ids: Sequence[int], token_a: int, token_b: int) -> TokenGap:
+    """Return how close two candidate tokens after `context_ids` are, by one plain forward without a cache.
+
+    The tolerance is 4 units in the last place of the largest logit, and 64 in float32, where long sums and not the
+    storage of the activations make the error.
+    """
+    ids = torch.tensor([list(context_ids)], device=target.device)
+    logits = target(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+    eps = max(4 * torch.finfo(logits.dtype).eps, 64 * torch.finfo(torch.float32).eps)
+    logits = logits.float()
+    gap = logits.max() - torch.minimum(logits[token_a], logits[token_b])
+    return TokenGap(gap=float(gap), tolerance=eps * float(logits.abs().max()))
+
+
+def _read_prompt(target: PreTrainedModel, prompt_ids: Sequence[int], cache: DynamicCache) -> Tensor:
+    """Fill the cache with the prompt and return the logits [1, V] of the first token of the answer."""
+    ids = torch.tensor([list(prompt_ids)], device=target.device)
+    return target(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

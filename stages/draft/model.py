@@ -1,0 +1,363 @@
+"""The draft model: a small non-causal stack that reads the target's hidden states and predicts a block in one pass.
+
+A layer is a Qwen3 decoder layer, except that its keys and values come from two sources with the same weights: the
+context (the target's features, projected once for all layers) and the block. Queries come from the block only.
+"""
+
+# Axes: B rows, C context positions, Q block tokens, P cached positions, H hidden size, L captured target layers.
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.weights import expected_shapes
+from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.stages.draft.attention import TiledMask, served_mask
+
+ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention")
+Mask = Tensor | BlockMask | TiledMask | None
+Masks = Mask | Mapping[str, Mask]
+"""One for all layers, or one for every kind of layer."""
+Rotary = tuple[Tensor, Tensor]
+
+
+class DraftCache:
+    """Keys and values of the positions a draft has already seen, for step-by-step decoding.
+
+    A round feeds only the new context features and the block. The draft appends the keys of both; the caller then
+    drops the block's with `crop(context_length)`, because the block was a guess. Rows share one length.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Positions held, P."""
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, kv heads, new, head_dim] after the first P positions; return all P + new of this layer."""
+        end = self.length + keys.shape[2]
+        stored_keys = self._room(self._keys, layer, keys, end)
+        stored_values = self._room(self._values, layer, values, end)
+        stored_keys[:, :, self.length : end] = keys
+        stored_values[:, :, self.length : end] = values
+        return stored_keys[:, :, :end], stored_values[:, :, :end]
+
+    def _room(self, store: dict[int, Tensor], layer: int, new: Tensor, end: int) -> Tensor:
+        held = store.get(layer)
+        if held is None or held.shape[2] < end:
+            grown = new.new_empty(new.shape[0], new.shape[1], max(256, 2 * end), new.shape[3])
+            if held is not None:
+                grown[:, :, : self.length] = held[:, :, : self.length]
+            store[layer] = grown
+        return store[layer]
+
+    def advance(self, num_positions: int) -> None:
+        """Count the positions that every layer has appended."""
+        self.length += num_positions
+
+    def crop(self, length: int) -> None:
+        """Keep only the first `length` positions."""
+        assert 0 <= length <= self.length, f"cannot crop {self.length} positions to {length}"
+        self.length = length
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast may lift the norm to float32; what follows it should not be lifted with it.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
+def rotary_inv_freq(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Return the rotary frequencies [head_dim / 2], float32.
+
+    Computed where they are used and kept in no buffer, so that casting the draft to bfloat16 cannot round them.
+    """
+    powers = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return 1.0 / (theta**powers)
+
+
+def rotary_table(position_ids: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> Rotary:
+    """Return cosine and sine [B, 1, positions, head_dim / 2] of int positions [B, positions], computed in float32."""
+    angles = position_ids[:, None, :, None].float() * inv_freq
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Return [B, heads, positions, head_dim] turned by its positions; halves are paired, as in Llama and Qwen3."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    enable_gqa = q.shape[1] != k.shape[1]
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+    if not q.is_cpu:
+        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+    with warnings.catch_warnings():
+        # Uncompiled, it holds all scores; on a CPU, where it has no backward, that is wanted: no compiler is needed.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+
+
+def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None and not q.is_cpu:
+        # A GPU's fused kernels take grouped heads or a mask, not both, and the plain one holds all scores.
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+@torch.compiler.disable  # tiles change from step to step
+def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask) -> Tensor:
+    sizes = [tile.num_queries for tile in mask.tiles]
+    context_k, *own_k = k.split([mask.seq_len, *sizes], dim=2)
+    context_v, *own_v = v.split([mask.seq_len, *sizes], dim=2)
+    attended = [
+        _attend_sdpa(
+            tile_q,
+            torch.cat((context_k[:, :, tile.context], tile_k), dim=2),
+            torch.cat((context_v[:, :, tile.context], tile_v), dim=2),
+            tile.mask,
+        )
+        for tile, tile_q, tile_k, tile_v in zip(mask.tiles, q.split(sizes, dim=2), own_k, own_v, strict=True)
+    ]
+    return torch.cat(attended, dim=2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tensor:
+    """Return attention [B, heads, Q, head_dim] of q over k, v [B, kv heads, keys, head_dim].
+
+    A `BlockMask` always runs flex attention and a `TiledMask` sdpa. Without them, "flex_attention" means `sdpa`:
+    there is nothing to skip.
+    """
+    if isinstance(mask, BlockMask):
+        return _attend_flex(q, k, v, mask)
+    if isinstance(mask, TiledMask):
+        return _attend_tiled(q, k, v, mask)
+    return (_attend_eager if backend == "eager" else _attend_sdpa)(q, k, v, mask)
+
+
+class DraftAttention(nn.Module):
+    """Attention of the block over context and block, with grouped key/value heads and normed queries and keys."""
+
+    def __init__(self, config: DraftConfig, layer: int) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, hidden, bias=False)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: Rotary, mask: Mask, cache: DraftCache | None, backend: str
+    ) -> Tensor:
+        """Return [B, Q, H] of block [B, Q, H] and context [B, C, H]; `rotary` covers C + Q positions."""
+        num_queries = block.shape[1]
+        # Joined after the projections: keys and values are narrower, and no layer keeps a copy of the context.
+        k = torch.cat((self.k_proj(context), self.k_proj(block)), dim=1)
+        v = torch.cat((self.v_proj(context), self.v_proj(block)), dim=1)
+        q = self.q_norm(self._split(self.q_proj(block))).transpose(1, 2)
+        k = self.k_norm(self._split(k)).transpose(1, 2)
+        v = self._split(v).transpose(1, 2)
+        cos, sin = rotary
+        q = rotate(q, (cos[:, :, -num_queries:], sin[:, :, -num_queries:]))
+        k = rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        attended = attend(q.to(v.dtype), k.to(v.dtype), v, mask, backend)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class DraftMLP(nn.Module):
+    """Gated SiLU feed-forward."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """One decoder layer; the context enters its attention and does not pass through `input_layernorm`."""
+
+    def __init__(self, config: DraftConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = DraftAttention(config, layer)
+        self.mlp = DraftMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, block: Tensor, context: Tensor, rotary: Rotary, mask: Mask, cache: DraftCache | None, backend: str
+    ) -> Tensor:
+        block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, backend)
+        return block + self.mlp(self.post_attention_layernorm(block))
+
+
+class DraftModel(nn.Module):
+    """A DFlash draft; its state dict has exactly the keys of `expected_shapes`."""
+
+    def __init__(self, config: DraftConfig, attention_backend: str = "sdpa") -> None:
+        super().__init__()
+        if attention_backend not in ATTENTION_BACKENDS:
+            raise DflashError(f"attention_backend is {attention_backend!r}; expected one of {ATTENTION_BACKENDS}.")
+        self.config = config
+        self.attention_backend = attention_backend
+        self.gradient_checkpointing = False
+        """Keep only each layer's input for the backward pass, which computes the rest again."""
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        init_weights(self)
+
+    def forward(
+        self,
+        position_ids: Tensor,
+        attention_mask: Masks = None,
+        noise_embedding: Tensor | None = None,
+        target_hidden: Tensor | None = None,
+        past_key_values: DraftCache | None = None,
+    ) -> Tensor:
+        """Return the block's hidden states after the final norm, [B, Q, H].
+
+        `position_ids` is int [B, C + Q] (or [1, C + Q]): the new context's positions, then the block's.
+        `noise_embedding` is [B, Q, H], `target_hidden` [B, C, L*H]. `attention_mask` is None (one block sees what
+        the config's rules show it, as served), bool [B, 1, Q, P + C + Q] with True for visible, a flex `BlockMask`, a
+        `TiledMask`, or one of these for every kind of layer. With `past_key_values` the block also sees the P
+        positions held there, and the cache grows by C + Q.
+        """
+        assert noise_embedding is not None and target_hidden is not None
+        context = self.hidden_norm(self.fc(target_hidden))
+        inv_freq = rotary_inv_freq(self.config.head_dim, self.config.rope_theta, position_ids.device)
+        rotary = rotary_table(position_ids, inv_freq, noise_embedding.dtype)
+        block = noise_embedding
+        if attention_mask is None:
+            held = 0 if past_key_values is None else past_key_values.length
+            attention_mask = self._served_masks(held + context.shape[1], block)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            mask = attention_mask[kind] if isinstance(attention_mask, Mapping) else attention_mask
+            inputs = (block, context, rotary, mask, past_key_values, self.attention_backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                block = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                block = layer(*inputs)
+        if past_key_values is not None:
+            past_key_values.advance(context.shape[1] + block.shape[1])
+        return self.norm(block)
+
+    def _served_masks(self, num_context: int, block: Tensor) -> dict[str, Mask]:
+        rules = self.config.attention_rules
+        return {kind: served_mask(num_context, block.shape[1], rule, block.device) for kind, rule in rules.items()}
+
+
+@torch.no_grad()
+def init_weights(draft: nn.Module) -> None:
+    """Draw every linear weight from a normal of deviation 1 / sqrt(inputs); set every norm to one.
+
+    At the widths of large models that is the customary 0.02; narrow drafts start several times faster with it.
+    """
+    for module in draft.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
+    """Raise `MismatchError` naming every missing key, unexpected key and wrong shape; `where` names the file."""
+    expected = expected_shapes(config)
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in weights]
+    problems += [f"unexpected: {name} {list(w.shape)}" for name, w in weights.items() if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {list(weights[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if problems:
+        raise MismatchError(
+            f"{where} does not hold the weights its config.json describes:\n  "
+            + "\n  ".join(problems)
+            + "\nExport the draft again, or name the folder of an unmodified one."
+        )
+
+
+def draft_state_dict(draft: nn.Module, config: DraftConfig, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the draft's weights as contiguous CPU tensors, checked against `expected_shapes`; cast if asked."""
+    weights = {
+        name: w.detach().to(device="cpu", dtype=dtype or w.dtype).contiguous() for name, w in draft.state_dict().items()
+    }
+    check_draft_weights(weights, config, "The draft in memory")
+    return weights
+
+
+def load_draft(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention_backend: str = "sdpa",
+) -> DraftModel:
+    """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode."""
+    config = DraftConfig.read(folder)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise DflashError(f"{path} does not exist, so {folder} holds no draft weights. Export the draft again.")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise DflashError(f"{path} is not a readable safetensors file: {error}. Export the draft again.") from error
+    check_draft_weights(weights, config, str(path))
+    if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise DflashError(
+            f"{path} holds values that are not finite in {', '.join(damaged)}. Name another draft, or export an "
+            f"earlier checkpoint."
+        )
+    with torch.device("meta"):
+        draft = DraftModel(config, attention_backend)
+    weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
+    draft.load_state_dict(weights, assign=True)
+    return draft.eval()

@@ -1,0 +1,164 @@
+"""The samples of a cache that a draft did not train on, as prompts for decoding or to be walked without the target."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.draft.lint import RECORD
+from dflash_offline.schemas.draft.weights import read_header
+from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
+from dflash_offline.schemas.run import RUN, RunRecord
+from dflash_offline.stages.conversations.prompts import Prompt
+from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.export import choose_checkpoint, training_record
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.trainer import DFlashTrainerModule
+from dflash_offline.stages.training.checkpoint import read_state
+from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.draft_setup import borrowed_parts
+from dflash_offline.stages.training.loader import BatchLoader
+from dflash_offline.stages.training.simulated_serving import accepted_prefixes, turns, walk
+
+BATCH_SAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Samples of a cache."""
+
+    corpus: Corpus
+    """Of this cache alone."""
+    samples: NDArray[np.int64]
+    held_out: bool
+    """False where the draft was not trained from this cache, or does not say; then these are all its samples."""
+
+    @property
+    def reader(self) -> CacheReader:
+        """The cache."""
+        return self.corpus.readers[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkedTurn:
+    """One assistant turn of a cached sample, walked."""
+
+    source: str
+    produced: list[int]
+    """Tokens of each round."""
+    kept: list[int]
+    """Drafted tokens of each round that are in the answer."""
+
+
+def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return where a draft's config and weights lie, and what is known of its training.
+
+    `path` is a draft's folder or a run's; of a run it is the best checkpoint.
+    """
+    if (path / RUN).is_file():
+        record, checkpoint = RunRecord.read(path), choose_checkpoint(path, "best")
+        return checkpoint, training_record(path, record, read_state(checkpoint).step)
+    try:
+        _, metadata = read_header(path / "model.safetensors")
+        trained = json.loads(metadata[RECORD])
+    except (ValueError, KeyError):
+        return path, None  # another's draft, or one that loading will refuse with its own message
+    return path, trained if isinstance(trained, dict) and {"caches", "val_samples"} <= trained.keys() else None
+
+
+def held_out_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> HeldOut:
+    """Return the first `limit` samples that the draft's training held out, or, of another cache, of all samples."""
+    corpus = Corpus.open((cache,))
+    same = trained is not None and corpus.readers[0].manifest.checksum in trained["caches"]
+    if trained is None or not same:
+        return HeldOut(corpus=corpus, samples=corpus.usable[:limit], held_out=False)
+    if len(trained["caches"]) > 1:
+        raise DflashError(
+            f"This draft was trained from {len(trained['caches'])} caches together, and what it held out of {cache} "
+            f"cannot be told from one of them. Evaluate it with --prompts, or with another cache."
+        )
+    _, samples = corpus.split(trained["val_samples"])
+    if not len(samples):
+        raise DflashError(f"{cache} has no held-out sample for this draft: its training used all of them.")
+    return HeldOut(corpus=corpus, samples=samples[:limit], held_out=True)
+
+
+def as_prompts(held: HeldOut) -> list[tuple[Prompt, list[int]]]:
+    """Return a prompt and its tokens for each assistant turn that a round could follow."""
+    table = held.reader.samples
+    prompts = [
+        (Prompt(place=f"{table.place(i)}, position {first}", text=""), table.input_ids(i)[:first].tolist())
+        for i in held.samples.tolist()
+        for first, last in turns(table.loss_mask(i))
+        if 0 < first < last
+    ]
+    if not prompts:
+        raise DflashError(f"{held.reader.cache} holds no answer of two tokens or more that follows a prompt.")
+    return prompts
+
+
+def check_cache_fits(held: HeldOut, draft: DraftModel, cache: Path) -> None:
+    """Raise `MismatchError` naming each field in which a cache is of another target than the draft, or too little."""
+    decoder, config = held.reader.manifest.decoder, draft.config
+    rows: list[tuple[str, object, object]] = [
+        (name, getattr(config, ours), decoder[name])
+        for name, ours in (
+            ("hidden_size", "hidden_size"),
+            ("vocab_size", "vocab_size"),
+            ("num_hidden_layers", "num_target_layers"),
+        )
+        if getattr(config, ours) != decoder[name]
+    ]
+    if not set(config.target_layer_ids) <= set(held.reader.layer_ids):
+        rows.append(("layer_ids", list(config.target_layer_ids), list(held.reader.layer_ids)))
+    if rows:
+        raise MismatchError(
+            f"{cache} cannot be walked with this draft:\n{mismatch_table(rows, 'draft', 'cache')}\n"
+            f"Name a cache of the draft's target that holds its layers."
+        )
+
+
+def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[WalkedTurn]:
+    """Return the serving walk of every assistant turn, with the draft on its own device and in its own dtype."""
+    config, reader, device = draft.config, held.reader, next(draft.parameters()).device
+    head, table = borrowed_parts(reader, device)
+    module = DFlashTrainerModule(
+        draft, head, table, config.mask_token_id, block_size=config.block_size, attention_backend="sdpa"
+    )
+    loader = BatchLoader(
+        held.corpus,
+        layer_ids=config.target_layer_ids,
+        block_size=config.block_size,
+        num_anchors=1,
+        seed=0,
+        shape=None,
+        device=device,
+    )
+    order = held.samples[np.argsort(reader.samples.num_tokens[held.samples], kind="stable")]
+    parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
+    walked: list[WalkedTurn] = []
+    progress.start("Walking", len(order), "samples")
+    try:
+        with torch.inference_mode():
+            for batch in loader.stream(parts, threads=1):
+                prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
+                for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
+                    source = reader.samples.source(sample)
+                    walked += [_walked(source, *turn, prefix) for turn in turns(mask) if turn[0] < turn[1]]
+                progress.advance(len(batch.samples))
+    finally:
+        progress.finish()
+    return walked
+
+
+def _walked(source: str, first: int, last: int, prefix: NDArray[np.int64]) -> WalkedTurn:
+    produced, kept, anchor = walk(first, last, prefix), [], first
+    for tokens in produced:
+        kept.append(min(int(prefix[anchor]), tokens))
+        anchor += tokens
+    return WalkedTurn(source=source, produced=produced, kept=kept)

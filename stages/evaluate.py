@@ -1,0 +1,396 @@
+"""`dflash eval`: decode prompts with and without the draft, or walk a cache, and report what the rounds gave."""
+
+import platform
+import random
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.errors import BadInputError, MismatchError, mismatch_table
+from dflash_offline.schemas.evaluation import Acceptance, DecodedPrompt, Difference, EvalResult
+from dflash_offline.schemas.settings.evaluate import EvalConfig
+from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
+from dflash_offline.stages.draft.decode import (
+    LookupDecoding,
+    PlainDecoding,
+    SpeculativeDecoding,
+    check_rewindable,
+    first_difference,
+    plain_decode,
+    prompt_lookup_decode,
+    speculative_decode,
+    token_gap,
+)
+from dflash_offline.stages.draft.model import DraftModel, load_draft
+from dflash_offline.stages.draft.sampling import Chooser, Sampler, SamplingRule
+from dflash_offline.stages.eval_samples import (
+    as_prompts,
+    check_cache_fits,
+    draft_folder,
+    held_out_samples,
+    walk_held_out,
+)
+from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.target.files import open_target
+from dflash_offline.stages.target.model import check_plain_embeddings, choose_device, load_model, resolve_dtype
+
+
+@dataclass(frozen=True)
+class _Case:
+    prompt: Prompt
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    case: _Case
+    plain: PlainDecoding
+    speculative: SpeculativeDecoding
+    lookup: LookupDecoding | None
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """The rounds of one answer: tokens that each produced, proposed, and kept of those."""
+
+    kind: str | None
+    produced: list[int]
+    proposed: list[int]
+    kept: list[int]
+
+
+def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
+    """Load what the settings name, and return what `evaluate`, or without a target `evaluate_offline`, finds."""
+    if config.target is None:
+        return evaluate_offline(config, progress)
+    files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    device = choose_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, files.config)
+    folder, trained = draft_folder(config.draft)
+    draft = load_draft(folder, dtype, device)
+    if config.prompts is not None:
+        read_prompts(config.prompts, config.limit)  # a faulty file is named before the target's weights are read
+    target = load_model(
+        files,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_plain_embeddings(target, files.name)
+    return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, trained=trained, progress=progress)
+
+
+def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
+    """Return the serving walk of the draft over the cache's held-out samples; no target is loaded.
+
+    Where the cached answers are the target's own greedy ones, it is what live decoding gives, but for the rounding of
+    cached features.
+    """
+    assert config.cache is not None, "the settings were checked"
+    device = choose_device(config.device)
+    folder, trained = draft_folder(config.draft)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    draft = load_draft(folder, dtype, device)
+    held = held_out_samples(config.cache, trained, config.limit)
+    check_cache_fits(held, draft, config.cache)
+    with _torch_threads(config.threads):
+        walked = walk_held_out(held, draft, progress or Silent())
+        size = draft.config.block_size
+        several = len({turn.source for turn in walked}) > 1
+        rounds = [
+            _Rounds(turn.source if several else None, turn.produced, [size - 1] * len(turn.produced), turn.kept)
+            for turn in walked
+        ]
+        return EvalResult(
+            **_figures(config, trained, size, rounds, device, dtype), offline=True, held_out=held.held_out
+        )
+
+
+def evaluate(
+    config: EvalConfig,
+    *,
+    target: Any,
+    tokenizer: Any,
+    draft: DraftModel,
+    trained: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Decode every prompt by the target alone and with the draft, and return what that shows.
+
+    `target` is a transformers causal language model and `draft` a DFlash draft, both loaded with the device and dtype
+    that the settings ask for. The two ways take turns at going first, after one prompt that is not counted.
+    """
+    check_draft_fits(draft.config, target)
+    check_rewindable(target, config.target or type(target).__name__)
+    cases, held_out = _read_cases(config, tokenizer, target, draft, trained)
+    stops = stop_ids(target, tokenizer)
+    progress = progress or Silent()
+    outcomes: list[_Outcome] = []
+    with _torch_threads(config.threads):
+        progress.start("Decoding", len(cases), "prompts")
+        try:
+            _decode(config, target, draft, cases[0], stops, 0)
+            for i, case in enumerate(cases):
+                outcomes.append(_decode_repeatedly(config, target, draft, case, stops, i))
+                produced = [n for o in outcomes for n in o.speculative.produced]
+                progress.advance(1, acceptance=sum(produced) / max(len(produced), 1))
+        finally:
+            progress.finish()
+        rounds = [
+            _Rounds(o.case.prompt.kind, o.speculative.produced, o.speculative.proposed, o.speculative.kept)
+            for o in outcomes
+        ]
+        figures = _figures(config, trained, draft.config.block_size, rounds, target.device, target.dtype)
+        decoded = tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None
+        live = _live_figures(config, target, outcomes)
+        return EvalResult(**figures, **live, offline=False, held_out=held_out, decoded=decoded)
+
+
+def token_decoder(config: EvalConfig) -> Callable[[list[int]], str]:
+    """Return what makes text of the target's token ids, special tokens written out."""
+    assert config.target is not None, "only a target's answers are decoded"
+    files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+    def decode(ids: list[int]) -> str:
+        text: str = files.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode
+
+
+def check_draft_fits(draft: DraftConfig, target: Any) -> None:
+    """Raise `MismatchError` naming each field in which the draft was made for another target."""
+    model = target.config.get_text_config(decoder=True)
+    num_rows = target.get_input_embeddings().weight.shape[0]
+    rows: list[tuple[str, object, object]] = []
+    if draft.hidden_size != model.hidden_size:
+        rows.append(("hidden_size", draft.hidden_size, model.hidden_size))
+    if draft.vocab_size != num_rows:
+        rows.append(("vocab_size", draft.vocab_size, num_rows))
+    if draft.num_target_layers != model.num_hidden_layers:
+        rows.append(("num_target_layers", draft.num_target_layers, model.num_hidden_layers))
+    if draft.mask_token_id >= num_rows:
+        rows.append(("mask_token_id", draft.mask_token_id, f"0 to {num_rows - 1}"))
+    if rows:
+        raise MismatchError(
+            f"The draft was not made for this target:\n{mismatch_table(rows, 'draft', 'target')}\n"
+            f"Name the target it was trained for, or train a draft for this one."
+        )
+
+
+def stop_ids(target: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer: the target's generation settings', else the tokenizer's."""
+    ids = target.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _read_cases(
+    config: EvalConfig, tokenizer: Any, target: Any, draft: DraftModel, trained: dict[str, Any] | None
+) -> tuple[list[_Case], bool | None]:
+    held_out = None
+    if config.cache is not None:
+        held = held_out_samples(config.cache, trained, config.limit)
+        check_cache_fits(held, draft, config.cache)
+        cases, held_out = [_Case(*pair) for pair in as_prompts(held)], held.held_out
+    else:
+        assert config.prompts is not None, "the settings were checked"
+        prompts = read_prompts(config.prompts, config.limit)
+        cases = [_Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
+    most = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for case in cases:
+        if most is not None and len(case.ids) + config.max_new_tokens > most:
+            raise BadInputError(
+                f"{case.prompt.place} is {len(case.ids)} tokens long; with {config.max_new_tokens} more it exceeds the "
+                f"target's {most} positions. Shorten the prompt, or ask for fewer tokens with --max-new-tokens."
+            )
+    return cases, held_out
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _chooser(config: EvalConfig, device: torch.device, way: str, index: int) -> Chooser | None:
+    """Return what draws the tokens of one decoding, its own draws for each prompt and way; None for greedy."""
+    if not config.temperature:
+        return None
+    seed = random.Random(f"{config.seed} {way} {index}").getrandbits(62)
+    return Sampler(SamplingRule(temperature=config.temperature, top_p=config.top_p), seed, device)
+
+
+def _decode(
+    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], turn: int
+) -> tuple[PlainDecoding, SpeculativeDecoding]:
+    """Return both decodings of a prompt; `turn` decides the draws and, by being even, that plain goes first."""
+    limit, index = config.max_new_tokens, turn // config.repeats
+
+    def plainly() -> PlainDecoding:
+        return plain_decode(target, case.ids, limit, stops, _chooser(config, target.device, "plain", index))
+
+    plain = plainly() if turn % 2 == 0 else None
+    chooser = _chooser(config, target.device, "draft", index)
+    keep = config.keep_rounds
+    speculative = speculative_decode(target, draft, case.ids, limit, stops, chooser, keep_blocks=keep)
+    return plain or plainly(), speculative
+
+
+def _decode_repeatedly(
+    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], index: int
+) -> _Outcome:
+    """Return a prompt's decodings; their seconds are medians over the repeats."""
+    first = index * config.repeats
+    pairs = [_decode(config, target, draft, case, stops, first + i) for i in range(config.repeats)]
+    plain, speculative = pairs[0]
+    lookup = None
+    if config.prompt_lookup:
+        lookup = prompt_lookup_decode(target, case.ids, config.max_new_tokens, stops, draft.config.block_size - 1)
+    return _Outcome(
+        case,
+        replace(plain, seconds=statistics.median(p.seconds for p, _ in pairs)),
+        replace(speculative, seconds=statistics.median(s.seconds for _, s in pairs)),
+        lookup,
+    )
+
+
+def _figures(
+    config: EvalConfig,
+    trained: dict[str, Any] | None,
+    block_size: int,
+    rounds: list[_Rounds],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Return the fields of a result that the rounds and the machine give."""
+    kinds = sorted({r.kind for r in rounds if r.kind is not None})
+    produced = [n for r in rounds for n in r.produced]
+    proposed, kept = [n for r in rounds for n in r.proposed], [n for r in rounds for n in r.kept]
+    slots = range(1, block_size)
+    return {
+        "config": config,
+        "trained": trained,
+        "block_size": block_size,
+        "acceptance": _acceptance(rounds),
+        "acceptance_by_kind": {kind: _acceptance([r for r in rounds if r.kind == kind]) for kind in kinds},
+        "rounds_by_tokens": tuple(produced.count(n) for n in range(1, block_size + 1)),
+        "drafted_by_slot": tuple(sum(n >= slot for n in proposed) for slot in slots),
+        "accepted_by_slot": tuple(sum(n >= slot for n in kept) for slot in slots),
+        "drafted_tokens": sum(proposed),
+        "accepted_tokens": sum(kept),
+        "device": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "dflash-offline")},
+        },
+    }
+
+
+def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> dict[str, Any]:
+    """Return the fields of a result that need the target."""
+    log_probs = [value for o in outcomes for value in o.plain.log_probs]
+    tokens = sum(len(o.speculative.tokens) for o in outcomes)
+    calls = sum(1 + len(o.speculative.produced) for o in outcomes)
+    plain, speculative = _tokens_per_s(o.plain for o in outcomes), _tokens_per_s(o.speculative for o in outcomes)
+    ratios = [ratio for o in outcomes if (ratio := _speedup(o)) is not None]
+    lookups = [o.lookup for o in outcomes if o.lookup is not None]
+    figures = {
+        "tokens_per_call": tokens / calls,
+        "prompt_lookup_tokens_per_call": (
+            sum(len(o.tokens) for o in lookups) / sum(o.target_calls for o in lookups) if lookups else None
+        ),
+        "plain_tokens_per_s": plain,
+        "speculative_tokens_per_s": speculative,
+        "speedup": speculative / plain if plain and speculative else None,
+        "speedup_median": statistics.median(ratios) if ratios else None,
+        "nll": -statistics.fmean(log_probs),
+    }
+    if config.temperature:
+        return figures
+    differences = [d for o in outcomes if (d := _difference(target, o)) is not None]
+    return figures | {
+        "identical": len(outcomes) - len(differences),
+        "differences": tuple(differences),
+        "lossless": all(d.tie for d in differences),
+    }
+
+
+def _decoded(config: EvalConfig, outcome: _Outcome) -> DecodedPrompt:
+    done = outcome.speculative
+    return DecodedPrompt(
+        prompt=outcome.case.prompt.place,
+        kind=outcome.case.prompt.kind,
+        prompt_ids=tuple(outcome.case.ids),
+        answer=tuple(done.tokens),
+        drafted=tuple(map(tuple, done.blocks or ())),
+        accepted=tuple(done.kept),
+        produced=tuple(done.produced),
+        identical=None if config.temperature else done.tokens == outcome.plain.tokens,
+    )
+
+
+def _acceptance(rounds: Sequence[_Rounds]) -> Acceptance:
+    lists = [r.produced for r in rounds]
+    means = [statistics.fmean(produced) for produced in lists if produced]
+    tokens, number = sum(map(sum, lists)), sum(map(len, lists))
+    return Acceptance(
+        prompts=len(lists),
+        rounds=number,
+        tokens=tokens,
+        pooled=tokens / number if number else None,
+        mean=statistics.fmean(means) if means else None,
+    )
+
+
+def _tokens_per_s(decodings: Iterable[PlainDecoding | SpeculativeDecoding]) -> float | None:
+    timed = [(len(d.tokens) - 1, d.seconds) for d in decodings]
+    tokens, seconds = sum(n for n, _ in timed), sum(s for _, s in timed)
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def _speedup(outcome: _Outcome) -> float | None:
+    plain, speculative = _tokens_per_s([outcome.plain]), _tokens_per_s([outcome.speculative])
+    return speculative / plain if plain and speculative else None
+
+
+def _difference(target: Any, outcome: _Outcome) -> Difference | None:
+    plain, speculative = outcome.plain.tokens, outcome.speculative.tokens
+    position = first_difference(plain, speculative)
+    if position is None:
+        return None
+    ended = position >= min(len(plain), len(speculative))
+    measured = None
+    if not ended:
+        context = outcome.case.ids + plain[:position]
+        measured = token_gap(target, context, plain[position], speculative[position])
+    return Difference(
+        prompt=outcome.case.prompt.place,
+        position=position,
+        plain_token=plain[position] if position < len(plain) else None,
+        speculative_token=speculative[position] if position < len(speculative) else None,
+        gap=measured.gap if measured else None,
+        tolerance=measured.tolerance if measured else None,
+        tie=measured is not None and measured.tie,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

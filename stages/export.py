@@ -1,0 +1,185 @@
+"""`dflash export`: a checkpoint as a folder that the clients load unchanged, checked by their rules beforehand."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.formats import FORMATS, ZLAB, config_json, tensor_name
+from dflash_offline.schemas.draft.lint import RECORD, DraftFault, lint_draft
+from dflash_offline.schemas.draft.weights import read_header
+from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
+from dflash_offline.schemas.files import building_folder, output_folder, publish, read_sealed, sha256_file, sync_folder
+from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.run import RUN, RunRecord
+from dflash_offline.schemas.settings.shared import choice_problem
+from dflash_offline.stages.draft.model import check_draft_weights
+from dflash_offline.stages.export_card import card
+from dflash_offline.stages.training.checkpoint import checkpoint_folder, list_checkpoints, read_state
+
+CARD, WEIGHTS = "README.md", "model.safetensors"
+ONE_CLIENTS_LIMIT = ("causality in SGLang",)
+"""Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What `export` left."""
+
+    draft: Path
+    step: int
+    num_parameters: int
+    num_bytes: int
+    kind: str
+    """One of `FORMATS`."""
+    target: str
+    """As the cache was extracted with."""
+    cache: Path
+    """The first that it was trained from."""
+
+    def next_line(self, out: Path) -> str:
+        """Return what to do next with the draft that the user calls `out`: measure it, if it can be done from here."""
+        if self.kind == ZLAB and self.cache.is_dir():
+            source = ("--target", self.target, "--cache", self.cache, "--limit", 20)
+            return f"Next: {dflash_line('eval', out, *source)}"
+        return f"Next: serve it as {out / CARD} says."
+
+
+def choose_checkpoint(run: Path, which: str) -> Path:
+    """Return the run's best or last checkpoint; best is by the serving walk, and the last where none was measured."""
+    saved = list_checkpoints(run)
+    if not saved:
+        raise DflashError(f"{run} has no checkpoint yet. Let `dflash train` reach its first one.")
+    best = checkpoint_folder(run, read_state(saved[-1]).best_step)
+    return best if which == "best" and best.is_dir() else saved[-1]
+
+
+def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluation: Path | None = None) -> Exported:
+    """Write the draft folder whole: config.json, model.safetensors in bfloat16, and a model card.
+
+    `kind` is one of `FORMATS`, `evaluation` a result of `dflash eval` for the card; without one, `run`/eval.json is
+    taken if it is of this checkpoint. Raises `DflashError`, and leaves nothing, if the folder would break a client's
+    rule. The same checkpoint exported again to the same folder changes nothing but the card; a folder that holds
+    anything else is refused.
+    """
+    if problem := choice_problem("The format", kind, FORMATS):
+        raise DflashError(problem)
+    out = output_folder(out, marker="config.json", kind="draft", renamed=True)
+    record = RunRecord.read(run)
+    checkpoint = choose_checkpoint(run, which)
+    state = read_state(checkpoint)
+    config = DraftConfig.read(checkpoint)
+    weights = load_file(checkpoint / WEIGHTS)
+    check_draft_weights(weights, config, str(checkpoint))
+    trained = training_record(run, record, state.step)
+    found = _evaluation(run, evaluation, trained)
+    target = _target_config(record)
+    architectures = record.origin.get("target_architectures") or (target or {}).get("architectures") or []
+    with building_folder(out) as temporary:
+        halved = {tensor_name(name, kind): w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
+        metadata = {"format": "pt", RECORD: json.dumps(trained, sort_keys=True)}
+        save_file(halved, temporary / WEIGHTS, metadata=metadata)
+        document = config_json(config, kind, record.origin["target"], architectures)
+        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        limits = _refuse_faulty(lint_draft(temporary, target), checkpoint)
+        (temporary / CARD).write_text(card(record, config, state, kind, found, limits))
+        _publish(temporary, out)
+    return Exported(
+        draft=out,
+        step=state.step,
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
+        num_bytes=(out / WEIGHTS).stat().st_size,
+        kind=kind,
+        target=record.origin["target"],
+        cache=Path(record.origin["caches"][0]),
+    )
+
+
+def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
+    """Return what a weight file says of its own training, from the run's sealed record and not from any config."""
+    draft, settings = record.identity["draft"], record.identity["settings"]
+    return {
+        **{name: draft[name] for name in ("target_layer_ids", "block_size", "mask_token_id")},
+        "caches": record.identity["caches"],
+        "target": record.origin["target_identity"],
+        "val_samples": settings["val_samples"],
+        "run": read_sealed(run / RUN)["checksum"],
+        "step": step,
+    }
+
+
+def _refuse_faulty(faults: list[DraftFault], checkpoint: Path) -> list[str]:
+    """Raise `DflashError` naming every fault; returns those that are only one client's limit."""
+    limits = [f for f in faults if f.rule in ONE_CLIENTS_LIMIT]
+    refused = [
+        f"{f.place} {f.what} ({', '.join(f.breaks) or 'older readers'}: {f.why})" for f in faults if f not in limits
+    ]
+    if refused:
+        listed = "\n  ".join(refused)
+        raise DflashError(
+            f"The draft of {checkpoint} would not be served as it was trained, and was not written:\n  {listed}\n"
+            f"Export another checkpoint, or train again."
+        )
+    return [f"{', '.join(f.breaks)}: {f.why}." for f in limits]
+
+
+def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result of `dflash eval` for this checkpoint; one that was asked for must be of it."""
+    given = path if path is not None else run / "eval.json"
+    if path is None and not given.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(given.read_text())
+        measured = found["acceptance"], found["trained"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DflashError(f"{given} is not a result of `dflash eval --save` ({error!r}). Name one.") from error
+    if any((measured[1] or {}).get(name) != trained[name] for name in ("run", "step")):
+        if path is None:
+            return None
+        raise MismatchError(
+            f"{given} was measured with another draft: {measured[1]}; expected run {trained['run']}, step "
+            f"{trained['step']}. Evaluate this checkpoint, or leave --eval out."
+        )
+    return found
+
+
+def _target_config(record: RunRecord) -> dict[str, Any] | None:
+    """Return the target's config.json as the cache keeps it, if the cache is still where it was."""
+    path = Path(record.origin["caches"][0]) / TARGET / "config.json"
+    if not path.is_file() or sha256_file(path) != record.origin["target_identity"]["config_sha256"]:
+        return None
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    if (out / "config.json").is_file():
+        if not _same_draft(temporary, out):
+            raise DflashError(f"{out} exists and holds something else than this draft. Name a new --out.")
+        publish([(temporary / CARD).read_bytes()], temporary=out / f".{CARD}", path=out / CARD)
+        return
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+    temporary.rename(out)
+    sync_folder(out.parent)
+
+
+def _same_draft(one: Path, other: Path) -> bool:
+    """Say whether two folders hold the same config and weights; safetensors writes its metadata in any order."""
+    if (one / "config.json").read_bytes() != (other / "config.json").read_bytes():
+        return False
+    try:
+        (ours, said), (theirs, said_there) = (read_header(folder / WEIGHTS) for folder in (one, other))
+    except ValueError:
+        return False
+    if said != said_there or ours.keys() != theirs.keys():
+        return False
+    left, right = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    return all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)

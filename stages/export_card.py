@@ -1,0 +1,117 @@
+"""The README.md of an exported draft: what it is, how it was made, what was measured, and how each server runs it."""
+
+from typing import Any
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.formats import ZLAB
+from dflash_offline.schemas.draft.rules import SPECULATORS
+from dflash_offline.schemas.run import RunRecord
+from dflash_offline.stages.training.checkpoint import TrainState
+
+_RECIPE = (
+    *("steps", "epochs", "weights", "batch_tokens", "row_tokens", "batch_size", "accumulation_times_ranks"),
+    *("optimizer", "learning_rate", "warmup_ratio", "weight_decay", "clip", "ema", "num_anchors", "loss", "gamma"),
+    *("seed", "dtype"),
+)
+"""Settings that decide a run, in the order in which the card lists those that it has."""
+
+_ZLAB = """A block holds one anchor and {drafted} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
+
+    vllm serve {target} --speculative-config \\
+      '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
+
+    python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH \\
+      --speculative-draft-model-path THIS_FOLDER --speculative-num-draft-tokens {block}
+"""
+_SPECULATORS = """The speculators format. Its layer ids are {aux}, one more than those above: entries of
+transformers' hidden states, of which entry 0 is the embedding. Embeddings and head are the target's own.
+
+    vllm serve {target} --speculative-config '{{"model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
+
+SGLang does not read this format; for it, export with `--format zlab` and serve {block} draft tokens.
+"""
+_TRANSFORMERS = """For transformers' own generator, 5.23 or newer. vLLM and SGLang want the draft exported with
+`--format zlab`, and then {drafted} speculative tokens in vLLM and {block} draft tokens in SGLang.
+
+    from transformers import AutoModelForCausalLM, MuseGlimmerAssistantModel
+
+    target = AutoModelForCausalLM.from_pretrained("{target}")
+    draft = MuseGlimmerAssistantModel.from_pretrained("THIS_FOLDER", dtype=target.dtype)
+    positions = torch.arange(ids.shape[1])[None]
+    target.generate(ids, assistant_model=draft, speculation_type="dflash", position_ids=positions)
+"""
+
+
+def card(
+    record: RunRecord,
+    config: DraftConfig,
+    state: TrainState,
+    kind: str,
+    found: dict[str, Any] | None,
+    limits: list[str],
+) -> str:
+    """Return the model card; `found` is the result of `dflash eval` for this draft, if there is one.
+
+    `limits` names clients that cannot serve what this draft was trained to do.
+    """
+    origin, identity = record.origin, record.identity
+    settings = identity["settings"]
+    ids = ", ".join(map(str, config.target_layer_ids))
+    instead = "epochs" if settings["steps"] else "steps"
+    made_by = [name for name in _RECIPE if settings.get(name) is not None and name != instead]
+    if set(settings["weights"]) == {1.0}:
+        made_by.remove("weights")
+    if identity["init_from"]:
+        made_by.append("init_from")
+    recipe = ", ".join(f"{name} {settings.get(name, identity.get(name))}" for name in made_by)
+    texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
+    serving = texts.get(kind, _TRANSFORMERS).format(
+        target=origin["target"],
+        drafted=config.block_size - 1,
+        block=config.block_size,
+        aux=", ".join(str(i + 1) for i in config.target_layer_ids),
+    )
+    limited = "".join(f"\nNot for {line}\n" for line in limits)
+    return f"""# DFlash draft for {origin["target"]}
+
+{config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of {config.block_size},
+mask token {config.mask_token_id}. Trained by `dflash-offline` from cached features of the target to step {state.step}.
+
+| | |
+|---|---|
+| target | {origin["target"]}, config sha256 {origin["target_identity"]["config_sha256"]} |
+| cache | manifest {", ".join(identity["caches"])} |
+| recipe | {recipe} |
+| software | {", ".join(f"{name} {version}" for name, version in sorted(origin["software"].items()))} |
+
+## Acceptance
+{_measured(state, found)}
+## Serving
+{serving}{limited}"""
+
+
+def _measured(state: TrainState, found: dict[str, Any] | None) -> str:
+    lines = []
+    if state.best_step:
+        lines.append(
+            f"In training, the serving walk over held-out samples gave at best {state.best_walk:.2f} tokens a round "
+            f"(step {state.best_step})."
+        )
+    if found is not None:
+        pooled, mean = _figure(found["acceptance"]["pooled"]), _figure(found["acceptance"]["mean"])
+        config, prompts = found["config"], found["acceptance"]["prompts"]
+        way = f"temperature {config['temperature']}" if config.get("temperature") else "greedy"
+        what = "cached turns, without the target" if found.get("offline") else "prompts"
+        speed = f", {found['speedup']:.2f} times the target alone" if found.get("speedup") else ""
+        lines.append(
+            f"`dflash eval` on {prompts} {what} ({way}, {found['dtype']} on {found['device']}): {pooled} tokens a "
+            f"round (mean of prompts {mean}) of at most {found['block_size']}{speed}."
+        )
+        for name, group in found.get("acceptance_by_kind", {}).items():
+            lines.append(f"- {name}: {_figure(group['pooled'])} over {group['prompts']} prompts")
+    return "\n".join(lines or ["Not measured."]) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    """Return a mean; a dash where there was no round to take it of."""
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""A feature cache on disk: created, written, read, verified and cleaned up. Needs no torch."""

@@ -1,0 +1,60 @@
+"""Files in a cache's folder that neither its manifest nor its plan knows."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dflash_offline.schemas.commits import commit_path
+from dflash_offline.schemas.manifest import COMMITS, FEATURES, MANIFEST, TARGET, TMP, Manifest
+from dflash_offline.stages.store.leftovers import SKIPPED_LOCK, half_written, lock_path
+
+_SHARD_FILE = re.compile(rf"{re.escape(FEATURES)}/(?:hidden_states/c/(\d+)/0/0|(?:input_ids|loss_mask)/c/(\d+))")
+_UNREAD = re.compile(r"(?!\.z(?:array|attrs|group|metadata)$)\..*|.*~|Thumbs\.db")
+"""What file systems, file views and editors leave in any folder and no reader opens. zarr opens its second version's
+metadata."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surplus:
+    """What lies in a cache beside its own files, each by its path within."""
+
+    misleading: list[str] = field(default_factory=list)
+    """Where readers look: a chat template in target/, a shard beyond the plan."""
+    harmless: list[str] = field(default_factory=list)
+    """Where none does: a page of `dflash inspect`."""
+    unrecorded_shards: list[int] = field(default_factory=list)
+    """Shards with files and no record. For readers they do not exist; a worker may be at one."""
+
+
+def surplus(cache: Path, manifest: Manifest) -> Surplus:
+    """Return the files of a cache that its manifest, its plan and its workers do not account for."""
+    shards = range(manifest.layout.num_shards)
+    records = {f"{commit_path(Path(), shard)}" for shard in shards}
+    in_work = {str(one.path.relative_to(cache)) for one in half_written(cache)}
+    locks = {str(lock_path(Path(), shard)) for shard in shards}
+    known = {MANIFEST, *manifest.files, *records, *in_work, *locks, SKIPPED_LOCK}
+    found, with_files = Surplus(), set[int]()
+    for name in sorted(_files(cache)):
+        numbers = _SHARD_FILE.fullmatch(name)
+        number = numbers and (numbers[1] or numbers[2])
+        if number and number == str(int(number)) and int(number) in shards:
+            with_files.add(int(number))
+        elif name not in known:
+            folder, _, rest = name.partition("/")
+            is_read = folder in (TARGET, COMMITS, FEATURES) and not any(map(_UNREAD.fullmatch, rest.split("/")))
+            (found.misleading if is_read else found.harmless).append(name)
+    found.unrecorded_shards.extend(shard for shard in sorted(with_files) if not commit_path(cache, shard).exists())
+    return found
+
+
+def _files(cache: Path) -> list[str]:
+    """Return the files in the cache's own folders, and what else lies beside those without looking into it."""
+    found = []
+    for entry in os.scandir(cache):
+        if entry.name not in (TARGET, COMMITS, FEATURES, TMP):
+            found.append(entry.name)
+            continue
+        for folder, _, names in os.walk(entry.path, followlinks=True):
+            found += [os.path.relpath(os.path.join(folder, name), cache) for name in names]  # noqa: PTH118
+    return found

@@ -1,0 +1,273 @@
+"""Is a cache what its manifest and its records say?
+
+Axes: T tokens, L captured layers, H hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.commits import Commit, commit_path, read_commit
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import NOT_THE_FILES, locked
+from dflash_offline.schemas.manifest import (
+    FEATURES,
+    HIDDEN,
+    IDS,
+    MANIFEST,
+    MASK,
+    OTHER_CONTENT,
+    SAMPLES,
+    Manifest,
+    file_fault,
+)
+from dflash_offline.schemas.samples import SampleTable, count_anchors
+from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.store.cache import open_codec
+from dflash_offline.stages.store.feature_ranges import Sums, agree, layer_statistics
+from dflash_offline.stages.store.leftovers import lock_path
+from dflash_offline.stages.store.shard_file import ShardFile, open_shard
+from dflash_offline.stages.store.unexpected_files import Surplus, surplus
+
+_AT_ONCE = 8
+"""Shards verified side by side; each holds one sample's features in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One thing that is wrong."""
+
+    place: str
+    """A file within the cache, or a shard."""
+    what: str
+    """What is wrong, and what to do about it where that is not to redo the shard."""
+    shard: int | None = None
+    """The shard that `extract` is to do; None if it cannot mend this."""
+    missing: bool = False
+    """Whether the shard has no record: it is yet to be extracted, and nothing of it is to be forgotten."""
+
+
+def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None) -> list[Fault]:
+    """Return every fault of a cache: files against their records, chunks against their checksums, tokens against the
+    plan, features against the recorded statistics, files that nobody knows. A shard that is not extracted is a fault
+    too. Shards are judged unless the plan or the arrays' metadata are damaged. `beside` is the cache's surplus, where
+    it is known."""
+    try:
+        manifest = Manifest.read(cache)
+    except CacheError as error:
+        return [Fault(place=MANIFEST, what=str(error))]
+    damaged = manifest.static_faults(cache)
+    needed = [name for name, _ in damaged if name == SAMPLES or name.startswith(f"{FEATURES}/")]
+    faults = [Fault(place=name, what=f"{what}; {_mend(name in needed)}") for name, what in damaged]
+    faults += [
+        Fault(place=name, what="is no file of this cache, and a reader may take it for one; move it elsewhere")
+        for name in (beside or surplus(cache, manifest)).misleading
+    ]
+    if needed:
+        return faults
+    shards = _Shards(cache, manifest)
+    faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.samples)]
+    progress.start("Verifying", manifest.layout.num_shards, "shards")
+    with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
+        for found in pool.map(shards.faults, range(manifest.layout.num_shards)):
+            faults += found
+            progress.advance(1, faults=len(faults))
+    progress.finish()
+    return faults
+
+
+def repair(cache: Path, faults: list[Fault]) -> list[int]:
+    """Forget the faulty shards, so that `extract` redoes just those; returns them.
+
+    Each is judged again while it is locked: a worker that was at it finishes first, and what it wrote may be sound.
+    """
+    faulty = sorted({fault.shard for fault in faults if fault.shard is not None and not fault.missing})
+    if not faulty:
+        return []
+    shards = _Shards(cache, Manifest.read(cache))
+    return [shard for shard in faulty if shards.forget(shard)]
+
+
+def _mend(is_needed: bool) -> str:
+    """Return what to do about a damaged static file."""
+    how = "restore it from a copy of this cache; without one, extract anew into a new folder"
+    return f"{how}. Until then no shard can be judged" if is_needed else how
+
+
+def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
+    """Yield what is wrong with the plan's tokens: files that are as they were written may hold nothing to train on."""
+    mask_token, block_size = manifest.plan["mask_token_id"], manifest.plan["block_size"]
+    wrong: dict[str, list[int]] = {"masked": [], "counted": [], "anchored": [], "holding": []}
+    for sample in range(len(samples)):
+        mask = samples.loss_mask(sample)
+        num_supervised = int(np.count_nonzero(mask))
+        if not num_supervised:
+            wrong["masked"].append(sample)
+        if num_supervised != samples.num_supervised[sample]:
+            wrong["counted"].append(sample)
+        if count_anchors(mask, block_size) != samples.num_anchors[sample]:
+            wrong["anchored"].append(sample)
+        if (samples.input_ids(sample) == mask_token).any():
+            wrong["holding"].append(sample)
+    said = {
+        "masked": "have no supervised token and train nothing; extract anew with another --mask, or mend the template",
+        "counted": "have another number of supervised tokens than their row says; extract anew",
+        "anchored": f"have another number of anchors for blocks of {block_size} than their row says; extract anew",
+        "holding": f"hold the mask token {mask_token}, which stands for what is to be drafted; extract anew without "
+        f"--mask-token-id",
+    }
+    for kind, found in wrong.items():
+        if found:
+            yield f"{len(found):,} of {len(samples):,} samples, the first {found[0]}, {said[kind]}"
+    totals = {
+        "samples": len(samples),
+        "tokens": samples.num_tokens.sum(),
+        "supervised": samples.num_supervised.sum(),
+        "anchors": samples.num_anchors.sum(),
+    }
+    for name, total in totals.items():
+        if manifest.plan[name] != total:
+            yield f"holds {total:,} {name}, the manifest says {manifest.plan[name]:,}; extract anew"
+
+
+class _Shards:
+    """The shards of a cache whose plan and zarr metadata are as they were written. Safe in threads.
+
+    Nothing of a shard is remembered: it may be done anew at any time.
+    """
+
+    def __init__(self, cache: Path, manifest: Manifest) -> None:
+        self.cache = cache
+        self.manifest = manifest
+        self.samples = SampleTable.read(cache / SAMPLES)
+        self._codec = open_codec(cache, manifest)
+        self._group = zarr.open_group(str(cache / FEATURES), mode="r")
+        self._columns = list(range(manifest.layout.num_layers))
+
+    def faults(self, shard: int) -> list[Fault]:
+        """Return what is wrong with a shard."""
+        place = str(commit_path(self.cache, shard).relative_to(self.cache))
+        try:
+            commit = read_commit(self.cache, shard, self.manifest.checksum)
+        except CacheError as error:
+            return [Fault(place=place, what=str(error), shard=shard)]
+        if commit is None:
+            return [Fault(place=place, what="is missing: the shard is not extracted", shard=shard, missing=True)]
+        try:
+            found = list(self._file_faults(commit)) or list(self._content_faults(commit))
+        except OSError as error:  # of a disk that gave the same file whole a moment before
+            if error.errno in NOT_THE_FILES:
+                raise
+            found = [(f"shard {shard}", f"cannot be read: {error}")]
+        return [Fault(place=place, what=what, shard=shard) for place, what in found]
+
+    def forget(self, shard: int) -> bool:
+        """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
+        lock = lock_path(self.cache, shard)
+        lock.parent.mkdir(exist_ok=True)
+        lock.touch()
+        with locked(lock, wait=True) as held:
+            is_faulty = held and any(not fault.missing for fault in self.faults(shard))
+            if is_faulty:
+                commit_path(self.cache, shard).unlink(missing_ok=True)  # where there are no locks it may be gone
+        return is_faulty
+
+    def _members(self, commit: Commit) -> list[int]:
+        """Return the samples of a shard that have features."""
+        skipped = {one.sample for one in commit.skipped}
+        return [sample for sample in self.samples.samples_of_shard(commit.shard).tolist() if sample not in skipped]
+
+    def _open(self, commit: Commit) -> ShardFile:
+        return open_shard(self.cache, self.manifest, commit)
+
+    def _slots(self, sample: int) -> slice:
+        """Return where a sample lies in its shard."""
+        begin = int(self.samples.start[sample]) % self.manifest.layout.shard_tokens
+        return slice(begin, begin + int(self.samples.num_tokens[sample]))
+
+    def _read(self, file: ShardFile, begin: int, num_slots: int) -> NDArray[np.uint16]:
+        """Return the codes of whole chunks that hold so many slots from `begin`, [at least num_slots, L, H]."""
+        layout = self.manifest.layout
+        num_chunks = -(-num_slots // layout.chunk_tokens)
+        codes = np.empty((num_chunks * layout.chunk_tokens, layout.num_layers, layout.hidden_size), np.uint16)
+        file.read(begin, self._columns, codes)
+        return codes
+
+    def _file_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
+        for name, record in commit.files.items():
+            if what := file_fault(self.cache / name, record.size, record.sha256):
+                yield name, what + (self._sample_hit(commit, name) if what == OTHER_CONTENT else "")
+
+    def _sample_hit(self, commit: Commit, name: str) -> str:
+        """Name the first sample of a damaged shard whose features can no longer be read."""
+        if HIDDEN not in name:
+            return ""
+        place = "it"
+        try:
+            file = self._open(commit)
+            for sample in self._members(commit):
+                place = self.samples.place(sample)
+                slots = self._slots(sample)
+                self._read(file, slots.start, slots.stop - slots.start)
+        except (CacheError, OSError) as error:
+            return f"; {place} cannot be read: {error}"
+        return "; all samples can still be read"
+
+    def _content_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
+        members, place = self._members(commit), f"shard {commit.shard}"
+        for name, wanted in ((IDS, self.samples.input_ids), (MASK, self.samples.loss_mask)):
+            if fault := self._token_fault(commit.shard, members, name, wanted):
+                yield place, fault
+        num_tokens = int(self.samples.num_tokens[members].sum())
+        if (commit.num_samples, commit.num_tokens) != (len(members), num_tokens):
+            yield (
+                place,
+                f"the record counts {commit.num_samples} samples, {commit.num_tokens} tokens; the plan {len(members)}, "
+                f"{num_tokens}",
+            )
+        try:
+            yield from ((place, what) for what in self._feature_faults(commit, members))
+        except CacheError as error:
+            yield place, str(error)
+
+    def _token_fault(
+        self, shard: int, members: list[int], name: str, wanted: Callable[[int], NDArray[np.generic]]
+    ) -> str:
+        """Return what is wrong with the tokens or the mask that a shard stores, or an empty string."""
+        array, num_slots = self._group[name], self.manifest.layout.shard_tokens
+        assert isinstance(array, zarr.Array)
+        stored = np.asarray(array[shard * num_slots : (shard + 1) * num_slots])
+        for sample in members:
+            slots = self._slots(sample)
+            if not np.array_equal(stored[slots], wanted(sample)):
+                return f"{name} of {self.samples.place(sample)} differs from the plan"
+            stored[slots] = 0
+        return f"{name} holds something in slots of no sample" if stored.any() else ""
+
+    def _feature_faults(self, commit: Commit, members: list[int]) -> Iterator[str]:
+        """Yield what is wrong with a shard's features; `CacheError` if they cannot be read."""
+        layout, file = self.manifest.layout, self._open(commit)
+        is_free = np.ones(layout.shard_tokens, np.bool_)
+        sums, strays = [Sums() for _ in self._columns], 0
+        for sample in members:
+            slots = self._slots(sample)
+            codes = self._read(file, slots.start, slots.stop - slots.start)
+            own, rest = np.split(codes, [slots.stop - slots.start])
+            strays += int((rest != self._codec.fill).any(axis=(1, 2)).sum())
+            is_free[slots.start : slots.start + len(codes)] = False
+            values = self._codec.values(own, self._columns)
+            sums = [one + Sums.of(values[:, column]) for column, one in enumerate(sums)]
+        for begin in np.flatnonzero(is_free[:: layout.chunk_tokens]) * layout.chunk_tokens:
+            codes = self._read(file, int(begin), layout.chunk_tokens)
+            strays += int((codes != self._codec.fill).any(axis=(1, 2)).sum())
+        if strays:
+            yield f"{HIDDEN} holds something else than fill in {strays:,} slots of no sample"
+        for have, want in zip(commit.layers, layer_statistics(sums, self.manifest.identity["layer_ids"]), strict=True):
+            if not agree(have, want):
+                yield f"statistics of layer {have.layer_id} are {want}, the record says {have}"

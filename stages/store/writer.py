@@ -1,0 +1,246 @@
+"""Shards of one cache: claimed, checked, encoded, written whole, and recorded last.
+
+Axes: T token slots, L captured layers, H hidden size.
+"""
+
+import errno
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path, read_finished
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import Piece, locked, move_synced, publish, write_synced
+from dflash_offline.schemas.manifest import FEATURES, IDS, MASK, Manifest, hidden_file
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.store.codec import FeatureCodec
+from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
+from dflash_offline.stages.store.leftovers import lock_path, part_path
+from dflash_offline.stages.store.scratch import scratch
+from dflash_offline.stages.store.shard_file import Encoded, ShardSummary, encode_chunk, encode_chunks, encoded_room
+
+_JOB_BYTES = 1 << 20
+"""Raw bytes, at least, that one thread encodes in a go."""
+_AHEAD = 16
+"""Encoded pieces that may lie ready, or be written, beside those being encoded."""
+_NICENESS = 10
+"""How far encoding stands back behind other threads."""
+_GONE = {errno.ENOENT, errno.ESTALE}
+"""Of a file that was removed while it was written, on a disk and over NFS."""
+
+
+class ShardWriter:
+    """Checks, encodes and commits shards of one cache."""
+
+    def __init__(self, cache: Path, manifest: Manifest, samples: SampleTable, codec: FeatureCodec) -> None:
+        self.cache = cache
+        self.manifest = manifest
+        self.samples = samples
+        self.codec = codec
+        self.layer_ids: list[int] = manifest.identity["layer_ids"]
+        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_stand_back)
+        layout = manifest.layout
+        row_bytes = layout.chunk_tokens * layout.slot_bytes
+        self._rows = -(-_JOB_BYTES // row_bytes)
+        """Rows of chunks that one thread encodes in a go."""
+        room = self._rows * encoded_room(layout.num_layers, row_bytes // layout.num_layers)
+        self._memory = [np.empty(room, np.uint8) for _ in range(usable_cores() + _AHEAD)]
+        self._encoding = threading.Lock()
+
+    def finished(self, shard: int) -> Commit | None:
+        """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
+        try:
+            return read_finished(self.cache, shard, self.manifest.checksum)
+        except CacheError:
+            return None
+
+    def is_done(self, shard: int) -> bool:
+        """Say whether the shard is finished."""
+        return self.finished(shard) is not None
+
+    @contextmanager
+    def claim(self, shard: int, *, wait: bool) -> Iterator[bool]:
+        """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
+        lock = lock_path(self.cache, shard)
+        lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
+        lock.touch()
+        with locked(lock, wait=wait) as free:
+            yield free and not self.is_done(shard)
+
+    def commit(
+        self,
+        shard: int,
+        codes: NDArray[np.uint16],
+        skipped: Sequence[SkippedSample] = (),
+        started: float | None = None,
+        sums: Sequence[Sums] | None = None,
+        encoded: Callable[[], object] = int,
+    ) -> int:
+        """Check, encode and write a claimed shard's files whole, then its record; returns the bytes written.
+
+        `codes` is [shard_tokens, L, H] uint16; slots between samples, and those of skipped samples, hold the fill
+        value; it may change once `encoded` was called. `sums` are each layer's; without them they are added up here. If
+        another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing is put in
+        place and 0 returned.
+        """
+        temporary = part_path(self.cache, shard)
+        try:
+            return self._commit(shard, codes, skipped, started, sums, encoded, temporary)
+        except OSError as error:
+            if error.errno in _GONE and self.is_done(shard):
+                return 0  # another worker finished the shard just now, and removed what is left of it
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
+
+    def _commit(
+        self,
+        shard: int,
+        codes: NDArray[np.uint16],
+        skipped: Sequence[SkippedSample],
+        started: float | None,
+        sums: Sequence[Sums] | None,
+        encoded: Callable[[], object],
+        temporary: Path,
+    ) -> int:
+        layout = self.manifest.layout
+        left_out = {one.sample for one in skipped}
+        members = [i for i in self.samples.samples_of_shard(shard).tolist() if i not in left_out]
+        ids, mask = np.zeros(layout.shard_tokens, np.uint32), np.zeros(layout.shard_tokens, np.bool_)
+        for sample in members:
+            slots = self._slots(sample)
+            ids[slots], mask[slots] = self.samples.input_ids(sample), self.samples.loss_mask(sample)
+        record, added_up = self._write_hidden(temporary, codes, members, encoded, add_up=sums is None)
+        if self.is_done(shard):
+            return 0
+        files = {hidden_file(shard): record}
+        move_synced(temporary, self.cache / next(iter(files)))
+        for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
+            chunk, summary = encode_chunk(values), ShardSummary()
+            summary.add(chunk)
+            pieces = [chunk.data, summary.index()]
+            files[name] = summary.record(publish(pieces, temporary=temporary, path=self.cache / name))
+        now = time.time()
+        commit = Commit(
+            shard=shard,
+            manifest=self.manifest.checksum,
+            num_samples=len(members),
+            num_tokens=int(self.samples.num_tokens[members].sum()),
+            skipped=list(skipped),
+            files=files,
+            layers=layer_statistics(added_up if sums is None else sums, self.layer_ids),
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            started=_time(now if started is None else started),
+            finished=_time(now),
+        )
+        publish([commit.to_bytes()], temporary=temporary, path=commit_path(self.cache, shard))
+        return sum(file.size for file in files.values())
+
+    def _slots(self, sample: int) -> slice:
+        """Return where a sample lies in its shard."""
+        begin = int(self.samples.start[sample]) % self.manifest.layout.shard_tokens
+        return slice(begin, begin + int(self.samples.num_tokens[sample]))
+
+    def _write_hidden(
+        self,
+        path: Path,
+        codes: NDArray[np.uint16],
+        members: list[int],
+        encoded: Callable[[], object],
+        *,
+        add_up: bool,
+    ) -> tuple[ShardFileRecord, list[Sums]]:
+        """Write the features' shard file, synced; returns its record and each layer's sums, if they are to be added up.
+
+        Chunks are encoded side by side, and hashed and written in order meanwhile; `encoded` is called after the last.
+        """
+        layout = self.manifest.layout
+        filled = np.zeros(layout.shard_tokens, np.bool_)
+        for sample in members:
+            filled[self._slots(sample)] = True
+        counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
+
+        def encode(rows: range, out: NDArray[np.uint8]) -> tuple[Encoded, list[Sums]]:
+            end, sizes, by_layer = 0, [], [Sums()] * layout.num_layers
+            for row in rows:
+                slot = row * layout.chunk_tokens
+                part = codes[slot : slot + layout.chunk_tokens]
+                features = part[: counts[row]]
+                if features.size and self.codec.holds_fill(features):
+                    raise self._not_finite(slot)
+                if add_up:
+                    by_layer = [*map(Sums.__add__, by_layer, self._sums(features, slot))]
+                chunks = encode_chunks(part.transpose(1, 0, 2), out[end:])
+                end += len(chunks.data)
+                sizes += chunks.sizes
+            return Encoded(out[:end], sizes), by_layer
+
+        summary = ShardSummary()
+        by_layer = [Sums()] * layout.num_layers
+
+        def pieces() -> Generator[Piece, None, None]:
+            for chunks, sums in self._in_order(encode, len(counts)):
+                by_layer[:] = map(Sums.__add__, by_layer, sums)
+                summary.add(chunks)
+                yield chunks.data
+            encoded()
+            yield summary.index()
+
+        with self._encoding, closing(pieces()) as content:
+            return summary.record(write_synced(path, content)), by_layer
+
+    def _in_order(
+        self, encode: Callable[[range, NDArray[np.uint8]], tuple[Encoded, list[Sums]]], num_rows: int
+    ) -> Iterator[tuple[Encoded, list[Sums]]]:
+        """Yield what `encode` gives for all rows of chunks, some at a time, side by side in memory that is kept.
+
+        What is yielded stays as it is until the second after it is asked for.
+        """
+        pending: deque[Future[tuple[Encoded, list[Sums]]]] = deque()
+        try:
+            for number, first in enumerate(range(0, num_rows, self._rows)):
+                if len(pending) == len(self._memory) - 1:
+                    yield pending.popleft().result()
+                rows = range(first, min(first + self._rows, num_rows))
+                pending.append(self._encoders.submit(encode, rows, self._memory[number % len(self._memory)]))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            wait([job for job in pending if not job.cancel()])
+
+    def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
+        """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""
+        values = scratch("values", (codes.shape[1], codes.shape[0], codes.shape[2]), np.float32)
+        self.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
+        found = Sums.of_layers(values)
+        if not np.isfinite([sums.max_abs for sums in found]).all():
+            raise self._not_finite(slot)
+        return found
+
+    def _not_finite(self, slot: int) -> CacheError:
+        return CacheError(
+            f"A feature that is to be stored in slots {slot} to {slot + self.manifest.layout.chunk_tokens} of a shard "
+            f"is missing or not finite. Nothing of the shard was put in place."
+        )
+
+
+def _stand_back() -> None:
+    """Let what feeds this thread go first, and what writes down its work: forwards on these cores, hashing, writing."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,1 @@
+"""The frozen target: its files, its loading, and the token that it never uses."""

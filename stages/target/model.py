@@ -1,0 +1,268 @@
+"""The frozen target: loading it, checking it, and catching the outputs of its layers.
+
+Axes: B rows, S positions, L captured layers, H hidden size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.stages.cores import keep_freed_memory
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.target.files import TargetFiles
+
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+"""Config fields of families that change their logits after the head; a cap shows only on large logits."""
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and notices off the terminal; its errors still arrive as exceptions."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.disable_default_handler()  # what is left to say goes where the command's own warnings go
+    logging.enable_propagation()
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device a setting stands for, a GPU with its number; auto is the first GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DflashError(f"device is {device!r}, but torch sees no GPU. Use --device cpu, or install a CUDA build.")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise DflashError(f"device is {device!r}; expected cpu, cuda, cuda:N or auto.")
+    if chosen.type == "cpu":
+        return chosen
+    index = chosen.index or 0
+    if index >= torch.cuda.device_count():
+        raise DflashError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0.")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """Return the dtype the target runs in: auto is float32 on the CPU and the checkpoint's own on a GPU."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":
+        return torch.float32
+    own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.bfloat16
+
+
+def load_model(
+    files: TargetFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return the target's weights as a frozen causal language model in evaluation mode.
+
+    With a `device_map` (auto, balanced, ...) transformers spreads it over all devices; without one it goes to
+    `device`. A quantized checkpoint is put in place as it loads, since it cannot be moved afterwards. A GPU becomes
+    the current one, on which kernels that transformers brings are launched.
+    """
+    quantized = getattr(files.config, "quantization_config", None) is not None
+    placement = device_map or ({"": device} if quantized else None)
+    if placement is not None and find_spec("accelerate") is None:
+        raise DflashError(
+            f"Loading {files.folder} {'quantized' if quantized else 'over several devices'} needs the accelerate "
+            f"package. Install it: pip install 'dflash-offline[large]'."
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=placement,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        said = str(error).strip().splitlines()[0]
+        hint = " Try --attn-implementation eager." if "scaled_dot_product_attention" in said else ""
+        raise DflashError(
+            f"transformers cannot load the model in {files.folder} as a causal language model: {said}{hint}"
+        ) from error
+    absent = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
+    if absent:
+        raise DflashError(
+            f"{files.folder} lacks {len(absent)} weights of {type(model).__name__}, or holds them in another shape: "
+            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}. Name a complete model folder."
+        )
+    if placement is None:
+        model.to(device)
+    offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if offloaded:
+        raise DflashError(
+            f"{files.folder} does not fit these devices: {len(offloaded)} weights, {offloaded[0]} first, would be "
+            f"kept elsewhere and fetched for each forward. Use more or larger GPUs, or a quantized checkpoint."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the part of a causal language model that comes before its head."""
+    decoder = model.get_decoder()
+    # transformers returns the model itself where a family names the part otherwise than it declares (Llama 4).
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """Return the target's decoder layers, in order."""
+    layers = getattr(decoder_of(model), "layers", None)
+    expected = model.config.get_text_config().num_hidden_layers
+    if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} keeps no list of {expected} decoder layers where transformers' decoders do; "
+            f"its hidden states cannot be captured."
+        )
+    return layers
+
+
+class _Captured(Exception):
+    """Raised by the last hook: nothing after that layer is needed."""
+
+
+@contextmanager
+def capture(model: Any, layer_ids: Sequence[int], *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """Catch the outputs of the chosen decoder layers, before any final norm.
+
+    The list holds, after each forward, one [B, S, H] tensor for each id in order. With `stop`, a forward ends
+    after the last of them; call it through `run_captured`.
+    """
+    layers = decoder_layers(model)
+    caught: list[Tensor] = []
+
+    def hook(index: int, output: Any) -> None:
+        if index == 0:
+            caught.clear()
+        caught.append(output[0] if isinstance(output, tuple) else output)
+        if stop and index == len(layer_ids) - 1:
+            raise _Captured
+
+    handles = [
+        layers[layer].register_forward_hook(lambda _m, _i, output, index=index: hook(index, output))
+        for index, layer in enumerate(layer_ids)
+    ]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def run_captured(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> list[Tensor]:
+    """Return the outputs of the chosen layers for right-padded rows, L tensors of [B, S, H].
+
+    No mask is passed: every position sees only what stands before it, so padding on the right changes no real one.
+    The forward ends after the last chosen layer; no logits are computed.
+    """
+    with capture(model, layer_ids, stop=True) as caught:
+        try:
+            decoder_of(model)(input_ids=input_ids, use_cache=False)
+        except _Captured:
+            return list(caught)
+    raise AssertionError("the forward ended before the last captured layer")
+
+
+def load_as_configured(
+    files: TargetFiles,
+    config: ExtractConfig | RegenerateConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> Any:
+    """Return the target, loaded as the settings say and checked to be one that a draft can be served with."""
+    progress.say(f"Loading {files.folder} ({dtype}, {config.device_map or device}).")
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = load_model(
+        files,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_plain_embeddings(model, files.name)
+    return model
+
+
+@torch.inference_mode()
+def check_plain_embeddings(model: Any, name: str) -> None:
+    """Refuse a target whose decoder does not start from raw embedding rows and end in a plain linear head.
+
+    A draft borrows the raw table and the head, as the clients serve it; a scaled embedding (Gemma), learned
+    positions or capped logits would be lost silently.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None]
+    entered: list[Tensor] = []
+
+    def note_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(note_input, with_kwargs=True)
+    try:
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    finally:
+        handle.remove()
+    raw = nn.functional.embedding(ids, model.get_input_embeddings().weight)
+    if not torch.equal(entered[0], raw.to(entered[0].dtype)):
+        raise UnsupportedTargetError(
+            f"{name} ({type(model).__name__}) does not feed raw embedding rows to its first layer (scaled embeddings "
+            f"or learned positions); a DFlash draft borrows the raw rows. Use another target."
+        )
+    head = model.get_output_embeddings()
+    logits = head(output.hidden_states[-1].to(head.weight.device))
+    same = torch.allclose(
+        output.logits.float(), logits.float().to(output.logits.device), rtol=1e-2, atol=1e-2, equal_nan=True
+    )
+    text = model.config.get_text_config()
+    if not same or any(getattr(text, name, None) not in (None, 0, 1) for name in _LOGIT_CHANGES):
+        raise UnsupportedTargetError(
+            f"{name} ({type(model).__name__}) scales or caps its logits after the head; a DFlash draft is trained "
+            f"through the plain head and would be served another one. Use another target."
+        )
+
+
+def embedding_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the embedding table and, unless it is the same matrix, the head, where they lie: all a draft borrows."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tensors = {"embed_tokens.weight": table.detach()}
+    if head.weight.data_ptr() != table.data_ptr():
+        tensors["lm_head.weight"] = head.weight.detach()
+    if getattr(head, "bias", None) is not None:
+        tensors["lm_head.bias"] = head.bias.detach()
+    return tensors
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a target whose embeddings or head, which every draft borrows, hold a value that is not finite."""
+    for part, tensor in tensors.items():
+        rows = tensor.reshape(len(tensor), -1)
+        sound = rows.amin(dim=1).isfinite() & rows.amax(dim=1).isfinite()
+        if not sound.all():
+            raise UnsupportedTargetError(
+                f"{name}: row {int(sound.int().argmin())} of {part} holds a value that is not finite, and drafts "
+                f"borrow it. Use a sound copy of the target."
+            )

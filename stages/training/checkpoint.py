@@ -1,0 +1,132 @@
+"""Checkpoints of a run: one folder each, written whole and renamed; nothing in it executes when read."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.files import read_sealed, sealed_bytes, sha256_file, sync_folder, write_synced
+from dflash_offline.stages.draft.model import DraftModel, draft_state_dict
+from dflash_offline.stages.training.optimizer import WeightAverage
+
+WEIGHTS, MASTERS, OPTIMIZER, STATE = "model.safetensors", "masters.safetensors", "optimizer.safetensors", "state.json"
+"""`WEIGHTS` are what is validated and exported; with a running average they are it, and `MASTERS` are beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands after a step. Data order and anchors follow from the step, so no generator is kept."""
+
+    step: int
+    """Finished optimizer steps."""
+    best_step: int = 0
+    """Step of the best validation so far; 0 for none."""
+    best_walk: float = 0.0
+    """Its serving-walk acceptance length."""
+    tokens: int = 0
+    """Training tokens seen."""
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def save_checkpoint(
+    run: Path,
+    state: TrainState,
+    draft: DraftModel,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None = None,
+) -> Path:
+    """Write masters, optimizers and state whole, then rename the folder into place; returns it."""
+    folder = checkpoint_folder(run, state.step)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    with average.served(draft) if average else nullcontext():
+        save_file(draft_state_dict(draft, draft.config), temporary / WEIGHTS)
+    if average:
+        save_file(draft_state_dict(draft, draft.config), temporary / MASTERS)
+    save_file(_optimizer_tensors(optimizers), temporary / OPTIMIZER)
+    write_synced(temporary / "config.json", [json.dumps(draft.config.to_json(), indent=1).encode()])
+    hashes = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+    for name in hashes:
+        with (temporary / name).open("rb") as file:
+            os.fsync(file.fileno())
+    write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
+    sync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    return folder
+
+
+def read_state(folder: Path) -> TrainState:
+    """Return a checkpoint's state after checking every file's sha256."""
+    document = read_sealed(folder / STATE)
+    del document["checksum"]
+    for name, digest in document.pop("files").items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise DflashError(
+                f"{folder / name} is missing or damaged. Remove {folder} to go on from the checkpoint before it."
+            )
+    return TrainState(**document)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def prune_checkpoints(run: Path, keep: int, best_step: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    best = checkpoint_folder(run, best_step)
+    for folder in list_checkpoints(run)[:-keep]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+def restore(
+    folder: Path, draft: DraftModel, optimizers: list[torch.optim.Optimizer], average: WeightAverage | None = None
+) -> TrainState:
+    """Load a checkpoint into draft, optimizers and average; returns its state."""
+    state = read_state(folder)
+    assert DraftConfig.read(folder) == draft.config, "the run's settings were compared before"
+    draft.load_state_dict(load_file(folder / (MASTERS if average else WEIGHTS)))
+    if average:
+        for name, tensor in load_file(folder / WEIGHTS).items():
+            average.weights[name].copy_(tensor)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER).items():
+        kind, name = key.split(".", 1)
+        moments.setdefault(name, {})[kind] = tensor
+    for optimizer, name, parameter in _named(optimizers):
+        optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in moments[name].items()}
+    return state
+
+
+def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    return {
+        f"{kind}.{name}": value.detach().cpu().contiguous()
+        for optimizer, name, parameter in _named(optimizers)
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def _named(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                yield optimizer, name, parameter

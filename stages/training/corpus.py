@@ -1,0 +1,121 @@
+"""The samples of one or more caches of the same target, numbered through."""
+
+import hashlib
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
+from dflash_offline.schemas.manifest import differences, wherever_placed
+from dflash_offline.schemas.samples import Tokens, count_anchors
+from dflash_offline.stages.store.cache import CacheReader
+
+
+class Corpus:
+    """Samples of several caches. A sample's number counts through them in the order they are given."""
+
+    def __init__(self, readers: list[CacheReader]) -> None:
+        self.readers = readers
+        for reader in readers:
+            reader.samples.tokens.load()  # samples are asked for in any order, all of them
+        self.starts = np.cumsum([0, *(len(reader.samples) for reader in readers)])
+        self._firsts: list[int] = self.starts.tolist()
+        self.num_tokens = np.concatenate([reader.samples.num_tokens for reader in readers])
+        usable = [reader.usable() + start for reader, start in zip(readers, self.starts[:-1], strict=True)]
+        self.usable: NDArray[np.int64] = np.concatenate(usable)
+        """Samples that have features, ascending."""
+
+    @classmethod
+    def open(cls, caches: tuple[Path, ...]) -> "Corpus":
+        """Return the corpus of complete caches; `MismatchError` if they were not made alike."""
+        readers = [CacheReader(cache) for cache in caches]
+        for number, reader in enumerate(readers):
+            reader.require_complete()
+            if reader.manifest.checksum in {other.manifest.checksum for other in readers[:number]}:
+                raise DflashError(f"{reader.cache} is the same cache as one named before it. Name each cache once.")
+            _refuse_other_target(readers[0], reader)
+        return cls(readers)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return (number of the cache, number of the sample in it)."""
+        cache = bisect_right(self._firsts, sample) - 1
+        return cache, sample - self._firsts[cache]
+
+    def tokens(self, sample: int) -> Tokens:
+        """Return the sample's tokens, uint32 [num_tokens], and which are supervised, bool [num_tokens]."""
+        cache, number = self.locate(sample)
+        return self.readers[cache].samples.tokens.of(number)
+
+    def anchor_id(self, sample: int) -> int:
+        """Return what the sample's anchors are drawn by: no other cache's size changes it."""
+        cache, number = self.locate(sample)
+        return (cache << 32) | number
+
+    def num_anchors(self, block_size: int, at_most: int) -> NDArray[np.int64]:
+        """Return how many anchors an epoch draws from each sample."""
+        counts = [_anchor_counts(reader, block_size) for reader in self.readers]
+        return np.minimum(np.concatenate(counts), at_most)
+
+    def split(self, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (training, held-out) samples: at most `num_held_out`, and at most a tenth, are held out.
+
+        A function of content: the same tokens always fall on the same side, so repeated conversations do not leak.
+        """
+        texts = (self.tokens(sample)[0].tobytes() for sample in self.usable.tolist())
+        digests = np.array([hashlib.sha256(text).digest() for text in texts])
+        room = min(num_held_out, len(self.usable) // 10)
+        held_out = []
+        for digest, copies in zip(*np.unique(digests, return_counts=True), strict=True):
+            if copies <= room:
+                held_out.append(digest)
+                room -= copies
+        is_held_out = np.isin(digests, held_out)
+        return self.usable[~is_held_out], self.usable[is_held_out]
+
+    def by_cache(self, samples: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return ascending samples, those of each cache apart."""
+        return np.split(samples, np.searchsorted(samples, self.starts[1:-1]))
+
+    def describe(self, samples: list[int], at_most: int = 20) -> str:
+        """Return where samples lie, as messages name them: a list for each cache, long ones cut."""
+        texts = []
+        for cache, members in enumerate(self.by_cache(np.unique(samples))):
+            numbers = (members - self.starts[cache]).tolist()
+            more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
+            if numbers:
+                texts.append(f"{numbers[:at_most]}{more} of {self.readers[cache].cache}")
+        return ", ".join(texts)
+
+
+def _anchor_counts(reader: CacheReader, block_size: int) -> NDArray[np.int64]:
+    """Return how many candidates each sample has; the plan counted those of its own block size."""
+    samples = reader.samples
+    if block_size == int(reader.manifest.plan["block_size"]):
+        return samples.num_anchors
+    counts = [count_anchors(samples.loss_mask(number), block_size) for number in range(len(samples))]
+    return np.array(counts, np.int64)
+
+
+def _made_by(reader: CacheReader) -> dict[str, object]:
+    """Return what caches of one draft must have in common; which layers they hold is compared with the draft's."""
+    identity, plan = reader.manifest.identity, reader.manifest.plan
+    return {
+        "target": wherever_placed(identity["target"]),
+        "capture": identity["capture"],
+        "mask_token_id": plan["mask_token_id"],
+    }
+
+
+def _refuse_other_target(first: CacheReader, other: CacheReader) -> None:
+    rows = differences(_made_by(first), _made_by(other))
+    if rows:
+        raise MismatchError(
+            f"{other.cache} does not go with {first.cache}; one draft cannot learn from both:\n"
+            f"{mismatch_table(rows, found='first', asked='other')}\n"
+            f"Extract one of them again with the other's target and settings, or train on one."
+        )

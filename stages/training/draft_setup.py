@@ -1,0 +1,169 @@
+"""What a draft takes from its cache, or from the draft it starts from: its shape, and the parts that it borrows."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.lint import RECORD
+from dflash_offline.schemas.draft.weights import read_header
+from dflash_offline.schemas.errors import MismatchError, mismatch_table
+from dflash_offline.schemas.files import sha256_file
+from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, differences, wherever_placed
+from dflash_offline.schemas.run import RUN, RunRecord
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.draft.model import load_draft
+from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.training.corpus import Corpus
+
+MAY_DIFFER = ("block_size", "max_position_embeddings")
+"""What may change from the draft a run starts from: no weight and no position of a block depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartDraft:
+    """A draft folder that a run starts from."""
+
+    folder: Path
+    config: DraftConfig
+    weights: dict[str, Tensor]
+    """float32."""
+    sha256: str
+    """Of its weight file."""
+    target: dict[str, Any] | None
+    """Identity of the target that it was trained for; None where it does not say, as drafts of others' do not."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "StartDraft":
+        """Return the draft in a folder; `DflashError` if it is none."""
+        draft = load_draft(folder)
+        sha256 = sha256_file(folder / "model.safetensors")
+        return cls(
+            folder=folder,
+            config=draft.config,
+            weights=dict(draft.state_dict()),
+            sha256=sha256,
+            target=_target_of(folder.resolve()),
+        )
+
+    def refuse_other_target(self, reader: CacheReader) -> None:
+        """Raise `MismatchError` with a table of fields if the draft says that it is of another target than a cache."""
+        if self.target is None:
+            return
+        identity = reader.manifest.identity
+        cached = {"target": wherever_placed(identity["target"]), "capture": identity["capture"]}
+        rows = differences({"target": wherever_placed(self.target), "capture": CAPTURE_RULE}, cached)
+        if rows:
+            raise MismatchError(
+                f"{self.folder} was trained for another target than that of {reader.cache}:\n"
+                f"{mismatch_table(rows, found='draft', asked='cache')}\n"
+                f"Train from a cache of the draft's own target, extracted in the same way, or without --init-from."
+            )
+
+    def refuse_other_shape(self, shape: DraftConfig) -> None:
+        """Raise `MismatchError` with a table of fields if the run's draft is not this one's continuation."""
+        have, want = ({k: v for k, v in asdict(s).items() if k not in MAY_DIFFER} for s in (self.config, shape))
+        rows = differences(have, want)
+        if rows:
+            raise MismatchError(
+                f"{self.folder} is not a draft that this run can start from:\n"
+                f"{mismatch_table(rows, found='draft', asked='run')}\n"
+                f"Leave out the settings that ask for another shape, train from a cache of the draft's own target and "
+                f"layers, or train without --init-from."
+            )
+
+
+def _target_of(folder: Path) -> dict[str, Any] | None:
+    """Return the target that a draft says it was trained for: an export in its weight file, a checkpoint in its run."""
+    if (run := folder.parent.parent / RUN).is_file() and folder.parent.name == "checkpoints":
+        target: dict[str, Any] = RunRecord.read(run.parent).origin["target_identity"]
+        return target
+    _, metadata = read_header(folder / "model.safetensors")
+    recorded: dict[str, Any] = json.loads(metadata.get(RECORD, "{}"))
+    return recorded.get("target")
+
+
+def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -> DraftConfig:
+    """Return the draft's shape: where the settings say nothing, that of the draft it starts from, else the target's.
+
+    Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the target
+    or the shape is not that of the draft it starts from.
+    """
+    manifest = corpus.readers[0].manifest
+    if start:
+        start.refuse_other_target(corpus.readers[0])
+    planned = min(int(reader.manifest.plan["block_size"]) for reader in corpus.readers)
+    block_size = planned if config.block_size is None else config.block_size
+    layers = config.layers or (start.config.target_layer_ids if start else corpus.readers[0].layer_ids)
+    for reader in corpus.readers:
+        _refuse_unfit_cache(reader, block_size, layers)
+    usual = asdict(start.config) if start else {**manifest.decoder, "num_hidden_layers": len(layers)}
+    asked: dict[str, Any] = {
+        "num_hidden_layers": config.draft_layers,
+        "num_attention_heads": config.draft_heads,
+        "num_key_value_heads": config.draft_kv_heads,
+        "head_dim": config.draft_head_dim,
+        "intermediate_size": config.draft_intermediate_size,
+        "rope_theta": config.draft_rope_theta,
+        "rms_norm_eps": config.draft_rms_norm_eps,
+        "max_position_embeddings": config.draft_max_position_embeddings,
+    }
+    sizes = {name: usual[name] if value is None else value for name, value in asked.items()}
+    shape = DraftConfig(
+        hidden_size=manifest.decoder["hidden_size"],
+        vocab_size=manifest.decoder["vocab_size"],
+        num_target_layers=manifest.decoder["num_hidden_layers"],
+        target_layer_ids=tuple(layers),
+        block_size=block_size,
+        mask_token_id=int(manifest.plan["mask_token_id"]),
+        **sizes,
+        **_attention(config, start, sizes["num_hidden_layers"]),
+    )
+    if start:
+        start.refuse_other_shape(shape)
+    return shape
+
+
+def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:
+    """Return windows and causality; what is not asked for is that of the draft it starts from."""
+    window, sliding, causal = config.sliding_window, config.sliding_layers, config.causal_layers
+    if start and window is None and sliding is None:
+        window, sliding = start.config.sliding_window, start.config.sliding_layers
+    elif sliding is None:
+        sliding = () if window is None else tuple(range(num_layers))
+    if causal is None:
+        causal = start.config.causal_layers if start else "none"
+    return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": causal}
+
+
+def _refuse_unfit_cache(reader: CacheReader, block_size: int, layers: tuple[int, ...]) -> None:
+    planned = int(reader.manifest.plan["block_size"])
+    if block_size > planned:
+        raise MismatchError(
+            f"{reader.cache} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
+            f"with --block-size {planned} or less, or extract again with --block-size {block_size}."
+        )
+    if not set(layers) <= set(reader.layer_ids):
+        raise MismatchError(
+            f"{reader.cache} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
+            f"again with --layers {','.join(map(str, layers))} into a new folder, or train with layers it holds."
+        )
+
+
+def borrowed_parts(reader: CacheReader, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
+    """Return the target's head and embedding table from the cache; float32 on the CPU, as stored on a GPU."""
+    tensors = load_file(reader.cache / TARGET / EMBEDDINGS, device=str(device))
+    if device.type == "cpu":
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    table = tensors["embed_tokens.weight"]
+    weight, bias = tensors.get("lm_head.weight", table), tensors.get("lm_head.bias")
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=False)
+    return head, nn.Embedding.from_pretrained(table)

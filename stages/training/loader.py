@@ -1,0 +1,199 @@
+"""Micro-batches streamed from the caches: read and decoded ahead of the step by threads of the loader's own.
+
+Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from dflash_offline.stages.capture.encode import FeatureEncoder
+from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
+from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.schedule import Rows, RowShape
+
+AHEAD = 2
+"""Micro-batches that wait ready, beside those that the threads are at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch: whole documents one after the other in each row, padded on the right."""
+
+    samples: list[int]
+    """Documents, row by row."""
+    spans: list[tuple[int, int, int]]
+    """(row, first position, position after the last) of each document."""
+    input_ids: Tensor
+    """[B, S] int64."""
+    hidden_states: Tensor
+    """[B, S, L*H] bfloat16; as it was loaded, before `BatchLoader.widen`, stored codes [B, S, L, H] int16."""
+    loss_mask: Tensor
+    """[B, S] bool."""
+    document_ids: Tensor
+    """[B, S] int64; 0, 1, ... within a row, and -1 where padded."""
+    anchors: Tensor
+    """[B, N] int64, positions in the row."""
+    keep_mask: Tensor
+    """[B, N] bool."""
+    wait_s: float = 0.0
+    """Seconds the step waited for this micro-batch."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return sum(stop - start for _, start, stop in self.spans)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; on a GPU once its stream gets there."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU run beside the computation."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def used_by(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory from being given to another batch before a stream is done with it."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        changes: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changes)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+
+class BatchLoader:
+    """Loads micro-batches for one draft: which layers, which blocks, which anchors."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        layer_ids: tuple[int, ...],
+        block_size: int,
+        num_anchors: int,
+        seed: int,
+        shape: RowShape | None,
+        device: torch.device,
+    ) -> None:
+        """`shape` is that of every micro-batch; None for one as small as its documents allow."""
+        self.corpus = corpus
+        self.encoders = [FeatureEncoder(reader.codec) for reader in corpus.readers]
+        self.columns = [[reader.layer_ids.index(layer) for layer in layer_ids] for reader in corpus.readers]
+        self.block_size = block_size
+        self.num_anchors = num_anchors
+        self.seed = seed
+        self.shape = shape
+        self.device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def load(self, rows: Rows, epoch: int) -> Batch:
+        """Return the rows' samples as one micro-batch of stored codes, on the CPU.
+
+        Anchors depend on (seed, epoch, sample) alone.
+        """
+        corpus = self.corpus
+        ends = [np.cumsum(corpus.num_tokens[row]) for row in rows]
+        num_rows = self.shape.rows if self.shape else len(rows)
+        seq_len = self.shape.tokens if self.shape else int(max(end[-1] for end in ends))
+        width = corpus.readers[0].manifest.layout.hidden_size
+        pinned = self._copies is not None
+        codes = torch.zeros((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=pinned)
+        ids = np.zeros((num_rows, seq_len), np.int64)
+        mask, documents = np.zeros(ids.shape, np.bool_), np.full(ids.shape, -1, np.int64)
+        anchors: list[list[NDArray[np.int64]]] = [[] for _ in range(num_rows)]
+        starts: list[list[int]] = [[] for _ in range(num_rows)]
+        samples, spans = [], []
+        for b, row in enumerate(rows):
+            for document, (sample, stop) in enumerate(zip(row.tolist(), ends[b].tolist(), strict=True)):
+                input_ids, loss_mask = corpus.tokens(sample)
+                start = stop - len(input_ids)
+                self._read_codes(sample, codes[b, start:stop])
+                ids[b, start:stop], mask[b, start:stop], documents[b, start:stop] = input_ids, loss_mask, document
+                drawn = draw_anchors(
+                    loss_mask, self.block_size, self.num_anchors, self.seed, epoch, corpus.anchor_id(sample)
+                )
+                anchors[b].append(drawn)
+                starts[b].append(start)
+                samples.append(sample)
+                spans.append((b, start, stop))
+        positions, keep = collate_anchors(anchors, starts)
+        # At least one block, kept or not, so that a step without an anchor computes nothing instead of failing.
+        room = max(self.shape.anchors if self.shape else 1, positions.shape[1]) - positions.shape[1]
+        batch = Batch(
+            samples=samples,
+            spans=spans,
+            input_ids=torch.from_numpy(ids),
+            hidden_states=codes,
+            loss_mask=torch.from_numpy(mask),
+            document_ids=torch.from_numpy(documents),
+            anchors=F.pad(positions, (0, room)),
+            keep_mask=F.pad(keep, (0, room)),
+        )
+        return batch.pinned() if pinned else batch
+
+    def _read_codes(self, sample: int, out: Tensor) -> None:
+        """Read one document's features as they are stored into `out`, int16 [tokens, L, H]."""
+        cache, number = self.corpus.locate(sample)
+        self.corpus.readers[cache].read_codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
+
+    def _fetch(self, rows: Rows, epoch: int) -> Batch:
+        """Return a loaded micro-batch on the device. To a GPU it is copied beside the computation, and waited for."""
+        if self._copies is None:
+            return self.load(rows, epoch).to(self.device)
+        with torch.cuda.stream(self._copies):  # which also makes its GPU the one that this thread pins memory for
+            loaded = self.load(rows, epoch)
+            placed = loaded.to(self.device)
+            self._copies.synchronize()
+        return placed
+
+    def widen(self, batch: Batch) -> Batch:
+        """Return a micro-batch whose codes are bfloat16 features, made on the device where they are."""
+        codes = batch.hidden_states
+        if len(self.encoders) == 1:
+            features = self.encoders[0].widen(codes, self.columns[0])
+        else:
+            features = torch.zeros_like(codes, dtype=torch.bfloat16)
+            for sample, (row, start, stop) in zip(batch.samples, batch.spans, strict=True):
+                cache, _ = self.corpus.locate(sample)
+                here = self.encoders[cache].widen(codes[row, start:stop], self.columns[cache])
+                features[row, start:stop] = here
+        return replace(batch, hidden_states=features.flatten(2))
+
+    def stream(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Generator[Batch, None, None]:
+        """Yield a micro-batch on the device for each (rows, epoch); `threads` read, decode and copy ahead."""
+        pending: deque[Future[Batch]] = deque()
+        source = iter(batches)
+        with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
+
+            def submit() -> None:
+                for rows, epoch in source:
+                    pending.append(pool.submit(self._fetch, rows, epoch))
+                    return
+
+            try:
+                for _ in range(threads + AHEAD):
+                    submit()
+                while pending:
+                    began = time.perf_counter()
+                    batch = pending.popleft().result()
+                    submit()
+                    waited = time.perf_counter() - began
+                    if self._copies is not None:
+                        batch.used_by(torch.cuda.current_stream(self.device))
+                    yield replace(self.widen(batch), wait_s=waited)
+            finally:
+                for future in pending:
+                    future.cancel()

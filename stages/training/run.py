@@ -1,0 +1,233 @@
+"""One training run in memory: the draft, its optimizer, the data, one step, one validation.
+
+Axes: B rows, S positions, N anchors, K block size.
+"""
+
+import math
+from collections.abc import Generator, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.run import settings_identity
+from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
+from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.trainer import DFlashTrainerModule
+from dflash_offline.stages.training.checkpoint import TrainState, list_checkpoints
+from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_parts, draft_shape
+from dflash_offline.stages.training.loader import Batch, BatchLoader
+from dflash_offline.stages.training.metrics import StepResult, no_sums, sums_of
+from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers
+from dflash_offline.stages.training.ranks import Ranks
+from dflash_offline.stages.training.schedule import Batching, Schedule, row_shape
+from dflash_offline.stages.training.validate import forward, validate
+
+VAL_SEED = 0
+"""Of the validation's anchors, which stay the same from one validation to the next."""
+
+
+class Training:
+    """One run: the draft, its optimizer, the data, and where it stands."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.ranks = ranks
+        self.device = ranks.device
+        start = StartDraft.read(config.init_from) if config.init_from else None
+        self.start_sha256 = start.sha256 if start else None
+        self.start_is_compared = start is None or start.target is not None
+        self.shape = draft_shape(config, corpus, start)
+        torch.manual_seed(config.seed)
+        self.draft = DraftModel(self.shape)
+        if start:
+            self.draft.load_state_dict(start.weights)
+        self.draft.to(self.device)
+        self.module = self._module()
+        self.optimizers = make_optimizers(
+            self.draft.named_parameters(), config.optimizer, config.learning_rate, config.weight_decay
+        )
+        self.average = WeightAverage(self.draft, config.ema) if config.ema else None
+        self.train_samples, self.held_out = corpus.split(config.val_samples)
+        if config.patience and not len(self.held_out):
+            raise DflashError(
+                f"--patience {config.patience} stops a run by its validations, and no sample is held out for them. "
+                f"Raise --val-samples, train from a larger cache, or leave --patience out."
+            )
+        self.batching, self.schedule = self._plan()
+        self.per_step = config.accumulation * ranks.count
+        self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
+        self.state = TrainState(step=0)
+        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _module(self) -> DFlashTrainerModule:
+        config = self.config
+        head, table = borrowed_parts(self.corpus.readers[0], self.device)
+        backend = config.attention_backend
+        if backend == "auto":
+            backend = "flex_attention" if self.device.type == "cuda" else "sdpa"
+        self.draft.gradient_checkpointing = config.gradient_checkpointing
+        return DFlashTrainerModule(
+            self.draft,
+            head,
+            table,
+            self.shape.mask_token_id,
+            block_size=self.shape.block_size,
+            attention_backend=backend,
+            num_anchors=config.num_anchors,
+            loss_decay_gamma=self._gamma(),
+            loss_type=config.loss,
+            compiled=self.device.type == "cuda" if config.compile is None else config.compile,
+        )
+
+    def _gamma(self) -> float | None:
+        """Return the decay of the dflash loss; None for dpace, which has none."""
+        if self.config.loss != "dflash":
+            return None
+        return recommended_gamma(self.shape.block_size) if self.config.gamma is None else self.config.gamma
+
+    def _plan(self) -> tuple[Batching, Schedule]:
+        config, corpus = self.config, self.corpus
+        members = corpus.by_cache(self.train_samples)
+        for reader, samples in zip(corpus.readers, members, strict=True):
+            if not len(samples):
+                raise DflashError(f"{reader.cache} leaves no sample to train on. Extract more conversations.")
+        num_anchors = corpus.num_anchors(self.shape.block_size, config.num_anchors)
+        shape = None
+        if config.packing:
+            skips_unseen = self.device.type == "cuda" and self.module.attention_backend == "flex_attention"
+            row_tokens = config.row_tokens or (config.batch_tokens if skips_unseen else None)
+            shape = row_shape(corpus.num_tokens, num_anchors, config.batch_tokens, row_tokens)
+        batching = Batching(
+            num_tokens=corpus.num_tokens, num_anchors=num_anchors, shape=shape, batch_size=config.batch_size
+        )
+        weights = list(config.weights or [1.0] * len(members))
+        return batching, Schedule(batching, members, weights, config.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """Return every field that decides what the run computes."""
+        shape = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.shape).items()}
+        settings = settings_identity(self.config)
+        settings["dtype"] = "bfloat16" if self.bfloat16 else "float32"
+        settings["gamma"] = self._gamma()
+        settings["accumulation_times_ranks"] = self.per_step
+        del settings["accumulation"]
+        packed = self.batching.shape
+        settings["row_tokens"] = packed.tokens if packed else None
+        for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
+            del settings[name]
+        caches = [reader.manifest.checksum for reader in self.corpus.readers]
+        return {"settings": settings, "caches": caches, "draft": shape, "init_from": self.start_sha256}
+
+    def loader(self, seed: int) -> BatchLoader:
+        """Return the loader of this draft's layers and blocks."""
+        return BatchLoader(
+            self.corpus,
+            layer_ids=self.shape.target_layer_ids,
+            block_size=self.shape.block_size,
+            num_anchors=self.config.num_anchors,
+            seed=seed,
+            shape=self.batching.shape,
+            device=self.device,
+        )
+
+    def stream(self) -> Generator[Batch, None, None]:
+        """Yield this rank's micro-batches of all steps that are left; where they begin follows from the step alone."""
+        first, last = self.state.step * self.per_step, self.total_steps * self.per_step
+        mine = islice(self.schedule.between(first, last), self.ranks.rank, None, self.ranks.count)
+        return self.loader(self.config.seed).stream(mine, self.config.loader_threads)
+
+    def step(self, batches: Iterable[Batch], stop: bool = False) -> StepResult:
+        """Do one optimizer step on this rank's micro-batches together with the other ranks.
+
+        The loss is the exact mean over all micro-batches of all ranks: gradients of the numerators, divided once by
+        the sum of the denominators.
+        """
+        rate = learning_rate_at(self.state.step, self.total_steps, self.config.learning_rate, self.config.warmup_ratio)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+        sums, tokens, samples, wait_s = no_sums(self.shape.block_size, self.device), 0, 0, 0.0
+        for batch in batches:
+            sums += self._backward(batch)
+            tokens, samples, wait_s = tokens + batch.num_tokens, samples + len(batch.samples), wait_s + batch.wait_s
+        counts = (sums.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
+        totals = self.ranks.add(torch.cat((sums, *counts)))
+        sums = totals[: len(sums)]
+        norm = self._scaled_gradients_norm(sums)
+        # All that is read, at once: here a GPU is waited for, and never behind the update.
+        loss_sum, *_, tokens, samples, wait_s, stop, norm = torch.cat((totals, norm.double()[None])).tolist()
+        if not (math.isfinite(norm) and math.isfinite(loss_sum)):
+            self._refuse_non_finite()
+        self._update()
+        return StepResult(
+            sums=sums,
+            tokens=int(tokens),
+            samples=int(samples),
+            wait_s=wait_s / self.ranks.count,
+            grad_norm=norm,
+            learning_rate=rate,
+            stop=bool(stop),
+        )
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        try:
+            with self.autocast:
+                metrics = forward(self.module, batch)
+            metrics.loss_sum.backward()
+        except torch.OutOfMemoryError as error:
+            raise DflashError(
+                f"{self.device} has too little memory for a micro-batch of {list(batch.input_ids.shape)} positions and "
+                f"{list(batch.anchors.shape)} blocks. Lower --batch-tokens (or --batch-size) and raise --accumulation "
+                f"alike, or give --gradient-checkpointing."
+            ) from error
+        return sums_of(metrics)
+
+    def _scaled_gradients_norm(self, sums: torch.Tensor) -> torch.Tensor:
+        """Make the gradients the mean's over all ranks, clipped; returns their norm before clipping."""
+        parameters = list(self.draft.parameters())
+        self.ranks.add_gradients(parameters)
+        scale = (1.0 / (sums[1] + 1e-6)).float()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        return nn.utils.clip_grad_norm_(parameters, self.config.clip)
+
+    def _update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average:
+            self.average.update(self.draft, self.state.step)
+
+    def _refuse_non_finite(self) -> None:
+        first = self.state.step * self.per_step
+        rows = [rows for rows, _ in self.schedule.between(first, first + self.per_step)]
+        samples = sorted({int(sample) for batch in rows for row in batch for sample in row})
+        cache, number = self.corpus.locate(samples[0])
+        saved = list_checkpoints(self.config.out)
+        raise DflashError(
+            f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
+            f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "
+            f"samples with `dflash inspect {self.corpus.readers[cache].cache} --sample {number}`."
+        )
+
+    def validate(self) -> dict[str, Any]:
+        """Return the held-out samples' row of metrics, of the averaged weights if there are such."""
+        batches = self.batching.batches(self.held_out)[self.ranks.rank :: self.ranks.count]
+        numbered = ((rows, 0) for rows in batches)
+        stream = self.loader(VAL_SEED).stream(numbered, self.config.loader_threads)
+        with self.average.served(self.draft) if self.average else nullcontext():
+            return validate(self.module, stream, self.autocast, self.ranks)
+
+    def is_stale(self) -> bool:
+        """Say whether so many validations passed without a better one that the run is to stop."""
+        patience, state = self.config.patience, self.state
+        return bool(patience and state.best_step and state.step - state.best_step >= patience * self.config.val_every)

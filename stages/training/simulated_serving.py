@@ -1,0 +1,113 @@
+"""The serving walk: what acceptance length serving would see, from cached features and without the target.
+
+Axes: B rows, S positions, N anchors, K block size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from dflash_offline.stages.trainer import DFlashTrainerModule
+from dflash_offline.stages.training.loader import Batch
+
+
+@dataclass
+class WalkSums:
+    """Tokens and rounds of the walks so far."""
+
+    tokens: float = 0
+    rounds: float = 0
+    samples: float = 0
+    mean_sum: float = 0
+
+    @property
+    def totals(self) -> tuple[float, ...]:
+        """What ranks add up."""
+        return (self.tokens, self.rounds, self.samples, self.mean_sum)
+
+    def add(self, walks: list[list[int]]) -> None:
+        """Add one document: the tokens produced by each round of each of its turns."""
+        rounds = [produced for walk in walks for produced in walk]
+        if rounds:
+            self.tokens += sum(rounds)
+            self.rounds += len(rounds)
+            self.samples += 1
+            self.mean_sum += sum(rounds) / len(rounds)
+
+    @property
+    def pooled(self) -> float:
+        """tau: tokens produced over rounds, pooled over all samples."""
+        return self.tokens / max(self.rounds, 1)
+
+    @property
+    def mean_of_samples(self) -> float:
+        """Mean of the samples' own tau."""
+        return self.mean_sum / max(self.samples, 1)
+
+
+def turns(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return (first, last) position of every supervised run; the last is the end-of-turn token."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], loss_mask, [False]]).astype(np.int8)))
+    return [(int(begin), int(end) - 1) for begin, end in edges.reshape(-1, 2)]
+
+
+def walk(first: int, last: int, prefix: NDArray[np.int64]) -> list[int]:
+    """Return the tokens that each round produces in one assistant turn.
+
+    A round drafts from anchor p, `prefix[p]` slots are right, and the target adds one token; the next anchor is
+    that token. A turn ends with its end-of-turn token at `last`.
+    """
+    produced, anchor = [], first
+    while anchor < last:
+        produced.append(min(int(prefix[anchor]) + 1, last - anchor))
+        anchor += produced[-1]
+    return produced
+
+
+@torch.no_grad()
+def accepted_prefixes(module: DFlashTrainerModule, batch: Batch, anchors_at_once: int = 128) -> NDArray[np.int64]:
+    """Return how many drafted tokens a block anchored at each position gets right, int64 [B, S].
+
+    0 where the position cannot anchor. A block is drafted at every supervised position, whole as in serving, also
+    where the text ends within it.
+    """
+    num_rows, seq_len = batch.input_ids.shape
+    prefix = torch.zeros(num_rows, seq_len, dtype=torch.int64, device=batch.input_ids.device)
+    for anchors, keep in _every_anchor(batch.loss_mask, anchors_at_once, module.compiled):
+        tokens = module.draft_tokens(batch.input_ids, batch.hidden_states, batch.document_ids, anchors, keep)
+        position = anchors[:, :, None] + torch.arange(1, module.block_size, device=anchors.device)
+        inside = position < seq_len
+        position = position.clamp(max=seq_len - 1).flatten(1)
+        document = batch.document_ids.gather(1, anchors)[:, :, None]
+        real = (batch.document_ids.gather(1, position).view_as(inside) == document) & inside
+        right = (tokens == batch.input_ids.gather(1, position).view_as(tokens)) & real
+        lengths = right.cumprod(dim=-1).sum(dim=-1) * keep
+        prefix.scatter_add_(1, anchors, lengths)
+    return prefix.cpu().numpy()
+
+
+def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every supervised position, `at_once` a row; `alike` pads the last ones, so that nothing compiles anew."""
+    counts = loss_mask.sum(dim=1)
+    most = int(counts.max())
+    order = torch.argsort((~loss_mask).to(torch.int8), dim=1, stable=True)[:, :most]
+    order = F.pad(order, (0, -most % at_once if alike else 0))
+    keep = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    order = order * keep
+    for begin in range(0, order.shape[1], at_once):
+        yield order[:, begin : begin + at_once], keep[:, begin : begin + at_once]
+
+
+def serving_walks(module: DFlashTrainerModule, batch: Batch) -> list[list[list[int]]]:
+    """Return, for each document and each of its assistant turns, the tokens produced by each round."""
+    prefixes = accepted_prefixes(module, batch)
+    masks = batch.loss_mask.cpu().numpy()
+    return [
+        [walk(first, last, prefixes[row, start:stop]) for first, last in turns(masks[row, start:stop])]
+        for row, start, stop in batch.spans
+    ]

@@ -1,0 +1,265 @@
+"""What is supervised, decoded back to text: under every mask rule, with templates of the shapes that models ship."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_target import SPECIAL, WITH_TAGS, WITHOUT_TAGS, save_tokenizer
+from transformers import AutoTokenizer, Qwen3Config
+
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.content import Chat, Text, Tokens, read_messages
+from dflash_offline.stages.conversations.loss_mask import Masker, UnmaskableError
+from dflash_offline.stages.target.files import TargetFiles
+
+# Reasoning is written for the turns after the last question alone, and always there, even if empty.
+QWEN3_LIKE = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>{{ '\n' + (m.reasoning_content or '') + '\n' }}"
+    "</think>{{ '\n\n' }}{% endif %}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}"
+    "{% if enable_thinking is false %}<think>{{ '\n\n' }}</think>{{ '\n\n' }}{% endif %}{% endif %}"
+)
+# No tags, headers around roles, a system turn even if there is none, contents trimmed.
+LLAMA_LIKE = (
+    "<|bos|>{% if messages[0].role != 'system' %}<|head|>system<|/head|>{{ '\n\n' }}cutting date<|eot|>{% endif %}"
+    "{% for m in messages %}<|head|>{{ m.role }}<|/head|>{{ '\n\n' + m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|/head|>{{ '\n\n' }}{% endif %}"
+)
+# The system text is folded into the first question, the assistant has another name, turns must alternate.
+GEMMA_LIKE = (
+    "<bos>{% set first = '' %}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Turns must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}{{ '\n' }}"
+    "{% if loop.first %}{{ first }}{% endif %}{{ m.content | trim }}<end_of_turn>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model{{ '\n' }}{% endif %}"
+)
+# Channels; the reasoning of earlier turns is dropped, and the last answer ends in another token than they do.
+GPT_OSS_LIKE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if loop.last and m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# No prompt for an answer; the system text stands before the last question, so that it moves as turns are added.
+MISTRAL_LIKE = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% set turns = messages[1:] if system else messages %}{% set ns = namespace(last=0) %}"
+    "{% for m in turns %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "<s>{% for m in turns %}{% if m.role == 'user' %}[INST]"
+    "{% if system and loop.index0 == ns.last %} {{ system }}{{ '\n\n' }}{% endif %} {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+# Roles are tokens, what precedes </think> is dropped from every answer, and the prompt may open a <think>.
+DEEPSEEK_LIKE = (
+    "<｜begin｜>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end｜>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜>{% if thinking %}<think>{{ '\n' }}{% endif %}{% endif %}"
+)
+# The tags enclose the words alone, so that the end of the turn stands after them.
+WORDS_TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{{ '\n' }}"
+    "{% endfor %}"
+)
+SHAPES = {
+    "tags": (WITH_TAGS, SPECIAL, "<|im_end|>"),
+    "words": (WORDS_TAGGED, SPECIAL, "<|im_end|>"),
+    "none": (WITHOUT_TAGS, SPECIAL, "<|im_end|>"),
+    "qwen3": (QWEN3_LIKE, SPECIAL, "<|im_end|>"),
+    "llama": (LLAMA_LIKE, ("<|pad|>", "<|bos|>", "<|head|>", "<|/head|>", "<|eot|>"), "<|eot|>"),
+    "gemma": (GEMMA_LIKE, ("<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "gpt-oss": (
+        GPT_OSS_LIKE,
+        ("<|pad|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+        "<|return|>",
+    ),
+    "mistral": (MISTRAL_LIKE, ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"), "</s>"),
+    "deepseek": (DEEPSEEK_LIKE, ("<pad>", "<｜begin｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end｜>"), "<｜end｜>"),
+}
+ONE = [{"role": "user", "content": "two cats"}, {"role": "assistant", "content": "a red dog"}]
+TWO = [*ONE, {"role": "user", "content": "one"}, {"role": "assistant", "content": "the bird sees"}]
+SYSTEM = [{"role": "system", "content": "the blue"}]
+
+
+def thought(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the conversation with reasoning in its last answer."""
+    return [*messages[:-1], messages[-1] | {"reasoning_content": "nine likes"}]
+
+
+def masker(folder: Path, shape: str, kwargs: dict[str, Any] | None = None, **settings: Any) -> Masker:
+    template, special, eos = SHAPES[shape]
+    tokenizer = save_tokenizer(folder, template, special=special, eos=eos)
+    files = TargetFiles(
+        folder=folder,
+        name=shape,
+        config=Qwen3Config(vocab_size=400, eos_token_id=tokenizer.eos_token_id),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        template=template,
+    )
+    config = ExtractConfig(
+        data=(Path("d"),), target=shape, out=Path("o"), chat_template_kwargs=kwargs or {}, **settings
+    )
+    return Masker(files, config)
+
+
+def supervised(made: Masker, content: Any) -> str:
+    """Return the supervised tokens of a content, or of a list of messages, as text."""
+    sample = made.tokenize(read_messages({"messages": content}) if isinstance(content, list) else content)
+    return str(made.tokenizer.decode(sample.input_ids[sample.loss_mask].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "messages", "assistant", "last_turn"),
+    [
+        ("tags", TWO, "a red dog<|im_end|>the bird sees<|im_end|>", "the bird sees<|im_end|>"),
+        ("none", TWO, "a red dog<|im_end|>the bird sees<|im_end|>", "the bird sees<|im_end|>"),
+        ("qwen3", thought(ONE), *["<think>\nnine likes\n</think>\n\na red dog<|im_end|>"] * 2),
+        ("llama", SYSTEM + TWO, "a red dog<|eot|>the bird sees<|eot|>", "the bird sees<|eot|>"),
+        ("llama", TWO, "a red dog<|eot|>the bird sees<|eot|>", "the bird sees<|eot|>"),
+        ("gemma", SYSTEM + TWO, "a red dog<end_of_turn>the bird sees<end_of_turn>", "the bird sees<end_of_turn>"),
+        ("gpt-oss", ONE, *["<|channel|>final<|message|>a red dog<|return|>"] * 2),  # serving produces the channel too
+        ("mistral", TWO, " a red dog</s> the bird sees</s>", " the bird sees</s>"),  # and this blank
+        ("mistral", SYSTEM + ONE, *[" a red dog</s>"] * 2),
+        ("deepseek", SYSTEM + TWO, "a red dog<｜end｜>the bird sees<｜end｜>", "the bird sees<｜end｜>"),
+    ],
+)
+def test_supervised_are_the_assistants_words_and_the_end_of_turn(
+    tmp_path: Path, shape: str, messages: list[dict[str, str]], assistant: str, last_turn: str
+) -> None:
+    assert supervised(masker(tmp_path / "a", shape), messages) == assistant
+    assert supervised(masker(tmp_path / "b", shape, mask="last-turn"), messages) == last_turn
+    everything = masker(tmp_path / "c", shape, mask="all")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "c").apply_chat_template(messages, tokenize=False)
+    assert supervised(everything, messages) == plain
+
+
+@pytest.mark.parametrize("end", ["é", "the 日本", "🐕 ", "dog\n"])
+def test_an_answer_that_ends_in_several_tokens_of_a_character_is_supervised_whole(tmp_path: Path, end: str) -> None:
+    messages = [*ONE[:1], {"role": "assistant", "content": end}, *TWO[2:]]
+    assert supervised(masker(tmp_path, "words"), messages) == f"{end}<|im_end|>the bird sees<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("shape", "messages", "kwargs", "last_turn"),
+    [
+        ("qwen3", thought(TWO), {}, "<think>\nnine likes\n</think>\n\nthe bird sees<|im_end|>"),
+        ("gpt-oss", TWO, {}, "<|channel|>final<|message|>the bird sees<|return|>"),
+        ("mistral", SYSTEM + TWO, {}, " the bird sees</s>"),
+        ("deepseek", ONE, {"thinking": True}, None),  # its history never holds the <think> that serving begins with
+        ("qwen3", thought(ONE), {"enable_thinking": False}, None),
+    ],
+)
+def test_a_template_that_rewrites_history_is_caught(
+    tmp_path: Path, shape: str, messages: list[dict[str, str]], kwargs: dict[str, Any], last_turn: str | None
+) -> None:
+    with pytest.raises(UnmaskableError) as caught:
+        supervised(masker(tmp_path / "a", shape, kwargs), messages)
+    assert caught.value.args[0] == "template rewrites history"
+    last = masker(tmp_path / "b", shape, kwargs, mask="last-turn")
+    if last_turn is None:
+        with pytest.raises(UnmaskableError, match="template rewrites history"):
+            supervised(last, messages)
+    else:
+        assert supervised(last, messages) == last_turn
+
+
+def test_a_thinking_switch_moves_what_is_supervised(tmp_path: Path) -> None:
+    assert supervised(masker(tmp_path / "a", "qwen3"), ONE) == "<think>\n\n</think>\n\na red dog<|im_end|>"
+    assert supervised(masker(tmp_path / "b", "qwen3", {"enable_thinking": False}), ONE) == "a red dog<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("shape", "messages", "expected"),
+    [
+        ("qwen3", thought(ONE), "a red dog<|im_end|>"),
+        ("qwen3", ONE, "a red dog<|im_end|>"),
+        ("gpt-oss", thought(ONE), "<|channel|>final<|message|>a red dog<|return|>"),
+        ("tags", [ONE[0], {"role": "assistant", "content": "<think>nine</think>\na red"}], "a red<|im_end|>"),
+        ("none", [ONE[0], {"role": "assistant", "content": "nine</think> a red"}], "a red<|im_end|>"),
+        ("none", [ONE[0], {"role": "assistant", "content": "a red<think>nine"}], "a red"),
+    ],
+)
+def test_reasoning_can_be_left_out(tmp_path: Path, shape: str, messages: list[dict[str, str]], expected: str) -> None:
+    without = masker(tmp_path, shape, no_reasoning=True)
+    assert supervised(without, messages).lstrip(" ") == expected
+    assert without.rule.endswith(", without reasoning")
+
+
+def test_a_tool_call_is_supervised_and_its_result_is_not(tmp_path: Path) -> None:
+    template = WITHOUT_TAGS.replace(
+        "{% else %}",
+        "{% for c in m.tool_calls or [] %}<tool>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool>"
+        "{% endfor %}<|im_end|>{{ '\n' }}{% else %}",
+    ).replace("{{ m.content }}<|im_end|>{{ '\n' }}{% for", "{{ m.content }}{% for")
+    SHAPES["tools"] = ("{{ tools | tojson if tools else '' }}" + template, SPECIAL, "<|im_end|>")
+    call = {"type": "function", "function": {"name": "count", "arguments": '{"cats": 2}'}}
+    messages = [
+        ONE[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "two"},
+        ONE[1],
+    ]
+    made = masker(tmp_path, "tools")
+    chat = read_messages({"messages": messages, "tools": [{"type": "function", "function": {"name": "count"}}]})
+    assert supervised(made, chat) == '<tool>count {"cats": 2}</tool><|im_end|>a red dog<|im_end|>'
+    assert '"name": "count"' in made.tokenizer.decode(made.tokenize(chat).input_ids.tolist())
+    everywhere = masker(tmp_path / "b", "tools", {"tools": [{"name": "other"}]})
+    for tools, name in ((chat.tools, "count"), (None, "other")):
+        text = everywhere.tokenizer.decode(everywhere.tokenize(Chat(chat.messages, tools)).input_ids.tolist())
+        assert f'"name": "{name}"' in text
+
+
+@pytest.mark.parametrize("shape", ["tags", "none"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_special_token_in_a_message_rejects_the_row_or_is_kept_as_served(
+    tmp_path: Path, shape: str, role: str
+) -> None:
+    messages = [message | {"content": "a <|im_start|> b"} if message["role"] == role else message for message in ONE]
+    with pytest.raises(UnmaskableError) as caught:
+        supervised(masker(tmp_path / "a", shape), messages)
+    assert caught.value.args[0] == "special token in content"
+    assert caught.value.args[1] == f"messages[{role == 'assistant':d}].content spells '<|im_start|>'"
+    kept = supervised(masker(tmp_path / "b", shape, keep_special_tokens=True), messages)
+    assert kept == ("a red dog<|im_end|>" if role == "user" else "a <|im_start|> b<|im_end|>")
+
+
+def test_special_tokens_are_found_in_tools_calls_and_plain_texts(tmp_path: Path) -> None:
+    made = masker(tmp_path, "none")
+    call = {"function": {"name": "count", "arguments": {"x": ["<|mask|>"]}}}
+    calling = [ONE[0], {"role": "assistant", "content": "a", "tool_calls": [call]}]
+    for content, place in (
+        (read_messages({"messages": calling}), "messages[1].tool_calls[0].function.arguments.x[0] spells"),
+        (Chat([*ONE], [{"name": "<|mask|>"}]), "tools[0].name spells"),
+        (Text("the <|mask|>"), "text spells"),
+    ):
+        with pytest.raises(UnmaskableError) as caught:
+            made.tokenize(content)
+        assert caught.value.args[1].startswith(place)
+
+
+def test_reasoning_tags_are_no_injection_even_where_they_are_special(tmp_path: Path) -> None:
+    SHAPES["special think"] = (WITHOUT_TAGS, (*SPECIAL, "<think>", "</think>"), "<|im_end|>")
+    messages = [ONE[0], {"role": "assistant", "content": "<think>nine</think>a red"}]
+    assert supervised(masker(tmp_path, "special think"), messages) == "<think>nine</think>a red<|im_end|>"
+
+
+@pytest.mark.parametrize(("mask", "tokens"), [("assistant", "0110110"), ("last-turn", "0000110"), ("all", "1111111")])
+def test_tokens_keep_their_mask_and_a_text_is_supervised_whole(tmp_path: Path, mask: str, tokens: str) -> None:
+    made = masker(tmp_path, "none", mask=mask)
+    given = made.tokenize(Tokens([5, 6, 7, 8, 9, 10, 11], [0, 1, 1, 0, 1, 1, 0]))
+    assert "".join(str(int(one)) for one in given.loss_mask) == tokens
+    assert supervised(made, Text("the cat sees\n")) == "the cat sees\n"
+
+
+def test_an_answer_without_a_question_is_refused_only_where_it_must_be_told(tmp_path: Path) -> None:
+    backwards = [ONE[1], *TWO]
+    with pytest.raises(UnmaskableError, match="begins with an assistant turn"):
+        supervised(masker(tmp_path / "a", "none"), backwards)
+    assert supervised(masker(tmp_path / "b", "none", mask="last-turn"), backwards) == "the bird sees<|im_end|>"

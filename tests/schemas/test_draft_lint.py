@@ -1,0 +1,359 @@
+"""Every fault of a draft folder is named, and none that is named can leave the exporter."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_imports import without_torch
+from typer.testing import CliRunner
+
+from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.formats import FORMATS
+from dflash_offline.schemas.draft.lint import lint_draft
+from dflash_offline.schemas.draft.rules import RULES
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.export import export
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.train import train
+
+Config = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(TrainConfig(caches=(cache,), out=out, steps=2, draft_layers=2, num_anchors=4, device="cpu"), Silent())
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp("draft") / kind for kind in FORMATS}
+    for kind, folder in folders.items():
+        export(run, folder, kind=kind)
+    return folders
+
+
+@pytest.fixture
+def draft(exported: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported["zlab"], tmp_path / "draft"))
+
+
+def change(folder: Path, how: Callable[[Config], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    how(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def put(name: str, value: object, inside: str | None = None) -> Callable[[Config], object]:
+    return lambda config: (config if inside is None else config[inside]).update({name: value})
+
+
+def both(name: str, value: object) -> Callable[[Config], object]:
+    return lambda config: [place.update({name: value}) for place in (config, config["dflash_config"])]
+
+
+def rules_of(folder: Path) -> set[str]:
+    return {fault.rule for fault in lint_draft(folder)}
+
+
+def resave(folder: Path, how: Callable[[dict[str, torch.Tensor]], object], **metadata: str) -> None:
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), **metadata}
+    weights = load_file(path)
+    how(weights)
+    save_file(weights, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_that_is_exported_is_sound(exported: dict[str, Path], kind: str) -> None:
+    assert lint_draft(exported[kind]) == []
+
+
+CONFIG_FAULTS: list[tuple[str, Callable[[Config], object], str]] = [
+    ("layer ids as recorded", both("target_layer_ids", [2, 3, 5]), "[1, 2, 4]"),
+    ("layer ids as recorded", both("target_layer_ids", [1, 2, 3]), "[1, 2, 4]"),
+    ("last layer", both("target_layer_ids", [2, 3, 5]), "usable id of 6 target layers is 4"),
+    ("layer ids", both("target_layer_ids", [2, 1, 4]), "ascending"),
+    ("layer ids", put("target_layer_ids", [1, 2, 3]), "dflash_config says"),
+    ("layer ids", both("target_layer_ids", "1,2"), "a list"),
+    ("rotary base", put("rope_theta", 1e6), "rope_parameters.rope_theta"),
+    ("rotary base", put("rope_theta", 500.0, "rope_parameters"), "500"),
+    ("rotary base", lambda c: [c.pop(name) for name in ("rope_theta", "rope_parameters")], "absent"),
+    ("rotary base", lambda c: (put("rope_theta", float("inf"))(c), c.pop("rope_parameters")), "Infinity"),
+    ("one place", lambda config: config.pop("rope_theta"), "absent"),
+    ("one place", lambda config: config.pop("rope_parameters"), "absent"),
+    ("one place", put("rope_parameters", {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}), "yarn"),
+    ("rotary keys", put("partial_rotary_factor", 0.25), "no such key"),
+    ("rotary keys", put("partial_rotary_factor", 0.5, "rope_parameters"), "no such key"),
+    ("rotary keys", put("mrope_section", [1, 2, 3], "rope_parameters"), "no such key"),
+    ("rotary scaling", put("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    ("rotary scaling", put("rope_scaling", 2.0), "an object or nothing"),
+    (
+        "rotary scaling",
+        lambda c: (
+            put("rope_scaling", {"type": "yarn", "factor": 4.0})(c),
+            c["rope_parameters"].update(rope_type="yarn", factor=2.0),
+        ),
+        '"factor": 2.0',
+    ),
+    ("block size", put("block_size", 16), "dflash_config says 8"),
+    ("block size", put("block_size", 4, "dflash_config"), "dflash_config says 4"),
+    ("block size", both("block_size", 16), "trained with 8"),
+    ("one place", lambda config: config["dflash_config"].pop("block_size"), "absent"),
+    ("one place", lambda config: config.pop("target_layer_ids"), "absent"),
+    ("nested layer ids", lambda config: config["dflash_config"].pop("target_layer_ids"), "absent"),
+    ("mask token", both("mask_token_id", 304), "0 to 303"),
+    ("mask token", both("mask_token_id", -1), "0 to 303"),
+    ("mask token", both("mask_token_id", 7), "trained with 3"),
+    ("nested mask token", lambda config: config["dflash_config"].pop("mask_token_id"), "absent"),
+    ("one place", lambda config: config.pop("num_target_layers"), "absent"),
+    ("target layers", lambda c: [place.pop("num_target_layers") for place in (c, c["dflash_config"])], "absent"),
+    ("target layers", both("num_target_layers", 0), "at least 1"),
+    ("target layers", both("num_target_layers", "6"), "at least 1"),
+    ("dtype", put("dtype", "int8"), "expected bfloat16"),
+    ("quantization", put("quantization_config", {"bits": 4}), "expected none"),
+    ("missing", put("num_hidden_layers", 10**7), "only 25 tensors"),
+    ("architecture", put("architectures", ["Qwen3ForCausalLM"]), "DFlashDraftModel"),
+    ("model type", put("model_type", "llama"), "qwen3"),
+    ("activation", put("hidden_act", "gelu"), "silu"),
+    ("shape", lambda config: config.pop("head_dim"), "absent"),
+    ("shape", put("num_key_value_heads", 3), "multiple"),
+    ("shape", put("rms_norm_eps", None), "above 0"),
+    ("layer types", put("layer_types", ["full_attention"]), "expected 2 entries"),
+    ("window", put("layer_types", ["sliding_attention", "full_attention"]), "expected a number"),
+    ("hidden window", put("use_swa", True, "dflash_config"), "layer_types"),
+    ("causality", put("is_causal", True), "dflash_config.causal false"),
+    ("causality in SGLang", lambda c: (put("is_causal", True)(c), put("causal", True, "dflash_config")(c)), "is true"),
+    ("logits", put("final_logit_softcapping", 30.0), "30.0"),
+]
+
+
+@pytest.mark.parametrize(("rule", "how", "said"), CONFIG_FAULTS)
+def test_a_fault_of_the_config_is_named(draft: Path, rule: str, how: Callable[[Config], object], said: str) -> None:
+    change(draft, how)
+    named = [fault for fault in lint_draft(draft) if fault.rule == rule]
+    assert any(said in fault.what for fault in named), lint_draft(draft)
+    assert all(bool(fault.breaks) == (rule != "one place") and fault.why == RULES[rule].why for fault in named)
+
+
+WEIGHT_FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
+    ("missing", lambda w: w.pop("layers.1.self_attn.k_norm.weight"), "layers.1.self_attn.k_norm.weight"),
+    ("unexpected", lambda w: w.update({"embed_tokens.weight": torch.zeros(304, 32)}), "embed_tokens.weight"),
+    ("tensor shape", lambda w: w.update({"fc.weight": torch.zeros(32, 64)}), "fc.weight"),
+    ("finite", lambda w: w["norm.weight"].fill_(float("nan")), "norm.weight"),
+    ("finite", lambda w: w["fc.weight"][3, 5:7].fill_(float("-inf")), "fc.weight"),
+    ("dtype", lambda w: w.update({"fc.weight": w["fc.weight"].to(torch.int8)}), "fc.weight"),
+    ("prefix", lambda w: [w.update({f"model.{name}": w.pop(name)}) for name in list(w)], "model.fc.weight"),
+]
+
+
+@pytest.mark.parametrize(("rule", "how", "place"), WEIGHT_FAULTS)
+def test_a_fault_of_the_weights_is_named(
+    draft: Path, rule: str, how: Callable[[dict[str, torch.Tensor]], object], place: str
+) -> None:
+    resave(draft, how)
+    assert (rule, place) in {(fault.rule, fault.place) for fault in lint_draft(draft)}
+    if rule == "prefix":
+        assert rules_of(draft) == {"prefix"} and lint_draft(draft)[0].breaks == ("vLLM",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_that_are_not_finite_are_counted_as_torch_counts_them(draft: Path, dtype: torch.dtype) -> None:
+    values = torch.tensor([1.0, -0.0, 6e4, -6e4, 1e-7, float("inf"), float("-inf"), float("nan")]).to(dtype)
+    mixed = values[torch.from_numpy(np.random.default_rng(0).integers(0, 8, (32, 96)))]
+    resave(draft, lambda weights: weights.update({"fc.weight": mixed}))
+    (fault,) = (fault for fault in lint_draft(draft) if fault.rule == "finite")
+    assert fault.what == f"holds {int((~torch.isfinite(mixed)).sum())} values that are not finite"
+
+
+def test_ids_shifted_by_one_are_suspected_where_nothing_was_recorded(draft: Path) -> None:
+    # Another trainer's draft: the usual ids of 10 layers are 1, 4, 7.
+    resave(draft, lambda weights: None)
+    weights = load_file(draft / "model.safetensors")
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+    change(draft, both("num_target_layers", 10))
+    change(draft, both("target_layer_ids", [1, 4, 7]))
+    assert lint_draft(draft) == []
+    change(draft, both("target_layer_ids", [2, 5, 8]))
+    assert rules_of(draft) == {"layer ids shifted"}
+
+
+def test_files_that_are_missing_or_damaged_are_named(draft: Path) -> None:
+    path = draft / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    assert rules_of(draft) == {"weights"}
+    path.unlink()
+    assert rules_of(draft) == {"weights"}
+    for text in ("{", "[]"):
+        (draft / "config.json").write_text(text)
+        assert rules_of(draft) == {"config"}
+    (draft / "config.json").unlink()
+    assert rules_of(draft) == {"config"}
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, -1, 1.5, True, ["x"], [None], [[1]]])
+def test_no_value_of_any_field_ends_in_a_traceback(exported: dict[str, Path], tmp_path: Path, value: object) -> None:
+    for kind, folder in exported.items():
+        config = json.loads((folder / "config.json").read_text())
+        copy = Path(shutil.copytree(folder, tmp_path / kind))
+        nested = [key for key, inner in config.items() if isinstance(inner, dict)]
+        for inside in [None, *nested]:
+            for name in config if inside is None else config[inside]:
+                broken = json.loads(json.dumps(config))
+                (broken if inside is None else broken[inside])[name] = value
+                (copy / "config.json").write_text(json.dumps(broken))
+                lint_draft(copy)
+
+
+OTHER_FORMATS: list[tuple[str, str, Callable[[Config], object]]] = [
+    ("speculators", "layer ids as recorded", put("aux_hidden_state_layer_ids", [1, 2, 4])),
+    ("speculators", "speculative tokens", put("block_size", 9)),
+    ("speculators", "window causality", put("sliding_window_non_causal", False)),
+    ("speculators", "anchor", put("sample_from_anchor", True)),
+    ("speculators", "vocabulary", put("draft_vocab_size", 100)),
+    ("speculators", "speculators config", put("verifier", {}, "speculators_config")),
+    ("speculators", "speculators config", lambda c: c["speculators_config"]["verifier"].update(architectures=[])),
+    ("speculators", "rotary base", put("rope_theta", 7.0, "transformer_layer_config")),
+    ("transformers", "layer ids as recorded", put("target_layer_ids", [2, 3, 5])),
+    ("transformers", "block size", put("block_size", 16)),
+    ("transformers", "mask token", put("mask_token_id", 304)),
+    ("transformers", "default layers", lambda config: config.pop("layer_types")),
+]
+
+
+@pytest.mark.parametrize(("kind", "rule", "how"), OTHER_FORMATS)
+def test_a_fault_of_another_format_is_named(
+    exported: dict[str, Path], tmp_path: Path, kind: str, rule: str, how: Callable[[Config], object]
+) -> None:
+    copy = Path(shutil.copytree(exported[kind], tmp_path / kind))
+    change(copy, how)
+    assert rule in rules_of(copy)
+
+
+def test_weights_that_no_client_would_find_are_named(draft: Path) -> None:
+    weights, parts = draft / "model.safetensors", ("model-1.safetensors", "model-2.safetensors")
+    weights.rename(draft / parts[0])
+    assert [(fault.rule, fault.place) for fault in lint_draft(draft)] == [("weights", "model.safetensors")]
+    index = draft / "model.safetensors.index.json"
+    for text in ("{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        assert rules_of(draft) == {"weights"}
+    index.write_text(json.dumps({"weight_map": dict(zip(("fc.weight", "norm.weight"), parts, strict=True))}))
+    assert [(fault.rule, fault.place) for fault in lint_draft(draft)] == [("weights", parts[1])]
+    index.write_text(json.dumps({"weight_map": {"fc.weight": parts[0]}}))
+    assert lint_draft(draft) == []
+
+
+def test_a_config_as_z_lab_publishes_it_breaks_no_client_and_is_sound(draft: Path) -> None:
+    def as_published(config: Config) -> None:
+        for name in ("target_layer_ids", "mask_token_id", "rope_parameters"):
+            config.pop(name)
+        config["dflash_config"] = {"target_layer_ids": [1, 2, 4], "mask_token_id": 3}
+
+    change(draft, as_published)
+    assert all(fault.breaks == () for fault in lint_draft(draft))
+    result = CliRunner().invoke(app, ["verify", str(draft)])
+    assert result.exit_code == 0 and "breaks no client of today" in result.stdout and "is sound" in result.stdout
+    assert CliRunner().invoke(app, ["verify", str(draft), "--json"]).exit_code == 0
+
+
+def test_a_draft_of_another_target_is_named(draft: Path) -> None:
+    target = {"hidden_size": 32, "vocab_size": 304, "num_hidden_layers": 6}
+    assert lint_draft(draft, target) == []
+    assert lint_draft(draft, {"text_config": target, "model_type": "with_pictures"}) == []
+    other = {"hidden_size": 64, "vocab_size": 304, "num_hidden_layers": 8}
+    places = {fault.place for fault in lint_draft(draft, other)}
+    assert places == {"hidden_size", "num_target_layers"}
+
+
+MUTATIONS = [fault for fault in CONFIG_FAULTS if fault[0] != "causality in SGLang"]
+
+
+@pytest.mark.parametrize(("rule", "how", "said"), MUTATIONS)
+def test_the_exporter_cannot_produce_a_fault_of_the_config(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: str,
+    how: Callable[[Config], object],
+    said: str,
+) -> None:
+    sound = DraftConfig.to_json
+
+    def faulty(config: DraftConfig) -> Config:
+        document = sound(config)
+        how(document)
+        return document
+
+    monkeypatch.setattr(DraftConfig, "to_json", faulty)
+    with pytest.raises(DflashError, match="would not be served as it was trained") as caught:
+        export(run, tmp_path / "draft")
+    assert said in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rule", "how", "place"), WEIGHT_FAULTS)
+def test_the_exporter_cannot_produce_a_fault_of_the_weights(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: str,
+    how: Callable[[dict[str, torch.Tensor]], object],
+    place: str,
+) -> None:
+    def faulty(weights: dict[str, torch.Tensor], path: Path, **metadata: Any) -> None:
+        how(weights)
+        save_file(weights, path, **metadata)
+
+    monkeypatch.setattr("dflash_offline.stages.export.save_file", faulty)
+    with pytest.raises(DflashError, match="would not be served as it was trained") as caught:
+        export(run, tmp_path / "draft")
+    assert place in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_tells_a_draft_from_a_cache_and_exits_1_with_every_fault(
+    draft: Path, cache: Path, tmp_path: Path
+) -> None:
+    def verify(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+    sound = verify(draft)
+    assert (sound.exit_code, sound.stdout) == (0, f"{draft} is sound.\nNext: dflash eval --help\n")
+    change(draft, both("mask_token_id", 400))
+    change(draft, put("partial_rotary_factor", 0.25))
+    resave(draft, lambda weights: weights.pop("norm.weight"))
+    faulty = verify(draft)
+    assert faulty.exit_code == 1
+    for place in ("mask_token_id", "partial_rotary_factor", "norm.weight"):
+        assert f"{place} is" in faulty.stdout
+    document = json.loads(verify(draft, "--json").stdout)
+    assert {fault["rule"] for fault in document["faults"]} == {"mask token", "rotary keys", "missing"}
+    assert verify(draft, "--json").exit_code == 1
+    assert "is sound" in verify(cache, "--quiet").stdout
+    nothing = verify(tmp_path)
+    assert nothing.exit_code == 1 and "is not a feature cache" in nothing.output
+    assert "--repair mends caches" in verify(draft, "--repair").output
+    assert "`dflash verify` and `dflash eval`" in CliRunner().invoke(app, ["inspect", str(draft)]).output
+
+
+def test_a_draft_is_verified_without_torch(draft: Path) -> None:
+    assert without_torch(["verify", str(draft)])[0] == f"{draft} is sound.\nNext: dflash eval --help\n"
+
+
+def test_a_record_of_the_training_that_cannot_be_read_is_named(draft: Path) -> None:
+    for record in ("{", "[]", "{}", "3"):
+        resave(draft, lambda weights: None, dflash=record)
+        assert rules_of(draft) == {"weights"}

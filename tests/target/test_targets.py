@@ -1,0 +1,241 @@
+"""Targets of other families through the whole pipeline, each tiny and random; and those that are refused, and when."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_target import save_conversations, save_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from typer.testing import CliRunner, Result
+
+from dflash_offline.pipeline.app import app
+from dflash_offline.schemas.draft.lint import lint_draft
+from dflash_offline.schemas.errors import UnsupportedTargetError
+from dflash_offline.schemas.files import sha256_file
+from dflash_offline.stages.target import files as target_files
+from dflash_offline.stages.target.files import open_target
+
+SHAPE = {
+    "vocab_size": 304,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make(name: str, **changes: Any) -> PreTrainedConfig:
+    return getattr(transformers, name)(**{**SHAPE, **changes})
+
+
+def nested(name: str, text: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config whose decoder is a part of it, as a model that also sees has."""
+    return getattr(transformers, name)(text_config={**SHAPE, **text}, tie_word_embeddings=False)
+
+
+DECODED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_moe": lambda: make("Qwen3MoeConfig", **EXPERTS, decoder_sparse_step=1),
+    "llama3": lambda: make("LlamaConfig", rope_parameters=LLAMA_ROPE),
+    "qwen3_5_nested_full": lambda: nested("Qwen3_5Config", {"layer_types": ["full_attention"] * 6}),
+    "llama4_nested": lambda: nested(
+        "Llama4Config",
+        {
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 256,
+        },
+    ),
+}
+NOT_REWOUND: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_next": lambda: make("Qwen3NextConfig", **LINEAR, **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_5_nested": lambda: nested("Qwen3_5Config", LINEAR),
+}
+REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
+    "gemma3": (lambda: make("Gemma3TextConfig"), "does not feed raw embedding rows"),
+    "gemma3_nested": (lambda: nested("Gemma3Config", {}), "does not feed raw embedding rows"),
+    "granite": (lambda: make("GraniteConfig", logits_scaling=4.0), "scales or caps its logits"),
+    "gpt2": (
+        lambda: transformers.GPT2Config(
+            vocab_size=304, n_embd=32, n_layer=6, n_head=4, n_positions=512, bos_token_id=2, eos_token_id=2
+        ),
+        "keeps no list of 6 decoder layers",
+    ),
+}
+
+
+def dflash(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def save(config: PreTrainedConfig, folder: Path) -> Path:
+    """Save a random target of this config with a tokenizer; a nested config stays nested on disk."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def extracted(config: PreTrainedConfig, tmp_path: Path) -> tuple[Path, Path, Result]:
+    target, data = save(config, tmp_path / "target"), save_conversations(tmp_path / "chats.jsonl", 40)
+    flags = ["--out", tmp_path / "cache", "--block-size", 8, "--shard-mib", 1, "--device", "cpu", "--quiet"]
+    return target, tmp_path / "cache", dflash("extract", data, "--target", target, *flags)
+
+
+def trained(cache: Path, tmp_path: Path) -> Path:
+    """Train and export a draft; returns its folder."""
+    settings = ["--steps", 10, "--draft-layers", 1, "--num-anchors", 8, "--device", "cpu", "--quiet"]
+    run = dflash("train", cache, "--out", tmp_path / "run", *settings)
+    assert run.exit_code == 0, run.output
+    made = dflash("export", tmp_path / "run", "--out", tmp_path / "draft")
+    assert made.exit_code == 0, made.output
+    assert lint_draft(tmp_path / "draft") == []
+    walked = dflash("eval", tmp_path / "run", "--cache", cache, "--quiet", "--json")
+    assert walked.exit_code == 0 and json.loads(walked.stdout)["acceptance"]["pooled"] >= 1, walked.output
+    return tmp_path / "draft"
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_a_family_runs_from_extraction_to_lossless_decoding(family: str, tmp_path: Path) -> None:
+    config = DECODED[family]()
+    target, cache, made = extracted(config, tmp_path)
+    assert made.exit_code == 0, made.output
+    draft = trained(cache, tmp_path)
+    found = dflash("verify", cache, "--target", target, "--samples", 3, "--quiet")
+    assert found.exit_code == 0, found.output
+    flags = ["--cache", cache, "--target", target, "--max-new-tokens", 24, "--json", "--quiet", "--device", "cpu"]
+    result = dflash("eval", draft, *flags)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["lossless"] and document["acceptance"]["rounds"] > 10
+    assert dflash("verify", draft, "--target", target).exit_code == 0
+
+
+@pytest.mark.parametrize("family", NOT_REWOUND)
+def test_a_recurrent_target_is_extracted_and_trained_for_and_eval_says_why_not_decoded(
+    family: str, tmp_path: Path
+) -> None:
+    target, cache, made = extracted(NOT_REWOUND[family](), tmp_path)
+    assert made.exit_code == 0, made.output
+    draft = trained(cache, tmp_path)
+    refused = dflash("eval", draft, "--cache", cache, "--target", target, "--quiet")
+    assert refused.exit_code == 1
+    assert "cannot be taken back to before a rejected token (its layers keep a recurrent state)" in refused.stderr
+
+
+def test_a_target_without_sdpa_says_which_flag_helps_and_then_works(tmp_path: Path) -> None:
+    config = make("GptOssConfig", num_local_experts=4, num_experts_per_tok=2)
+    target, cache, refused = extracted(config, tmp_path)
+    assert refused.exit_code == 1 and "Try --attn-implementation eager" in refused.stderr, refused.output
+    eager = ["--attn-implementation", "eager", "--device", "cpu", "--quiet"]
+    data, flags = tmp_path / "chats.jsonl", ["--out", cache, "--block-size", 8, "--shard-mib", 1]
+    assert dflash("extract", data, "--target", target, *flags, *eager).exit_code == 0
+    flags = ["--cache", cache, "--target", target, "--max-new-tokens", 12, "--limit", 2]
+    found = dflash("eval", trained(cache, tmp_path), *flags, *eager)
+    assert found.exit_code == 0 and "identical answers: 2 of 2" in found.stdout, found.output
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_target_that_no_draft_can_serve_is_refused_before_any_work(family: str, tmp_path: Path) -> None:
+    config, why = REFUSED[family]
+    _, cache, refused = extracted(config(), tmp_path)
+    assert refused.exit_code == 1 and why in refused.stderr, refused.output
+    assert not cache.exists()
+
+
+ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "adapter": ("adapter_config.json", {"base_model_name_or_path": "org/base"}, r"holds an adapter .*merge_and_unload"),
+    "model code": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "org/code--its.Config"}},
+        r"org/code--its\.Config\. Copy",
+    ),
+    "tokenizer code": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": [None, "o/c--t.T"]}},
+        r"o/c--t\.T\. Copy",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_target_with_parts_outside_its_folder_is_refused(target: Path, tmp_path: Path, what: str) -> None:
+    name, fields, told = ELSEWHERE[what]
+    folder = shutil.copytree(target, tmp_path / "target")
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
+    with pytest.raises(UnsupportedTargetError, match=told):
+        open_target(str(folder), trust_remote_code=True)
+    if what == "adapter":
+        (folder / "config.json").unlink()  # as peft saves it
+        with pytest.raises(UnsupportedTargetError, match=told):
+            open_target(str(folder))
+    else:
+        open_target(str(folder))  # transformers' own code then
+
+
+def test_weights_are_hashed_once_and_again_when_replaced_by_some_of_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "notes"))
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(target_files, "sha256_file", counted)
+    weights, other = tmp_path / "model.safetensors", tmp_path / "other"
+
+    def sha256() -> str:
+        os.utime(weights, (0, 0))
+        time.sleep(0.02)  # a clock of files ticks a few hundred times a second
+        target_files._noted_sha256.cache_clear()  # as a process that starts
+        return target_files._cached_sha256(weights)
+
+    weights.write_bytes(b"one")
+    assert sha256() == hashlib.sha256(b"one").hexdigest() == target_files._cached_sha256(weights) and len(hashed) == 1
+    other.write_bytes(b"two")
+    other.replace(weights)
+    assert sha256() == hashlib.sha256(b"two").hexdigest()
+    weights.write_bytes(b"six")
+    assert sha256() == hashlib.sha256(b"six").hexdigest()
+    target_files._noted_sha256.cache_clear()
+    assert target_files._cached_sha256(weights) == hashlib.sha256(b"six").hexdigest() and len(hashed) == 3

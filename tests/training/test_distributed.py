@@ -1,0 +1,129 @@
+"""Ranks started by torchrun on this machine, gloo between them: what they train is what one process trains."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dflash_offline.stages.training import ranks as distributed
+from dflash_offline.stages.training.checkpoint import list_checkpoints
+from dflash_offline.stages.training.ranks import Ranks
+
+SETTINGS = {
+    "steps": 12,
+    "learning_rate": 2e-3,
+    "draft_layers": 1,
+    "num_anchors": 8,
+    "batch_tokens": 512,
+    "val_samples": 4,
+    "val_every": 6,
+    "save_every": 6,
+    "device": "cpu",
+}
+
+
+def start(ranks: int, cache: Path, out: Path, **changes: object) -> subprocess.Popen[str]:
+    flags = [p for n, v in {**SETTINGS, **changes}.items() for p in (f"--{n.replace('_', '-')}", str(v))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [*launcher, "-m", "dflash_offline.pipeline.app", "train", str(cache), "--out", str(out), *flags]
+    return subprocess.Popen(
+        [sys.executable, *command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    out, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    return json.loads(out)  # one document: one rank alone prints
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def pid_of_rank(launcher: subprocess.Popen[str], rank: int) -> int:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (found,) = [pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return int(found)
+
+
+@pytest.fixture(scope="module")
+def one(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that accumulates two micro-batches."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    finish(start(1, cache, out, accumulation=2))
+    return out
+
+
+def assert_same_run(run: Path, one: Path, *names: str) -> None:
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(one)]
+    for mine, other in zip(rows(run), rows(one), strict=True):
+        for name in other.keys() & {*names, "val_loss", "val_serving_walk", "val_accuracy"}:
+            assert mine[name] == pytest.approx(other[name], rel=1e-6), (mine["step"], name)
+    first, second = (load_file(list_checkpoints(path)[-1] / "model.safetensors") for path in (run, one))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(cache: Path, one: Path, tmp_path: Path) -> None:
+    done = finish(start(2, cache, tmp_path / "run"))
+    assert done["step"] == 12
+    assert_same_run(tmp_path / "run", one, "loss", "accuracy", "accept_len_over_anchors")
+    states = [json.loads((list_checkpoints(run)[-1] / "state.json").read_text()) for run in (tmp_path / "run", one)]
+    assert states[0]["tokens"] == states[1]["tokens"]
+
+
+def test_gradients_large_and_small_and_absent_become_the_ranks_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_LARGE", 12)
+    reduced: list[int] = []
+
+    def two_alike(tensor: torch.Tensor, async_op: bool) -> None:
+        reduced.append(tensor.numel())
+        tensor *= 2
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", two_alike)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(3, 4), (2, 5), (7,), (20,)]]
+    mine = [torch.randn_like(parameter) for parameter in parameters[:3]]
+    for parameter, grad in zip(parameters, mine, strict=False):
+        parameter.grad = grad.clone()
+    Ranks(rank=0, count=2, device=torch.device("cpu")).add_gradients(parameters)
+    assert sorted(reduced) == [12, 17, 20]
+    for parameter, grad in zip(parameters, [*mine, torch.zeros(20)], strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2 * grad, rtol=0, atol=0)
+
+
+def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(
+    cache: Path, one: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(2, cache, run)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(pid_of_rank(process, 1), signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    saved = list_checkpoints(run)
+    assert process.returncode != 0 and saved, said
+    assert said.count("is saved") == 1, said
+    assert finish(start(1, cache, run, accumulation=2))["step"] == 12
+    assert_same_run(run, one)
+
+
+def test_a_resume_with_another_set_of_micro_batches_a_step_is_refused(cache: Path, one: Path) -> None:
+    process = start(1, cache, one, accumulation=1)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "settings.accumulation_times_ranks  run: 2  now: 1" in said
+
+
+def test_an_error_of_one_rank_ends_all(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    process = start(2, cache, tmp_path)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "is not a training run" in said
