@@ -1,12 +1,12 @@
 """Imports run one way, and what must be quick to start does not load torch."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import without_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
@@ -77,27 +77,6 @@ def test_a_folder_has_fourteen_files_at_most_and_its_purpose_in_a_line(folder: P
     assert len(list(folder.glob("*.py"))) <= 14
     if folder.relative_to(ROOT).parts[0] != "tests":
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
-
-
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = sys.modules["transformers"] = None
-from dflash_offline.pipeline.app import app
-for arguments in {commands!r}:
-    print("$", *arguments)
-    if code := app(arguments, standalone_mode=False):
-        sys.exit(code)
-"""
-
-
-def without_torch(*commands: list[str]) -> list[str]:
-    """Return what each command prints in a process where torch cannot be imported."""
-    program = WITHOUT_TORCH.format(commands=commands)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    printed = re.split(r"^\$ .*\n", run.stdout, flags=re.MULTILINE)[1:]
-    assert len(printed) == len(commands)
-    return printed
 
 
 def test_help_does_not_load_torch() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import dflash, refused
+from running import dflash, refused
 from tiny_target import conversations, save_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from chat_server import NONSENSE, ChatServer, answer_to
-from test_cli import dflash, refused
-from test_imports import without_torch
+from running import dflash, refused, without_torch
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig

@@ -16,7 +16,7 @@ import pytest
 import torch
 from feature_writer import create, features
 from processes import FORKING
-from test_extract import Settings
+from running import Settings
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_files import content
 from processes import FORKING, Command, run
-from test_extract import Settings, arguments, command, content
+from running import Settings, arguments, command
 from tiny_target import save_conversations
 from typer.testing import CliRunner
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from test_masks import TWO, masker
+from chat_templates import TWO, masker
+from data_rows import write_arrow
 from tiny_target import conversations
 
 from dflash_offline.schemas.errors import BadInputError
@@ -30,13 +31,6 @@ Rows = list[dict[str, Any]]
 
 def as_lines(rows: Rows) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def write_arrow(path: Path, rows: Rows, *, stream: bool) -> Path:
-    table = pa.Table.from_pylist(rows)
-    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-    return path
 
 
 def write_parquet(path: Path, rows: Rows) -> Path:

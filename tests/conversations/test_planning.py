@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import SHAPES
+from data_rows import BAD, one, write_arrow
 from plain_plan import plain_plan
-from test_bad_rows import BAD, one
-from test_formats import write_arrow
-from test_masks import SHAPES
 from tiny_target import conversations, save_tokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
@@ -279,7 +278,7 @@ _ENDLESS = """
 import sys
 from itertools import repeat
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_planning import Data, Masker, RowWorker, outcomes, row_processes, settings, target, write_hostile
 folder = Path({folder!r})
 config = settings(folder, write_hostile(folder / "a.jsonl", 200))
@@ -297,7 +296,7 @@ for count, _ in enumerate(outcomes(repeat(rows), worker, 2)):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, end: signal.Signals) -> None:
-    script = _ENDLESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = _ENDLESS.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         started = [int(pid) for pid in process.stdout.readline().split()]

@@ -1,20 +1,17 @@
 """Conversations to samples: masks, places, rejects and bad rows."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_target import WITH_TAGS, WITHOUT_TAGS, conversations, save_tokenizer
-from transformers import AutoTokenizer, Qwen3Config
+from tiny_plan import plan, target_files
+from tiny_target import WITH_TAGS, WITHOUT_TAGS, conversations
+from transformers import AutoTokenizer
 
 from dflash_offline.schemas.errors import BadInputError, DflashError
-from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.loss_mask import Masker, close_turns
-from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
-from dflash_offline.stages.conversations.sources import Data
-from dflash_offline.stages.target.files import TargetFiles
+from dflash_offline.stages.conversations.loss_mask import close_turns
+from dflash_offline.stages.conversations.plan import Plan, refuse_ids_beyond_table
 from dflash_offline.stages.target.mask_token import choose_mask_token
 
 REWRITES_HISTORY = (
@@ -24,35 +21,6 @@ REWRITES_HISTORY = (
 TAGS_WITHOUT_END = WITH_TAGS.replace(
     "{{ m.content }}<|im_end|>{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>"
 )
-
-
-def target_files(folder: Path, template: str) -> TargetFiles:
-    save_tokenizer(folder, template)
-    return TargetFiles(
-        folder=folder,
-        name="tiny",
-        config=Qwen3Config(vocab_size=304, eos_token_id=2),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        template=template,
-    )
-
-
-def plan(tmp_path: Path, rows: list[object], template: str = WITH_TAGS, **settings: object) -> Plan:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    config = ExtractConfig(
-        **{
-            "data": (data,),
-            "target": "tiny",
-            "out": tmp_path / "cache",
-            "block_size": 4,
-            "chunk_tokens": 16,
-            **settings,
-        }
-    )
-    files = target_files(tmp_path / "target", template)
-    folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    return make_plan(config, Data(config), Masker(files, config), 64, folder, lambda _rows: None)
 
 
 def supervised_text(plan: Plan, sample: int, tmp_path: Path) -> str:

@@ -5,24 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from running import dflash, refused
 from safetensors.torch import load_file, save_file
 from tiny_target import WITHOUT_TAGS, save_conversations, save_target, save_tokenizer
-from typer.testing import CliRunner, Result
-
-from dflash_offline.pipeline.app import app
-
-
-def dflash(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result: Result, *said: str) -> None:
-    """Check for one clear message and exit 1."""
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert result.stderr.startswith("dflash: ") or "\ndflash: " in result.stderr
-    assert "Traceback" not in result.stderr
-    for part in said:
-        assert part in result.stderr, result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from running import dflash
 from tiny_target import save_conversations
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from dflash_offline.pipeline.app import app
 
 COMMANDS = ["extract", "inspect", "verify", "train", "export", "eval"]
-
-
-def dflash(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

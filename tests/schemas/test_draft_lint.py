@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running import without_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_imports import without_torch
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from test_extract import Settings
+from running import Settings
 from tiny_target import conversations
 from typer.testing import CliRunner
 

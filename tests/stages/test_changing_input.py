@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_extract import Settings, content
+from cache_files import content
+from running import Settings
 from tiny_target import save_conversations, save_target
 
 from dflash_offline.schemas.errors import BadInputError, MismatchError

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from cache_files import content
 from processes import Command, run
+from running import Settings, arguments, command
 from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
@@ -31,30 +33,6 @@ from dflash_offline.stages.store.cache import CacheReader
 from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.target.files import default_layer_ids, open_target
 from dflash_offline.stages.target.model import capture, load_model
-
-Settings = dict[str, object]
-
-
-def content(cache: Path) -> dict[str, bytes]:
-    """Return every file that must not depend on who wrote it or after which interruption."""
-    files = [*(cache / "features.zarr").rglob("*"), cache / "samples.parquet", cache / "rejects.parquet"]
-    return {str(path.relative_to(cache)): path.read_bytes() for path in files if path.is_file()}
-
-
-def arguments(config: Settings, out: Path) -> list[str]:
-    """Return what follows `dflash` on the command line."""
-    data, layers = config["data"], config["layers"]
-    assert isinstance(data, tuple) and isinstance(layers, tuple)
-    flags = {"target": config["target"], "out": out, "layers": ",".join(map(str, layers)), "device": "cpu"}
-    flags |= {name.replace("_", "-"): config[name] for name in ("block_size", "shard_mib", "chunk_tokens")}
-    listed = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    return ["extract", *map(str, data), *listed]
-
-
-def command(config: Settings, out: Path) -> list[str]:
-    """Return a command line that a fresh interpreter runs."""
-    return [sys.executable, "-m", "dflash_offline.pipeline.app", *arguments(config, out)]
-
 
 ZARR_READER = """
 import sys, json

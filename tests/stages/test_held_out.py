@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import dflash
 from safetensors.torch import load_file, save_file
 from tiny_target import save_conversations, save_target
-from typer.testing import CliRunner, Result
 
-from dflash_offline.pipeline.app import app
 from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.schemas.settings.extract import ExtractConfig
@@ -20,10 +19,6 @@ from dflash_offline.stages.export import export
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
-
-
-def dflash(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cache_files import made_otherwise, set_field
+from running import Settings
 from safetensors.torch import load_file, save_file
-from test_extract import Settings
 from tiny_target import WITH_TAGS, save_tokenizer
 from transformers import AutoTokenizer
 
 from dflash_offline.schemas.errors import MismatchError
-from dflash_offline.schemas.files import read_sealed, sealed_bytes
-from dflash_offline.schemas.manifest import MANIFEST, Manifest, differences
+from dflash_offline.schemas.manifest import Manifest, differences
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.progress import Silent
@@ -28,32 +28,6 @@ from dflash_offline.stages.training.corpus import Corpus
 def copied(target: Path, tmp_path: Path) -> Path:
     """The target in a folder of its own, to change something in."""
     return Path(shutil.copytree(target, tmp_path / "target"))
-
-
-def made_otherwise(cache: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """Return a copy of a cache whose manifest, sealed anew, says otherwise what it was made from."""
-    shutil.copytree(cache, out)
-    document = read_sealed(out / MANIFEST)
-    del document["checksum"]
-    change(document)
-    (out / MANIFEST).write_bytes(sealed_bytes(document))
-    for path in (out / "commits").iterdir():
-        record = read_sealed(path) | {"manifest": read_sealed(out / MANIFEST)["checksum"]}
-        del record["checksum"]
-        path.write_bytes(sealed_bytes(record))
-    return out
-
-
-def set_field(name: str, value: object) -> Callable[[dict[str, Any]], None]:
-    """Return what sets one field of a document, named with a slash between its parts."""
-
-    def change(document: dict[str, Any]) -> None:
-        *parents, last = name.split("/")
-        for parent in parents:
-            document = document.setdefault(parent, {})
-        document[last] = value
-
-    return change
 
 
 def differing(cache: Path, config: Settings, **changes: object) -> list[str]:

@@ -10,8 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from cache_files import content
 from processes import Command, run
-from test_extract import Settings, arguments, command, content
+from running import Settings, arguments, command
 
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import CacheReader

@@ -19,9 +19,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from cache_files import made_otherwise, set_field
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from test_identity import made_otherwise, set_field
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.settings.toml import read_settings

@@ -8,9 +8,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
+from cache_files import content
 from feature_writer import create, features, fill_cache
 from processes import FORKING
-from test_extract import content
 
 from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cache_files import content
 from feature_writer import create, fill_cache
 from processes import FORKING
-from test_extract import content
 
 from dflash_offline.schemas import files
 from dflash_offline.schemas.files import building_folder

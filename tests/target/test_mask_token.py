@@ -4,20 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from test_samples import plan, target_files
+from running import dflash
+from tiny_plan import plan, target_files
 from tiny_target import WITH_TAGS, conversations, save_conversations, save_target
-from typer.testing import CliRunner, Result
 
-from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.target.files import TargetFiles
 from dflash_offline.stages.target.mask_token import choose_mask_token
-
-
-def dflash(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

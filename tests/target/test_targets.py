@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from running import dflash
 from tiny_target import save_conversations, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.draft.lint import lint_draft
 from dflash_offline.schemas.errors import UnsupportedTargetError
 from dflash_offline.schemas.files import sha256_file
@@ -93,10 +93,6 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
         "keeps no list of 6 decoder layers",
     ),
 }
-
-
-def dflash(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def save(config: PreTrainedConfig, folder: Path) -> Path:

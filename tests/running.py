@@ -1,0 +1,62 @@
+"""Commands as tests run them: in this process, in a fresh one, and in one that cannot import torch."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from dflash_offline.pipeline.app import app
+
+Settings = dict[str, object]
+"""Of `ExtractConfig`, by name."""
+
+
+def dflash(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *said: str) -> None:
+    """Check for one clear message and exit 1."""
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert result.stderr.startswith("dflash: ") or "\ndflash: " in result.stderr
+    assert "Traceback" not in result.stderr
+    for part in said:
+        assert part in result.stderr, result.stderr
+
+
+def arguments(config: Settings, out: Path) -> list[str]:
+    """Return what follows `dflash` on the command line."""
+    data, layers = config["data"], config["layers"]
+    assert isinstance(data, tuple) and isinstance(layers, tuple)
+    flags = {"target": config["target"], "out": out, "layers": ",".join(map(str, layers)), "device": "cpu"}
+    flags |= {name.replace("_", "-"): config[name] for name in ("block_size", "shard_mib", "chunk_tokens")}
+    listed = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return ["extract", *map(str, data), *listed]
+
+
+def command(config: Settings, out: Path) -> list[str]:
+    """Return a command line that a fresh interpreter runs."""
+    return [sys.executable, "-m", "dflash_offline.pipeline.app", *arguments(config, out)]
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from dflash_offline.pipeline.app import app
+for arguments in {commands!r}:
+    print("$", *arguments)
+    if code := app(arguments, standalone_mode=False):
+        sys.exit(code)
+"""
+
+
+def without_torch(*commands: list[str]) -> list[str]:
+    """Return what each command prints in a process where torch cannot be imported."""
+    program = WITHOUT_TORCH.format(commands=commands)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    printed = re.split(r"^\$ .*\n", run.stdout, flags=re.MULTILINE)[1:]
+    assert len(printed) == len(commands)
+    return printed
