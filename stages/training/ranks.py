@@ -71,6 +71,11 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         return
     on_gpu = chosen.type == "cuda"
     if on_gpu:
+        if ":" in device:
+            raise DflashError(
+                f"device is {device!r}, but torchrun started {count} ranks, and each takes a GPU by its own number. "
+                f"Use --device cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES."
+            )
         chosen, gpus = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
         if chosen.index >= gpus:
             raise DflashError(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.training import ranks as distributed
 from dflash_offline.stages.training.checkpoint import list_checkpoints
-from dflash_offline.stages.training.ranks import Ranks
+from dflash_offline.stages.training.ranks import Ranks, joined_ranks
 
 SETTINGS = {
     "steps": 12,
@@ -127,3 +128,20 @@ def test_an_error_of_one_rank_ends_all(cache: Path, tmp_path: Path) -> None:
     process = start(2, cache, tmp_path)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and "is not a training run" in said
+
+
+def test_ranks_of_torchrun_refuse_the_number_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("ranks were joined"))
+    for name, value in {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    refused = pytest.raises(
+        DflashError, match=r"device is 'cuda:1', but torchrun started 2 ranks.*CUDA_VISIBLE_DEVICES"
+    )
+    with refused, joined_ranks("cuda:1"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined_ranks("cuda:1") as ranks:  # one rank alone may be sent anywhere
+        assert ranks.device == torch.device("cuda", 1)
