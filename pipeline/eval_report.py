@@ -1,9 +1,8 @@
-"""What `dflash eval` shows a person: the report on the terminal, and the plot."""
+"""What `dflash eval` prints for a person."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
-from dflash_offline.schemas.errors import DflashError, dflash_line
+from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.evaluation import EvalResult
 from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.run import RUN
@@ -100,11 +99,11 @@ def _lossless_lines(result: EvalResult) -> list[str]:
     return lines
 
 
-def print_made(files: list[Path], result: EvalResult) -> None:
-    """Print where the result lies and what to do next with a draft that changes no answer."""
+def print_next(saved: Path | None, result: EvalResult) -> None:
+    """Print where the result was saved, if it was, and what to do next with a draft that changes no answer."""
     draft = result.config.draft
-    for path in files:
-        print(f"{path} is written.")
+    if saved is not None:
+        print(f"{saved} is written.")
     if result.lossless is False:
         return
     if (draft / RUN).is_file():
@@ -119,28 +118,3 @@ def _number(value: float | None, digits: int) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def require_matplotlib() -> None:
-    """Raise `DflashError` if there is no matplotlib; it is looked for, not loaded."""
-    if find_spec("matplotlib") is None:
-        raise DflashError("--plot needs matplotlib. Install it: pip install matplotlib.")
-
-
-def save_plot(result: EvalResult, path: Path) -> None:
-    """Write a PNG of acceptance by slot and of the tokens that a round produces."""
-    from matplotlib.figure import Figure  # loaded only when a plot is asked for
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    by_slot, by_tokens = figure.subplots(1, 2)
-    shares = [a / max(d, 1) for a, d in zip(result.accepted_by_slot, result.drafted_by_slot, strict=True)]
-    by_slot.bar(range(1, result.block_size), shares, color="#4477aa")
-    by_slot.set(xlabel="slot of the block", ylabel="drafted tokens in the answer", title="Acceptance by slot")
-    by_slot.set_ylim(0, 1)
-    rounds = max(result.acceptance.rounds, 1)
-    by_tokens.bar(range(1, result.block_size + 1), [n / rounds for n in result.rounds_by_tokens], color="#ccbb44")
-    pooled = _number(result.acceptance.pooled, 2)
-    by_tokens.set(xlabel="tokens of a round", ylabel="share of rounds", title=f"Acceptance length {pooled} (pooled)")
-    for axes in (by_slot, by_tokens):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=150)

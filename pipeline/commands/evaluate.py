@@ -68,9 +68,6 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one a core]")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also write a PNG of acceptance by slot and of the rounds; needs matplotlib.")
-    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +81,7 @@ def evaluate(
     """Decode prompts with and without the draft, or walk a cache; exit 1 if an answer changes."""
     given = locals()
     with reported("Repeat the command.", quiet=quiet, log_format=log_format) as progress:
-        for flag, path in (("--save", save), ("--plot", plot), ("--html", html)):
+        for flag, path in (("--save", save), ("--html", html)):
             if path is not None:
                 check_file(path, flag)
         kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
@@ -97,8 +94,6 @@ def evaluate(
         from dflash_offline.stages.target.model import quiet_libraries
 
         quiet_libraries()
-        if plot is not None:
-            report.require_matplotlib()
         if html is not None:
             plots.require_matplotlib()
         result = evaluate_folder(config, progress)
@@ -106,13 +101,11 @@ def evaluate(
         print(text) if json_ else report.print_report(result)
         if save is not None:
             save.write_text(text + "\n")
-        if plot is not None:
-            report.save_plot(result, plot)
         if html is not None:
             eval_page.write_eval_page(result, html, token_decoder(config) if config.target else None)
             if not json_:
                 print(f"{html} shows every round. Next: open it in a browser.")
         if not json_:
-            report.print_made([path for path in (save, plot) if path is not None], result)
+            report.print_next(save, result)
         if result.lossless is False:
             raise typer.Exit(1)

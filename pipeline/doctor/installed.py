@@ -11,7 +11,7 @@ DISTRIBUTION = "dflash-offline"
 BRINGS = {
     "accelerate": "targets over several GPUs, quantized targets",
     "datasets": "data by hub id",
-    "matplotlib": "the pages of --html, dflash eval --plot",
+    "matplotlib": "the pages of --html",
     "selenium": "make check-browser",
 }
 """What the packages of the extras are for, by the package's name."""

@@ -113,22 +113,19 @@ def test_settings_that_contradict_each_other_are_refused(draft: Path, cache: Pat
         (["--prompts", data], "No target is given"),
         (["--cache", cache, "--temperature", 1, "--repeats", 3], "temperature needs --target"),
         (["--cache", cache, "--target", target, "--temperature", -1, "--top-p", 0], "top_p is 0"),
-        (["--cache", cache, "--plot", "/nowhere/at/all.png"], "--plot"),
+        (["--cache", cache, "--html", "/nowhere/at/all.html"], "--html"),
     ):
         refused = dflash("eval", draft, *flags)
         assert refused.exit_code == 1 and said in refused.stderr, refused.stderr
 
 
-def test_the_plot_is_a_png_and_matplotlib_is_loaded_for_nothing_else(
+def test_matplotlib_is_needed_for_the_page_alone(
     draft: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = dflash("eval", draft, "--cache", cache, "--plot", tmp_path / "plot.png", "--quiet")
-    assert made.exit_code == 0, made.output
-    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert dflash("eval", draft, "--cache", cache, "--quiet").exit_code == 0
-    monkeypatch.setattr("dflash_offline.pipeline.eval_report.find_spec", lambda name: None)
-    refused = dflash("eval", draft, "--cache", cache, "--plot", tmp_path / "other.png")
+    monkeypatch.setattr("dflash_offline.pipeline.pages.plots.find_spec", lambda name: None)
+    refused = dflash("eval", draft, "--cache", cache, "--html", tmp_path / "page.html")
     assert refused.exit_code == 1 and "needs matplotlib" in refused.stderr
 
 
