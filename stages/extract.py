@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dflash_offline.schemas.commits import Commit, read_commits
@@ -222,7 +223,7 @@ class Extraction:
         """Plan the samples and publish the cache's static files; another process may have been first."""
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // self.config.workers))
-        with building_folder(self.config.out) as folder, _disk_faults_told(folder):
+        with building_folder(self.config.out) as folder:
             plan = self.plan(folder)
             mask_token_id = choose_mask_token(self.files, plan.samples, plan.first_uses, self.config.mask_token_id)
             _say_plan(self.progress, plan)
@@ -261,10 +262,11 @@ class Extraction:
         for name in ("config.json", "generation_config.json"):
             if (self.files.folder / name).is_file():
                 shutil.copyfile(self.files.folder / name, folder / name)
-        self.files.tokenizer.save_pretrained(folder)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in embedding_tensors(self.model).items()}
         refuse_non_finite(tensors, self.files.name)
-        save_file(tensors, folder / EMBEDDINGS)
+        with _system_errors_of_rust(folder):
+            self.files.tokenizer.save_pretrained(folder)
+            save_file(tensors, folder / EMBEDDINGS)
 
     def _origin(self) -> dict[str, Any]:
         return {
@@ -374,7 +376,7 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
     if begun:
         refuse_other_identity(out, begun.identity, identity)
     near = next(folder for folder in out.parents if folder.is_dir())
-    with building_folder(near / out.name) as folder, _disk_faults_told(folder):
+    with building_folder(near / out.name) as folder:
         plan = extraction.plan(folder)
         choose_mask_token(extraction.files, plan.samples, plan.first_uses, config.mask_token_id)
         forecast = extraction.forecast(plan)
@@ -384,15 +386,13 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
 
 
 @contextmanager
-def _disk_faults_told(folder: Path) -> Iterator[None]:
-    """Raise the system's own error where a library tells a full disk in one of its own."""
+def _system_errors_of_rust(folder: Path) -> Iterator[None]:
+    """Raise a full disk as the `OSError` it is: tokenizers gives it as a bare `Exception`, safetensors as its own."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         found = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        if found is None:
+        if type(error) not in (Exception, SafetensorError) or found is None:
             raise
         number = int(found[1] or found[2])
         raise OSError(number, os.strerror(number), str(folder)) from error

@@ -335,6 +335,16 @@ def test_other_end_tokens_are_another_target(
         extract(ExtractConfig(**extract_config | {"target": str(other)}, out=cache), Silent())
 
 
+def test_a_bad_row_that_reads_like_a_fault_of_the_system_is_told_as_a_bad_row(
+    extract_config: Settings, tmp_path: Path
+) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "error code: 12", "content": "a"}]}) + "\n")
+    code, said = run(arguments(extract_config | {"data": (data,)}, tmp_path / "cache"))
+    assert code == 1 and "chats.jsonl:1" in said and "'error code: 12'" in said, said
+    assert "memory" not in said and "Traceback" not in said, said
+
+
 @pytest.mark.parametrize("kib", [20, 100])
 def test_a_disk_that_fills_before_the_first_shard_is_told(extract_config: Settings, tmp_path: Path, kib: int) -> None:
     code, said = run(arguments(extract_config, tmp_path / "cache"), most_file_bytes=kib << 10)
