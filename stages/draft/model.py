@@ -31,6 +31,11 @@ Masks = Mask | Mapping[str, Mask]
 Rotary = tuple[Tensor, Tensor]
 
 
+def default_backend(device: torch.device) -> str:
+    """Return the attention backend that training takes on a device unless told otherwise."""
+    return "flex_attention" if device.type == "cuda" else "sdpa"
+
+
 class DraftCache:
     """Keys and values of the positions a draft has already seen, for step-by-step decoding.
 

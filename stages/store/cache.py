@@ -127,12 +127,16 @@ def open_codec(cache: Path, manifest: Manifest) -> FeatureCodec:
     return FeatureCodec(manifest.layout.features, center, step)
 
 
+def most_open_shards() -> int:
+    """Return how many shard files this process keeps open under its limit of open files; at least 1."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if allowed == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, allowed // 2))
+
+
 def _make_room() -> None:
     """Close shard files of the readers with most of them until one more may be opened."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_OPEN if allowed == resource.RLIM_INFINITY else min(_MOST_OPEN, allowed // 2)
     held = [reader._shards for reader in _readers]
-    while sum(map(len, held)) >= max(1, most):
+    while sum(map(len, held)) >= most_open_shards():
         max(held, key=len).popitem(last=False)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.run import settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
-from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.draft.model import DraftModel, default_backend
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import TrainState, list_checkpoints
 from dflash_offline.stages.training.corpus import Corpus
@@ -70,9 +70,7 @@ class Training:
     def _module(self) -> DFlashTrainerModule:
         config = self.config
         head, table = borrowed_parts(self.corpus.readers[0], self.device)
-        backend = config.attention_backend
-        if backend == "auto":
-            backend = "flex_attention" if self.device.type == "cuda" else "sdpa"
+        backend = default_backend(self.device) if config.attention_backend == "auto" else config.attention_backend
         self.draft.gradient_checkpointing = config.gradient_checkpointing
         return DFlashTrainerModule(
             self.draft,
