@@ -18,6 +18,13 @@ NOT_IDENTITY = (
 """Settings that change where, how fast and how far a run goes, never what it computes; a resume may change them.
 Caches and the draft it starts from are identified by content instead, and causality in the draft's shape."""
 
+IN_DRAFT = (
+    "block_size layers draft_layers draft_heads draft_kv_heads draft_head_dim draft_intermediate_size "
+    "draft_rope_theta draft_rms_norm_eps draft_max_position_embeddings sliding_window sliding_layers"
+).split()
+"""Settings that are recorded as they were asked for, None for a default; what they resolve to is in the draft."""
+STEPS = ("steps", "epochs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
@@ -63,12 +70,22 @@ def settings_identity(config: TrainConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def refuse_other_run(run: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
-    """Raise `MismatchError` with a table of fields if a run was started from something else than is asked for."""
-    rows = differences(have, want)
+def refuse_other_run(run: Path, identity: dict[str, Any], total_steps: int) -> None:
+    """Raise `MismatchError` with a table of fields if a run was started from something else than is asked for.
+
+    Compared is what settings resolve to, so that a default may be said explicitly. Draft settings are compared in the
+    draft's config, and `steps` with `epochs` by the number of steps that they give.
+    """
+    record = RunRecord.read(run)
+    elsewhere = {*IN_DRAFT, *(STEPS if record.origin.get("total_steps") == total_steps else ())}
+    rows = differences(*(_without_settings(one, elsewhere) for one in (record.identity, identity)))
     if rows:
         raise MismatchError(
             f"{run} was started with other settings or from other caches:\n"
             f"{mismatch_table(rows, found='run', asked='now')}\n"
             f"Repeat the command that started it to go on with it, or name a new --out."
         )
+
+
+def _without_settings(identity: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {**identity, "settings": {name: v for name, v in identity["settings"].items() if name not in names}}

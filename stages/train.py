@@ -162,7 +162,7 @@ def _claim_run(training: Training, stack: ExitStack) -> None:
     if not stack.enter_context(locked(run, wait=False)):
         raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
     if (run / RUN).exists():
-        refuse_other_run(run, RunRecord.read(run).identity, identity)
+        refuse_other_run(run, identity, training.total_steps)
     else:
         _write_record(training, identity)
     publish([to_toml(training.config).encode()], temporary=run / f".{CONFIG}", path=run / CONFIG)

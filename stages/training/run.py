@@ -31,6 +31,10 @@ from dflash_offline.stages.training.validate import forward, validate
 VAL_SEED = 0
 """Of the validation's anchors, which stay the same from one validation to the next."""
 
+WEIGHTED_DRAW = "a stream for each cache"
+"""How an epoch's share of a cache is drawn; recorded where `weights` ask for shares, so that a run which was begun
+when cache 0 was drawn by the stream of the shuffle does not go on in another order."""
+
 
 class Training:
     """One run: the draft, its optimizer, the data, and where it stands."""
@@ -117,6 +121,8 @@ class Training:
         settings["gamma"] = self._gamma()
         settings["accumulation_times_ranks"] = self.per_step
         del settings["accumulation"]
+        if any(weight < 1 for weight in settings["weights"]):
+            settings["weighted_draw"] = WEIGHTED_DRAW
         packed = self.batching.shape
         settings["row_tokens"] = packed.tokens if packed else None
         for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):

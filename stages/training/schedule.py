@@ -141,12 +141,13 @@ class Schedule:
         self._counts: dict[int, int] = {}
 
     def order(self, epoch: int) -> Samples:
-        """Return an epoch's samples, shuffled over all caches by (seed, epoch)."""
+        """Return an epoch's samples: each cache's share is drawn, then all are shuffled, by (seed, epoch)."""
         taken = []
         for cache, (members, weight) in enumerate(zip(self.members, self.weights, strict=True)):
             if weight < 1:
-                count = math.ceil(weight * len(members))
-                members = np.random.default_rng([self.seed, epoch, cache]).permutation(members)[:count]
+                # A spawn key, because a list that ends in cache 0 would give the stream of the shuffle below.
+                stream = np.random.SeedSequence([self.seed, epoch], spawn_key=[cache])
+                members = np.random.default_rng(stream).permutation(members)[: math.ceil(weight * len(members))]
             taken.append(members)
         return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(taken))
 

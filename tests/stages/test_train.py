@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
+from dflash_offline.schemas.files import sealed_bytes
+from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.toml import read_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.export import export
@@ -50,6 +52,9 @@ SETTINGS: dict[str, object] = {
     "save_every": 8,
     "device": "cpu",
 }
+
+LONGEST = 320
+"""Tokens of a packed row of the cache: its longest sample, rounded up."""
 
 
 def config(cache: Path, out: Path, **changes: object) -> TrainConfig:
@@ -178,31 +183,118 @@ def test_training_learns(run: Path) -> None:
     assert isinstance(losses[-1], float) and isinstance(losses[0], float) and losses[-1] < losses[0]
 
 
-def test_a_resume_with_other_settings_or_another_cache_is_refused_field_by_field(
-    cache: Path, run: Path, tmp_path: Path
-) -> None:
-    for name, value in {
-        "learning_rate": 1e-3,
-        "optimizer": "adamw",
-        "block_size": 6,
-        "num_anchors": 4,
-        "loss": "dpace",
-        "seed": 1,
-    }.items():
-        with pytest.raises(MismatchError, match=rf"settings\.{name} +run: .* now: {value}"):
-            train(config(cache, run, **{name: value}), Silent())
+def test_a_resume_with_other_settings_is_refused_field_by_field(cache: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"(?s)draft\.block_size +run: 8 +now: 6\n.*settings\.seed +run: 0 +now: 1"):
+        train(config(cache, run, seed=1, block_size=6), Silent())
+    with pytest.raises(MismatchError, match=r"settings\.epochs +run: None +now: 9.0"):
+        train(config(cache, run, steps=None, epochs=9.0), Silent())
     copy = shutil.copytree(cache, tmp_path / "copy")
     assert train(config(copy, run), Silent()).state.step == 24  # the same cache elsewhere is the same cache
 
 
-def test_settings_that_mean_the_same_go_on_with_the_same_run(cache: Path, run: Path, tmp_path: Path) -> None:
-    for changes in ({"epochs": 3.0}, {"weights": (1,)}, {"gamma": 4.0}, {"causal_layers": "none"}):
-        assert train(config(cache, run, **changes), Silent()).state.step == 24
+SAID: dict[str, tuple[object, object]] = {
+    "weights": ((1,), (0.5,)),
+    "epochs": (None, 9.0),
+    "steps": (24, 25),
+    "packing": (True, False),
+    "batch_tokens": (512, 1024),
+    "row_tokens": (LONGEST, 512),
+    "accumulation": (1, 2),
+    "optimizer": ("muon", "adamw"),
+    "learning_rate": (2e-3, 1e-3),
+    "ema": (None, 0.9),
+    "warmup_ratio": (0.04, 0.1),
+    "weight_decay": (0.01, 0.0),
+    "clip": (1.0, 2.0),
+    "num_anchors": (8, 4),
+    "block_size": (8, 6),
+    "loss": ("dflash", "dpace"),
+    "gamma": (4.0, 5.0),
+    "draft_layers": (1, 2),
+    "draft_heads": (4, 2),
+    "draft_kv_heads": (2, 1),
+    "draft_head_dim": (8, 16),
+    "draft_intermediate_size": (64, 32),
+    "draft_rope_theta": (1e4, 1e6),
+    "draft_rms_norm_eps": (1e-6, 1e-5),
+    "draft_max_position_embeddings": (512, 256),
+    "sliding_window": (None, 64),
+    "sliding_layers": ((), (0,)),
+    "causal_layers": ("none", "all"),
+    "layers": ((1, 2, 4), (1, 4)),
+    "seed": (0, 1),
+    "val_samples": (128, 4),
+    "val_every": (8, 12),
+    "dtype": ("float32", "bfloat16"),
+}
+"""Of each setting that decides what the run computes: what it resolves to in `run`, and something else."""
+FREE: dict[str, object] = {
+    "batch_size": 3,  # of padded micro-batches only
+    "patience": 3,
+    "save_every": 5,
+    "keep": 4,
+    "attention_backend": "eager",
+    "device": "auto" if not torch.cuda.is_available() else "cpu",
+    "gradient_checkpointing": True,
+    "compile": False,
+    "report_to": None,
+    "loader_threads": 1,
+}
+"""Settings that a resume may change, with another value."""
+
+
+def test_every_setting_is_covered_by_the_tests_of_what_a_resume_may_say() -> None:
+    by_content = {"caches", "out", "init_from"}
+    assert {field.name for field in fields(TrainConfig)} == SAID.keys() | FREE.keys() | by_content
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_resume_may_say_what_a_setting_resolves_to_and_nothing_else(cache: Path, run: Path, name: str) -> None:
+    same, other = SAID[name]
+    if same is not None:
+        assert train(config(cache, run, **{name: same}), Silent()).state.step == 24
+    extra = {"sliding_window": 64} if name == "sliding_layers" else {}
+    extra |= {"steps": None} if name == "epochs" else {}
+    with pytest.raises(MismatchError, match=r"was started with other settings(?s:.*)run: .* now: "):
+        train(config(cache, run, **{name: other}, **extra), Silent())
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_resume_may_change_where_and_how_fast_a_run_goes(cache: Path, run: Path, name: str) -> None:
+    assert train(config(cache, run, **{name: FREE[name]}), Silent()).state.step == 24
+
+
+def test_a_run_that_was_told_its_defaults_goes_on_without_them_and_in_other_units(cache: Path, tmp_path: Path) -> None:
+    told = {"steps": None, "epochs": 0.5, "block_size": 8, "layers": (1, 2, 4), "draft_heads": 4, "row_tokens": LONGEST}
+    done = train(config(cache, tmp_path / "run", **told), Silent())
+    again = train(config(cache, tmp_path / "run", steps=done.total_steps), Silent())
+    assert again.state.step == done.state.step == done.total_steps
+    padded = config(cache, tmp_path / "padded", packing=False, steps=1)
+    train(padded, Silent())
+    assert train(replace(padded, batch_tokens=4096, row_tokens=4096), Silent()).state.step == 1
+    with pytest.raises(MismatchError, match=r"settings\.batch_size +run: 8 +now: 4"):
+        train(replace(padded, batch_size=4), Silent())
+
+
+def test_a_weighted_run_of_the_earlier_order_is_refused(cache: Path, tmp_path: Path) -> None:
+    settings = config(cache, tmp_path / "run", steps=1, weights=(0.5,))
+    train(settings, Silent())
+    assert train(settings, Silent()).state.step == 1
+    record = RunRecord.read(tmp_path / "run")
+    del record.identity["settings"]["weighted_draw"]
+    (tmp_path / "run/run.json").write_bytes(sealed_bytes(record.to_json()))
+    with pytest.raises(MismatchError, match=r"(?s)settings\.weighted_draw +run: .*recorded by an older version"):
+        train(settings, Silent())
+
+
+def test_without_weights_the_identity_says_nothing_of_how_shares_are_drawn(run: Path) -> None:
+    assert "weighted_draw" not in RunRecord.read(run).identity["settings"]
+
+
+def test_gamma_means_nothing_to_the_dpace_loss(cache: Path, tmp_path: Path) -> None:
     other = config(cache, tmp_path / "run", steps=1, loss="dpace")
     train(other, Silent())
     assert train(replace(other, gamma=3.0), Silent()).state.step == 1
-    with pytest.raises(MismatchError, match=r"settings\.gamma +run: 4.0 +now: 5.0"):
-        train(config(cache, run, gamma=5.0), Silent())
 
 
 def test_a_block_longer_than_planned_or_a_layer_not_cached_is_refused(cache: Path, tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_a_weight_is_the_share_of_a_cache_drawn_anew_every_epoch() -> None:
     assert first != second
 
 
+def test_what_is_drawn_of_the_first_cache_does_not_follow_the_shuffle() -> None:
+    overlaps = []
+    for epoch in range(40):
+        drawn = set(schedule(weights=(0.5, 1.0)).order(epoch).tolist()) & set(range(300))
+        by_the_shuffles_stream = np.random.default_rng([0, epoch]).permutation(300)[:150].tolist()
+        overlaps.append(len(drawn & set(by_the_shuffles_stream)) / 150)
+    assert np.mean(overlaps) == pytest.approx(0.5, abs=0.03)
+
+
+def test_without_weights_the_order_is_the_one_that_earlier_runs_began_with() -> None:
+    for epoch in range(3):
+        plain, shares = schedule(seed=5), schedule(seed=5, weights=(1.0, 1.0))
+        expected = np.random.default_rng([5, epoch]).permutation(500)
+        assert (plain.order(epoch) == expected).all() and (shares.order(epoch) == expected).all()
+
+
 @pytest.fixture(scope="module")
 def second_cache(target: Path, extract_config: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another cache of the same target: other conversations, one more layer before those of the first, compact."""
