@@ -48,7 +48,7 @@ from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.forecast import Forecast, free_bytes, measure, refuse_too_large, rest_bytes
 from dflash_offline.stages.capture.shard import Capturer
 from dflash_offline.stages.capture.workers import Work, run_shards, run_workers
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
@@ -105,7 +105,7 @@ class Extraction:
         )
         self.device = choose_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
-        self.masker = Masker(self.files, config)
+        self.encoder = ConversationEncoder(self.files, config)
         self._model: Any = None
 
     @cached_property
@@ -143,7 +143,7 @@ class Extraction:
             "capture": CAPTURE_RULE,
             "data": self.data.identity(),
             **_selection(self.data),
-            "mask_rule": self.masker.rule,
+            "mask_rule": self.encoder.rule,
             "mask_token_id": "found" if config.mask_token_id is None else config.mask_token_id,
             "chat_template_kwargs": config.chat_template_kwargs,
             "max_length": config.max_length,
@@ -188,7 +188,7 @@ class Extraction:
         """Tokenize the data into files of `folder`."""
         _ = self.model  # a target that cannot be drafted for is refused before any other work
         self.progress.start("Tokenizing", None, "rows")
-        plan = make_plan(self.config, self.data, self.masker, self.layout().slot_bytes, folder, self.progress.advance)
+        plan = make_plan(self.config, self.data, self.encoder, self.layout().slot_bytes, folder, self.progress.advance)
         self.progress.finish()
         self.data.refuse_changed()
         refuse_ids_beyond_table(self.files, plan)

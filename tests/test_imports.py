@@ -85,7 +85,7 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_a_process_that_tokenizes_does_not_load_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import dflash_offline.stages.conversations.processes"
+    code = "import sys; sys.modules['torch'] = None; import dflash_offline.stages.conversations.tokenize"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

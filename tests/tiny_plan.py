@@ -8,7 +8,7 @@ from tiny_target import WITH_TAGS, save_tokenizer
 from transformers import AutoTokenizer, Qwen3Config
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.target.files import TargetFiles
@@ -40,4 +40,4 @@ def plan(tmp_path: Path, rows: list[object], template: str = WITH_TAGS, **settin
     )
     files = target_files(tmp_path / "target", template)
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    return make_plan(config, Data(config), Masker(files, config), 64, folder, lambda _rows: None)
+    return make_plan(config, Data(config), ConversationEncoder(files, config), 64, folder, lambda _rows: None)

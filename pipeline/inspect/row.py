@@ -10,9 +10,9 @@ from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.content import Chat, RowFaultError, read_content
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
-from dflash_offline.stages.conversations.tokenize import RowWorker, unread
+from dflash_offline.stages.conversations.tokenize import RowTokenizer, unparsed
 from dflash_offline.stages.target.files import open_target
 
 
@@ -21,11 +21,11 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
     files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
     most = files.decoder()["max_position_embeddings"]
     config = replace(config, max_length=min(config.max_length, most))
-    data, masker = Data(config), Masker(files, config)
+    data, encoder = Data(config), ConversationEncoder(files, config)
     row = next(islice(data.raw_rows(), number, None), None) if number >= 0 else None
     if row is None:
         raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
-    batch = RowWorker(config, masker, data.format.layout)(unread([row]))
+    batch = RowTokenizer(config, encoder, data.format.layout)(unparsed([row]))
     (made,) = batch.rows
     texts = token_texts(batch.ids.tolist(), files.tokenizer.decode)
     try:
@@ -39,7 +39,7 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "line": row.line,
         "format": f"{row.source.container}, {made.layout}" if made.layout else row.source.container,
         "roles": roles,
-        "mask_rule": masker.rule,
+        "mask_rule": encoder.rule,
         "tokens": made.num_tokens,
         "supervised": made.num_supervised,
         "anchors": made.num_anchors,

@@ -71,7 +71,7 @@ class _Rendered:
     """Where the first supervised token may begin."""
 
 
-class Masker:
+class ConversationEncoder:
     """Renders conversations with the target's chat template and marks the tokens to learn from.
 
     With the rule `assistant` these are the assistant's words and the end-of-turn token, with `last-turn` those of the
@@ -95,15 +95,15 @@ class Masker:
         self._special_firsts = sorted({text[0] for text in spelled})
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
-    def tokenize(self, content: Content) -> Tokenized:
+    def encode(self, content: Content) -> Tokenized:
         """Return tokens and mask; `UnmaskableError`, or jinja2's `TemplateError`, if this row has none."""
-        (made,) = self.tokenize_all([content])
+        (made,) = self.encode_all([content])
         if isinstance(made, Exception):
             raise made
         return made
 
-    def tokenize_all(self, contents: Sequence[Content]) -> list[Tokenized | Exception]:
-        """Return what `tokenize` returns or raises for each row, their texts encoded together."""
+    def encode_all(self, contents: Sequence[Content]) -> list[Tokenized | Exception]:
+        """Return what `encode` returns or raises for each row, their texts encoded together."""
         made: list[Tokenized | _Rendered | Exception] = [_result(self._prepared, content) for content in contents]
         plain = [one for one in made if isinstance(one, _Rendered) and isinstance(one.content, Text)]
         chats = [one for one in made if isinstance(one, _Rendered) and isinstance(one.content, Chat)]

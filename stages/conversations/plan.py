@@ -26,17 +26,12 @@ from dflash_offline.schemas.samples import (
     write_samples,
 )
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.duplicates import Digests
 from dflash_offline.stages.conversations.files import MOST_NAMED, RawRow, refuse_bad_rows
-from dflash_offline.stages.conversations.loss_mask import Masker
-from dflash_offline.stages.conversations.processes import outcomes
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
-from dflash_offline.stages.conversations.tokenize import BAD_ROW, BatchOutcome, RowOutcome, RowWorker, batches
-from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.conversations.tokenize import BAD_ROW, BatchOutcome, RowOutcome, RowTokenizer, tokenize_rows
 from dflash_offline.stages.target.files import TargetFiles
 
-MOST_PROCESSES = 16
-"""That tokenize at once: one more would wait for the one that collects."""
 _SPOOLED_IDS, _SPOOLED_MASK = "input_ids.tmp", "loss_mask.tmp"
 
 
@@ -84,7 +79,7 @@ class Plan:
 def make_plan(
     config: ExtractConfig,
     data: Data,
-    masker: Masker,
+    encoder: ConversationEncoder,
     slot_bytes: int,
     folder: Path,
     progress: Callable[[int], None],
@@ -96,11 +91,10 @@ def make_plan(
     `slot_bytes` is the size of one token's raw features; `progress` is called with the rows read since the last
     call. Raises `BadInputError` naming unusable rows, unless they are to be skipped, and if nothing remains.
     """
-    worker = RowWorker(config, masker, data.format.layout)
-    processes = num_processes or min(usable_cores(), MOST_PROCESSES)
-    with _Collected(folder, masker.vocab_size) as collected:
-        with closing(outcomes(batches(data.raw_rows()), worker, processes)) as answers:
-            for batch, outcome in answers:
+    tokenizer = RowTokenizer(config, encoder, data.format.layout)
+    with _Collected(folder, encoder.vocab_size) as collected:
+        with closing(tokenize_rows(data.raw_rows(), tokenizer, num_processes)) as tokenized:
+            for batch, outcome in tokenized:
                 collected.add(batch, outcome)
                 progress(len(batch))
         if not config.skip_bad_rows:
@@ -108,7 +102,7 @@ def make_plan(
                 collected.faults, "Mend them, or leave them out with --skip-bad-rows.", collected.reasons[BAD_ROW]
             )
         if not collected.num_tokens:
-            raise BadInputError(_nothing_left(config, collected.reasons, masker.rule))
+            raise BadInputError(_nothing_left(config, collected.reasons, encoder.rule))
         num_shards, shard_tokens = collected.write(config, slot_bytes)
     return Plan(
         folder=folder,
@@ -150,7 +144,8 @@ class _Collected:
         self.sources: dict[str, int] = {}
         self.source_index, self.row = array("i"), array("q")
         self.num_tokens, self.num_supervised, self.num_anchors = array("i"), array("i"), array("i")
-        self._seen = Digests()
+        self._seen: set[bytes] = set()
+        """Digests of the rows so far, where duplicates are dropped."""
         self._files = ExitStack()
 
     def __enter__(self) -> "_Collected":
@@ -169,25 +164,27 @@ class _Collected:
     def add(self, batch: list[RawRow], outcome: BatchOutcome) -> None:
         """Take a batch's samples, and count the rows that are none."""
         first = len(self.num_tokens)
-        kept = [self._add_row(row, found) for row, found in zip(batch, outcome.rows, strict=True)]
+        kept = [self._add_row(row, row_outcome) for row, row_outcome in zip(batch, outcome.rows, strict=True)]
         ids, mask = outcome.ids, outcome.mask
-        if len(ids) > sum(self.num_tokens[first:]):  # some are of rows that were not taken
-            taken = np.repeat(kept, [found.num_tokens for found in outcome.rows])
+        if len(ids) > sum(self.num_tokens[first:]):  # duplicates and rows without an anchor
+            taken = np.repeat(kept, [row_outcome.num_tokens for row_outcome in outcome.rows])
             ids, mask = ids[taken], mask[taken]
         self._ids.write(ids.tobytes())
         self._mask.write(mask.tobytes())
         self._note_uses(first, ids)
 
-    def _add_row(self, row: RawRow, found: RowOutcome) -> bool:
+    def _add_row(self, row: RawRow, outcome: RowOutcome) -> bool:
         """Count a row; returns whether it is a sample."""
-        if found.layout:
-            self.formats[f"{row.source.container}, {found.layout}"] += 1
-        reason, detail = found.reason, found.detail
-        if found.digest and not self._seen.add(found.digest):
+        if outcome.layout:
+            self.formats[f"{row.source.container}, {outcome.layout}"] += 1
+        reason, detail = outcome.reason, outcome.detail
+        if outcome.digest in self._seen:
             reason, detail = "duplicate", "says exactly what an earlier row says"
-        elif found.num_supervised_cut >= 0:
+        elif outcome.num_supervised_cut >= 0:
             self.num_truncated += 1
-            self.num_supervised_cut += found.num_supervised_cut
+            self.num_supervised_cut += outcome.num_supervised_cut
+        if outcome.digest:
+            self._seen.add(outcome.digest)
         if reason:
             self.reasons[reason] += 1
             self._rejects.add(Reject(source=row.source.name, row=row.line, reason=reason, detail=detail))
@@ -196,9 +193,9 @@ class _Collected:
             return False
         self.source_index.append(self.sources.setdefault(row.source.name, len(self.sources)))
         self.row.append(row.line)
-        self.num_tokens.append(found.num_tokens)
-        self.num_supervised.append(found.num_supervised)
-        self.num_anchors.append(found.num_anchors)
+        self.num_tokens.append(outcome.num_tokens)
+        self.num_supervised.append(outcome.num_supervised)
+        self.num_anchors.append(outcome.num_anchors)
         return True
 
     def _note_uses(self, first: int, ids: NDArray[np.uint32]) -> None:
@@ -214,7 +211,7 @@ class _Collected:
 
     def write(self, config: ExtractConfig, slot_bytes: int) -> tuple[int, int]:
         """Write samples.parquet; returns the number of shards and the slots of each."""
-        self._seen = Digests()  # its memory is needed now
+        self._seen.clear()  # its memory is needed now
         num_tokens = np.frombuffer(self.num_tokens, np.int32)
         shard, start, shard_tokens = _places(num_tokens, config, slot_bytes)
         numbers: dict[str, Numbers] = {

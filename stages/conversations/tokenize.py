@@ -1,21 +1,48 @@
-"""What becomes of each row of a batch: read, rendered, encoded, masked; the same wherever the batch is worked on."""
+"""Rows read, rendered, tokenized and masked in batches, by several processes where there is much to do.
 
-from collections.abc import Iterable, Iterator
+What comes of it is in the order of the data and the same whatever the number of processes. Small data is done by this
+process alone: another takes a second to start, so this one goes on until others are ready.
+"""
+
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
+from multiprocessing.connection import Connection, Pipe
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import count_anchors
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.content import Content, RowFaultError, content_hash, read_content
 from dflash_offline.stages.conversations.files import RawRow, parse
-from dflash_offline.stages.conversations.loss_mask import ROW_ERRORS, Masker, Tokenized, UnmaskableError
+from dflash_offline.stages.conversations.loss_mask import ROW_ERRORS, ConversationEncoder, Tokenized, UnmaskableError
+from dflash_offline.stages.cores import usable_cores
 
+MAX_PROCESSES = 16
+"""Processes that tokenize at once: one more would wait for the one that collects their results."""
 BATCH_BYTES = 1 << 18
-"""Of content, after which a batch is full: large enough to be worth a journey, small enough to be many."""
+"""Bytes of content after which a batch is full: large enough to be worth sending, small enough to be many."""
 BATCH_ROWS = 1024
+ALONE_BYTES = 2 << 20
+"""Bytes of content that this process tokenizes before it starts others: some seconds of work."""
 BAD_ROW = "bad row"
+_AHEAD = 2
+"""Batches for each process that are under way or wait for an earlier one."""
+_COMMAND = "from dflash_offline.stages.conversations.tokenize import serve; serve()"
 
 
 @dataclass(frozen=True)
@@ -23,18 +50,18 @@ class RowOutcome:
     """What became of one row."""
 
     layout: str = ""
-    """How it was written; empty if it could not be read."""
+    """How the row was written; empty if it could not be read."""
     digest: bytes = b""
-    """Of what it says, where duplicates are to be found."""
+    """Hash of the row's content, where duplicates are to be dropped."""
     reason: str = ""
-    """Why it is no sample; empty if it is one."""
+    """Why the row is no sample; empty if it is one."""
     detail: str = ""
     num_tokens: int = 0
-    """Of the sample, or of the row that has no anchor; cut to the greatest length."""
+    """Tokens of the sample, or of the row that has no anchor; cut to the maximum length."""
     num_supervised: int = 0
     num_anchors: int = 0
     num_supervised_cut: int = -1
-    """Supervised tokens beyond the greatest length; -1 if nothing was cut."""
+    """Supervised tokens beyond the maximum length; -1 if nothing was cut."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +73,32 @@ class BatchOutcome:
     mask: NDArray[np.bool_]
 
 
-Unread = tuple[bytes, str, bool]
+UnparsedRow = tuple[bytes, str, bool]
 """A row's content, its fault, and whether the content is JSON: what `parse` takes."""
+_Answered = tuple[list[RawRow], BatchOutcome]
+
+
+def num_tokenizing_processes() -> int:
+    """Return how many processes tokenize large data: one for each usable core, up to `MAX_PROCESSES`."""
+    return min(usable_cores(), MAX_PROCESSES)
+
+
+def tokenize_rows(
+    rows: Iterable[RawRow], tokenizer: "RowTokenizer", num_processes: int | None = None
+) -> Generator[_Answered, None, None]:
+    """Yield the rows in batches, each with what became of it, in order; the same whatever the number of processes.
+
+    Close the iterator to end the processes. Raises `DflashError` if one of them is killed.
+    """
+    num_processes = num_processes or num_tokenizing_processes()
+    alone = num_processes == 1 or not tokenizer.encoder.tokenizer.portable
+    size = 0
+    waiting = batches(rows)
+    for batch in waiting:
+        yield batch, tokenizer(unparsed(batch))
+        size += sum(len(row.content) for row in batch)
+        if size >= ALONE_BYTES and not alone:
+            yield from _tokenize_in_processes(waiting, tokenizer, num_processes)
 
 
 def batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
@@ -64,66 +115,66 @@ def batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
         yield batch
 
 
-def unread(batch: list[RawRow]) -> list[Unread]:
+def unparsed(batch: list[RawRow]) -> list[UnparsedRow]:
     """Return what another process needs of a batch."""
     return [(row.content, row.fault, row.source.container == "jsonl") for row in batch]
 
 
-class RowWorker:
-    """Turns batches of rows into samples. Can be sent to another process if its masker's tokenizer can."""
+class RowTokenizer:
+    """Turns batches of rows into samples. Can be sent to another process if its encoder's tokenizer can."""
 
-    def __init__(self, config: ExtractConfig, masker: Masker, layout: str | None) -> None:
-        """`layout` is how rows are written, None to find out."""
+    def __init__(self, config: ExtractConfig, encoder: ConversationEncoder, layout: str | None) -> None:
+        """`layout` is how the rows are written; None finds it out for each row."""
         self.config = config
-        self.masker = masker
+        self.encoder = encoder
         self.layout = layout
 
-    def __call__(self, batch: list[Unread]) -> BatchOutcome:
+    def __call__(self, batch: list[UnparsedRow]) -> BatchOutcome:
         """Return what becomes of a batch."""
         read = [self._read(row) for row in batch]
-        made = iter(self.masker.tokenize_all([content for _, content in read if content is not None]))
-        pairs = [self._outcome(found, next(made) if content is not None else None) for found, content in read]
-        tokenized = [sample for _, sample in pairs if sample is not None]
+        encoded = iter(self.encoder.encode_all([content for _, content in read if content is not None]))
+        pairs = [
+            (outcome, None) if content is None else self._outcome(outcome, next(encoded)) for outcome, content in read
+        ]
+        samples = [sample for _, sample in pairs if sample is not None]
         return BatchOutcome(
-            rows=[found for found, _ in pairs],
-            ids=np.concatenate([np.zeros(0, np.uint32), *(sample.input_ids for sample in tokenized)]),
-            mask=np.concatenate([np.zeros(0, np.bool_), *(sample.loss_mask for sample in tokenized)]),
+            rows=[outcome for outcome, _ in pairs],
+            ids=np.concatenate([np.zeros(0, np.uint32), *(sample.input_ids for sample in samples)]),
+            mask=np.concatenate([np.zeros(0, np.bool_), *(sample.loss_mask for sample in samples)]),
         )
 
-    def _read(self, row: Unread) -> tuple[RowOutcome, Content | None]:
+    def _read(self, row: UnparsedRow) -> tuple[RowOutcome, Content | None]:
         """Return the row's content, or its fault."""
-        content, fault, is_json = row
-        value, fault = parse(content, fault, is_json=is_json)
+        raw, fault, is_json = row
+        value, fault = parse(raw, fault, is_json=is_json)
         layout = ""
         try:
             if fault:
                 raise RowFaultError(fault)
-            layout, said = read_content(value, self.layout)
-            digest = content_hash(said) if self.config.drop_duplicates else b""
+            layout, content = read_content(value, self.layout)
+            digest = content_hash(content) if self.config.drop_duplicates else b""
         except ROW_ERRORS as error:
             return RowOutcome(layout=layout, reason=BAD_ROW, detail=_fault_text(error)), None
-        return RowOutcome(layout=layout, digest=digest), said
+        return RowOutcome(layout=layout, digest=digest), content
 
-    def _outcome(self, found: RowOutcome, made: Tokenized | Exception | None) -> tuple[RowOutcome, Tokenized | None]:
-        """Return what became of a row whose content was tokenized, and its tokens if it has some."""
-        if made is None:
-            return found, None
-        layout, digest = found.layout, found.digest
-        if isinstance(made, UnmaskableError):
-            return RowOutcome(layout, digest, *made.args), None
-        if isinstance(made, Exception):
-            return RowOutcome(layout, digest, BAD_ROW, _fault_text(made)), None
+    def _outcome(self, read: RowOutcome, sample: Tokenized | Exception) -> tuple[RowOutcome, Tokenized | None]:
+        """Return what became of a row whose content was encoded, and its tokens if it has some."""
+        layout, digest = read.layout, read.digest
+        if isinstance(sample, UnmaskableError):
+            return RowOutcome(layout, digest, *sample.args), None
+        if isinstance(sample, Exception):
+            return RowOutcome(layout, digest, BAD_ROW, _fault_text(sample)), None
         num_cut, most = -1, self.config.max_length
-        num_supervised = int(np.count_nonzero(made.loss_mask))
-        if len(made.input_ids) > most:
-            made = Tokenized(made.input_ids[:most], made.loss_mask[:most])
-            left = int(np.count_nonzero(made.loss_mask))
+        num_supervised = int(np.count_nonzero(sample.loss_mask))
+        if len(sample.input_ids) > most:
+            sample = Tokenized(sample.input_ids[:most], sample.loss_mask[:most])
+            left = int(np.count_nonzero(sample.loss_mask))
             num_cut, num_supervised = num_supervised - left, left
-        num_anchors = count_anchors(made.loss_mask, self.config.block_size)
-        reason = "" if num_anchors else _why_not(made, self.config.block_size)
-        detail = f"{len(made.input_ids)} tokens" if reason else ""
-        outcome = RowOutcome(layout, digest, reason, detail, len(made.input_ids), num_supervised, num_anchors, num_cut)
-        return outcome, made
+        num_anchors = count_anchors(sample.loss_mask, self.config.block_size)
+        reason = "" if num_anchors else _why_no_anchor(sample, self.config.block_size)
+        num_tokens = len(sample.input_ids)
+        detail = f"{num_tokens} tokens" if reason else ""
+        return RowOutcome(layout, digest, reason, detail, num_tokens, num_supervised, num_anchors, num_cut), sample
 
 
 def _fault_text(error: Exception) -> str:
@@ -132,9 +183,111 @@ def _fault_text(error: Exception) -> str:
     return f"is refused by the chat template ({str(error)[:200]})"
 
 
-def _why_not(sample: Tokenized, block_size: int) -> str:
+def _why_no_anchor(sample: Tokenized, block_size: int) -> str:
     if not sample.loss_mask.any():
         return "no supervised token"
     if len(sample.input_ids) < block_size:
         return "shorter than one block"
     return "supervised part too near the end"
+
+
+def _tokenize_in_processes(
+    waiting: Iterator[list[RawRow]], tokenizer: RowTokenizer, num_processes: int
+) -> Iterator[_Answered]:
+    """Yield the outcomes of the batches that wait, in order: by other processes as soon as those are ready."""
+    started: list[_Process] = []
+    ready: SimpleQueue[_Process] = SimpleQueue()
+
+    def prepare(process: _Process, work: bytes) -> None:
+        try:
+            process.ask(work)
+        finally:  # a process that could not start says so again to the first batch that it gets
+            ready.put(process)
+
+    def answer(batch: list[UnparsedRow]) -> BatchOutcome:
+        process = ready.get()
+        try:
+            return process.ask(pickle.dumps(batch))
+        finally:
+            ready.put(process)
+
+    # A thread for each process: it waits for it, first to start, then for a batch at a time.
+    with ThreadPoolExecutor(num_processes, thread_name_prefix="rows") as threads:
+        try:
+            started += (_Process() for _ in range(num_processes))
+            work = pickle.dumps(tokenizer)
+            starting = [threads.submit(prepare, process, work) for process in started]
+            for batch in waiting:
+                if any(start.done() for start in starting):
+                    waiting = chain([batch], waiting)
+                    break
+                yield batch, tokenizer(unparsed(batch))
+            pending: deque[tuple[list[RawRow], Future[BatchOutcome]]] = deque()
+            for batch in waiting:
+                pending.append((batch, threads.submit(answer, unparsed(batch))))
+                if len(pending) > _AHEAD * num_processes:
+                    batch, future = pending.popleft()
+                    yield batch, future.result()
+            for batch, future in pending:
+                yield batch, future.result()
+        finally:
+            for process in started:
+                process.kill()
+            threads.shutdown(cancel_futures=True)
+            for process in started:
+                process.connection.close()
+
+
+class _Process:
+    """Another process with a tokenizer of its own, which answers one batch at a time."""
+
+    def __init__(self) -> None:
+        self.connection, other = Pipe()
+        # A pool of one thread: as many threads as processes are enough, and none at all encodes a tenth slower.
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
+        # In a session of its own, so that Ctrl-C in a terminal reaches the command alone, which then ends it.
+        command = [sys.executable, "-P", "-c", _COMMAND, str(other.fileno())]
+        with other:
+            self.process = subprocess.Popen(
+                command, pass_fds=[other.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def ask(self, question: bytes) -> Any:
+        """Return the answer; `DflashError` if the process ended instead."""
+        try:
+            self.connection.send_bytes(question)
+            failed, answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            code = self.process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise DflashError(
+                f"A process that tokenizes {how}. If the machine ran out of memory, free some or take fewer cores "
+                f"(taskset), and repeat the command."
+            ) from error
+        if failed:
+            raise RuntimeError(f"A process that tokenizes failed:\n{answer}")
+        return answer
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+
+
+def serve() -> None:
+    """Answer batches on the connection whose number the command line gives, until it is closed.
+
+    The `RowTokenizer` comes first. Runs in a process of its own, which ends when the one that asks does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(EOFError, OSError), Connection(int(sys.argv[1])) as connection:
+        tokenizer: RowTokenizer = pickle.loads(connection.recv_bytes())
+        connection.send_bytes(pickle.dumps((False, None)))
+        gc.freeze()  # what is loaded stays
+        while True:
+            batch = pickle.loads(connection.recv_bytes())
+            try:
+                answer = pickle.dumps((False, tokenizer(batch)))
+            except Exception:
+                answer = pickle.dumps((True, traceback.format_exc()))
+            connection.send_bytes(answer)

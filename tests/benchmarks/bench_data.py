@@ -26,7 +26,7 @@ from sides import machine, spread
 
 SHARE = 0.6
 """Of the bare tokenizer's tokens a second that planning must reach."""
-ROW_BYTES = 64
+ROW_BYTES = {"plan": 64, "plan without duplicates": 256}
 ROUNDS = 5
 CORES = 2
 BARE_BATCH = 256
@@ -122,18 +122,18 @@ def train_tokenizer(path: Path, texts: list[str]) -> None:
 def run_plan(target: str, data: str, *, drop_duplicates: bool = False) -> None:
     """Plan the data in this process and those that it starts; prints tokens, seconds, samples and peak memory."""
     from dflash_offline.schemas.settings.extract import ExtractConfig
-    from dflash_offline.stages.conversations.loss_mask import Masker
+    from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
     from dflash_offline.stages.conversations.plan import make_plan
     from dflash_offline.stages.conversations.sources import Data
     from dflash_offline.stages.target.files import open_target
 
     settings = {"block_size": 2, "max_length": 1 << 20, "drop_duplicates": drop_duplicates}  # every row is a sample
     config = ExtractConfig(data=(Path(data),), target=target, out=Path("none"), **settings)
-    masker = Masker(open_target(target), config)
+    encoder = ConversationEncoder(open_target(target), config)
     peak = Peak()
     with tempfile.TemporaryDirectory(dir=Path(data).parent) as folder, peak:
         began = time.perf_counter()
-        plan = make_plan(config, Data(config), masker, 40_960, Path(folder), lambda _rows: None)
+        plan = make_plan(config, Data(config), encoder, 40_960, Path(folder), lambda _rows: None)
         seconds = time.perf_counter() - began
     print(json.dumps({**plan.counts(), "seconds": seconds, "peak_bytes": peak.num_bytes}))
 
@@ -227,7 +227,7 @@ def rates(name: str, target: Path, data: Path, rounds: int) -> bool:
 def memory(target: Path, folder: Path, num_rows: int) -> bool:
     """Print what ten times the rows take in memory; returns whether it is little enough."""
     bounds = []
-    for side in ("plan", "plan without duplicates"):
+    for side, most in ROW_BYTES.items():
         peaks = []
         for count in (num_rows, 10 * num_rows):
             data = folder / f"{count}.jsonl"
@@ -235,11 +235,11 @@ def memory(target: Path, folder: Path, num_rows: int) -> bool:
                 _numbered(data, count)
             peaks.append(measured(side, target, data)["peak_bytes"])
         a_row = (peaks[1] - peaks[0]) / (9 * num_rows)
-        bounds.append(a_row <= ROW_BYTES)
+        bounds.append(a_row <= most)
         first, last = (f"{peak / 2**20:.0f} MiB" for peak in peaks)
         print(
             f"{side}: {first} at {num_rows:,} rows, {last} at {10 * num_rows:,}: {a_row:.0f} bytes a row, to be at "
-            f"most {ROW_BYTES}"
+            f"most {most}"
         )
     return all(bounds)
 

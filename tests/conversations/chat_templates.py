@@ -1,4 +1,4 @@
-"""Chat templates of the shapes that models ship, conversations for them, and a masker of each."""
+"""Chat templates of the shapes that models ship, conversations for them, and an encoder for each."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from tiny_target import SPECIAL, WITH_TAGS, WITHOUT_TAGS, save_tokenizer
 from transformers import AutoTokenizer, Qwen3Config
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.target.files import TargetFiles
 
 # Reasoning is written for the turns after the last question alone, and always there, even if empty.
@@ -85,7 +85,7 @@ ONE = [{"role": "user", "content": "two cats"}, {"role": "assistant", "content":
 TWO = [*ONE, {"role": "user", "content": "one"}, {"role": "assistant", "content": "the bird sees"}]
 
 
-def masker(folder: Path, shape: str, kwargs: dict[str, Any] | None = None, **settings: Any) -> Masker:
+def encoder(folder: Path, shape: str, kwargs: dict[str, Any] | None = None, **settings: Any) -> ConversationEncoder:
     template, special, eos = SHAPES[shape]
     tokenizer = save_tokenizer(folder, template, special=special, eos=eos)
     files = TargetFiles(
@@ -98,4 +98,4 @@ def masker(folder: Path, shape: str, kwargs: dict[str, Any] | None = None, **set
     config = ExtractConfig(
         data=(Path("d"),), target=shape, out=Path("o"), chat_template_kwargs=kwargs or {}, **settings
     )
-    return Masker(files, config)
+    return ConversationEncoder(files, config)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from chat_templates import masker
+from chat_templates import encoder
 from data_rows import BAD, one
 from tiny_target import conversations
 
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.samples import write_rejects
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan
 from dflash_offline.stages.conversations.sources import Data
 
@@ -22,18 +22,18 @@ NUM_LINES = 10_000
 
 
 @pytest.fixture(scope="module")
-def without_tags(tmp_path_factory: pytest.TempPathFactory) -> Masker:
-    return masker(tmp_path_factory.mktemp("target"), "none")
+def without_tags(tmp_path_factory: pytest.TempPathFactory) -> ConversationEncoder:
+    return encoder(tmp_path_factory.mktemp("target"), "none")
 
 
-def planned(made: Masker, path: Path, **settings: object) -> Plan:
+def planned(made: ConversationEncoder, path: Path, **settings: object) -> Plan:
     config = ExtractConfig(**{"data": (path,), "target": "t", "out": Path("o"), "block_size": 4, **settings})
     folder = Path(tempfile.mkdtemp(dir=path.parent))
     return make_plan(config, Data(config), made, 64, folder, lambda _rows: None)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_named_with_what_is_wrong(tmp_path: Path, without_tags: Masker, name: str) -> None:
+def test_a_bad_row_is_named_with_what_is_wrong(tmp_path: Path, without_tags: ConversationEncoder, name: str) -> None:
     write, fault = BAD[name]
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(conversations(1)[0]).encode() + b"\n\n" + write(random.Random(0)) + b"\r\n")
@@ -44,7 +44,7 @@ def test_a_bad_row_is_named_with_what_is_wrong(tmp_path: Path, without_tags: Mas
     assert len(planned(without_tags, path, skip_bad_rows=True).samples) == 1
 
 
-def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_tags: Masker) -> None:
+def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_tags: ConversationEncoder) -> None:
     chance = random.Random(0)
     good = {json.dumps(row).encode() for row in conversations(200)}
     injected = one("assistant", "the <|im_end|> cat sees")
@@ -88,7 +88,7 @@ def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_
 
 
 def test_a_line_that_never_ends_is_passed_over_without_being_held(
-    tmp_path: Path, without_tags: Masker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without_tags: ConversationEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dflash_offline.stages.conversations.files.MOST_LINE_BYTES", 4096)
     good = json.dumps(conversations(1)[0])

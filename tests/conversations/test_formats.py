@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from chat_templates import TWO, masker
+from chat_templates import TWO, encoder
 from data_rows import write_arrow
 from tiny_target import conversations
 
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.files import Row, identify, read_rows
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan
 from dflash_offline.stages.conversations.sources import Data
 
@@ -113,12 +113,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def maskers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Masker]:
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ConversationEncoder]:
     rules = ("assistant", "last-turn", "all")
-    return {rule: masker(tmp_path_factory.mktemp(rule), "none", mask=rule) for rule in rules}
+    return {rule: encoder(tmp_path_factory.mktemp(rule), "none", mask=rule) for rule in rules}
 
 
-def planned(made: Masker, *data: Path | str, **settings: Any) -> Plan:
+def planned(made: ConversationEncoder, *data: Path | str, **settings: Any) -> Plan:
     paths = tuple(Path(path) for path in data)
     config = ExtractConfig(data=paths, target="t", out=Path("o"), block_size=2, mask=made.config.mask, **settings)
     folder = Path(tempfile.mkdtemp(dir=paths[0].parent))
@@ -129,18 +129,18 @@ def planned(made: Masker, *data: Path | str, **settings: Any) -> Plan:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("container", WRITERS)
 def test_every_format_under_every_mask_rule_decodes_to_the_expected_text(
-    tmp_path: Path, maskers: dict[str, Masker], container: str, layout: str, rule: str
+    tmp_path: Path, encoders: dict[str, ConversationEncoder], container: str, layout: str, rule: str
 ) -> None:
     row, expected = LAYOUTS[layout]
     path = WRITERS[container](tmp_path, [row] * 10)
-    plan = planned(maskers[rule], path)
+    plan = planned(encoders[rule], path)
     samples = plan.samples
     assert len(samples) == 10 and plan.rejects == []
     if container == "saved dataset":
         assert samples.row.tolist() == [1, 2, 3, 4, 5] * 2
     else:
         assert samples.row.tolist() == list(range(1, 11)) and samples.sources == (path.name,)
-    tokenizer = maskers[rule].tokenizer
+    tokenizer = encoders[rule].tokenizer
     for sample in (0, 9):
         supervised = samples.input_ids(sample)[samples.loss_mask(sample)].tolist()
         if layout == "tokens":
@@ -196,15 +196,15 @@ def test_a_zst_file_may_have_several_frames_and_must_be_whole(tmp_path: Path) ->
         values(write_bytes(tmp_path / "b.zst", frames[:-5]))
 
 
-def test_a_format_can_be_forced(tmp_path: Path, maskers: dict[str, Masker]) -> None:
+def test_a_format_can_be_forced(tmp_path: Path, encoders: dict[str, ConversationEncoder]) -> None:
     both = {"messages": TWO, "text": "one bird"}
     path = write_bytes(tmp_path / "a.txt", as_lines([both]))
-    made = planned(maskers["assistant"], path, input_format="jsonl,text")
-    assert maskers["assistant"].tokenizer.decode(made.samples.input_ids(0).tolist()) == "one bird"
+    made = planned(encoders["assistant"], path, input_format="jsonl,text")
+    assert encoders["assistant"].tokenizer.decode(made.samples.input_ids(0).tolist()) == "one bird"
     with pytest.raises(BadInputError, match="cannot be read as parquet"):
-        planned(maskers["assistant"], path, input_format="parquet")
+        planned(encoders["assistant"], path, input_format="parquet")
     with pytest.raises(BadInputError, match=r"xml.*expected one of json, jsonl"):
-        planned(maskers["assistant"], path, input_format="xml")
+        planned(encoders["assistant"], path, input_format="xml")
 
 
 def test_columns_without_rows_are_not_read_and_nulls_are_no_keys(tmp_path: Path) -> None:
@@ -319,12 +319,14 @@ def test_without_weights_rows_keep_their_order_and_a_limit_takes_the_first(tmp_p
         drawn(f"{a}:1.5")
 
 
-def test_exact_duplicates_are_dropped_and_counted_where_asked(tmp_path: Path, maskers: dict[str, Masker]) -> None:
+def test_exact_duplicates_are_dropped_and_counted_where_asked(
+    tmp_path: Path, encoders: dict[str, ConversationEncoder]
+) -> None:
     rows = conversations(4)
     path = write_bytes(tmp_path / "a.jsonl", as_lines([*rows, *rows[:2], {**rows[0], "id": 7}]))
     again = write_parquet(tmp_path / "b.parquet", rows)
-    assert len(planned(maskers["assistant"], path, again).samples) == 11
-    counts = planned(maskers["assistant"], path, again, drop_duplicates=True).counts()
+    assert len(planned(encoders["assistant"], path, again).samples) == 11
+    counts = planned(encoders["assistant"], path, again, drop_duplicates=True).counts()
     assert counts["samples"] == 4 and counts["rejects"] == {"duplicate": 7}
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import ONE, SHAPES, TWO, masker
+from chat_templates import ONE, SHAPES, TWO, encoder
 from tiny_target import SPECIAL, WITHOUT_TAGS
 from transformers import AutoTokenizer
 
 from dflash_offline.stages.conversations.content import Chat, Text, Tokens, read_messages
-from dflash_offline.stages.conversations.loss_mask import Masker, UnmaskableError
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder, UnmaskableError
 
 SYSTEM = [{"role": "system", "content": "the blue"}]
 
@@ -19,9 +19,9 @@ def thought(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [*messages[:-1], messages[-1] | {"reasoning_content": "nine likes"}]
 
 
-def supervised(made: Masker, content: Any) -> str:
+def supervised(made: ConversationEncoder, content: Any) -> str:
     """Return the supervised tokens of a content, or of a list of messages, as text."""
-    sample = made.tokenize(read_messages({"messages": content}) if isinstance(content, list) else content)
+    sample = made.encode(read_messages({"messages": content}) if isinstance(content, list) else content)
     return str(made.tokenizer.decode(sample.input_ids[sample.loss_mask].tolist()))
 
 
@@ -43,9 +43,9 @@ def supervised(made: Masker, content: Any) -> str:
 def test_supervised_are_the_assistants_words_and_the_end_of_turn(
     tmp_path: Path, shape: str, messages: list[dict[str, str]], assistant: str, last_turn: str
 ) -> None:
-    assert supervised(masker(tmp_path / "a", shape), messages) == assistant
-    assert supervised(masker(tmp_path / "b", shape, mask="last-turn"), messages) == last_turn
-    everything = masker(tmp_path / "c", shape, mask="all")
+    assert supervised(encoder(tmp_path / "a", shape), messages) == assistant
+    assert supervised(encoder(tmp_path / "b", shape, mask="last-turn"), messages) == last_turn
+    everything = encoder(tmp_path / "c", shape, mask="all")
     plain = AutoTokenizer.from_pretrained(tmp_path / "c").apply_chat_template(messages, tokenize=False)
     assert supervised(everything, messages) == plain
 
@@ -53,7 +53,7 @@ def test_supervised_are_the_assistants_words_and_the_end_of_turn(
 @pytest.mark.parametrize("end", ["é", "the 日本", "🐕 ", "dog\n"])
 def test_an_answer_that_ends_in_several_tokens_of_a_character_is_supervised_whole(tmp_path: Path, end: str) -> None:
     messages = [*ONE[:1], {"role": "assistant", "content": end}, *TWO[2:]]
-    assert supervised(masker(tmp_path, "words"), messages) == f"{end}<|im_end|>the bird sees<|im_end|>"
+    assert supervised(encoder(tmp_path, "words"), messages) == f"{end}<|im_end|>the bird sees<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_a_template_that_rewrites_history_is_caught(
     tmp_path: Path, shape: str, messages: list[dict[str, str]], kwargs: dict[str, Any], last_turn: str | None
 ) -> None:
     with pytest.raises(UnmaskableError) as caught:
-        supervised(masker(tmp_path / "a", shape, kwargs), messages)
+        supervised(encoder(tmp_path / "a", shape, kwargs), messages)
     assert caught.value.args[0] == "template rewrites history"
-    last = masker(tmp_path / "b", shape, kwargs, mask="last-turn")
+    last = encoder(tmp_path / "b", shape, kwargs, mask="last-turn")
     if last_turn is None:
         with pytest.raises(UnmaskableError, match="template rewrites history"):
             supervised(last, messages)
@@ -81,8 +81,8 @@ def test_a_template_that_rewrites_history_is_caught(
 
 
 def test_a_thinking_switch_moves_what_is_supervised(tmp_path: Path) -> None:
-    assert supervised(masker(tmp_path / "a", "qwen3"), ONE) == "<think>\n\n</think>\n\na red dog<|im_end|>"
-    assert supervised(masker(tmp_path / "b", "qwen3", {"enable_thinking": False}), ONE) == "a red dog<|im_end|>"
+    assert supervised(encoder(tmp_path / "a", "qwen3"), ONE) == "<think>\n\n</think>\n\na red dog<|im_end|>"
+    assert supervised(encoder(tmp_path / "b", "qwen3", {"enable_thinking": False}), ONE) == "a red dog<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_thinking_switch_moves_what_is_supervised(tmp_path: Path) -> None:
     ],
 )
 def test_reasoning_can_be_left_out(tmp_path: Path, shape: str, messages: list[dict[str, str]], expected: str) -> None:
-    without = masker(tmp_path, shape, no_reasoning=True)
+    without = encoder(tmp_path, shape, no_reasoning=True)
     assert supervised(without, messages).lstrip(" ") == expected
     assert without.rule.endswith(", without reasoning")
 
@@ -116,13 +116,13 @@ def test_a_tool_call_is_supervised_and_its_result_is_not(tmp_path: Path) -> None
         {"role": "tool", "content": "two"},
         ONE[1],
     ]
-    made = masker(tmp_path, "tools")
+    made = encoder(tmp_path, "tools")
     chat = read_messages({"messages": messages, "tools": [{"type": "function", "function": {"name": "count"}}]})
     assert supervised(made, chat) == '<tool>count {"cats": 2}</tool><|im_end|>a red dog<|im_end|>'
-    assert '"name": "count"' in made.tokenizer.decode(made.tokenize(chat).input_ids.tolist())
-    everywhere = masker(tmp_path / "b", "tools", {"tools": [{"name": "other"}]})
+    assert '"name": "count"' in made.tokenizer.decode(made.encode(chat).input_ids.tolist())
+    everywhere = encoder(tmp_path / "b", "tools", {"tools": [{"name": "other"}]})
     for tools, name in ((chat.tools, "count"), (None, "other")):
-        text = everywhere.tokenizer.decode(everywhere.tokenize(Chat(chat.messages, tools)).input_ids.tolist())
+        text = everywhere.tokenizer.decode(everywhere.encode(Chat(chat.messages, tools)).input_ids.tolist())
         assert f'"name": "{name}"' in text
 
 
@@ -133,15 +133,15 @@ def test_a_special_token_in_a_message_rejects_the_row_or_is_kept_as_served(
 ) -> None:
     messages = [message | {"content": "a <|im_start|> b"} if message["role"] == role else message for message in ONE]
     with pytest.raises(UnmaskableError) as caught:
-        supervised(masker(tmp_path / "a", shape), messages)
+        supervised(encoder(tmp_path / "a", shape), messages)
     assert caught.value.args[0] == "special token in content"
     assert caught.value.args[1] == f"messages[{role == 'assistant':d}].content spells '<|im_start|>'"
-    kept = supervised(masker(tmp_path / "b", shape, keep_special_tokens=True), messages)
+    kept = supervised(encoder(tmp_path / "b", shape, keep_special_tokens=True), messages)
     assert kept == ("a red dog<|im_end|>" if role == "user" else "a <|im_start|> b<|im_end|>")
 
 
 def test_special_tokens_are_found_in_tools_calls_and_plain_texts(tmp_path: Path) -> None:
-    made = masker(tmp_path, "none")
+    made = encoder(tmp_path, "none")
     call = {"function": {"name": "count", "arguments": {"x": ["<|mask|>"]}}}
     calling = [ONE[0], {"role": "assistant", "content": "a", "tool_calls": [call]}]
     for content, place in (
@@ -150,20 +150,20 @@ def test_special_tokens_are_found_in_tools_calls_and_plain_texts(tmp_path: Path)
         (Text("the <|mask|>"), "text spells"),
     ):
         with pytest.raises(UnmaskableError) as caught:
-            made.tokenize(content)
+            made.encode(content)
         assert caught.value.args[1].startswith(place)
 
 
 def test_reasoning_tags_are_no_injection_even_where_they_are_special(tmp_path: Path) -> None:
     SHAPES["special think"] = (WITHOUT_TAGS, (*SPECIAL, "<think>", "</think>"), "<|im_end|>")
     messages = [ONE[0], {"role": "assistant", "content": "<think>nine</think>a red"}]
-    assert supervised(masker(tmp_path, "special think"), messages) == "<think>nine</think>a red<|im_end|>"
+    assert supervised(encoder(tmp_path, "special think"), messages) == "<think>nine</think>a red<|im_end|>"
 
 
 @pytest.mark.parametrize(("mask", "tokens"), [("assistant", "0110110"), ("last-turn", "0000110"), ("all", "1111111")])
 def test_tokens_keep_their_mask_and_a_text_is_supervised_whole(tmp_path: Path, mask: str, tokens: str) -> None:
-    made = masker(tmp_path, "none", mask=mask)
-    given = made.tokenize(Tokens([5, 6, 7, 8, 9, 10, 11], [0, 1, 1, 0, 1, 1, 0]))
+    made = encoder(tmp_path, "none", mask=mask)
+    given = made.encode(Tokens([5, 6, 7, 8, 9, 10, 11], [0, 1, 1, 0, 1, 1, 0]))
     assert "".join(str(int(one)) for one in given.loss_mask) == tokens
     assert supervised(made, Text("the cat sees\n")) == "the cat sees\n"
 
@@ -171,5 +171,5 @@ def test_tokens_keep_their_mask_and_a_text_is_supervised_whole(tmp_path: Path, m
 def test_an_answer_without_a_question_is_refused_only_where_it_must_be_told(tmp_path: Path) -> None:
     backwards = [ONE[1], *TWO]
     with pytest.raises(UnmaskableError, match="begins with an assistant turn"):
-        supervised(masker(tmp_path / "a", "none"), backwards)
-    assert supervised(masker(tmp_path / "b", "none", mask="last-turn"), backwards) == "the bird sees<|im_end|>"
+        supervised(encoder(tmp_path / "a", "none"), backwards)
+    assert supervised(encoder(tmp_path / "b", "none", mask="last-turn"), backwards) == "the bird sees<|im_end|>"

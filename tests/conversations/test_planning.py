@@ -1,14 +1,15 @@
 """The plan made in batches and processes says what the plain one says, row by row, on anything."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from array import array
+import tracemalloc
 from contextlib import closing
-from itertools import repeat
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations import plan as samples
-from dflash_offline.stages.conversations import processes as row_processes
-from dflash_offline.stages.conversations import tokenize as row_batches
+from dflash_offline.stages.conversations import tokenize
 from dflash_offline.stages.conversations.content import Chat
-from dflash_offline.stages.conversations.loss_mask import Masker
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan
-from dflash_offline.stages.conversations.processes import outcomes
 from dflash_offline.stages.conversations.sources import Data
-from dflash_offline.stages.conversations.tokenize import RowWorker, batches, unread
+from dflash_offline.stages.conversations.tokenize import RowTokenizer, batches, tokenize_rows, unparsed
 from dflash_offline.stages.target.files import TargetFiles
 
 WORDS = [
@@ -163,7 +161,9 @@ def compared(plan: Plan, config: ExtractConfig, files: TargetFiles) -> None:
 
 def planned(config: ExtractConfig, files: TargetFiles, folder: Path, num_processes: int = 1) -> Plan:
     folder.mkdir()
-    return make_plan(config, Data(config), Masker(files, config), 64, folder, lambda _rows: None, num_processes)
+    return make_plan(
+        config, Data(config), ConversationEncoder(files, config), 64, folder, lambda _rows: None, num_processes
+    )
 
 
 def settings(tmp_path: Path, *data: Path, **more: Any) -> ExtractConfig:
@@ -192,9 +192,9 @@ def test_any_tokenizer_is_planned_as_plainly(tmp_path: Path, shape: str, change:
 @pytest.mark.parametrize("shape", ["tags", "none"])
 def test_blanks_within_an_answer_are_supervised_though_a_tokenizer_trims_places(tmp_path: Path, shape: str) -> None:
     files = target(tmp_path / "target", shape, "trimmed")
-    masker = Masker(files, settings(tmp_path, tmp_path / "a.jsonl"))
+    encoder = ConversationEncoder(files, settings(tmp_path, tmp_path / "a.jsonl"))
     answer = "one \n\n  two"
-    made = masker.tokenize(Chat([{"role": "user", "content": "a b"}, {"role": "assistant", "content": answer}]))
+    made = encoder.encode(Chat([{"role": "user", "content": "a b"}, {"role": "assistant", "content": answer}]))
     assert files.tokenizer.decode(made.input_ids[made.loss_mask]) == f"{answer}<|im_end|>"
 
 
@@ -210,16 +210,16 @@ def test_a_template_of_the_users_own_and_tools_for_all_rows_are_rendered_as_plai
 def slowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have this process take its time over a batch, so that others get some; returns the sizes of its own."""
     own: list[int] = []
-    work = RowWorker.__call__
+    work = RowTokenizer.__call__
 
-    def slow(self: RowWorker, batch: Any) -> Any:
+    def slow(self: RowTokenizer, batch: Any) -> Any:
         own.append(len(batch))
         time.sleep(0.2)
         return work(self, batch)
 
-    monkeypatch.setattr(RowWorker, "__call__", slow)
-    monkeypatch.setattr(row_processes, "ALONE_BYTES", 1)
-    monkeypatch.setattr(row_batches, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(RowTokenizer, "__call__", slow)
+    monkeypatch.setattr(tokenize, "ALONE_BYTES", 1)
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 4000)
     return own
 
 
@@ -246,69 +246,71 @@ def test_a_process_that_is_killed_is_named_and_the_others_end(tmp_path: Path, mo
     files = target(tmp_path / "target", "none")
     config = settings(tmp_path, write_hostile(tmp_path / "a.jsonl", 200))
     slowed(monkeypatch)
-    helpers: list[Any] = []
-    start = row_processes._Helper.__init__
-    monkeypatch.setattr(row_processes._Helper, "__init__", lambda self: (helpers.append(self), start(self))[1])
     rows = list(Data(config).raw_rows())[:50]
-    worker = RowWorker(config, Masker(files, config), None)
+    worker = RowTokenizer(config, ConversationEncoder(files, config), None)
+    started: list[int] = []
     with (
         pytest.raises(DflashError, match=r"was killed by SIGKILL\. If the machine ran out of memory"),
-        closing(outcomes(repeat(rows), worker, 2)) as endless,
+        closing(tokenize_rows(cycle(rows), worker, 2)) as endless,
     ):
         for count, _ in enumerate(endless):
             if count == 5:
-                helpers[0].process.kill()
-    assert [helper.process.returncode for helper in helpers] == [-signal.SIGKILL] * 2
+                started = children()
+                os.kill(started[0], signal.SIGKILL)
+    assert len(started) == 2 and not any(map(is_running, started))
+
+
+def children() -> list[int]:
+    """Return the ids of the processes that this one started."""
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
 
 def test_a_fault_of_our_own_in_a_process_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = target(tmp_path / "target", "none")
     config = settings(tmp_path, write_hostile(tmp_path / "a.jsonl", 200))
     slowed(monkeypatch)
-    worker = RowWorker(config, Masker(files, config), "no such layout")
-    whole = RowWorker(config, worker.masker, None)
-    monkeypatch.setattr(RowWorker, "__call__", lambda _self, _batch: whole)  # here all goes well
+    worker = RowTokenizer(config, ConversationEncoder(files, config), "no such layout")
+    whole = RowTokenizer(config, worker.encoder, None)
+    monkeypatch.setattr(RowTokenizer, "__call__", lambda _self, _batch: whole)  # here all goes well
     rows = list(Data(config).raw_rows())[:3]
     with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*KeyError: 'no such layout'"):
-        for _ in outcomes(repeat(rows), worker, 1 + 1):
+        for _ in tokenize_rows(cycle(rows), worker, 2):
             time.sleep(0.01)
 
 
 _ENDLESS = """
 import sys
-from itertools import repeat
+from itertools import cycle
 from pathlib import Path
-sys.path[:0] = {tests!r}
-from test_planning import Data, Masker, RowWorker, outcomes, row_processes, settings, target, write_hostile
+sys.path.insert(0, {tests!r})
+from test_planning import *
 folder = Path({folder!r})
 config = settings(folder, write_hostile(folder / "a.jsonl", 200))
-worker = RowWorker(config, Masker(target(folder / "target", "none"), config), None)
-row_processes.ALONE_BYTES = 1
-helpers, start = [], row_processes._Helper.__init__
-row_processes._Helper.__init__ = lambda self: (helpers.append(self), start(self))[1]
+worker = RowTokenizer(config, ConversationEncoder(target(folder / "target", "none"), config), None)
+tokenize.ALONE_BYTES, tokenize.BATCH_ROWS = 1, 20
 rows = list(Data(config).raw_rows())[:20]
-for count, _ in enumerate(outcomes(repeat(rows), worker, 2)):
+for count, _ in enumerate(tokenize_rows(cycle(rows), worker, 2)):
     if count == 200:
-        print(*(helper.process.pid for helper in helpers), flush=True)
+        print(*children(), flush=True)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, end: signal.Signals) -> None:
-    script = _ENDLESS.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], folder=str(tmp_path))
+    script = _ENDLESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         started = [int(pid) for pid in process.stdout.readline().split()]
         assert len(started) == 2
         process.send_signal(end)
     deadline = time.monotonic() + 30
-    while any(_is_running(pid) for pid in started):
+    while any(is_running(pid) for pid in started):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
     except OSError:
@@ -316,14 +318,14 @@ def _is_running(pid: int) -> bool:
 
 
 def test_a_batch_is_full_by_bytes_or_rows_and_no_row_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_batches, "BATCH_BYTES", 500)
-    monkeypatch.setattr(row_batches, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tokenize, "BATCH_BYTES", 500)
+    monkeypatch.setattr(tokenize, "BATCH_ROWS", 3)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "a" * length}) + "\n" for length in [1, 1, 1, 1, 600, 300, 300, 1]))
     found = list(batches(Data(settings(tmp_path, path)).raw_rows()))
     assert [len(batch) for batch in found] == [3, 1, 1, 1, 2]
     assert [row.line for batch in found for row in batch] == list(range(1, 9))
-    assert all(is_json for batch in found for _, _, is_json in unread(batch))
+    assert all(is_json for batch in found for _, _, is_json in unparsed(batch))
 
 
 def test_a_tokenizer_that_encodes_its_own_way_is_asked_itself(tmp_path: Path) -> None:
@@ -336,28 +338,23 @@ def test_a_tokenizer_that_encodes_its_own_way_is_asked_itself(tmp_path: Path) ->
 
     files.tokenizer.__class__ = Own
     config = settings(tmp_path, write_hostile(tmp_path / "a.jsonl", 60), keep_special_tokens=True)
-    masker = Masker(files, config)
-    assert not masker.tokenizer.portable
+    encoder = ConversationEncoder(files, config)
+    assert not encoder.tokenizer.portable
     compared(planned(config, files, tmp_path / "plan", num_processes=2), config, files)
     files.tokenizer.__class__ = usual
-    assert Masker(files, config).tokenizer.portable
+    assert ConversationEncoder(files, config).tokenizer.portable
 
 
-def test_memory_holds_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collected plan keeps fewer than 64 bytes a row, hashes of duplicates included."""
-    files = target(tmp_path / "target", "none")
-    rows = [{"text": f"the cat sees {i}"} for i in range(4000)]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held: list[int] = []
-    write = samples._Collected.write
-
-    def weighed(self: Any, *arguments: Any) -> Any:
-        numbers = [value for value in vars(self).values() if isinstance(value, array)]
-        held.append(sum(map(len, self._seen._tables)) + sum(map(sys.getsizeof, numbers)))
-        return write(self, *arguments)
-
-    monkeypatch.setattr(samples._Collected, "write", weighed)
-    plan = planned(settings(tmp_path, path, drop_duplicates=True), files, tmp_path / "plan")
-    assert len(plan.samples) == 4000
-    assert 40 * 4000 < held[0] < 64 * 4000
+@pytest.mark.parametrize(("drop_duplicates", "most"), [(False, 64), (True, 256)])
+def test_memory_grows_by_numbers_and_hashes_alone(tmp_path: Path, drop_duplicates: bool, most: int) -> None:
+    """A plan of more rows takes at most so many bytes more for each."""
+    files, peaks = target(tmp_path / "target", "none"), []
+    for count in (3000, 13_000):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"the cat sees {i}"}) + "\n" for i in range(count)))
+        tracemalloc.start()
+        plan = planned(settings(tmp_path, path, drop_duplicates=drop_duplicates), files, tmp_path / f"{count}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(plan.samples) == count
+    assert peaks[1] - peaks[0] < most * 10_000
