@@ -105,6 +105,19 @@ def publish(pieces: Iterable[Piece], *, temporary: Path, path: Path) -> str:
     return sha256
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """Make a file that the user named hold the content, whole or not at all; a device or a pipe is written into."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    final = path.resolve()  # of a link, the file that it names
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        publish([content], temporary=temporary, path=final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def move_synced(temporary: Path, path: Path) -> None:
     """Give a synced file its final name, durably."""
     fresh = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]

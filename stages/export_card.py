@@ -1,5 +1,6 @@
 """The README.md of an exported draft: what it is, how it was made, what was measured, and how each server runs it."""
 
+import shlex
 from typing import Any
 
 from dflash_offline.schemas.draft.config import DraftConfig
@@ -17,26 +18,28 @@ _RECIPE = (
 
 _ZLAB = """A block holds one anchor and {drafted} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
 
-    vllm serve {target} --speculative-config \\
+    vllm serve {quoted} --speculative-config \\
       '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
-    python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH \\
+    python -m sglang.launch_server --model-path {quoted} --speculative-algorithm DFLASH \\
       --speculative-draft-model-path THIS_FOLDER --speculative-num-draft-tokens {block}
 """
 _SPECULATORS = """The speculators format. Its layer ids are {aux}, one more than those above: entries of
 transformers' hidden states, of which entry 0 is the embedding. Embeddings and head are the target's own.
 
-    vllm serve {target} --speculative-config '{{"model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
+    vllm serve {quoted} --speculative-config '{{"model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
 SGLang does not read this format; for it, export with `--format zlab` and serve {block} draft tokens.
 """
 _TRANSFORMERS = """For transformers' own generator, 5.23 or newer. vLLM and SGLang want the draft exported with
 `--format zlab`, and then {drafted} speculative tokens in vLLM and {block} draft tokens in SGLang.
 
-    from transformers import AutoModelForCausalLM, MuseGlimmerAssistantModel
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MuseGlimmerAssistantModel
 
-    target = AutoModelForCausalLM.from_pretrained("{target}")
+    target = AutoModelForCausalLM.from_pretrained({target!r})
     draft = MuseGlimmerAssistantModel.from_pretrained("THIS_FOLDER", dtype=target.dtype)
+    ids = AutoTokenizer.from_pretrained({target!r})("Once upon a time", return_tensors="pt").input_ids
     positions = torch.arange(ids.shape[1])[None]
     target.generate(ids, assistant_model=draft, speculation_type="dflash", position_ids=positions)
 """
@@ -67,6 +70,7 @@ def card(
     texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
     serving = texts.get(kind, _TRANSFORMERS).format(
         target=origin["target"],
+        quoted=shlex.quote(origin["target"]),
         drafted=config.block_size - 1,
         block=config.block_size,
         aux=", ".join(str(i + 1) for i in config.target_layer_ids),
@@ -79,9 +83,9 @@ mask token {config.mask_token_id}. Trained by `dflash-offline` from cached featu
 
 | | |
 |---|---|
-| target | {origin["target"]}, config sha256 {origin["target_identity"]["config_sha256"]} |
+| target | {_cell(origin["target"])}, config sha256 {origin["target_identity"]["config_sha256"]} |
 | cache | manifest {", ".join(identity["caches"])} |
-| recipe | {recipe} |
+| recipe | {_cell(recipe)} |
 | software | {", ".join(f"{name} {version}" for name, version in sorted(origin["software"].items()))} |
 
 ## Acceptance
@@ -110,6 +114,11 @@ def _measured(state: TrainState, found: dict[str, Any] | None) -> str:
         for name, group in found.get("acceptance_by_kind", {}).items():
             lines.append(f"- {name}: {_figure(group['pooled'])} over {group['prompts']} prompts")
     return "\n".join(lines or ["Not measured."]) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Return the text of a table's cell."""
+    return text.replace("|", "\\|")
 
 
 def _figure(value: float | None) -> str:

@@ -22,6 +22,7 @@ from dflash_offline.pipeline.arguments import (
 )
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.schemas.files import write_output
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.schemas.settings.shared import DTYPES
 
@@ -100,7 +101,7 @@ def evaluate(
         text = json.dumps(result.to_json(), indent=1)
         print(text) if json_ else report.print_report(result)
         if save is not None:
-            save.write_text(text + "\n")
+            write_output(save, f"{text}\n".encode())
         if html is not None:
             eval_page.write_eval_page(result, html, token_decoder(config) if config.target else None)
             if not json_:

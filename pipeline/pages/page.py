@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 
-from dflash_offline.schemas.files import publish
+from dflash_offline.schemas.files import write_output
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,7 +26,7 @@ def write_page(path: Path, template: str, scripts: tuple[str, ...] = (), **value
     text = environment.get_template(template).render(
         script=script, script_hash=digest, style=(TEMPLATES / "page.css").read_text(), **values
     )
-    publish([text.encode("utf-8", "replace")], temporary=path.with_name(f".{path.name}.{os.getpid()}"), path=path)
+    write_output(path, text.encode("utf-8", "replace"))
 
 
 def page_bytes(value: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.run import settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.draft.model import DraftModel, default_backend
@@ -217,10 +217,11 @@ class Training:
         samples = sorted({int(sample) for batch in rows for row in batch for sample in row})
         cache, number = self.corpus.locate(samples[0])
         saved = list_checkpoints(self.config.out)
+        look = dflash_line("inspect", self.corpus.readers[cache].cache, "--sample", number)
         raise DflashError(
             f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
             f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "
-            f"samples with `dflash inspect {self.corpus.readers[cache].cache} --sample {number}`."
+            f"samples with `{look}`."
         )
 
     def validate(self) -> dict[str, Any]:

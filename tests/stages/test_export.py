@@ -1,7 +1,10 @@
 """The exported folder against the table of the checkpoint contract, written out here by hand."""
 
+import ast
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.model import load_draft
 from dflash_offline.stages.export import choose_checkpoint, export, training_record
+from dflash_offline.stages.export_card import card
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
 from dflash_offline.stages.training.checkpoint import read_state
@@ -101,6 +105,27 @@ def test_the_card_gives_each_server_the_number_it_counts(run: Path, tmp_path: Pa
     export(run, tmp_path / "draft")
     card = (tmp_path / "draft/README.md").read_text()
     assert '"num_speculative_tokens": 7' in card and "--speculative-num-draft-tokens 8" in card
+
+
+@pytest.mark.parametrize("name", ['/my models/it\'s "big" $(x)|y', "plain/name", "back\\slash"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_cards_commands_run_with_any_name_of_a_target(run: Path, kind: str, name: str) -> None:
+    record = RunRecord.read(run)
+    record = replace(record, origin=record.origin | {"target": name})
+    checkpoint = choose_checkpoint(run, "last")
+    text = card(record, DraftConfig.read(checkpoint), read_state(checkpoint), kind, None, [])
+    code = "\n".join(line.removeprefix("    ") for line in text.splitlines() if line.startswith("    "))
+    if kind == "transformers":
+        constants = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+        assert name in constants
+        return
+    commands = [shlex.split(line) for line in code.replace("\\\n", "").splitlines() if line]
+    vllm = next(words for words in commands if words[0] == "vllm")
+    assert vllm[:4] == ["vllm", "serve", name, "--speculative-config"]
+    assert json.loads(vllm[4])["num_speculative_tokens"] == 7 and len(vllm) == 5
+    for words in commands:
+        if words[0] == "python":
+            assert words[3:5] == ["--model-path", name]
 
 
 def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """A cache's held-out part, walked without the target and decoded with it."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run as run_command
 from running import dflash
 from safetensors.torch import load_file, save_file
 from tiny_target import save_conversations, save_target
@@ -127,6 +130,33 @@ def test_matplotlib_is_needed_for_the_page_alone(
     monkeypatch.setattr("dflash_offline.pipeline.pages.plots.find_spec", lambda name: None)
     refused = dflash("eval", draft, "--cache", cache, "--html", tmp_path / "page.html")
     assert refused.exit_code == 1 and "needs matplotlib" in refused.stderr
+
+
+@pytest.mark.parametrize("flag", ["--save", "--html"])
+def test_a_file_that_was_asked_for_is_replaced_whole_or_kept(
+    draft: Path, cache: Path, tmp_path: Path, flag: str
+) -> None:
+    (tmp_path / "real").mkdir()
+    real, name = tmp_path / "real/found", tmp_path / "found"
+    real.write_text("what was found before")
+    name.symlink_to(real)
+    arguments = ["eval", str(draft), "--cache", str(cache), flag, str(name), "--quiet"]
+    code, said = run_command(arguments, most_file_bytes=1000)
+    assert code != 0 and "found" in said
+    assert real.read_text() == "what was found before"
+    assert run_command(arguments)[0] == 0
+    assert len(real.read_bytes()) > 1000 and name.is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["found", "found", "real"]
+
+
+def test_a_result_may_be_saved_into_a_pipe(draft: Path, cache: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        assert dflash("eval", draft, "--cache", cache, "--save", pipe, "--quiet").exit_code == 0
+        assert json.loads(read.result())["offline"]
+    assert pipe.is_fifo()
 
 
 @pytest.mark.slow
