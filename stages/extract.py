@@ -57,7 +57,8 @@ from dflash_offline.stages.store.leftovers import remove_abandoned
 from dflash_offline.stages.store.plan_wait import wait_for_plan
 from dflash_offline.stages.store.shard_file import CODEC
 from dflash_offline.stages.store.writer import ShardWriter
-from dflash_offline.stages.target.files import TargetFiles, check_layer_ids, default_layer_ids, open_target
+from dflash_offline.stages.target.files import TargetFiles, open_target
+from dflash_offline.stages.target.layer_ids import check_layer_ids, default_layer_ids
 from dflash_offline.stages.target.mask_token import choose_mask_token
 from dflash_offline.stages.target.model import (
     choose_device,

@@ -180,7 +180,8 @@ def _try_target(name: str) -> None:
 
 def _target(name: str) -> dict[str, Any]:
     from dflash_offline.schemas.errors import DflashError
-    from dflash_offline.stages.target.files import default_layer_ids, open_target
+    from dflash_offline.stages.target.files import open_target
+    from dflash_offline.stages.target.layer_ids import default_layer_ids
     from dflash_offline.stages.target.model import quiet_libraries
 
     quiet_libraries()

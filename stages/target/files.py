@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,46 +60,6 @@ def _refuse_parts_elsewhere(folder: Path, trust_remote_code: bool) -> None:
                 f"Copy those modules into the folder and drop what stands before `--` in auto_map, or leave "
                 f"--trust-remote-code out."
             )
-
-
-def default_layer_ids(num_target_layers: int, num_layers: int | None) -> tuple[int, ...]:
-    """Return `num_layers` layer ids spread over the target, or as many as fit up to five if None.
-
-    One layer gives T // 2, more give round(1 + i (T - 4) / (n - 1)): the rule of z-lab's reference client.
-    """
-
-    def spread(n: int) -> list[int]:
-        if n == 1:
-            return [num_target_layers // 2]
-        return [round(1 + i * (num_target_layers - 4) / (n - 1)) for i in range(n)]
-
-    def usable(n: int) -> bool:
-        ids = spread(n)
-        return ids == sorted(set(ids)) and ids[-1] <= num_target_layers - 2
-
-    largest = max((n for n in range(1, num_target_layers) if usable(n)), default=0)
-    if largest == 0:
-        raise UnsupportedTargetError(
-            f"The target has {num_target_layers} layers; a draft needs one that is not the last. Use a larger target."
-        )
-    n = min(5, largest) if num_layers is None else num_layers
-    if n < 1 or not usable(n):
-        some = ",".join(map(str, range(max(1, min(n, num_target_layers - 1)))))
-        raise DflashError(
-            f"{n} layers cannot be spread over a target of {num_target_layers} layers without repeating one. "
-            f"The largest usable number is {largest}; or name them, as in --layers {some}."
-        )
-    return tuple(spread(n))
-
-
-def check_layer_ids(ids: Sequence[int], num_target_layers: int) -> tuple[int, ...]:
-    """Return the ids if they are unique, ascending and captured before the final norm."""
-    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > num_target_layers - 2:
-        raise DflashError(
-            f"The layers {list(ids)} cannot be captured from a target of {num_target_layers} layers: expected unique "
-            f"ascending ids from 0 to {num_target_layers - 2} (the last layer's output is never captured)."
-        )
-    return tuple(ids)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from dflash_offline.pipeline.doctor.machine import time_codec
 from dflash_offline.schemas.manifest import FEATURES, HIDDEN, FeatureLayout
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import CacheReader
-from dflash_offline.stages.target.files import default_layer_ids
+from dflash_offline.stages.target.layer_ids import default_layer_ids
 
 WIDTH = 2048
 NUM_CONVERSATIONS = 150

@@ -31,7 +31,7 @@ from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import CacheReader
 from dflash_offline.stages.store.codec import NAN
-from dflash_offline.stages.target.files import default_layer_ids, open_target
+from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import capture, load_model
 
 ZARR_READER = """
@@ -92,16 +92,6 @@ def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
     torch.testing.assert_close(caught[0], states[1], rtol=0, atol=0)
     torch.testing.assert_close(caught[1], states[5], rtol=0, atol=0)
     torch.testing.assert_close(model.get_decoder().norm(caught[2]), states[6], rtol=0, atol=0)
-
-
-def test_default_layers_follow_the_reference_rule() -> None:
-    assert default_layer_ids(36, 5) == (1, 9, 17, 25, 33)
-    assert default_layer_ids(36, 1) == (18,)
-    assert default_layer_ids(6, None) == (1, 2, 3)
-    with pytest.raises(DflashError, match="largest usable number is 3"):
-        default_layer_ids(6, 5)
-    with pytest.raises(DflashError, match=r"as in --layers 0,1,2\."):  # the layers that a target of four has
-        default_layer_ids(4, 7)
 
 
 def test_micro_batches_hold_every_sample_once_and_keep_to_the_budget(cache: Path) -> None:

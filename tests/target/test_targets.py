@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -235,3 +238,22 @@ def test_weights_are_hashed_once_and_again_when_replaced_by_some_of_the_same_siz
     assert sha256() == hashlib.sha256(b"six").hexdigest()
     target_files._noted_sha256.cache_clear()
     assert target_files._cached_sha256(weights) == hashlib.sha256(b"six").hexdigest() and len(hashed) == 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("settings", [{}, {"MALLOC_MMAP_THRESHOLD_": "4096"}])
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(settings: dict[str, str]) -> None:
+    code = (
+        "import resource, ctypes; from dflash_offline.stages.target.model import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20): bytearray(64 << 20)[:: 4096] = bytes(16384)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first = faults(); keep_freed_memory(); faults(); print(first, faults())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | settings, check=True, capture_output=True, text=True
+    )
+    before, after = map(int, run.stdout.split())
+    assert before > 100_000
+    assert after > 100_000 if settings else after < 1_000
