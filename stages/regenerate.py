@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,8 @@ from dflash_offline.stages.progress import Progress, Silent
 
 IDENTITY = "identity"
 ANSWERS = "answers"
+ROWS = "rows"
+PROVENANCE = "provenance"
 REJECTS = "rejects"
 FORMAT = "dflash-regenerated"
 
@@ -82,45 +84,24 @@ def regenerate(config: RegenerateConfig, progress: Progress | None = None) -> Re
 
     Beside it stand the rejects, if there are any, and last the provenance, which says what made it. Until then the
     answers are kept in a folder beside it, from which the same call goes on. Raises `DflashError` for bad rows, for
-    settings other than those it was begun with, and where no server answers.
+    settings other than those it was begun with, for data that changes meanwhile, and where no server answers.
     """
     progress = progress or Silent()
-    answerer = _answerer(config, progress)
-    data = _data(config)
+    answerer = _choose_answerer(config, progress)
+    data = _find_data(config)
     identity = _identity(config, data, answerer)
-    before = _finished(config.out, identity)
-    if before is not None:
-        return before
+    finished = _finished(config.out, identity)
+    if finished is not None:
+        return finished
     with _work_folder(config.out, identity) as folder:
-        journal = Journal(folder / ANSWERS)
-        try:
-            num_rows, num_open = _survey(config, data, journal, progress)
-            progress.start("Answering", num_rows, "rows", done=num_rows - num_open)
-            began, answers_now = time.perf_counter(), 0
-
-            def note(noted: list[tuple[Dialogue, Answer]]) -> None:
-                nonlocal answers_now
-                journal.note(noted)
-                answers_now += len(noted)
-                rate = answers_now / (time.perf_counter() - began)
-                progress.advance(sum(not dialogue.is_open for dialogue, _ in noted), answers_per_s=f"{rate:.2f}")
-
-            answerer.answer(journal.replay(read_dialogues(data)), note, num_open)
-            seconds = time.perf_counter() - began
-        finally:
-            progress.finish()
-            journal.close()
-        counts = _write_rows(config, folder, journal.replay(read_dialogues(data)))
-        origin = {
-            **answerer.origin(),
-            "data": [str(argument) for argument in config.data],
-            "dflash_offline": version("dflash-offline"),
-        }
-        _publish(config.out, folder, {"identity": identity, "origin": origin, "counts": counts})
-    return _regenerated(config.out, counts, answers_now, seconds)
+        with _unchanged(data, folder) as refuse_changed, closing(Journal(folder / ANSWERS)) as journal:
+            num_answers_now, seconds = _answer(config, data, answerer, journal, progress, refuse_changed)
+            counts = _write_rows(config, folder, journal.replay(read_dialogues(data)))
+        _publish(config, folder, identity, answerer.origin(), counts)
+    return _regenerated(config.out, counts, num_answers_now, seconds)
 
 
-def _answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
+def _choose_answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
     if config.servers:
         from dflash_offline.stages.answers.servers import ServerAnswerer
 
@@ -130,7 +111,7 @@ def _answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
     return LocalAnswerer(config, progress)
 
 
-def _data(config: RegenerateConfig) -> Data:
+def _find_data(config: RegenerateConfig) -> Data:
     chosen = {name: getattr(config, name) for name in ("data", "out", "input_format", "limit", "seed")}
     data = Data(ExtractConfig(**chosen, target=config.target or ""))
     if config.out.resolve() in (file.path.resolve() for source in data.sources for file in source.files):
@@ -162,7 +143,7 @@ def _beside(out: Path, what: str) -> Path:
 
 def _finished(out: Path, identity: dict[str, Any]) -> Regenerated | None:
     """Return what an earlier call left, if it is whole; `DflashError` if `out` is something else."""
-    provenance, partial = _beside(out, "provenance"), _beside(out, "partial")
+    provenance, partial = _beside(out, PROVENANCE), _beside(out, "partial")
     if out.is_dir() or (out.exists() and not provenance.exists() and not (partial / IDENTITY).is_file()):
         raise DflashError(f"{out} exists and was not made by `dflash regenerate`. Name a new file with --out.")
     if not out.exists() or not provenance.exists():
@@ -214,6 +195,55 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(folder)
 
 
+@contextmanager
+def _unchanged(data: Data, folder: Path) -> Iterator[Callable[[], None]]:
+    """Give what raises `BadInputError` if the data changed since it was looked up, and call it at the end.
+
+    Where something failed, what failed is the reading of changed data if it did change.
+    """
+
+    def refuse_changed() -> None:
+        data.refuse_changed(
+            f"The answers in {folder} are all to what it held before: put its content back and repeat the command to "
+            f"go on with them, or remove that folder to have the new content answered."
+        )
+
+    try:
+        yield refuse_changed
+    except Exception:
+        refuse_changed()
+        raise
+    refuse_changed()
+
+
+def _answer(
+    config: RegenerateConfig,
+    data: Data,
+    answerer: Answerer,
+    journal: Journal,
+    progress: Progress,
+    refuse_changed: Callable[[], None],
+) -> tuple[int, float]:
+    """Have every open turn answered into the journal; returns the number of answers and the seconds they took."""
+    num_rows, num_open = _survey(config, data, journal, progress)
+    progress.start("Answering", num_rows, "rows", done=num_rows - num_open)
+    began, num_answers = time.perf_counter(), 0
+
+    def note(answered: list[tuple[Dialogue, Answer]]) -> None:
+        nonlocal num_answers
+        refuse_changed()  # an answer is kept only beside the hash of the question that it answers
+        journal.note(answered)
+        num_answers += len(answered)
+        rate = num_answers / (time.perf_counter() - began)
+        progress.advance(sum(not dialogue.is_open for dialogue, _ in answered), answers_per_s=f"{rate:.2f}")
+
+    try:
+        answerer.answer(journal.replay(read_dialogues(data)), note, num_open)
+    finally:
+        progress.finish()
+    return num_answers, time.perf_counter() - began
+
+
 def _survey(config: RegenerateConfig, data: Data, journal: Journal, progress: Progress) -> tuple[int, int]:
     """Return how many rows there are and how many are to be answered yet; `BadInputError` naming the bad ones."""
     num_rows = num_open = num_bad = 0
@@ -253,7 +283,7 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
             rejects.flush()
             os.fsync(rejects.fileno())
 
-    write_synced(folder / "rows", rows())
+    write_synced(folder / ROWS, rows())
     if not num_rows:
         listed = "".join(f"\n  {count} rows: {reason}" for reason, count in left_out.most_common()) or "\n  no rows"
         raise BadInputError(
@@ -263,13 +293,21 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
     return {"rows": num_rows, "answers": num_answers, "left_out": dict(sorted(left_out.items()))}
 
 
-def _publish(out: Path, folder: Path, document: dict[str, Any]) -> None:
+def _publish(
+    config: RegenerateConfig, folder: Path, identity: dict[str, Any], origin: dict[str, Any], counts: dict[str, Any]
+) -> None:
     """Put the new file in place, then what says how it was made; then forget the answers."""
-    document = {"format": FORMAT, **document, "sha256": sha256_file(folder / "rows")}
-    if document["counts"]["left_out"]:
-        move_synced(folder / REJECTS, _beside(out, REJECTS))
+    origin = {
+        **origin,
+        "data": [str(argument) for argument in config.data],
+        "dflash_offline": version("dflash-offline"),
+    }
+    document = {"format": FORMAT, "identity": identity, "origin": origin, "counts": counts}
+    document["sha256"] = sha256_file(folder / ROWS)
+    if counts["left_out"]:
+        move_synced(folder / REJECTS, _beside(config.out, REJECTS))
     else:
-        _beside(out, REJECTS).unlink(missing_ok=True)
-    move_synced(folder / "rows", out)
-    publish([sealed_bytes(document)], temporary=folder / ".provenance", path=_beside(out, "provenance"))
+        _beside(config.out, REJECTS).unlink(missing_ok=True)
+    move_synced(folder / ROWS, config.out)
+    publish([sealed_bytes(document)], temporary=folder / ".provenance", path=_beside(config.out, PROVENANCE))
     shutil.rmtree(folder, ignore_errors=True)

@@ -66,21 +66,20 @@ class Data:
         self.num_not_drawn = 0
         """Rows that weights left out, once `rows` has been read."""
         self._files = [file.path for source in self.sources for file in source.files]
-        self._hashed = [_state(path) for path in self._files]
+        self._states = [_state(path) for path in self._files]
 
     def identity(self) -> dict[str, str]:
         """Return the hash of each file's bytes."""
         return {f"file_{i}_sha256": sha256_file(path) for i, path in enumerate(self._files)}
 
-    def refuse_changed(self) -> None:
-        """Raise `BadInputError` if a file is another than when it was looked up: its hash and its rows, read one after
-        the other, may then be of different content."""
-        changed = [path for path, before in zip(self._files, self._hashed, strict=True) if _state(path) != before]
+    def refuse_changed(
+        self, advice: str = "Nothing was kept of it. Repeat the command when nobody writes there any more."
+    ) -> None:
+        """Raise `BadInputError`, with the advice, if a file is another than when it was looked up: its hash and its
+        rows, read one after the other, may then be of different content."""
+        changed = [path for path, before in zip(self._files, self._states, strict=True) if _state(path) != before]
         if changed:
-            raise BadInputError(
-                f"{', '.join(map(str, changed))} changed while being read; nothing was kept of it. Repeat the command "
-                f"when nobody writes to the data any more."
-            )
+            raise BadInputError(f"{', '.join(map(str, changed))} changed while being read. {advice}")
 
     @property
     def weights(self) -> list[float] | None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 from chat_server import NONSENSE, ChatServer, answer_to
 from running import dflash, refused, without_torch
 
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.stages import regenerate as stage
 from dflash_offline.stages.answers import servers as server_module
 from dflash_offline.stages.answers.server_choice import ServersGoneError
 from dflash_offline.stages.regenerate import Regenerated, regenerate
@@ -340,3 +341,59 @@ def test_interrupting_keeps_the_answers_and_exits_with_130(tmp_path: Path) -> No
         before = len(server.requests)
         subprocess.run(command(data, out, server), check=True, capture_output=True)
     assert out.read_text() == expected(rows) and len(server.requests) - before <= 120 - 14
+
+
+def edited_while_answered(data: Path, edit: Callable[[], object]) -> ChatServer:
+    """Return a slow server that has the data edited before its eighth answer."""
+    num_asked = 0
+
+    def fault(_content: str, _tries: int) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 8:
+            edit()
+
+    return ChatServer(fault, seconds=0.01)
+
+
+@pytest.mark.parametrize("last_edited", [39, 2], ids=["all rows", "rows that were answered"])
+def test_data_edited_while_it_is_answered_is_refused_and_its_content_goes_on_once_it_is_back(
+    tmp_path: Path, last_edited: int
+) -> None:
+    rows = chats(40)
+    data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"
+    other = json.loads(json.dumps(rows).replace("turn", "TURN"))[: last_edited + 1] + rows[last_edited + 1 :]
+    with (
+        edited_while_answered(data, lambda: save(data, other)) as server,
+        pytest.raises(BadInputError, match=r"(?s)chats\.jsonl changed while being read.*new\.jsonl\.partial"),
+    ):
+        run(data, out, server, concurrency=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "new.jsonl.partial"]
+    with ChatServer() as server:
+        with pytest.raises(MismatchError, match="data"):
+            run(data, out, server)
+        save(data, rows)
+        done = run(data, out, server)
+    assert out.read_text() == expected(rows) and 0 < done.num_answers_now < done.num_answers
+
+
+def test_rows_added_while_the_last_one_is_answered_are_refused_by_the_command(tmp_path: Path) -> None:
+    data, out = save(tmp_path / "chats.jsonl", chats(5)), tmp_path / "new.jsonl"
+    with edited_while_answered(data, lambda: save(data, chats(7))) as server:
+        result = dflash(*command(data, out, server)[3:])
+    refused(result, "chats.jsonl changed while being read", "put its content back")
+    assert not out.exists() and not Path(f"{out}.provenance").exists()
+
+
+def test_data_edited_while_the_rows_are_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = save(tmp_path / "chats.jsonl", chats(4)), tmp_path / "new.jsonl"
+    write = stage.write_synced
+
+    def edit_after_writing(path: Path, content: Iterable[bytes]) -> None:
+        write(path, content)
+        save(data, chats(5))
+
+    monkeypatch.setattr(stage, "write_synced", edit_after_writing)
+    with ChatServer() as server, pytest.raises(BadInputError, match="changed while being read"):
+        run(data, out, server)
+    assert not out.exists() and not Path(f"{out}.provenance").exists()
