@@ -17,7 +17,7 @@ from dflash_offline.stages.conversations.prompts import Prompt
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.export import choose_checkpoint, training_record
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import read_state
 from dflash_offline.stages.training.corpus import Corpus
@@ -39,7 +39,7 @@ class HeldOut:
     """False where the draft was not trained from this cache, or does not say; then these are all its samples."""
 
     @property
-    def reader(self) -> CacheReader:
+    def reader(self) -> Cache:
         """The cache."""
         return self.corpus.readers[0]
 
@@ -98,7 +98,7 @@ def as_prompts(held: HeldOut) -> list[tuple[Prompt, list[int]]]:
         if 0 < first < last
     ]
     if not prompts:
-        raise DflashError(f"{held.reader.cache} holds no answer of two tokens or more that follows a prompt.")
+        raise DflashError(f"{held.reader.path} holds no answer of two tokens or more that follows a prompt.")
     return prompts
 
 

@@ -52,7 +52,8 @@ from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
-from dflash_offline.stages.store.cache import create_arrays, open_codec, publish_cache
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.create import create_arrays, publish_cache
 from dflash_offline.stages.store.leftovers import remove_abandoned
 from dflash_offline.stages.store.plan_wait import wait_for_plan
 from dflash_offline.stages.store.shard_file import CODEC
@@ -280,19 +281,20 @@ class Extraction:
             },
         }
 
-    def open_work(self, manifest: Manifest, samples: SampleTable) -> Work:
+    def open_work(self, cache: Cache) -> Work:
         """Return what runs the cache's shards in this process; `MismatchError` if its target is not the cache's."""
         refuse_other_identity(
-            self.config.out, {"target": manifest.identity["target"]}, {"target": self.target_identity}
+            cache.path, {"target": cache.manifest.identity["target"]}, {"target": self.target_identity}
         )
-        codec = open_codec(self.config.out, manifest)
         if self.device.type == "cpu":
-            torch.set_num_threads(manifest.plan["cpu_threads"])  # the last bits of a product depend on their number
-        writer = ShardWriter(self.config.out, manifest, samples, codec)
+            torch.set_num_threads(
+                cache.manifest.plan["cpu_threads"]
+            )  # the last bits of a product depend on their number
+        writer = ShardWriter(cache)
         return Work(
             writer=writer,
             capturer=self.capturer,
-            encoder=FeatureEncoder(codec),
+            encoder=FeatureEncoder(cache.codec),
             bad_features=BadFeatures(writer, self.config.on_bad_features, self.config.max_skipped),
         )
 
@@ -311,13 +313,14 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
             wait_for_plan(out, config.plan_timeout_s, progress)
         else:
             extraction.create(identity)
-    manifest = Manifest.read(out)
+    cache = Cache(out)
+    manifest = cache.manifest
     refuse_other_identity(out, manifest.identity, identity)
     manifest.check_static_files(out)
-    samples = SampleTable.read(out / SAMPLES)
+    samples = cache.samples
     began = time.perf_counter()
-    work = extraction.open_work(manifest, samples)
-    _remove_abandoned(work.writer, progress)
+    work = extraction.open_work(cache)
+    _remove_abandoned(cache, progress)
     share = range(manifest.layout.num_shards)[config.rank :: config.world_size]
     before = _finished(out, manifest)
     left = [shard for shard in share if shard not in before]
@@ -329,7 +332,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         done = int(samples.num_tokens.sum() - samples.num_tokens[np.isin(samples.shard, left)].sum())
         if config.workers > 1:
             extraction.unload()
-            written = run_workers(open_worker, config, left, samples, progress, done, work.writer.is_done)
+            written = run_workers(open_worker, config, left, samples, progress, done, cache.is_done)
         else:
             written = run_shards(work, left, samples, progress, done)
     else:
@@ -337,7 +340,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     finished = _finished(out, manifest) if left else before
     shards_left = manifest.layout.num_shards - len(finished)
     if not shards_left:
-        _remove_abandoned(work.writer, progress)
+        _remove_abandoned(cache, progress)
         for lock in (out / TMP).glob("*.lock"):
             lock.unlink(missing_ok=True)
         refuse_too_many([one for commit in finished.values() for one in commit.skipped], samples, config.max_skipped)
@@ -364,8 +367,7 @@ def _cache_folder(path: Path) -> Path:
 
 def open_worker(config: ExtractConfig) -> Work:
     """Return the work of an existing cache, in a worker process."""
-    manifest = Manifest.read(config.out)
-    return Extraction(config, Silent()).open_work(manifest, SampleTable.read(config.out / SAMPLES))
+    return Extraction(config, Silent()).open_work(Cache(config.out))
 
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
@@ -399,8 +401,8 @@ def _system_errors_of_rust(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
-def _remove_abandoned(writer: ShardWriter, progress: Progress) -> None:
-    removed = remove_abandoned(writer.cache, writer.is_done)
+def _remove_abandoned(cache: Cache, progress: Progress) -> None:
+    removed = remove_abandoned(cache.path, cache.is_done)
     if removed:
         size = readable_bytes(sum(one.num_bytes for one in removed))
         progress.say(f"Removed {len(removed)} half-written files ({size}) of workers that died.")

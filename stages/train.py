@@ -175,7 +175,7 @@ def _write_record(training: Training, identity: dict[str, Any]) -> None:
         "target": cache.manifest.origin["target"],
         "target_identity": cache.manifest.identity["target"],
         "total_steps": training.total_steps,
-        "target_architectures": json.loads((cache.cache / TARGET / "config.json").read_text()).get("architectures"),
+        "target_architectures": json.loads((cache.path / TARGET / "config.json").read_text()).get("architectures"),
         "software": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("dflash-offline", "torch", "transformers")},

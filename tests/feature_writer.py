@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.files import building_folder
 from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
 from dflash_offline.schemas.samples import SampleTable, write_rejects, write_samples
-from dflash_offline.stages.store.cache import create_arrays, open_codec, publish_cache
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.create import create_arrays, publish_cache
 from dflash_offline.stages.store.writer import ShardWriter
 
 CHUNK, BLOCK = 32, 8
@@ -143,19 +144,17 @@ def _codes(values: NDArray[np.float32], features: FeatureLayout) -> NDArray[np.u
 
 def fill_cache(cache: Path, worker: int = 0, change: Change | None = None) -> None:
     """Write every shard that is left, in an order of this worker's own."""
-    manifest = Manifest.read(cache)
-    samples = SampleTable.read(cache / SAMPLES)
-    codec = open_codec(cache, manifest)
-    writer = ShardWriter(cache, manifest, samples, codec)
-    order = list(range(manifest.layout.num_shards))
+    opened = Cache(cache)
+    writer = ShardWriter(opened)
+    order = list(range(opened.layout.num_shards))
     random.Random(worker).shuffle(order)
     for wait in (False, True):
         for shard in order:
-            if writer.is_done(shard):
+            if opened.is_done(shard):
                 continue
             with writer.claim(shard, wait=wait) as ours:
                 if ours:
-                    writer.commit(shard, features(manifest, samples, shard, codec.fill, change))
+                    writer.commit(shard, features(opened.manifest, opened.samples, shard, opened.codec.fill, change))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from dflash_offline.pipeline.inspect.feature_statistics import bytes_by_layer, feature_figures, feature_marks
 from dflash_offline.pipeline.inspect.overview import overview
-from dflash_offline.pipeline.inspect.records import Records
 from dflash_offline.pipeline.inspect.sample import print_sample, sample_view
 from dflash_offline.pipeline.inspect.shard import print_shard, print_top, shard_view, skipped_text, top_view
 from dflash_offline.pipeline.inspect.shard_statistics import pooled_layers, statistics_by_shard
@@ -19,6 +18,7 @@ from dflash_offline.pipeline.inspect.warnings import layer_marks
 from dflash_offline.pipeline.terminal import columns, facts, open_console, print_json, safe, sparkline
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import told
 
 _MARKS_SHOWN = 6
@@ -182,7 +182,7 @@ def print_layers(console: Console, layers: list[dict[str, Any]], ratios: list[fl
 
 def layers_view(cache: Path, num_samples: int | None) -> dict[str, Any]:
     """Return each layer's statistics and bytes; with `num_samples`, also what that many samples' features show."""
-    records = Records.read(cache)
+    records = Cache.open(cache, hashed=False)
     filled, statistics = statistics_by_shard(records.commits)
     pooled = pooled_layers(filled, statistics)
     marks = layer_marks(filled, statistics, pooled, str(cache))

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.pipeline.inspect.plan_statistics import spread
-from dflash_offline.pipeline.inspect.records import Records
 from dflash_offline.pipeline.inspect.warnings import Mark
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
-from dflash_offline.stages.store.shard_file import open_shard
+from dflash_offline.stages.store.cache import Cache
 
 OUTLIER = 10_000.0
 """A channel's usual magnitude over that of the layer's middle channel. Outlier channels of real models reach 100 to
@@ -26,7 +25,7 @@ _CHANNELS_SHOWN = 5
 _SHARDS_MEASURED = 32
 
 
-def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
+def feature_figures(records: Cache, num_samples: int) -> dict[str, Any]:
     """Return what the features of samples spread over the finished shards show, layer by layer.
 
     `samples_asked` is how many there were to read: so few are that `_MOST_BYTES` hold them.
@@ -37,7 +36,7 @@ def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     """
     samples = _spread_samples(records, num_samples)
     layer_ids = records.manifest.identity["layer_ids"]
-    parts = [records.features(sample) for sample in samples]
+    parts = [records.values(sample) for sample in samples]
     not_finite = np.sum([np.count_nonzero(~np.isfinite(part), axis=(0, 2)) for part in parts], axis=0).tolist()
     for part in parts:
         np.nan_to_num(part, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
@@ -67,13 +66,13 @@ def feature_figures(records: Records, num_samples: int) -> dict[str, Any]:
     }
 
 
-def _spread_samples(records: Records, num_samples: int) -> list[int]:
+def _spread_samples(records: Cache, num_samples: int) -> list[int]:
     usable = records.usable()
     if num_samples < 1:
         raise DflashError(f"--features is {num_samples}; expected a number of samples, at least 1.")
     if not len(usable):
         raise CacheError(
-            f"{records.cache} has no finished shard whose features could be read. Let `dflash extract` run."
+            f"{records.path} has no finished shard whose features could be read. Let `dflash extract` run."
         )
     most = _MOST_BYTES // (2 * records.manifest.layout.slot_bytes)
     for count in range(min(num_samples, len(usable)), 0, -1):
@@ -152,7 +151,7 @@ def feature_marks(figures: dict[str, Any], cache: str) -> list[Mark]:
     return marks
 
 
-def bytes_by_layer(records: Records) -> dict[str, Any]:
+def bytes_by_layer(records: Cache) -> dict[str, Any]:
     """Return each layer's stored bytes and their ratio to raw ones, from the indexes of shards over the whole cache."""
     filled = [commit for commit in records.commits.values() if commit.num_tokens]
     layout = records.manifest.layout
@@ -160,7 +159,7 @@ def bytes_by_layer(records: Records) -> dict[str, Any]:
     places = np.unique(np.linspace(0, len(filled) - 1, min(_SHARDS_MEASURED, len(filled))).round().astype(int))
     chosen = [filled[place] for place in places.tolist()]
     for commit in chosen:
-        stored += open_shard(records.cache, records.manifest, commit).layer_bytes()
+        stored += records.open_shard(commit).layer_bytes()
     tokens = sum(commit.num_tokens for commit in chosen)
     raw = tokens * layout.hidden_size * 2
     return {

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from dflash_offline.pipeline.inspect.plan_statistics import mask_token_use, reject_examples, spread
-from dflash_offline.pipeline.inspect.records import Records
 from dflash_offline.pipeline.inspect.shard_statistics import (
     bytes_by_array,
     pooled_layers,
@@ -32,6 +31,7 @@ from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import figures
 
 _TOKENS_SEARCHED = 1 << 22
@@ -41,12 +41,12 @@ _SKIPPED_SHOWN = 1000
 
 def overview(cache: Path) -> dict[str, Any]:
     """Return what the cache holds, how far it is and what looks wrong; `CacheError` if it is none or lacks a file."""
-    return overview_of(Records.read(cache))
+    return overview_of(Cache.open(cache, hashed=False))
 
 
-def overview_of(records: Records) -> dict[str, Any]:
+def overview_of(records: Cache) -> dict[str, Any]:
     """Return the overview of a cache that is open."""
-    cache, manifest, commits = records.cache, records.manifest, records.commits
+    cache, manifest, commits = records.path, records.manifest, records.commits
     states = shard_states(cache, manifest.layout, commits)
     filled, statistics = statistics_by_shard(commits)
     layers = pooled_layers(filled, statistics)
@@ -83,9 +83,9 @@ def overview_of(records: Records) -> dict[str, Any]:
     }
 
 
-def _next(records: Records) -> list[str]:
+def _next(records: Cache) -> list[str]:
     """Return the commands that are of use now."""
-    cache, target = records.cache, records.manifest.origin["target"]
+    cache, target = records.path, records.manifest.origin["target"]
     if len(records.commits) < records.manifest.layout.num_shards:
         return ["the `dflash extract` that made it, to go on", dflash_line("inspect", cache, "--sample", 0)]
     return [

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from dflash_offline.pipeline.inspect.records import read_features, read_manifest
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
-from dflash_offline.schemas.manifest import SAMPLES, TARGET, Manifest
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.stages.store.cache import Cache
 
 MARKS = {"anchor": ("[[", "]]", "green"), "tail": ("((", "))", "yellow"), "": ("", "", "")}
 """Around a run of tokens where there is no colour, and its colour: supervised and able to anchor a block, supervised
@@ -32,8 +31,8 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
     `norms` holds for each captured layer the root mean square over channels of every token, [L][T]; None, with the
     reason in `no_features`, if they cannot be read.
     """
-    manifest = read_manifest(cache)
-    samples = SampleTable.read(cache / SAMPLES)
+    opened = Cache.open(cache, hashed=False)
+    manifest, samples = opened.manifest, opened.samples
     if not 0 <= sample < len(samples):
         raise DflashError(f"{cache} has samples 0 to {len(samples) - 1}; {sample} is not one of them.")
     tokenizer = open_tokenizer(cache)
@@ -41,7 +40,7 @@ def sample_view(cache: Path, sample: int) -> dict[str, Any]:
     texts = token_texts(ids.tolist(), lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
     shard = int(samples.shard[sample])
     block_size = manifest.plan["block_size"]
-    norms, reason = _norms(cache, manifest, samples, sample)
+    norms, reason = _norms(opened, sample)
     ends_shard = sample == samples.samples_of_shard(shard)[-1]
     return {
         "cache": str(cache),
@@ -74,16 +73,16 @@ def open_tokenizer(cache: Path) -> Tokenizer:
         raise CacheError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
 
 
-def _norms(cache: Path, manifest: Manifest, samples: SampleTable, sample: int) -> tuple[list[list[float]] | None, str]:
-    shard = int(samples.shard[sample])
+def _norms(cache: Cache, sample: int) -> tuple[list[list[float]] | None, str]:
+    shard = int(cache.samples.shard[sample])
     try:
-        commit = read_finished(cache, shard, manifest.checksum)
+        commit = read_finished(cache.path, shard, cache.manifest.checksum)
         if commit is None:
             return None, f"shard {shard} is not extracted"
         left_out = {one.sample: one.reason for one in commit.skipped}
         if sample in left_out:
             return None, f"left out: {left_out[sample]}"
-        values = read_features(cache, manifest, samples, commit, sample)
+        values = cache.values(sample)
     except CacheError as error:
         return None, str(error)
     rms = np.sqrt(np.square(values, dtype=np.float64).mean(axis=2)).T

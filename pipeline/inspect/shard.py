@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from dflash_offline.pipeline.inspect.plan_statistics import read_tokens
-from dflash_offline.pipeline.inspect.records import read_manifest
 from dflash_offline.pipeline.inspect.shard_statistics import bytes_by_array, commit_seconds, shard_states
 from dflash_offline.pipeline.terminal import columns, facts, open_console
 from dflash_offline.schemas.commits import read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
-from dflash_offline.schemas.manifest import SAMPLES
 from dflash_offline.schemas.samples import NUMBERS, SampleTable
 from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.store.cache import Cache
 
 TOP = ("longest", "shortest", "rare")
 NUM_TOP = 20
@@ -25,11 +24,11 @@ _SHOWN = 20
 
 def shard_view(cache: Path, shard: int) -> dict[str, Any]:
     """Return one shard: its state, its record's figures, its files' bytes, and every sample that lies in it."""
-    manifest = read_manifest(cache)
+    opened = Cache.open(cache, hashed=False)
+    manifest, samples = opened.manifest, opened.samples
     layout = manifest.layout
     if not 0 <= shard < layout.num_shards:
         raise DflashError(f"{cache} has shards 0 to {layout.num_shards - 1}; {shard} is not one of them.")
-    samples = SampleTable.read(cache / SAMPLES)
     members = samples.samples_of_shard(shard)
     fault = ""
     try:
@@ -148,8 +147,7 @@ def top_view(cache: Path, kind: str) -> dict[str, Any]:
     """
     if kind not in TOP:
         raise DflashError(f"--top is {kind!r}; expected one of {', '.join(TOP)}.")
-    read_manifest(cache)
-    samples = SampleTable.read(cache / SAMPLES)
+    samples = Cache.open(cache, hashed=False).samples
     if kind == "rare":
         score = token_bits(cache)
         order = np.argsort(-score, kind="stable")[:NUM_TOP]

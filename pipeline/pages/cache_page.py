@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from dflash_offline.pipeline.inspect.feature_statistics import bytes_by_layer, feature_figures, feature_marks
 from dflash_offline.pipeline.inspect.overview import overview_of
-from dflash_offline.pipeline.inspect.records import Records
 from dflash_offline.pipeline.inspect.sample import open_tokenizer
 from dflash_offline.pipeline.pages.cache_plots import cache_plots
 from dflash_offline.pipeline.pages.page import page_bytes, write_page
@@ -19,6 +18,7 @@ from dflash_offline.pipeline.pages.plots import draw, require_matplotlib
 from dflash_offline.pipeline.token_text import token_texts, visible
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.store.cache import Cache
 
 NUM_ROWS = 100_000
 """Samples in the table; of more, as many are drawn."""
@@ -39,7 +39,7 @@ _GRAVEST = ("damaged", "half-finished", "unknown", "being written", "left", "don
 def write_cache_page(cache: Path, path: Path) -> dict[str, int]:
     """Write the page and return how many samples it lists and how many it shows; `CacheError` if it is no cache."""
     require_matplotlib()
-    records = Records.read(cache)
+    records = Cache.open(cache, hashed=False)
     found, by_layer = overview_of(records), bytes_by_layer(records)
     marks = [f"{one['kind']}: {one['where']} {one['what']}. Next: {one['next']}." for one in found["marks"]]
     figures, unread = None, ""
@@ -169,7 +169,7 @@ def _samples_note(samples: int, listed: int, shown: list[dict[str, Any]]) -> str
     return f"{text} Any other: dflash inspect CACHE --sample I."
 
 
-def _table(records: Records, rows: NDArray[np.int64]) -> dict[str, Any]:
+def _table(records: Cache, rows: NDArray[np.int64]) -> dict[str, Any]:
     """Return the numbers of the samples that are listed, column by column."""
     samples = records.samples
     return {
@@ -185,9 +185,9 @@ def _table(records: Records, rows: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def _shown_samples(records: Records) -> list[dict[str, Any]]:
+def _shown_samples(records: Cache) -> list[dict[str, Any]]:
     """Return the samples that are shown token by token: of those with features, or where there are none of all."""
-    tokenizer = open_tokenizer(records.cache)
+    tokenizer = open_tokenizer(records.path)
     listed = _drawn(np.arange(len(records.samples)), NUM_ROWS)
     usable = np.intersect1d(records.usable(), listed)
     shown: list[dict[str, Any]] = []
@@ -201,14 +201,14 @@ def _shown_samples(records: Records) -> list[dict[str, Any]]:
     return shown
 
 
-def _shown_sample(records: Records, sample: int, decode: Any) -> dict[str, Any]:
+def _shown_sample(records: Cache, sample: int, decode: Any) -> dict[str, Any]:
     """Return one sample as the page's script reads it; norms are the root mean square over channels, [L][T]."""
     samples, block = records.samples, records.manifest.plan["block_size"]
     length = int(samples.num_tokens[sample])
     ids = samples.input_ids(sample)[:TOKENS_SHOWN].tolist()
     norms, why = None, ""
     try:
-        values = records.features(sample)[: len(ids)]
+        values = records.values(sample)[: len(ids)]
         rms = np.sqrt(np.square(values, dtype=np.float64).mean(axis=2)).T
         norms = [[float(f"{one:.4g}") for one in layer] for layer in np.nan_to_num(rms, posinf=0.0).tolist()]
     except CacheError as error:

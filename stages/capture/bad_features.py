@@ -44,7 +44,7 @@ class BadFeatures:
         """
         if not bad:
             return write()
-        lock = self._writer.cache / SKIPPED_LOCK
+        lock = self._writer.cache.path / SKIPPED_LOCK
         lock.touch()
         with locked(lock, wait=True):
             self.check(shard, bad)
@@ -53,7 +53,7 @@ class BadFeatures:
                 self.check(shard, bad)
             except CacheError:
                 if size:  # else the record is another worker's
-                    commit_path(self._writer.cache, shard).unlink(missing_ok=True)
+                    commit_path(self._writer.cache.path, shard).unlink(missing_ok=True)
                 raise
         return size
 
@@ -61,7 +61,7 @@ class BadFeatures:
         """Raise `CacheError` unless the shard may be written without its bad samples."""
         if not bad:
             return
-        samples = self._writer.samples
+        samples = self._writer.cache.samples
         if not self._skips:
             raise CacheError(
                 f"The target gives bad features for {len(bad)} samples of shard {shard}; nothing of it was written:"
@@ -74,8 +74,8 @@ class BadFeatures:
                 f"it was written:{_by_reason(bad)}{listed(bad, samples)}\nThat is the target's fault, not the "
                 f"samples': check its dtype and attention implementation. --max-skipped 1 would allow it."
             )
-        for other in range(self._writer.manifest.layout.num_shards):
-            if other != shard and other not in self._counted and (commit := self._writer.finished(other)):
+        for other in range(self._writer.cache.layout.num_shards):
+            if other != shard and other not in self._counted and (commit := self._writer.cache.finished(other)):
                 self._counted[other] = commit.skipped
         refuse_too_many(
             [*(one for skipped in self._counted.values() for one in skipped), *bad], samples, self._max_skipped

@@ -15,7 +15,7 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import refuse_other_identity
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.files import TargetFiles, open_target
 from dflash_offline.stages.target.model import choose_device, load_model, run_captured
 
@@ -123,7 +123,7 @@ def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> 
     Each layer is also compared with the target's layers before and after it: an id off by one trains without a sign
     and is served badly. Raises `MismatchError` if the target is not the one the cache names.
     """
-    reader = CacheReader(cache)
+    reader = Cache.open(cache)
     finished = reader.usable()
     if not len(finished):
         raise CacheError(f"{cache} has no finished shard to compare with the target. Let `dflash extract` finish one.")
@@ -140,7 +140,7 @@ def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> 
     for sample in np.sort(drawn).tolist():
         ids = torch.from_numpy(reader.samples.input_ids(sample).astype(np.int64))[None].to(device)
         states = [state[0].float().cpu().numpy() for state in run_captured(model, ids, around)]
-        stored = reader.read_values(sample)
+        stored = reader.values(sample)
         for column, differences in enumerate(found.values()):
             for near, difference in differences.items():
                 difference.add(stored[:, column], states[around.index(near)])
@@ -150,16 +150,14 @@ def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> 
     return [_fit(layer, differences, expected_error) for layer, differences in found.items()]
 
 
-def _open_recorded(
-    reader: CacheReader, rerun: RerunConfig, device: torch.device
-) -> tuple[TargetFiles, torch.nn.Module]:
+def _open_recorded(reader: Cache, rerun: RerunConfig, device: torch.device) -> tuple[TargetFiles, torch.nn.Module]:
     """Return the target's files and its model, as it was extracted; `MismatchError` if it is not the cache's."""
     recorded, origin = reader.manifest.identity["target"], reader.manifest.origin
     revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
     files = open_target(rerun.target, revision=revision, trust_remote_code=rerun.trust_remote_code)
     own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
     refuse_other_identity(
-        reader.cache,
+        reader.path,
         {"target": recorded},
         {"target": {**files.identity(), **own}},
         what_to_do="Name the target that it was made from, or extract again from this one into a new folder.",

@@ -87,7 +87,7 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
     writer = work.writer
     free: SimpleQueue[ShardBuffer] = SimpleQueue()
     for _ in range(1 if capturer.device.type == "cpu" else 2):
-        free.put(capturer.buffer(writer.manifest.layout, work.encoder.codec.fill))
+        free.put(capturer.buffer(writer.cache.layout, work.encoder.codec.fill))
 
     def write(shard: int, capture: Capture, started: float, claim: ExitStack) -> None:
         with claim, ExitStack() as held:
@@ -98,7 +98,7 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
                 shard, bad, lambda: writer.commit(shard, codes, bad, started, captured.sums, encoded=held.close)
             )
             for one in bad:
-                report.say(f"Left out: {skipped_place(one, writer.samples)}")
+                report.say(f"Left out: {skipped_place(one, writer.cache.samples)}")
             if size:  # else another worker's record won
                 report.shard(size)
 
@@ -106,16 +106,16 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
     with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
         for waiting in (False, True):
             for shard in left:
-                if writer.is_done(shard):
+                if writer.cache.is_done(shard):
                     continue
                 started = time.time()
                 with ExitStack() as claim:
                     if not claim.enter_context(writer.claim(shard, wait=waiting)):
                         continue
-                    members, buffer = writer.samples.samples_of_shard(shard), free.get()
+                    members, buffer = writer.cache.samples.samples_of_shard(shard), free.get()
                     if pending is not None and pending.done():
                         pending.result()  # before any more work, if it failed
-                    capture = capturer.capture(writer.samples, members, work.encoder, buffer, report.tokens)
+                    capture = capturer.capture(writer.cache.samples, members, work.encoder, buffer, report.tokens)
                     if pending is not None:
                         pending.result()
                     pending = background.submit(write, shard, capture, started, claim.pop_all())

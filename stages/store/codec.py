@@ -13,6 +13,8 @@ from dflash_offline.schemas.manifest import FeatureLayout
 
 NAN = 0x7FC0
 """bfloat16 bits of the fill value: zarr reads a missing shard as fill, so fill must not look like a feature."""
+CENTER, STEP = "feature_center", "feature_step"
+"""The arrays of scaled features' scales."""
 ABSENT = 0xFFFF
 """The fill value of `scaled` features."""
 _EXPONENT = 0x7F80
@@ -30,7 +32,7 @@ AS_STEPS = (
 
 
 class FeatureCodec:
-    """What the 16-bit codes of a cache stand for; `encoding.py` makes and widens them on a device.
+    """What the 16-bit codes of a cache stand for; `FeatureEncoder` makes and widens them on a device.
 
     `center` and `step` are float32 [L, H], for `scaled` features only.
     """

@@ -27,9 +27,9 @@ from crc32c import crc32c
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit, ShardFileRecord
+from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import Layout, Manifest, hidden_file
+from dflash_offline.schemas.manifest import Layout
 from dflash_offline.stages.store.scratch import scratch
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
@@ -340,9 +340,3 @@ class ShardFile:
     def _layer(self, offset: int) -> int:
         """Return the id of the layer of the chunk that begins there."""
         return self.layer_ids[int(np.flatnonzero(self._index[:, 0] == offset)[0]) % len(self.layer_ids)]
-
-
-def open_shard(cache: Path, manifest: Manifest, commit: Commit) -> ShardFile:
-    """Return the hidden states of a finished shard."""
-    name = hidden_file(commit.shard)
-    return ShardFile(cache / name, commit.files[name], manifest.layout, manifest.identity["layer_ids"])

@@ -29,10 +29,10 @@ from dflash_offline.schemas.manifest import (
 from dflash_offline.schemas.samples import SampleTable, count_anchors
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.store.cache import open_codec
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, agree, layer_statistics
 from dflash_offline.stages.store.leftovers import lock_path
-from dflash_offline.stages.store.shard_file import ShardFile, open_shard
+from dflash_offline.stages.store.shard_file import ShardFile
 from dflash_offline.stages.store.unexpected_files import Surplus, surplus
 
 _AT_ONCE = 8
@@ -71,8 +71,8 @@ def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None)
     ]
     if needed:
         return faults
-    shards = _Shards(cache, manifest)
-    faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.samples)]
+    shards = _Shards(Cache(cache, manifest))
+    faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
     progress.start("Verifying", manifest.layout.num_shards, "shards")
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
         for found in pool.map(shards.faults, range(manifest.layout.num_shards)):
@@ -90,7 +90,7 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     faulty = sorted({fault.shard for fault in faults if fault.shard is not None and not fault.missing})
     if not faulty:
         return []
-    shards = _Shards(cache, Manifest.read(cache))
+    shards = _Shards(Cache(cache))
     return [shard for shard in faulty if shards.forget(shard)]
 
 
@@ -142,19 +142,16 @@ class _Shards:
     Nothing of a shard is remembered: it may be done anew at any time.
     """
 
-    def __init__(self, cache: Path, manifest: Manifest) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.manifest = manifest
-        self.samples = SampleTable.read(cache / SAMPLES)
-        self._codec = open_codec(cache, manifest)
-        self._group = zarr.open_group(str(cache / FEATURES), mode="r")
-        self._columns = list(range(manifest.layout.num_layers))
+        self._group = zarr.open_group(str(cache.path / FEATURES), mode="r")
+        self._columns = list(range(cache.layout.num_layers))
 
     def faults(self, shard: int) -> list[Fault]:
         """Return what is wrong with a shard."""
-        place = str(commit_path(self.cache, shard).relative_to(self.cache))
+        place = str(commit_path(self.cache.path, shard).relative_to(self.cache.path))
         try:
-            commit = read_commit(self.cache, shard, self.manifest.checksum)
+            commit = read_commit(self.cache.path, shard, self.cache.manifest.checksum)
         except CacheError as error:
             return [Fault(place=place, what=str(error), shard=shard)]
         if commit is None:
@@ -169,31 +166,18 @@ class _Shards:
 
     def forget(self, shard: int) -> bool:
         """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
-        lock = lock_path(self.cache, shard)
+        lock = lock_path(self.cache.path, shard)
         lock.parent.mkdir(exist_ok=True)
         lock.touch()
         with locked(lock, wait=True) as held:
             is_faulty = held and any(not fault.missing for fault in self.faults(shard))
             if is_faulty:
-                commit_path(self.cache, shard).unlink(missing_ok=True)  # where there are no locks it may be gone
+                commit_path(self.cache.path, shard).unlink(missing_ok=True)  # where there are no locks it may be gone
         return is_faulty
-
-    def _members(self, commit: Commit) -> list[int]:
-        """Return the samples of a shard that have features."""
-        skipped = {one.sample for one in commit.skipped}
-        return [sample for sample in self.samples.samples_of_shard(commit.shard).tolist() if sample not in skipped]
-
-    def _open(self, commit: Commit) -> ShardFile:
-        return open_shard(self.cache, self.manifest, commit)
-
-    def _slots(self, sample: int) -> slice:
-        """Return where a sample lies in its shard."""
-        begin = int(self.samples.start[sample]) % self.manifest.layout.shard_tokens
-        return slice(begin, begin + int(self.samples.num_tokens[sample]))
 
     def _read(self, file: ShardFile, begin: int, num_slots: int) -> NDArray[np.uint16]:
         """Return the codes of whole chunks that hold so many slots from `begin`, [at least num_slots, L, H]."""
-        layout = self.manifest.layout
+        layout = self.cache.layout
         num_chunks = -(-num_slots // layout.chunk_tokens)
         codes = np.empty((num_chunks * layout.chunk_tokens, layout.num_layers, layout.hidden_size), np.uint16)
         file.read(begin, self._columns, codes)
@@ -201,7 +185,7 @@ class _Shards:
 
     def _file_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
         for name, record in commit.files.items():
-            if what := file_fault(self.cache / name, record.size, record.sha256):
+            if what := file_fault(self.cache.path / name, record.size, record.sha256):
                 yield name, what + (self._sample_hit(commit, name) if what == OTHER_CONTENT else "")
 
     def _sample_hit(self, commit: Commit, name: str) -> str:
@@ -210,21 +194,21 @@ class _Shards:
             return ""
         place = "it"
         try:
-            file = self._open(commit)
-            for sample in self._members(commit):
-                place = self.samples.place(sample)
-                slots = self._slots(sample)
+            file = self.cache.open_shard(commit)
+            for sample in self.cache.members(commit.shard, commit.skipped):
+                place = self.cache.samples.place(sample)
+                slots = self.cache.slots(sample)
                 self._read(file, slots.start, slots.stop - slots.start)
         except (CacheError, OSError) as error:
             return f"; {place} cannot be read: {error}"
         return "; all samples can still be read"
 
     def _content_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
-        members, place = self._members(commit), f"shard {commit.shard}"
-        for name, wanted in ((IDS, self.samples.input_ids), (MASK, self.samples.loss_mask)):
+        members, place = self.cache.members(commit.shard, commit.skipped), f"shard {commit.shard}"
+        for name, wanted in ((IDS, self.cache.samples.input_ids), (MASK, self.cache.samples.loss_mask)):
             if fault := self._token_fault(commit.shard, members, name, wanted):
                 yield place, fault
-        num_tokens = int(self.samples.num_tokens[members].sum())
+        num_tokens = int(self.cache.samples.num_tokens[members].sum())
         if (commit.num_samples, commit.num_tokens) != (len(members), num_tokens):
             yield (
                 place,
@@ -240,34 +224,34 @@ class _Shards:
         self, shard: int, members: list[int], name: str, wanted: Callable[[int], NDArray[np.generic]]
     ) -> str:
         """Return what is wrong with the tokens or the mask that a shard stores, or an empty string."""
-        array, num_slots = self._group[name], self.manifest.layout.shard_tokens
+        array, num_slots = self._group[name], self.cache.layout.shard_tokens
         assert isinstance(array, zarr.Array)
         stored = np.asarray(array[shard * num_slots : (shard + 1) * num_slots])
         for sample in members:
-            slots = self._slots(sample)
+            slots = self.cache.slots(sample)
             if not np.array_equal(stored[slots], wanted(sample)):
-                return f"{name} of {self.samples.place(sample)} differs from the plan"
+                return f"{name} of {self.cache.samples.place(sample)} differs from the plan"
             stored[slots] = 0
         return f"{name} holds something in slots of no sample" if stored.any() else ""
 
     def _feature_faults(self, commit: Commit, members: list[int]) -> Iterator[str]:
         """Yield what is wrong with a shard's features; `CacheError` if they cannot be read."""
-        layout, file = self.manifest.layout, self._open(commit)
+        layout, file = self.cache.layout, self.cache.open_shard(commit)
         is_free = np.ones(layout.shard_tokens, np.bool_)
         sums, strays = [Sums() for _ in self._columns], 0
         for sample in members:
-            slots = self._slots(sample)
+            slots = self.cache.slots(sample)
             codes = self._read(file, slots.start, slots.stop - slots.start)
             own, rest = np.split(codes, [slots.stop - slots.start])
-            strays += int((rest != self._codec.fill).any(axis=(1, 2)).sum())
+            strays += int((rest != self.cache.codec.fill).any(axis=(1, 2)).sum())
             is_free[slots.start : slots.start + len(codes)] = False
-            values = self._codec.values(own, self._columns)
+            values = self.cache.codec.values(own, self._columns)
             sums = [one + Sums.of(values[:, column]) for column, one in enumerate(sums)]
         for begin in np.flatnonzero(is_free[:: layout.chunk_tokens]) * layout.chunk_tokens:
             codes = self._read(file, int(begin), layout.chunk_tokens)
-            strays += int((codes != self._codec.fill).any(axis=(1, 2)).sum())
+            strays += int((codes != self.cache.codec.fill).any(axis=(1, 2)).sum())
         if strays:
             yield f"{HIDDEN} holds something else than fill in {strays:,} slots of no sample"
-        for have, want in zip(commit.layers, layer_statistics(sums, self.manifest.identity["layer_ids"]), strict=True):
+        for have, want in zip(commit.layers, layer_statistics(sums, self.cache.layer_ids), strict=True):
             if not agree(have, want):
                 yield f"statistics of layer {have.layer_id} are {want}, the record says {have}"

@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path, read_finished
+from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, locked, move_synced, publish, write_synced
-from dflash_offline.schemas.manifest import FEATURES, IDS, MASK, Manifest, hidden_file
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import FEATURES, IDS, MASK, hidden_file
 from dflash_offline.stages.cores import usable_cores
-from dflash_offline.stages.store.codec import FeatureCodec
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
 from dflash_offline.stages.store.leftovers import lock_path, part_path
 from dflash_offline.stages.store.scratch import scratch
@@ -44,14 +43,10 @@ _GONE = {errno.ENOENT, errno.ESTALE}
 class ShardWriter:
     """Checks, encodes and commits shards of one cache."""
 
-    def __init__(self, cache: Path, manifest: Manifest, samples: SampleTable, codec: FeatureCodec) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.manifest = manifest
-        self.samples = samples
-        self.codec = codec
-        self.layer_ids: list[int] = manifest.identity["layer_ids"]
         self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_stand_back)
-        layout = manifest.layout
+        layout = cache.layout
         row_bytes = layout.chunk_tokens * layout.slot_bytes
         self._rows = -(-_JOB_BYTES // row_bytes)
         """Rows of chunks that one thread encodes in a go."""
@@ -59,25 +54,14 @@ class ShardWriter:
         self._memory = [np.empty(room, np.uint8) for _ in range(usable_cores() + _AHEAD)]
         self._encoding = threading.Lock()
 
-    def finished(self, shard: int) -> Commit | None:
-        """Return the shard's record if it is valid and the files have the recorded sizes, else None."""
-        try:
-            return read_finished(self.cache, shard, self.manifest.checksum)
-        except CacheError:
-            return None
-
-    def is_done(self, shard: int) -> bool:
-        """Say whether the shard is finished."""
-        return self.finished(shard) is not None
-
     @contextmanager
     def claim(self, shard: int, *, wait: bool) -> Iterator[bool]:
         """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
-        lock = lock_path(self.cache, shard)
+        lock = lock_path(self.cache.path, shard)
         lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
         lock.touch()
         with locked(lock, wait=wait) as free:
-            yield free and not self.is_done(shard)
+            yield free and not self.cache.is_done(shard)
 
     def commit(
         self,
@@ -95,11 +79,11 @@ class ShardWriter:
         another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing is put in
         place and 0 returned.
         """
-        temporary = part_path(self.cache, shard)
+        temporary = part_path(self.cache.path, shard)
         try:
             return self._commit(shard, codes, skipped, started, sums, encoded, temporary)
         except OSError as error:
-            if error.errno in _GONE and self.is_done(shard):
+            if error.errno in _GONE and self.cache.is_done(shard):
                 return 0  # another worker finished the shard just now, and removed what is left of it
             raise
         finally:
@@ -115,43 +99,37 @@ class ShardWriter:
         encoded: Callable[[], object],
         temporary: Path,
     ) -> int:
-        layout = self.manifest.layout
-        left_out = {one.sample for one in skipped}
-        members = [i for i in self.samples.samples_of_shard(shard).tolist() if i not in left_out]
+        cache, layout = self.cache, self.cache.layout
+        members = cache.members(shard, skipped)
         ids, mask = np.zeros(layout.shard_tokens, np.uint32), np.zeros(layout.shard_tokens, np.bool_)
         for sample in members:
-            slots = self._slots(sample)
-            ids[slots], mask[slots] = self.samples.input_ids(sample), self.samples.loss_mask(sample)
+            slots = cache.slots(sample)
+            ids[slots], mask[slots] = cache.samples.tokens.of(sample)
         record, added_up = self._write_hidden(temporary, codes, members, encoded, add_up=sums is None)
-        if self.is_done(shard):
+        if cache.is_done(shard):
             return 0
         files = {hidden_file(shard): record}
-        move_synced(temporary, self.cache / next(iter(files)))
+        move_synced(temporary, cache.path / next(iter(files)))
         for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
             chunk, summary = encode_chunk(values), ShardSummary()
             summary.add(chunk)
             pieces = [chunk.data, summary.index()]
-            files[name] = summary.record(publish(pieces, temporary=temporary, path=self.cache / name))
+            files[name] = summary.record(publish(pieces, temporary=temporary, path=cache.path / name))
         now = time.time()
         commit = Commit(
             shard=shard,
-            manifest=self.manifest.checksum,
+            manifest=cache.manifest.checksum,
             num_samples=len(members),
-            num_tokens=int(self.samples.num_tokens[members].sum()),
+            num_tokens=int(cache.samples.num_tokens[members].sum()),
             skipped=list(skipped),
             files=files,
-            layers=layer_statistics(added_up if sums is None else sums, self.layer_ids),
+            layers=layer_statistics(added_up if sums is None else sums, cache.layer_ids),
             worker=f"{socket.gethostname()}:{os.getpid()}",
             started=_time(now if started is None else started),
             finished=_time(now),
         )
-        publish([commit.to_bytes()], temporary=temporary, path=commit_path(self.cache, shard))
+        publish([commit.to_bytes()], temporary=temporary, path=commit_path(cache.path, shard))
         return sum(file.size for file in files.values())
-
-    def _slots(self, sample: int) -> slice:
-        """Return where a sample lies in its shard."""
-        begin = int(self.samples.start[sample]) % self.manifest.layout.shard_tokens
-        return slice(begin, begin + int(self.samples.num_tokens[sample]))
 
     def _write_hidden(
         self,
@@ -166,10 +144,10 @@ class ShardWriter:
 
         Chunks are encoded side by side, and hashed and written in order meanwhile; `encoded` is called after the last.
         """
-        layout = self.manifest.layout
+        layout = self.cache.layout
         filled = np.zeros(layout.shard_tokens, np.bool_)
         for sample in members:
-            filled[self._slots(sample)] = True
+            filled[self.cache.slots(sample)] = True
         counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
 
         def encode(rows: range, out: NDArray[np.uint8]) -> tuple[Encoded, list[Sums]]:
@@ -178,7 +156,7 @@ class ShardWriter:
                 slot = row * layout.chunk_tokens
                 part = codes[slot : slot + layout.chunk_tokens]
                 features = part[: counts[row]]
-                if features.size and self.codec.holds_fill(features):
+                if features.size and self.cache.codec.holds_fill(features):
                     raise self._not_finite(slot)
                 if add_up:
                     by_layer = [*map(Sums.__add__, by_layer, self._sums(features, slot))]
@@ -223,7 +201,7 @@ class ShardWriter:
     def _sums(self, codes: NDArray[np.uint16], slot: int) -> list[Sums]:
         """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""
         values = scratch("values", (codes.shape[1], codes.shape[0], codes.shape[2]), np.float32)
-        self.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
+        self.cache.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
         found = Sums.of_layers(values)
         if not np.isfinite([sums.max_abs for sums in found]).all():
             raise self._not_finite(slot)
@@ -231,7 +209,7 @@ class ShardWriter:
 
     def _not_finite(self, slot: int) -> CacheError:
         return CacheError(
-            f"A feature that is to be stored in slots {slot} to {slot + self.manifest.layout.chunk_tokens} of a shard "
+            f"A feature that is to be stored in slots {slot} to {slot + self.cache.layout.chunk_tokens} of a shard "
             f"is missing or not finite. Nothing of the shard was put in place."
         )
 

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
 from dflash_offline.schemas.manifest import differences, wherever_placed
 from dflash_offline.schemas.samples import Tokens, count_anchors
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 
 
 class Corpus:
     """Samples of several caches. A sample's number counts through them in the order they are given."""
 
-    def __init__(self, readers: list[CacheReader]) -> None:
+    def __init__(self, readers: list[Cache]) -> None:
         self.readers = readers
         for reader in readers:
             reader.samples.tokens.load()  # samples are asked for in any order, all of them
@@ -30,11 +30,11 @@ class Corpus:
     @classmethod
     def open(cls, caches: tuple[Path, ...]) -> "Corpus":
         """Return the corpus of complete caches; `MismatchError` if they were not made alike."""
-        readers = [CacheReader(cache) for cache in caches]
+        readers = [Cache.open(cache) for cache in caches]
         for number, reader in enumerate(readers):
             reader.require_complete()
             if reader.manifest.checksum in {other.manifest.checksum for other in readers[:number]}:
-                raise DflashError(f"{reader.cache} is the same cache as one named before it. Name each cache once.")
+                raise DflashError(f"{reader.path} is the same cache as one named before it. Name each cache once.")
             _refuse_other_target(readers[0], reader)
         return cls(readers)
 
@@ -88,11 +88,11 @@ class Corpus:
             numbers = (members - self.starts[cache]).tolist()
             more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
             if numbers:
-                texts.append(f"{numbers[:at_most]}{more} of {self.readers[cache].cache}")
+                texts.append(f"{numbers[:at_most]}{more} of {self.readers[cache].path}")
         return ", ".join(texts)
 
 
-def _anchor_counts(reader: CacheReader, block_size: int) -> NDArray[np.int64]:
+def _anchor_counts(reader: Cache, block_size: int) -> NDArray[np.int64]:
     """Return how many candidates each sample has; the plan counted those of its own block size."""
     samples = reader.samples
     if block_size == int(reader.manifest.plan["block_size"]):
@@ -101,7 +101,7 @@ def _anchor_counts(reader: CacheReader, block_size: int) -> NDArray[np.int64]:
     return np.array(counts, np.int64)
 
 
-def _made_by(reader: CacheReader) -> dict[str, object]:
+def _made_by(reader: Cache) -> dict[str, object]:
     """Return what caches of one draft must have in common; which layers they hold is compared with the draft's."""
     identity, plan = reader.manifest.identity, reader.manifest.plan
     return {
@@ -111,11 +111,11 @@ def _made_by(reader: CacheReader) -> dict[str, object]:
     }
 
 
-def _refuse_other_target(first: CacheReader, other: CacheReader) -> None:
+def _refuse_other_target(first: Cache, other: Cache) -> None:
     rows = differences(_made_by(first), _made_by(other))
     if rows:
         raise MismatchError(
-            f"{other.cache} does not go with {first.cache}; one draft cannot learn from both:\n"
+            f"{other.path} does not go with {first.path}; one draft cannot learn from both:\n"
             f"{mismatch_table(rows, found='first', asked='other')}\n"
             f"Extract one of them again with the other's target and settings, or train on one."
         )

@@ -18,7 +18,7 @@ from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, di
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.model import load_draft
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.training.corpus import Corpus
 
 MAY_DIFFER = ("block_size", "max_position_embeddings")
@@ -51,7 +51,7 @@ class StartDraft:
             target=_target_of(folder.resolve()),
         )
 
-    def refuse_other_target(self, reader: CacheReader) -> None:
+    def refuse_other_target(self, reader: Cache) -> None:
         """Raise `MismatchError` with a table of fields if the draft says that it is of another target than a cache."""
         if self.target is None:
             return
@@ -60,7 +60,7 @@ class StartDraft:
         rows = differences({"target": wherever_placed(self.target), "capture": CAPTURE_RULE}, cached)
         if rows:
             raise MismatchError(
-                f"{self.folder} was trained for another target than that of {reader.cache}:\n"
+                f"{self.folder} was trained for another target than that of {reader.path}:\n"
                 f"{mismatch_table(rows, found='draft', asked='cache')}\n"
                 f"Train from a cache of the draft's own target, extracted in the same way, or without --init-from."
             )
@@ -141,23 +141,23 @@ def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -
     return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": causal}
 
 
-def _refuse_unfit_cache(reader: CacheReader, block_size: int, layers: tuple[int, ...]) -> None:
+def _refuse_unfit_cache(reader: Cache, block_size: int, layers: tuple[int, ...]) -> None:
     planned = int(reader.manifest.plan["block_size"])
     if block_size > planned:
         raise MismatchError(
-            f"{reader.cache} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
+            f"{reader.path} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
             f"with --block-size {planned} or less, or extract again with --block-size {block_size}."
         )
     if not set(layers) <= set(reader.layer_ids):
         raise MismatchError(
-            f"{reader.cache} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
+            f"{reader.path} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
             f"again with --layers {','.join(map(str, layers))} into a new folder, or train with layers it holds."
         )
 
 
-def borrowed_parts(reader: CacheReader, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
+def borrowed_parts(reader: Cache, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
     """Return the target's head and embedding table from the cache; float32 on the CPU, as stored on a GPU."""
-    tensors = load_file(reader.cache / TARGET / EMBEDDINGS, device=str(device))
+    tensors = load_file(reader.path / TARGET / EMBEDDINGS, device=str(device))
     if device.type == "cpu":
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
     table = tensors["embed_tokens.weight"]

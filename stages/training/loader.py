@@ -147,7 +147,7 @@ class BatchLoader:
     def _read_codes(self, sample: int, out: Tensor) -> None:
         """Read one document's features as they are stored into `out`, int16 [tokens, L, H]."""
         cache, number = self.corpus.locate(sample)
-        self.corpus.readers[cache].read_codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
+        self.corpus.readers[cache].codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
 
     def _fetch(self, rows: Rows, epoch: int) -> Batch:
         """Return a loaded micro-batch on the device. To a GPU it is copied beside the computation, and waited for."""

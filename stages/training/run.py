@@ -100,7 +100,7 @@ class Training:
         members = corpus.by_cache(self.train_samples)
         for reader, samples in zip(corpus.readers, members, strict=True):
             if not len(samples):
-                raise DflashError(f"{reader.cache} leaves no sample to train on. Extract more conversations.")
+                raise DflashError(f"{reader.path} leaves no sample to train on. Extract more conversations.")
         num_anchors = corpus.num_anchors(self.shape.block_size, config.num_anchors)
         shape = None
         if config.packing:
@@ -217,7 +217,7 @@ class Training:
         samples = sorted({int(sample) for batch in rows for row in batch for sample in row})
         cache, number = self.corpus.locate(samples[0])
         saved = list_checkpoints(self.config.out)
-        look = dflash_line("inspect", self.corpus.readers[cache].cache, "--sample", number)
+        look = dflash_line("inspect", self.corpus.readers[cache].path, "--sample", number)
         raise DflashError(
             f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
             f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "

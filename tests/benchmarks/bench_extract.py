@@ -19,13 +19,12 @@ from sides import interleaved, machine, median_ratio, spread
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.manifest import SAMPLES, Manifest
-from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.shard import micro_batches, pad_rows
 from dflash_offline.stages.capture.workers import Work, run_shards
 from dflash_offline.stages.extract import Extraction
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.model import run_captured
 
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
@@ -70,9 +69,9 @@ class Sides:
         self.extraction = Extraction(config, Silent())
         self.cache = config.out
         self.extraction.create(self.extraction.identity())
-        self.manifest = Manifest.read(self.cache)
-        self.samples = SampleTable.read(self.cache / SAMPLES)
-        self.work: Work = self.extraction.open_work(self.manifest, self.samples)
+        cache = Cache(self.cache)
+        self.manifest, self.samples = cache.manifest, cache.samples
+        self.work: Work = self.extraction.open_work(cache)
         self.capturer = self.work.capturer()
         self.num_tokens = int(self.samples.num_tokens.sum())
         self.bytes_written = 0

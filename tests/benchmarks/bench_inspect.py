@@ -22,7 +22,7 @@ from dflash_offline.pipeline.demo import TARGET as EMBEDDED
 from dflash_offline.schemas.commits import Commit, LayerStatistics, ShardFileRecord, commit_path
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, REJECTS, SAMPLES, TARGET, Layout, Manifest
 from dflash_offline.schemas.samples import Reject, write_rejects, write_samples
-from dflash_offline.stages.store.cache import create_arrays, publish_cache
+from dflash_offline.stages.store.create import create_arrays, publish_cache
 
 NUM_SAMPLES, NUM_SHARDS = 1_000_000, 20_000
 MOST_SECONDS, MOST_BYTES = 5.0, 1_000_000_000

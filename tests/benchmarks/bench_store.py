@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from dflash_offline.pipeline.doctor.machine import time_codec
 from dflash_offline.schemas.manifest import FEATURES, HIDDEN, FeatureLayout
 from dflash_offline.stages.cores import usable_cores
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.layer_ids import default_layer_ids
 
 WIDTH = 2048
@@ -110,7 +110,7 @@ def sizes(folder: Path, sets: dict[str, Samples], bounds: Bounds) -> dict[str, S
 
 def errors(store: Store, samples: Samples) -> tuple[float, float, float]:
     """Return each channel's error over its standard deviation (median, worst), and the relative L2 error."""
-    reader = CacheReader(store.cache)
+    reader = Cache.open(store.cache)
     stored = [read_features(reader, number) for number in range(len(samples))]
     later = torch.cat([torch.arange(len(sample)) > 0 for sample in samples])
     channels, lost, total = [], 0.0, 0.0
@@ -132,7 +132,7 @@ def divergence(folder: Path, samples: Samples, ids: list[Tensor]) -> None:
     layer = model.model.layers[default_layer_ids(len(model.model.layers), None)[-1]]
     print("\nKL of the target's logits, in nats a token, when the last captured layer's output comes from the store")
     for name, layout, _ in LAYOUTS:
-        reader = CacheReader(folder / f"embedded-{layout.kind}-{layout.step}")
+        reader = Cache.open(folder / f"embedded-{layout.kind}-{layout.step}")
         total, count = 0.0, 0
         for number, tokens in enumerate(ids[:50]):
             clean = model(tokens[None]).logits.log_softmax(-1)
@@ -169,7 +169,7 @@ def reads(folder: Path, name: str, num_reads: int) -> list[str]:
     lengths, bounds = [len(sample) for sample in samples], Bounds()
     store = new_store(folder / "ours", samples, FeatureLayout())
     store.commit()
-    reader = CacheReader(store.cache)
+    reader = Cache.open(store.cache)
     begins = reader.samples.start.tolist()
     kept = threading.local()
 
@@ -177,7 +177,7 @@ def reads(folder: Path, name: str, num_reads: int) -> list[str]:
         if not hasattr(kept, "features"):
             kept.features = torch.zeros(max(lengths), *samples[0].shape[1:], dtype=torch.bfloat16)
             kept.codes = kept.features.view(torch.int16).numpy().view(np.uint16)
-        reader.read_codes(number, out=kept.codes[: lengths[number]])
+        reader.codes(number, out=kept.codes[: lengths[number]])
         return kept.features[: lengths[number]]
 
     readers = {
@@ -309,9 +309,9 @@ def memory(cache: Path, sample: int, size: int) -> None:
     """Print the reader's peak memory while it reads one sample, in a process of its own."""
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[3])\n"
-        "from feature_sets import read_features, CacheReader\n"
+        "from feature_sets import read_features, Cache\n"
         "def status(key): return int(pathlib.Path('/proc/self/status').read_text().split(key)[1].split()[0]) * 1024\n"
-        "reader = CacheReader(pathlib.Path(sys.argv[1])); read_features(reader, 0)\n"
+        "reader = Cache.open(pathlib.Path(sys.argv[1])); read_features(reader, 0)\n"
         "before = status('VmRSS:'); pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
         "for _ in range(3): read_features(reader, int(sys.argv[2]))\n"
         "print(status('VmHWM:') - before)"
@@ -348,7 +348,7 @@ def main() -> int:
         print(f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s of what is in its cache, {cores} cores")
         print(f"{cores * decoded:,.0f}; a peer copies what it keeps uncompressed from the page cache.")
         print("\nSettings; the peers give a new bfloat16 tensor, they have no way to fill one:")
-        print("  ours: CacheReader.read_codes(out=...), into a torch buffer that is kept, as training does")
+        print("  ours: Cache.codes(out=...), into a torch buffer that is kept, as training does")
         print("  zarr-python: array[begin:end] of the same files")
         for peer_name, peer in peers([], (1, 1)).items():
             print(f"  {peer_name}: {peer.settings}")

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, Manifest, hidden_file
-from dflash_offline.schemas.samples import SampleTable, write_samples
+from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, hidden_file
+from dflash_offline.schemas.samples import write_samples
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader, create_arrays, open_codec, publish_cache
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.create import create_arrays, publish_cache
 from dflash_offline.stages.store.feature_ranges import Sums
 from dflash_offline.stages.store.writer import ShardWriter
 
@@ -46,7 +47,7 @@ def embedded_features(num_conversations: int) -> tuple[list[Tensor], list[Tensor
             data.write_text("".join(next(lines) for _ in range(num_conversations)))
         config = ExtractConfig(data=(data,), target=str(TARGET), out=Path(folder) / "cache", block_size=8, device="cpu")
         extract(config, Silent())
-        reader = CacheReader(config.out)
+        reader = Cache.open(config.out)
         ids = [torch.from_numpy(reader.samples.input_ids(i).astype(np.int64)) for i in reader.usable().tolist()]
         return [read_features(reader, i) for i in reader.usable().tolist()], ids
 
@@ -104,7 +105,7 @@ class Store:
     @property
     def cache(self) -> Path:
         """Where it is."""
-        return self.writer.cache
+        return self.writer.cache.path
 
     @property
     def path(self) -> Path:
@@ -153,8 +154,8 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
     )
     create_arrays(building / FEATURES, layout, layer_ids, _scales(samples, features))
     publish_cache(building, cache, identity={"layer_ids": layer_ids}, origin={}, decoder={}, layout=layout, plan={})
-    manifest, table = Manifest.read(cache), SampleTable.read(cache / SAMPLES)
-    codec = open_codec(cache, manifest)
+    opened = Cache(cache)
+    codec = opened.codec
     encoder = FeatureEncoder(codec)
     codes = np.full((layout.shard_tokens, num_layers, width), codec.fill, np.uint16)
     for begin, sample in zip(start.tolist(), samples, strict=True):
@@ -166,7 +167,7 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
         for begin, s in zip(start.tolist(), samples, strict=True)
     ]
     sums = Sums.of_layers(np.concatenate(values).transpose(1, 0, 2))
-    return Store(ShardWriter(cache, manifest, table, codec), codes, sums)
+    return Store(ShardWriter(opened), codes, sums)
 
 
 def _scales(
@@ -181,7 +182,7 @@ def _scales(
     return np.stack(centers), np.stack(steps)
 
 
-def read_features(reader: CacheReader, sample: int) -> Tensor:
+def read_features(reader: Cache, sample: int) -> Tensor:
     """Return a sample's features as training reads them: codes, widened to bfloat16."""
-    codes = torch.from_numpy(reader.read_codes(sample).view(np.int16))
+    codes = torch.from_numpy(reader.codes(sample).view(np.int16))
     return FeatureEncoder(reader.codec).widen(codes, range(codes.shape[1]))

@@ -33,7 +33,7 @@ from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.shard import MARKS, mark
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader, open_codec
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.store.verify import verify_cache
 from dflash_offline.stages.store.writer import ShardWriter
@@ -42,7 +42,7 @@ from dflash_offline.stages.store.writer import ShardWriter
 @pytest.fixture(scope="module")
 def rare(cache: Path) -> int:
     """The token of the data that the fewest samples hold, but more than one."""
-    samples = CacheReader(cache).samples
+    samples = Cache.open(cache).samples
     holders: dict[int, set[int]] = {}
     for sample in range(len(samples)):
         for token in np.unique(samples.input_ids(sample)).tolist():
@@ -74,13 +74,13 @@ def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
     with pytest.raises(DflashError, match=re.compile(told, re.DOTALL)):
         extract(replace(config, workers=2), Silent())  # a worker's fault is the command's
     done = extract(replace(config, on_bad_features="skip"), Silent())
-    reader = CacheReader(done.cache)
+    reader = Cache.open(done.cache)
     holders = {i for i in range(len(reader.samples)) if rare in reader.samples.input_ids(i)}
     assert reader.skipped == holders and done.num_skipped == len(holders)
     assert set(reader.usable().tolist()) == set(range(len(reader.samples))) - holders
     for sample in holders:
         with pytest.raises(CacheError, match="left out"):
-            reader.read_codes(sample)
+            reader.codes(sample)
     assert verify_cache(done.cache, Silent()) == []
     shown = CliRunner().invoke(app, ["inspect", str(done.cache)])
     assert f"{len(holders)} samples whose features were bad" in shown.stdout
@@ -91,7 +91,7 @@ def test_a_feature_too_large_to_store_is_refused_with_sample_layer_and_position(
     cache: Path, extract_config: Settings, target: Path, tmp_path: Path, rare: int
 ) -> None:
     name = str(broken(target, tmp_path / "broken", partial(too_large, rare)))
-    samples = CacheReader(cache).samples
+    samples = Cache.open(cache).samples
     ids = {sample: samples.input_ids(sample).tolist() for sample in range(len(samples))}
     first = next(sample for sample, held in ids.items() if rare in held)
     place = rf"Sample {first} \(chats.jsonl:{samples.row[first]}\)"
@@ -123,7 +123,7 @@ def test_scaled_features_are_calibrated_without_the_bad_samples_or_refused_namin
 ) -> None:
     name = str(broken(target, tmp_path / "broken", partial(too_large, rare)))
     config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache", features="scaled")
-    sound = CacheReader(cache)
+    sound = Cache.open(cache)
     holders = {i for i in range(len(sound.samples)) if rare in sound.samples.input_ids(i)}
     first = min(holders)
     told = rf"{len(holders)} of the 80 samples.*calibrate.*Sample {first} \(chats.jsonl:\d+\): a feature is too large "
@@ -132,10 +132,10 @@ def test_scaled_features_are_calibrated_without_the_bad_samples_or_refused_namin
         extract(config, Silent())
     assert not config.out.exists()
     done = extract(replace(config, on_bad_features="skip"), Silent())
-    assert CacheReader(done.cache).skipped == holders
+    assert Cache.open(done.cache).skipped == holders
     # What a target without the fault gives for the other samples: all of a plan as small as this one calibrates.
-    states = np.concatenate([sound.read_values(i) for i in range(len(sound.samples)) if i not in holders])
-    codec = CacheReader(done.cache).codec
+    states = np.concatenate([sound.values(i) for i in range(len(sound.samples)) if i not in holders])
+    codec = Cache.open(done.cache).codec
     assert codec.center is not None and codec.step is not None
     for layer in range(states.shape[1]):
         low, middle, high = np.percentile(states[:, layer], [15.87, 50, 84.13], axis=0)
@@ -179,7 +179,7 @@ class Plan:
     def __init__(self, folder: Path) -> None:
         self.manifest: Manifest = create(folder, num_shards=120)
         self.samples = SampleTable.read(folder / SAMPLES)
-        self.writer = ShardWriter(folder, self.manifest, self.samples, open_codec(folder, self.manifest))
+        self.writer = ShardWriter(Cache(folder))
 
     def bad(self, shard: int) -> list[SkippedSample]:
         """The first sample of a shard, spoiled."""

@@ -24,7 +24,7 @@ from dflash_offline.stages.capture import shard as capture
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
 
@@ -105,8 +105,8 @@ def test_a_layer_that_adds_nothing_is_not_taken_for_the_one_before_it(
 def test_without_a_second_token_to_vary_the_plain_error_judges(
     cache: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = CacheReader.read_values
-    monkeypatch.setattr(CacheReader, "read_values", lambda reader, sample: right(reader, sample)[:2])
+    right = Cache.values
+    monkeypatch.setattr(Cache, "values", lambda reader, sample: right(reader, sample)[:2])
     arguments = ["verify", str(cache), "--target", str(target), "--samples", "1", "--quiet"]
     pair = changed(lambda states: states[:, :2])
     monkeypatch.setattr(rerun, "run_captured", pair)

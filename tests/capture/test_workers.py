@@ -35,7 +35,7 @@ from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.workers import Work
 from dflash_offline.stages.extract import extract, open_worker, plan_only
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
 
@@ -50,7 +50,7 @@ def test_ranks_do_their_shares_in_any_order_and_another_mix_finishes(
     cache: Path, extract_config: Settings, tmp_path: Path
 ) -> None:
     config = ExtractConfig(**extract_config, out=tmp_path / "cache")
-    total = CacheReader(cache).manifest.layout.num_shards
+    total = Cache.open(cache).manifest.layout.num_shards
     first = extract(replace(config, rank=0, world_size=3), Silent())
     assert (first.shards_written, first.shards_left) == (len(range(0, total, 3)), total - len(range(0, total, 3)))
     last = extract(replace(config, rank=1, world_size=2), Silent())
@@ -82,7 +82,7 @@ def test_workers_and_ranks_mix_and_change_from_one_call_to_the_next(
         assert extract(replace(config, **call), Silent()).shards_written == len(share - done) > 1
         done |= share
     assert content(config.out) == content(alone.cache)
-    assert sum(commit.num_samples for commit in CacheReader(config.out).commits.values()) == alone.num_samples
+    assert sum(commit.num_samples for commit in Cache.open(config.out).commits.values()) == alone.num_samples
 
 
 def test_a_later_rank_waits_for_the_plan_of_rank_0(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_plan_alone_says_what_it_would_cost_and_writes_nothing(extract_confi
     assert list(tmp_path.iterdir()) == []
     done = extract(config, Silent())
     assert (done.num_samples, done.num_shards) == (len(plan.samples), plan.num_shards)
-    assert layout == CacheReader(done.cache).manifest.layout
+    assert layout == Cache.open(done.cache).manifest.layout
     assert forecast.bytes_by_kind["lossless"] == pytest.approx(done.bytes_written, rel=0.1)
     assert forecast.ratios["scaled"] < forecast.ratios["rounded"] < forecast.ratios["lossless"] < 1
     assert forecast.seconds > 0
@@ -151,7 +151,7 @@ def begun(cache: Path, out: Path, num_done: int) -> Path:
 
 def rest_of(cache: Path, num_done: int) -> int:
     """Return the bytes that the other shards' files take."""
-    shards = CacheReader(cache).manifest.layout.num_shards
+    shards = Cache.open(cache).manifest.layout.num_shards
     folders = [cache / "features.zarr" / name for name in ("hidden_states", "input_ids", "loss_mask")]
     files = [file for shard in range(num_done, shards) for folder in folders for file in _files(folder / f"c/{shard}")]
     return sum(file.stat().st_size for file in files)
@@ -258,10 +258,10 @@ def test_plain_zarr_and_numpy_decode_a_scaled_cache(extract_config: Settings, tm
     extract(config, Silent())
     out = tmp_path / "values.npy"
     subprocess.run([sys.executable, "-c", PLAIN_DECODER, str(config.out), str(out)], check=True, cwd=tmp_path)
-    values, reader = np.load(out), CacheReader(config.out)
+    values, reader = np.load(out), Cache.open(config.out)
     for sample in (0, 7, len(reader.samples) - 1):
         slots = slice(reader.samples.start[sample], reader.samples.start[sample] + reader.samples.num_tokens[sample])
-        np.testing.assert_array_equal(values[slots], reader.read_values(sample))
+        np.testing.assert_array_equal(values[slots], reader.values(sample))
     assert np.isnan(values[reader.samples.num_tokens[0]]).all()
 
 
@@ -271,7 +271,7 @@ def test_a_target_spread_over_devices_gives_the_same_features_and_is_recorded(
     config = ExtractConfig(**extract_config, out=tmp_path / "cache", device_map="auto")
     extract(config, Silent())
     assert content(config.out) == content(cache)
-    assert CacheReader(config.out).manifest.identity["target"]["device_map"] == "auto"
+    assert Cache.open(config.out).manifest.identity["target"]["device_map"] == "auto"
     with pytest.raises(MismatchError, match=r"target\.device_map +cache: auto  now: None"):
         extract(replace(config, device_map=None), Silent())
 

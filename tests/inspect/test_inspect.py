@@ -26,7 +26,7 @@ from dflash_offline.schemas.commits import commit_path, read_commits
 from dflash_offline.schemas.manifest import SAMPLES
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
 FIRST_SCREEN = 24
@@ -124,7 +124,7 @@ def test_samples_that_would_take_too_much_memory_are_said_to_be_left_out(
     assert whole["samples_asked"] == len(whole["samples"]) == 4
     text = shown(cache, "--layers", "--features", 4)
     assert "too much memory" not in text and "none\n" in text
-    reader, ends = CacheReader(cache), [whole["samples"][0], whole["samples"][-1]]
+    reader, ends = Cache.open(cache), [whole["samples"][0], whole["samples"][-1]]
     room = 2 * reader.manifest.layout.slot_bytes * int(reader.samples.num_tokens[ends].sum())
     monkeypatch.setattr(feature_figures, "_MOST_BYTES", room)
     assert document(cache, "--layers", "--features", 4)["features"]["samples"] == ends
@@ -281,8 +281,8 @@ def shown_error(cache: Path, *flags: object) -> str:
 
 
 def test_the_overview_counts_what_is_there(cache: Path) -> None:
-    found, reader = document(cache), CacheReader(cache)
-    samples, values = reader.samples, np.concatenate([reader.read_values(i) for i in reader.usable().tolist()])
+    found, reader = document(cache), Cache.open(cache)
+    samples, values = reader.samples, np.concatenate([reader.values(i) for i in reader.usable().tolist()])
     assert found["tokens"] == found["tokens_done"] == samples.num_tokens.sum() == len(values)
     assert found["samples_done"] == len(samples) and found["supervised"] == samples.num_supervised.sum()
     assert sum(found["length"]["histogram"]["counts"]) == len(samples)
@@ -297,11 +297,11 @@ def test_the_overview_counts_what_is_there(cache: Path) -> None:
 
 
 def test_a_sample_shows_its_tokens_mask_and_norms(cache: Path) -> None:
-    view, reader = document(cache, "--sample", 7), CacheReader(cache)
+    view, reader = document(cache, "--sample", 7), Cache.open(cache)
     assert view["token_ids"] == reader.samples.input_ids(7).tolist()
     assert view["loss_mask"] == reader.samples.loss_mask(7).astype(int).tolist()
     assert "".join(view["token_texts"]) == "".join(run["text"] for run in view["runs"])
-    rms = np.sqrt(np.square(reader.read_values(7), dtype=np.float64).mean(axis=2)).T
+    rms = np.sqrt(np.square(reader.values(7), dtype=np.float64).mean(axis=2)).T
     np.testing.assert_allclose(view["norms"], rms, atol=1e-5)
     able = [run for run in view["runs"] if run["anchor"]]
     assert sum(run["tokens"] for run in able) == view["anchors"] and all(run["supervised"] for run in able)
@@ -342,7 +342,7 @@ def test_a_sample_without_features_is_shown_with_the_reason(cache: Path, tmp_pat
 
 
 def test_a_shard_shows_its_record_and_its_samples(cache: Path) -> None:
-    view, samples = document(cache, "--shard", 1), CacheReader(cache).samples
+    view, samples = document(cache, "--shard", 1), Cache.open(cache).samples
     members = samples.samples_of_shard(1)
     assert [row["sample"] for row in view["samples"]] == members.tolist() and view["state"] == "done"
     assert view["tokens"] == samples.num_tokens[members].sum() and len(view["layers"]) == 3
@@ -351,7 +351,7 @@ def test_a_shard_shows_its_record_and_its_samples(cache: Path) -> None:
 
 
 def test_top_lists_the_longest_the_shortest_and_the_rarest(cache: Path) -> None:
-    samples = CacheReader(cache).samples
+    samples = Cache.open(cache).samples
     for kind, order in (("longest", -1), ("shortest", 1)):
         rows = document(cache, "--top", kind)["samples"]
         assert [row["num_tokens"] for row in rows] == sorted(samples.num_tokens.tolist(), key=lambda n: n * order)[:20]
@@ -390,7 +390,7 @@ def test_spreads_have_a_histogram_that_counts_everything() -> None:
 
 def test_records_of_shards_that_are_not_of_the_plan_count_for_nothing(cache: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
-    manifest = CacheReader(copy).manifest
+    manifest = Cache.open(copy).manifest
     shutil.copy(commit_path(copy, 0), commit_path(copy, 999))
     commits, faults = read_commits(copy, manifest.layout.num_shards, manifest.checksum)
     assert list(commits) == list(range(manifest.layout.num_shards)) and faults == []

@@ -19,7 +19,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.files import identify, read_rows
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
 
@@ -64,7 +64,7 @@ def test_a_cache_of_such_data_is_whole_and_one_in_such_a_folder_is_refused_in_wo
     path = Path(shutil.copy(data, latin_1(tmp_path, "café.jsonl")))
     config = ExtractConfig(**extract_config | {"data": (path,)}, out=tmp_path / "cache", limit=10)
     extract(config, Silent())
-    reader = CacheReader(config.out)
+    reader = Cache.open(config.out)
     assert reader.samples.source(0) == "caf\\xe9.jsonl" and reader.manifest.origin["data"][0].endswith("caf\\xe9.jsonl")
     assert verify_cache(config.out, Silent()) == []
     with path.open("a") as file:
@@ -82,4 +82,4 @@ def test_a_cache_of_such_data_is_whole_and_one_in_such_a_folder_is_refused_in_wo
         result = CliRunner().invoke(app, [command, str(folder)])
         assert result.exit_code == 1 and "is not UTF-8" in result.output
     with pytest.raises(DflashError, match=refused):
-        CacheReader(folder)
+        Cache.open(folder)

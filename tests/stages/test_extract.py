@@ -29,7 +29,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.shard import micro_batches
 from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import capture, load_model
@@ -48,7 +48,7 @@ np.savez(sys.argv[2], hidden=hidden[:], ids=group["input_ids"][:], mask=group["l
 def test_plain_zarr_gives_the_targets_hidden_states(cache: Path, target: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ZARR_READER, str(cache), str(tmp_path / "a.npz")], check=True, cwd=tmp_path)
     arrays = np.load(tmp_path / "a.npz")
-    samples = CacheReader(cache).samples
+    samples = Cache.open(cache).samples
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     for sample in range(0, len(samples), 7):
         slots = slice(samples.start[sample], samples.start[sample] + samples.num_tokens[sample])
@@ -63,7 +63,7 @@ def test_plain_zarr_gives_the_targets_hidden_states(cache: Path, target: Path, t
 
 
 def test_slots_between_samples_hold_nan_and_no_shard_file_is_missing(cache: Path) -> None:
-    reader = CacheReader(cache)
+    reader = Cache.open(cache)
     layout = reader.manifest.layout
     assert layout.num_shards >= 3
     names = sorted(int(p.name) for p in (cache / "features.zarr/hidden_states/c").iterdir())
@@ -78,9 +78,9 @@ def test_slots_between_samples_hold_nan_and_no_shard_file_is_missing(cache: Path
 
 
 def test_our_reader_equals_zarr_and_reads_chosen_layers(cache: Path) -> None:
-    reader = CacheReader(cache)
-    whole = reader.read_codes(3)
-    np.testing.assert_array_equal(reader.read_codes(3, [2, 0]), whole[:, [2, 0]])
+    reader = Cache.open(cache)
+    whole = reader.codes(3)
+    np.testing.assert_array_equal(reader.codes(3, [2, 0]), whole[:, [2, 0]])
 
 
 def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
@@ -95,7 +95,7 @@ def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
 
 
 def test_micro_batches_hold_every_sample_once_and_keep_to_the_budget(cache: Path) -> None:
-    samples = CacheReader(cache).samples
+    samples = Cache.open(cache).samples
     batches = list(micro_batches(samples, np.arange(len(samples)), 700))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(samples)))
     assert all(len(batch) * samples.num_tokens[batch].max() <= 700 for batch in batches if len(batch) > 1)
@@ -131,7 +131,7 @@ def test_killed_at_random_instants_it_resumes_to_the_same_bytes(
     cache: Path, extract_config: Settings, tmp_path: Path
 ) -> None:
     out, chance = tmp_path / "cache", random.Random(0)
-    total, finished, kills = CacheReader(cache).manifest.layout.num_shards, 0, 0
+    total, finished, kills = Cache.open(cache).manifest.layout.num_shards, 0, 0
     for _ in range(40):
         process = Command(arguments(extract_config, out))
         deadline = time.monotonic() + 60
@@ -298,7 +298,7 @@ def test_a_damaged_plan_is_refused(cache: Path, extract_config: Settings, tmp_pa
     with pytest.raises(CacheError, match=r"samples\.parquet has 1 bytes"):
         extract(ExtractConfig(**extract_config, out=copy), Silent())
     with pytest.raises(CacheError, match=r"samples\.parquet"):
-        CacheReader(copy)
+        Cache.open(copy)
 
 
 def test_the_manifest_records_what_made_the_cache(cache: Path) -> None:

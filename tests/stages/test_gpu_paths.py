@@ -33,7 +33,7 @@ from dflash_offline.stages.draft import model as drafter
 from dflash_offline.stages.draft.decode import check_rewindable, plain_decode, speculative_decode
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import FeatureCodec
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import choose_device, load_model
@@ -69,9 +69,9 @@ def codec_for(layout: FeatureLayout, states: Tensor) -> FeatureCodec:
 def test_a_shard_is_captured_as_on_the_cpu_without_waiting_behind_a_forward(
     layout: FeatureLayout, gpu: PretendedGpu, cache: Path, target: Path
 ) -> None:
-    samples = CacheReader(cache).samples
+    samples = Cache.open(cache).samples
     members = samples.samples_of_shard(0)[:20]
-    codec = codec_for(layout, torch.from_numpy(CacheReader(cache).read_values(0)))
+    codec = codec_for(layout, torch.from_numpy(Cache.open(cache).values(0)))
     places = Layout(
         num_shards=1,
         shard_tokens=int(samples.start[members[-1]]) + 512,
@@ -102,9 +102,9 @@ def test_a_shard_is_captured_as_on_the_cpu_without_waiting_behind_a_forward(
 @pytest.mark.usefixtures("gpu")
 def test_extraction_leaves_the_cpus_features(cache: Path, extract_config: dict[str, Any], tmp_path: Path) -> None:
     extract(ExtractConfig(**{**extract_config, "device": "cuda"}, out=tmp_path / "cache"), Silent())
-    found, wanted = CacheReader(tmp_path / "cache"), CacheReader(cache)
+    found, wanted = Cache.open(tmp_path / "cache"), Cache.open(cache)
     assert len(found.samples) == len(wanted.samples) == len(found.usable())
-    assert all((found.read_values(sample) == wanted.read_values(sample)).all() for sample in range(len(found.samples)))
+    assert all((found.values(sample) == wanted.values(sample)).all() for sample in range(len(found.samples)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)

@@ -15,7 +15,7 @@ from processes import Command, run
 from running import Settings, arguments, command
 
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
 pytestmark = pytest.mark.torture
@@ -61,7 +61,7 @@ def test_a_hundred_kills_of_the_whole_command_leave_the_same_bytes(
     landed: Counter[str] = Counter()
     completed = 0
     while landed.total() < KILLS:
-        if records(out) == CacheReader(cache).manifest.layout.num_shards:
+        if records(out) == Cache.open(cache).manifest.layout.num_shards:
             assert run(arguments(extract_config, out))[0] == 0
             assert content(out) == content(cache)
             shutil.rmtree(out)

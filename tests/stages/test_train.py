@@ -30,7 +30,7 @@ from dflash_offline.schemas.settings.toml import read_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.train import rehearse, train
 from dflash_offline.stages.training.checkpoint import list_checkpoints
 from dflash_offline.stages.training.corpus import Corpus
@@ -402,15 +402,15 @@ def test_a_non_finite_loss_stops_with_step_samples_and_checkpoint(
     (first, _), (second, _) = schedule.between(0, 2)
     poisoned = int(second[0][0])
     assert not any(poisoned in row for row in first)
-    read = CacheReader.read_codes
+    read = Cache.codes
 
-    def broken(reader: CacheReader, sample: int, columns: list[int], out: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    def broken(reader: Cache, sample: int, columns: list[int], out: NDArray[np.uint16]) -> NDArray[np.uint16]:
         read(reader, sample, columns, out)
         if sample == poisoned:
             out[:] = 0x7FC0
         return out
 
-    monkeypatch.setattr(CacheReader, "read_codes", broken)
+    monkeypatch.setattr(Cache, "codes", broken)
     listed = sorted(int(sample) for row in second for sample in row)
     with pytest.raises(DflashError) as refused:
         train(settings, Silent())
@@ -568,7 +568,7 @@ def test_a_dry_run_writes_nothing_and_gives_the_steps_of_the_run(cache: Path, tm
 
 def test_epochs_count_every_sample_so_often(cache: Path, tmp_path: Path) -> None:
     done = train(config(cache, tmp_path / "run", steps=None, epochs=2.0, val_samples=0), Silent())
-    assert done.state.tokens == 2 * int(CacheReader(cache).samples.num_tokens.sum())
+    assert done.state.tokens == 2 * int(Cache.open(cache).samples.num_tokens.sum())
 
 
 def test_the_saved_settings_are_those_of_the_call(cache: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from processes import FORKING
 from dflash_offline.schemas.manifest import SAMPLES, Manifest
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.store.verify import verify_cache
 
@@ -81,10 +81,9 @@ def test_a_late_worker_throws_its_own_shard_away(tmp_path: Path) -> None:
     before = content(tmp_path / "cache")
     manifest = Manifest.read(tmp_path / "cache")
     samples = SampleTable.read(tmp_path / "cache" / SAMPLES)
-    from dflash_offline.stages.store.cache import open_codec
     from dflash_offline.stages.store.writer import ShardWriter
 
-    writer = ShardWriter(tmp_path / "cache", manifest, samples, open_codec(tmp_path / "cache", manifest))
+    writer = ShardWriter(Cache(tmp_path / "cache"))
     other = features(manifest, samples, 1, NAN)
     other[0, 0, 0] ^= 1
     assert writer.commit(1, other) == 0  # as where locks do not reach: no claim was asked for
@@ -96,10 +95,10 @@ def test_a_reader_sent_to_a_spawned_process_reads_the_same(tmp_path: Path) -> No
 
     create(tmp_path / "cache", num_shards=3)
     fill_cache(tmp_path / "cache")
-    reader = CacheReader(tmp_path / "cache")
-    here = [reader.read_codes(sample) for sample in range(len(reader.samples))]
+    reader = Cache.open(tmp_path / "cache")
+    here = [reader.codes(sample) for sample in range(len(reader.samples))]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        there = pool.map(reader.read_codes, range(len(reader.samples)))
+        there = pool.map(reader.codes, range(len(reader.samples)))
     for one, other in zip(here, there, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -109,9 +108,9 @@ def test_a_reader_shared_by_threads_reads_the_same(tmp_path: Path) -> None:
 
     create(tmp_path / "cache", num_shards=6)
     fill_cache(tmp_path / "cache")
-    reader = CacheReader(tmp_path / "cache")
+    reader = Cache.open(tmp_path / "cache")
     samples = list(range(len(reader.samples))) * 5
-    here = {sample: reader.read_codes(sample) for sample in set(samples)}
+    here = {sample: reader.codes(sample) for sample in set(samples)}
     with ThreadPoolExecutor(8) as pool:
-        for sample, codes in zip(samples, pool.map(reader.read_codes, samples), strict=True):
+        for sample, codes in zip(samples, pool.map(reader.codes, samples), strict=True):
             np.testing.assert_array_equal(codes, here[sample])

@@ -16,7 +16,7 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import read_sealed
 from dflash_offline.schemas.manifest import FeatureLayout, Manifest
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
 FLIPS = 2000
@@ -51,9 +51,9 @@ def files(cache: Path) -> list[Path]:
 
 def read_all(cache: Path) -> list[NDArray[np.float32]]:
     """What training does: open, require completeness, read every sample."""
-    reader = CacheReader(cache)
+    reader = Cache.open(cache)
     reader.require_complete()
-    return [reader.read_values(sample) for sample in range(len(reader.samples))]
+    return [reader.values(sample) for sample in range(len(reader.samples))]
 
 
 @contextmanager

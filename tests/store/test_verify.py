@@ -20,12 +20,11 @@ from typer.testing import CliRunner
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import read_sealed, sealed_bytes
-from dflash_offline.schemas.manifest import MANIFEST, SAMPLES, Manifest
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import MANIFEST
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader, open_codec
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK
 from dflash_offline.stages.store.verify import repair, verify_cache
 from dflash_offline.stages.store.writer import ShardWriter
@@ -58,23 +57,23 @@ def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
 def test_a_reader_never_decodes_a_flipped_byte_silently(copy: Path) -> None:
     chance, path = random.Random(1), copy / HIDDEN.format(0)
     content = path.read_bytes()
-    members = CacheReader(copy).samples.samples_of_shard(0).tolist()
-    sound = [CacheReader(copy).read_codes(sample) for sample in members]
+    members = Cache.open(copy).samples.samples_of_shard(0).tolist()
+    sound = [Cache.open(copy).codes(sample) for sample in members]
     for position in chance.sample(range(len(content)), 30):
         broken = bytearray(content)
         broken[position] ^= 1 << chance.randrange(8)
         path.write_bytes(broken)
         refused = 0
-        reader = CacheReader(copy)
+        reader = Cache.open(copy)
         for sample, before in zip(members, sound, strict=True):
             try:
-                np.testing.assert_array_equal(reader.read_codes(sample), before)
+                np.testing.assert_array_equal(reader.codes(sample), before)
             except CacheError:
                 refused += 1
         assert refused or _in_padding(reader, position)
 
 
-def _in_padding(reader: CacheReader, position: int) -> bool:
+def _in_padding(reader: Cache, position: int) -> bool:
     """Say whether a byte lies in a chunk that no sample uses."""
     layout = reader.manifest.layout
     shard = reader._shard(0)
@@ -185,15 +184,14 @@ def said(*arguments: object) -> tuple[int, str]:
 
 def _redo_shard_1(cache: Path, at_it: Any, go_on: Any) -> None:
     """What a worker does: hold the shard, write it, record it."""
-    manifest, samples = Manifest.read(cache), SampleTable.read(cache / SAMPLES)
-    codec = open_codec(cache, manifest)
-    writer = ShardWriter(cache, manifest, samples, codec)
+    opened = Cache(cache)
+    writer = ShardWriter(opened)
     with writer.claim(1, wait=True) as ours:
         assert ours
         at_it.set()
         assert go_on.wait(60)
         time.sleep(0.1)
-        writer.commit(1, features(manifest, samples, 1, codec.fill))
+        writer.commit(1, features(opened.manifest, opened.samples, 1, opened.codec.fill))
 
 
 @pytest.mark.parametrize("harm", [_truncate, _drop_record])
@@ -290,13 +288,13 @@ def test_a_folder_that_is_neither_cache_nor_draft_is_refused(tmp_path: Path, opt
 
 def test_a_slot_of_no_sample_that_holds_a_feature_is_found(tmp_path: Path) -> None:
     manifest = create(tmp_path / "made", num_shards=1, shard_tokens=160)
-    samples = SampleTable.read(tmp_path / "made" / SAMPLES)
-    codec = open_codec(tmp_path / "made", manifest)
-    codes = features(manifest, samples, 0, codec.fill)
+    cache = Cache(tmp_path / "made", manifest)
+    samples = cache.samples
+    codes = features(manifest, samples, 0, cache.codec.fill)
     within, behind = int(samples.num_tokens[0]), 159
     assert within % 32 and samples.start[-1] + samples.num_tokens[-1] <= 128, "one beside a sample, one without"
     codes[within, 1, 7] = codes[behind] = 0
-    ShardWriter(tmp_path / "made", manifest, samples, codec).commit(0, codes)
+    ShardWriter(cache).commit(0, codes)
     (fault,) = verify_cache(tmp_path / "made", Silent())
     assert fault.shard == 0 and "something else than fill in 2 slots" in fault.what
 

@@ -10,10 +10,9 @@ from feature_writer import create, features, fill_cache
 
 from dflash_offline.schemas import files
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import SAMPLES, Manifest
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.stages.store import writer
-from dflash_offline.stages.store.cache import CacheReader, open_codec
+from dflash_offline.stages.store.cache import Cache
 
 SHARD_TOKENS = 960
 
@@ -27,7 +26,7 @@ def little_memory(slow_digest: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_holds_what_was_given(cache: Path) -> None:
-    reader = CacheReader(cache, hashed=False)
+    reader = Cache.open(cache, hashed=False)
     for shard, commit in reader.commits.items():
         for name, record in commit.files.items():
             with (cache / name).open("rb") as file:
@@ -35,7 +34,7 @@ def assert_holds_what_was_given(cache: Path) -> None:
         codes = features(reader.manifest, reader.samples, shard, reader.codec.fill)
         for sample in reader.samples.samples_of_shard(shard).tolist():
             begin = int(reader.samples.start[sample]) % SHARD_TOKENS
-            found = reader.read_codes(sample)
+            found = reader.codes(sample)
             np.testing.assert_array_equal(found, codes[begin : begin + len(found)])
 
 
@@ -51,11 +50,10 @@ def test_a_refused_shard_is_left_only_once_nothing_of_it_is_being_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest: Manifest = create(tmp_path / "cache", num_shards=1, shard_tokens=SHARD_TOKENS)
-    samples = SampleTable.read(tmp_path / "cache" / SAMPLES)
-    codec = open_codec(tmp_path / "cache", manifest)
-    codes = features(manifest, samples, 0, codec.fill)
+    cache = Cache(tmp_path / "cache", manifest)
+    codes = features(manifest, cache.samples, 0, cache.codec.fill)
     good = codes.copy()
-    codes[int(samples.start[1]), 0, 0] = codec.fill
+    codes[int(cache.samples.start[1]), 0, 0] = cache.codec.fill
     encode, begun, ended = writer.encode_chunks, [], []
 
     def slow(values: np.ndarray, out: np.ndarray) -> object:
@@ -66,7 +64,7 @@ def test_a_refused_shard_is_left_only_once_nothing_of_it_is_being_encoded(
         return chunks
 
     monkeypatch.setattr(writer, "encode_chunks", slow)
-    shards = writer.ShardWriter(tmp_path / "cache", manifest, samples, codec)
+    shards = writer.ShardWriter(cache)
     with pytest.raises(CacheError, match="missing or not finite"):
         shards.commit(0, codes)
     assert begun and len(begun) == len(ended)

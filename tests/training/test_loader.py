@@ -17,7 +17,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.train import train
 from dflash_offline.stages.training import schedule as schedules
 from dflash_offline.stages.training.corpus import Corpus
@@ -172,7 +172,7 @@ def test_a_packed_batch_holds_the_caches_features_tokens_and_mask(cache: Path, s
     shape = RowShape(rows=3, tokens=400, anchors=20)
     both = loader(cache, second_cache, shape=shape)
     batch = both.widen(both.load(rows_of([7, 82], [30]), 0))
-    readers = [CacheReader(cache), CacheReader(second_cache)]
+    readers = [Cache.open(cache), Cache.open(second_cache)]
     assert batch.input_ids.shape == (3, 400) and batch.anchors.shape == (3, 20)
     assert batch.samples == [7, 82, 30] and [span[0] for span in batch.spans] == [0, 0, 1]
     features = batch.hidden_states.unflatten(2, (2, 32))
@@ -180,7 +180,7 @@ def test_a_packed_batch_holds_the_caches_features_tokens_and_mask(cache: Path, s
         batch.spans, [(0, 7, [0, 2]), (1, 2, [1, 3]), (0, 30, [0, 2])], (0, 1, 0), strict=True
     ):
         reader, here = readers[which], slice(start, stop)
-        expected = torch.from_numpy(reader.read_values(sample, columns))
+        expected = torch.from_numpy(reader.values(sample, columns))
         rounding = 0 if which == 0 else 2**-8  # of bfloat16, which lossless features are already
         torch.testing.assert_close(features[row, here].float(), expected, rtol=rounding, atol=rounding)
         assert batch.input_ids[row, here].tolist() == reader.samples.input_ids(sample).tolist()
@@ -250,7 +250,7 @@ def test_a_run_over_several_caches_knows_them_by_content_and_order(
     )
     done = train(settings, Silent())
     assert done.num_train + done.num_held_out == 110
-    known = [CacheReader(path).manifest.checksum for path in settings.caches]
+    known = [Cache.open(path).manifest.checksum for path in settings.caches]
     assert RunRecord.read(tmp_path / "run").identity["caches"] == known
     copy = shutil.copytree(second_cache, tmp_path / "moved")
     assert train(replace(settings, caches=(cache, copy)), Silent()).state.step == 2
