@@ -78,7 +78,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "Output": f"save plot html {_OUTPUT}",
     },
     "demo": {"Output": "out log_format quiet help"},
-    "doctor": {"What is looked at": "out target hub", "Output": _OUTPUT},
+    "doctor": {"What is looked at": "out target", "Output": _OUTPUT},
 }
 """The options of a command under headings; one that stands nowhere comes last, under `Options`."""
 

@@ -1,13 +1,21 @@
-"""`dflash doctor`: its options, and what they start."""
+"""`dflash doctor`: its options, what they start, and what is printed, at most 80 columns wide."""
 
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dflash_offline.pipeline.arguments import Json, LogFormatOption, Quiet
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.paths import free_name
+from dflash_offline.stages.progress import readable_bytes
+
+if TYPE_CHECKING:
+    from dflash_offline.pipeline.doctor.examine import Examination
 
 
 def doctor(
@@ -15,18 +23,69 @@ def doctor(
     target: Annotated[
         str | None, typer.Option(help="Look at this target as well: a folder, or a hub id that was fetched before.")
     ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Also see whether the model hub answers.")] = False,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Look at packages, devices, disk and speed; exit 1 if something that is needed is wrong."""
     with reported(quiet=quiet, log_format=log_format) as progress:
-        from dflash_offline.pipeline.doctor.examine import examine, require_folder
-        from dflash_offline.pipeline.doctor.report import print_examination
+        from dflash_offline.pipeline.doctor.examine import examine
 
-        require_folder(out)
-        found = examine(out, target, hub, progress)
-        print(found.to_json()) if json_ else print_examination(found, out)
-        if any(finding.needed for finding in found.findings):
+        found = examine(out, target, progress)
+        print(found.to_json()) if json_ else _print(found, out)
+        if not found.sound:
             raise typer.Exit(1)
+
+
+def _print(found: "Examination", out: Path) -> None:
+    """Print what was found, then what is wrong and what to do."""
+    for title, lines in (
+        ("Software", _packages(found)),
+        ("Torch; attention by a training step, compared with eager attention's", _trials(found)),
+        ("Caches", _storage(found)),
+    ):
+        print(title)
+        for line in lines:
+            print(_filled(line, "  "))
+    print()
+    for finding in found.findings:
+        print(_filled(finding.what, "WRONG  " if finding.needed else "NOTE   "))
+        print(f"       {finding.do}")
+    if found.sound:
+        print("Nothing that is needed is wrong.")
+        print(f"Next: {dflash_line('demo', '--out', free_name(out / 'x', 'demo'))}")
+
+
+def _filled(text: str, head: str) -> str:
+    indent = " " * max(4, len(head))
+    return textwrap.fill(text, 80, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _packages(found: "Examination") -> Iterator[str]:
+    memory = readable_bytes(found.memory_bytes)
+    yield f"dflash-offline {found.version} on {found.system} with {found.cores} usable cores, {memory} of memory"
+    for package in found.packages:
+        note = "   <- WRONG" if package.fault else ""
+        if package.extra and not package.installed:
+            note = f"   pip install '{package.requirement}'"
+        yield f"{package.name:<16} {package.installed or 'absent':<14} {package.supported}{note}".rstrip()
+
+
+def _trials(found: "Examination") -> Iterator[str]:
+    for trial in found.trials:
+        yield f"{trial.name:<22} {f'FAILS: {trial.error}' if trial.error else trial.result}"
+
+
+def _storage(found: "Examination") -> Iterator[str]:
+    disk, store = found.disk, found.store
+    yield f"{disk.folder}: {readable_bytes(disk.free_bytes)} free"
+    if disk.error:
+        yield f"cannot be written: {disk.error}"
+    else:
+        written, read = readable_bytes(disk.write_bytes_per_s), readable_bytes(disk.read_bytes_per_s)
+        yield f"writes {written}/s, synced, and reads {read}/s; locks {'hold' if disk.locks else 'do NOT hold'}"
+    if store:
+        encoded, decoded = readable_bytes(store.encode_bytes_per_s), readable_bytes(store.decode_bytes_per_s)
+        yield f"one core encodes {encoded}/s and decodes {decoded}/s of raw bfloat16"
+        files = "any number of" if store.open_files < 0 else f"{store.open_files:,}"
+        yield f"{files} files may be open at once; {store.open_shards:,} shard files are kept open"

@@ -1,1 +1,1 @@
-"""What `dflash doctor` looks at, tries out and prints."""
+"""What `dflash doctor` looks at and tries out."""

@@ -1,131 +1,85 @@
-"""What the machine has: cores, memory, open files, and the driver of its GPUs. Loads no torch."""
+"""Packages, memory and the driver of the GPUs. Loads neither torch nor any package that it looks for."""
 
 import os
-import resource
-import shutil
+import platform
 import subprocess
-import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
-from dflash_offline.stages.cores import usable_cores
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+DISTRIBUTION = "dflash-offline"
+_DEVELOPMENT = ("dev", "browser")
+"""Extras that only those who change the code need."""
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_DRIVER_TIMEOUT_S = 20
-_CODEC_S = 0.5
-"""Seconds for which encoding is timed, and decoding."""
-_CHUNK = (2, 128, 1, 4096)
-"""Chunks encoded at once, tokens, layers and width of each."""
+_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Cores, memory and limits of this process."""
+class Package:
+    """One package: the version that is installed, and those that are supported."""
 
-    cores: int
-    """Of the machine."""
-    usable_cores: int
-    """That this process may use."""
-    memory_bytes: int
-    """Of the machine."""
-    available_bytes: int | None
-    """Of them not in use; None where the system does not say."""
-    memory_limit_bytes: int | None
-    """Of this process's control group; None without one."""
-    open_files: int
-    """That this process may have, unless it raises its own limit."""
-    open_files_most: int
-    """To which it may raise it; -1 for any number."""
-    driver: str | None
-    """Version of NVIDIA's driver; None where nvidia-smi finds no GPU."""
+    name: str
+    installed: str | None
+    """None if it is not."""
+    supported: str
+    """As pip writes versions; empty for any."""
+    extra: str | None = None
+    """The extra that installs it; None for what is always needed."""
 
     @property
-    def usable_bytes(self) -> int:
-        """Memory that this process may fill, at most."""
-        return min(self.memory_bytes, self.memory_limit_bytes or self.memory_bytes)
+    def requirement(self) -> str:
+        """What to tell pip."""
+        return f"dflash-offline[{self.extra}]" if self.extra else f"{self.name}{self.supported}"
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it; None for a supported version, and for an optional package that is not installed."""
+        if self.installed is None:
+            return None if self.extra else f"{self.name} is not installed; expected {self.supported or 'any version'}."
+        fits = SpecifierSet(self.supported).contains(self.installed, prereleases=True)
+        return None if fits else f"{self.name} is {self.installed}; expected {self.supported}."
 
 
-def look_at_machine() -> Machine:
-    """Return what this process has."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return Machine(
-        cores=os.cpu_count() or 1,
-        usable_cores=usable_cores(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        available_bytes=_available_bytes(),
-        memory_limit_bytes=_memory_limit(),
-        open_files=soft,
-        open_files_most=-1 if hard == resource.RLIM_INFINITY else hard,
-        driver=_driver(),
-    )
-
-
-def _available_bytes() -> int | None:
+def installed(name: str) -> str | None:
+    """Return the version of an installed distribution."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        return version(name)
+    except PackageNotFoundError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _memory_limit() -> int | None:
+def find_packages() -> list[Package]:
+    """Return Python, then what is always needed, then what the extras install, as the project's own metadata says."""
+    about = metadata(DISTRIBUTION)
+    supported = about["Requires-Python"] or ""
+    found = [Package(name="python", installed=platform.python_version(), supported=supported)]
+    requirements = [Requirement(text) for text in requires(DISTRIBUTION) or []]
+    for extra in (None, *(name for name in about.get_all("Provides-Extra") or () if name not in _DEVELOPMENT)):
+        for one in requirements:
+            if one.marker is None if extra is None else one.marker and one.marker.evaluate({"extra": extra}):
+                supported = ",".join(sorted(map(str, one.specifier), reverse=True))
+                found.append(Package(name=one.name, installed=installed(one.name), supported=supported, extra=extra))
+    return found
+
+
+def usable_memory_bytes() -> int:
+    """Return the memory that this process may fill: the machine's, or what its control group allows."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _MEMORY_LIMITS:
-        try:
-            limit = int(path.read_text())
-        except (OSError, ValueError):  # no control groups, or no limit ("max")
-            continue
-        if limit < 1 << 60:  # older control groups write a huge number for none
-            return limit
-    return None
+        with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+            most = min(most, int(path.read_text()))
+    return most
 
 
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
+def nvidia_driver() -> str | None:
+    """Return the version of NVIDIA's driver; None where nvidia-smi finds no GPU."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    lines = found.stdout.split()
-    return lines[0] if found.returncode == 0 and lines else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodecRates:
-    """How fast one core encodes and decodes features, in bytes of raw bfloat16 a second."""
-
-    encode_bytes_per_s: float
-    decode_bytes_per_s: float
-    ratio: float
-    """Encoded bytes over raw ones of the normal values that were timed; a target's own features differ a little."""
-
-
-def time_codec() -> CodecRates:
-    """Encode and decode chunks of normal bfloat16 values, lossless, with one thread."""
-    import numpy as np
-
-    from dflash_offline.stages.store.shard_file import decode_chunks, encode_chunks, room
-
-    values = np.random.default_rng(0).standard_normal(_CHUNK, np.float32)
-    codes = (values.view(np.uint32) >> 16).astype(np.uint16)
-    chunks = encode_chunks(codes)
-    head = room(len(codes))
-    data = np.concatenate([np.zeros(head, np.uint8), chunks.data])
-    ends = (head + np.cumsum(chunks.sizes)).tolist()
-    places = [(end - size, size) for end, size in zip(ends, chunks.sizes, strict=True)]
-    out = np.empty((_CHUNK[1], len(codes), _CHUNK[3]), np.uint16)
-    return CodecRates(
-        encode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: encode_chunks(codes)),
-        decode_bytes_per_s=codes.nbytes * _turns_per_s(lambda: decode_chunks(data, places, out, len(out))),
-        ratio=len(chunks.data) / codes.nbytes,
-    )
-
-
-def _turns_per_s(turn: Callable[[], object]) -> float:
-    turns, began = 0, time.perf_counter()
-    while turns == 0 or time.perf_counter() - began < _CODEC_S:
-        turn()
-        turns += 1
-    return turns / (time.perf_counter() - began)
+    return next(iter(found.stdout.split()), None)

@@ -37,7 +37,7 @@ from sides import interleaved, machine, median_ratio
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dflash_offline.pipeline.doctor.machine import time_codec
+from dflash_offline.pipeline.doctor.storage import try_store
 from dflash_offline.schemas.manifest import FEATURES, HIDDEN, FeatureLayout
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
@@ -343,7 +343,7 @@ def main() -> int:
         folder = Path(temporary)
         stores = sizes(folder, sets, bounds)
         divergence(folder, embedded, ids)
-        decoded = time_codec().decode_bytes_per_s / 1e6
+        decoded = try_store().decode_bytes_per_s / 1e6
         cores = usable_cores()
         print(f"\nFloor of a read: one core decodes {decoded:,.0f} MB/s of what is in its cache, {cores} cores")
         print(f"{cores * decoded:,.0f}; a peer copies what it keeps uncompressed from the page cache.")
