@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.formats import FORMATS, ZLAB, config_json, tensor_name
-from dflash_offline.schemas.draft.lint import RECORD, DraftFault, lint_draft
+from dflash_offline.schemas.draft.lint import RECORD, lint_draft
+from dflash_offline.schemas.draft.rules import DraftFault
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
 from dflash_offline.schemas.files import building_folder, output_folder, publish, read_sealed, sha256_file, sync_folder

@@ -1,18 +1,62 @@
-"""What a draft's config.json must say, one function for each group of rules; `draft_lint` puts them together."""
+"""What a draft's config.json must say for our own reader and every client, one function for each group of rules."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeGuard
+
+from dflash_offline.schemas.draft.rules import SPECULATORS, TRANSFORMERS, DraftFault, make_fault
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size", "max_position_embeddings"),
 )
-_ROTARY = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 Found = Iterator[tuple[str, str, str]]
 """Rule, place, what."""
+
+
+def read_document(folder: Path) -> dict[str, Any] | str:
+    """Return the object in `folder`/config.json, or what is wrong with that file."""
+    try:
+        document = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
+    return document if isinstance(document, dict) else f"is a JSON {type(document).__name__}; expected an object"
+
+
+def draft_format(config: Mapping[str, Any]) -> str:
+    """Return which of the export formats a config.json is of."""
+    if "speculators_model_type" in config:
+        return SPECULATORS
+    return TRANSFORMERS if config.get("model_type") == "muse_glimmer_assistant" else "zlab"
+
+
+def config_faults(config: Mapping[str, Any], target: Mapping[str, Any] | None = None) -> list[DraftFault]:
+    """Return every fault of a config.json; `target` is its target's, to be compared with if given."""
+    kind = draft_format(config)
+    flat = flat_config(config, kind)
+    rules = {
+        "zlab": (names, nested_fields, attention),
+        SPECULATORS: (speculators,),
+        TRANSFORMERS: (transformers,),
+    }[kind]
+    found = [fault for rule in (sizes, layer_ids, block_and_mask, rotary, *rules) for fault in rule(flat)]
+    if target is not None:
+        found += fits_target(flat, target)
+    return [make_fault(*one, kind) for one in dict.fromkeys(found)]
+
+
+def flat_config(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the config with the fields of every format where the plain one has them."""
+    if kind != SPECULATORS:
+        return dict(config)
+    ids = config.get("aux_hidden_state_layer_ids")
+    shifted = [i - 1 if is_int(i) else i for i in ids] if isinstance(ids, list) else ids
+    return {**section(config, "transformer_layer_config"), **config, "target_layer_ids": shifted}
 
 
 def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
@@ -21,8 +65,8 @@ def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Say whether a value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Say whether a value is a finite number."""
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -54,6 +98,8 @@ def sizes(config: dict[str, Any]) -> Found:
         yield "dtype", "dtype", f"is {say(stored)}; expected bfloat16, float16 or float32"
     if config.get("quantization_config") is not None:
         yield "quantization", "quantization_config", "is given; expected none"
+    if config.get("attention_bias"):
+        yield "not computed", "attention_bias", f"is {say(config['attention_bias'])}; expected false"
     if config.get("hidden_act") != "silu":
         yield "activation", "hidden_act", f'is {say(config.get("hidden_act"))}; expected "silu"'
 
@@ -96,15 +142,16 @@ def names(config: dict[str, Any]) -> Found:
         yield "architecture", "architectures", what
     if config.get("model_type") != "qwen3":
         yield "model type", "model_type", f'is {say(config.get("model_type"))}; expected "qwen3", for every target'
-    nested = section(config, "dflash_config")
-    for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
-        if nested.get(name, config.get(name)) not in (None, 1, 1.0):
-            yield "logits", name, f"is {nested.get(name, config.get(name))}; expected 1 or nothing"
+    for name, harmless in (("input_embedding_scale", 1), ("output_multiplier", 1), ("final_logit_softcapping", None)):
+        if (value := first(config, name)) not in (None, harmless):
+            yield "logits", name, f"is {say(value)}; expected {harmless or 'nothing'}"
 
 
 def nested_fields(config: dict[str, Any]) -> Found:
     """What must stand both at the top and in `dflash_config`."""
     nested = section(config, "dflash_config")
+    if config.get("dflash_config") is not None and not isinstance(config["dflash_config"], dict):
+        yield "config", "dflash_config", f"is {say(config['dflash_config'])}; expected an object"
     for name, rule, where_nested_only in (
         ("block_size", "block size", "one place"),
         ("target_layer_ids", "layer ids", "nested layer ids"),
@@ -123,32 +170,46 @@ def nested_fields(config: dict[str, Any]) -> Found:
 
 
 def rotary(config: dict[str, Any]) -> Found:
-    """The rotary embedding, said the same everywhere."""
-    theta, scaling = config.get("rope_theta"), config.get("rope_scaling")
-    parameters = section(config, "rope_parameters")
-    inner = parameters.get("rope_theta")
+    """The rotary embedding, said the same everywhere, and a plain one."""
+    theta, inner = config.get("rope_theta"), section(config, "rope_parameters").get("rope_theta")
     bases = [base for base in (theta, inner) if base is not None]
-    if not bases or any(not is_number(base) or not 0 < base < math.inf for base in bases) or len(set(bases)) > 1:
+    if not bases or any(not is_number(base) or base <= 0 for base in bases) or len(set(bases)) > 1:
         what = f"is {say(theta)}, and rope_parameters.rope_theta {say(inner)}; expected one number in both places"
         yield "rotary base", "rope_theta", what
     elif len(bases) == 1:
         missing = "rope_theta" if theta is None else "rope_parameters.rope_theta"
         yield "one place", missing, f"is absent; expected {say(bases[0])}, as in the other place"
-    said = section(config, "rope_scaling")
-    for place, values in (("", config), ("rope_parameters.", parameters), ("rope_scaling.", said)):
-        for name in _ROTARY:
-            if values.get(name) not in (None, 1, 1.0):
-                yield "rotary keys", f"{place}{name}", f"is {say(values[name])}; expected no such key"
-    old, new = _scaling(said), _scaling(parameters)
-    if scaling is not None and not isinstance(scaling, dict):
-        yield "rotary scaling", "rope_scaling", f"is {say(scaling)}; expected an object or nothing"
-    elif scaling and parameters and old != new:
-        what = f"is {say(scaling)}, and rope_parameters {say(parameters)}; expected both to say the same"
+    yield from _rotary_keys(config)
+    yield from _rotary_scaling(config.get("rope_scaling"), config.get("rope_parameters"))
+
+
+def _rotary_keys(config: dict[str, Any]) -> Found:
+    for place in ("", "rope_parameters", "rope_scaling"):
+        values = section(config, place) if place else config
+        for name, value in values.items():
+            is_partial = name == "partial_rotary_factor" and value != 1
+            if value is not None and (is_partial or (name.startswith("mrope_") and value is not False)):
+                yield "rotary keys", f"{place}.{name}".lstrip("."), f"is {say(value)}; expected no such key"
+
+
+def _rotary_scaling(old: Any, new: Any) -> Found:
+    """`rope_scaling` and `rope_parameters`, the older and the newer name of one thing."""
+    said = {"rope_scaling": old, "rope_parameters": new}
+    if wrong := [name for name, value in said.items() if value is not None and not isinstance(value, dict)]:
+        for name in wrong:
+            yield "rotary scaling", name, f"is {say(said[name])}; expected an object or nothing"
+        return
+    scaling = {name: _scaling(value or {}) for name, value in said.items()}
+    if old and new and scaling["rope_scaling"] != scaling["rope_parameters"]:
+        what = f"is {say(old)}, and rope_parameters {say(new)}; expected both to say the same"
         yield "rotary scaling", "rope_scaling", what
-    elif not scaling and new != _scaling({}):
-        yield "one place", "rope_scaling", f"is absent; expected {say(parameters)}, as rope_parameters says"
-    elif scaling and not parameters:
-        yield "one place", "rope_parameters", f"is absent; expected {say(scaling)}, as rope_scaling says"
+    elif not old and scaling["rope_parameters"] != _scaling({}):
+        yield "one place", "rope_scaling", f"is absent; expected {say(new)}, as rope_parameters says"
+    elif old and not new:
+        yield "one place", "rope_parameters", f"is absent; expected {say(old)}, as rope_scaling says"
+    for name in said:
+        if (kind := scaling[name]["rope_type"]) != "default":
+            yield "not computed", f"{name}.rope_type", f'is {say(kind)}; expected "default"'
 
 
 def _scaling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,11 +221,13 @@ def _scaling(values: Mapping[str, Any]) -> dict[str, Any]:
 def attention(config: dict[str, Any]) -> Found:
     """Windows and causality, meant the same by every client."""
     types, number = config.get("layer_types"), config.get("num_hidden_layers")
+    if types is None and is_int(number, 1):
+        yield "no layer types", "layer_types", f'is absent; expected {number} entries, each "{FULL}" or "{SLIDING}"'
+        types = layer_types(config)
     if not isinstance(types, list) or len(types) != number or any(kind not in (FULL, SLIDING) for kind in types):
-        what = f'is {say(types)}; expected {number} entries, each "{FULL}" or "{SLIDING}"'
+        what = f'is {say(types)}; expected {say(number)} entries, each "{FULL}" or "{SLIDING}"'
         yield "layer types", "layer_types", what
         return
-    nested = section(config, "dflash_config")
     if SLIDING in types:
         window, block = config.get("sliding_window"), first(config, "block_size")
         if not is_int(window, 1) or config.get("use_sliding_window") is not True:
@@ -172,15 +235,31 @@ def attention(config: dict[str, Any]) -> Found:
             yield "window", "sliding_window", f"{what}; expected a number and true, as layer_types has sliding layers"
         elif is_int(block) and window < block:
             yield "window size", "sliding_window", f"is {window}; expected at least a block of {block}"
-    elif nested.get("use_swa"):
+    nested = section(config, "dflash_config")
+    if FULL in types and nested.get("use_swa"):
         yield "hidden window", "dflash_config.use_swa", "is true; expected the sliding layers to stand in layer_types"
     said = {"is_causal": config.get("is_causal"), "dflash_config.causal": nested.get("causal")}
-    means = [[kind == SLIDING if value is None else bool(value) for kind in types] for value in said.values()]
+    if wrong := [name for name, value in said.items() if not (value is None or isinstance(value, bool))]:
+        for name in wrong:
+            yield "causality", name, f"is {say(said[name])}; expected true, false or nothing"
+        return
+    means = [causal_by_layer(types, value) for value in said.values()]
     if means[0] != means[1]:
         what = f"is {say(said['is_causal'])}, and dflash_config.causal {say(said['dflash_config.causal'])}"
         yield "causality", "is_causal", f"{what}; expected both to mean the same for every layer"
-    elif means[0] != [kind == SLIDING for kind in types]:
+    elif means[0] != causal_by_layer(types, None):
         yield "causality in SGLang", "is_causal", f"is {say(said['is_causal'])} with layer_types {say(types)}"
+
+
+def layer_types(config: Mapping[str, Any]) -> list[str]:
+    """Return the kind of every draft layer; full ones where the config names none."""
+    named = config.get("layer_types")
+    return [FULL] * config["num_hidden_layers"] if named is None else list(named)
+
+
+def causal_by_layer(types: list[str], said: object) -> list[bool]:
+    """Return which layers a value of `is_causal` makes causal: all or none, and without one those that slide."""
+    return [kind == SLIDING if said is None else bool(said) for kind in types]
 
 
 def speculators(config: dict[str, Any]) -> Found:

@@ -5,37 +5,30 @@ Pure Python on config.json and the headers of the weight files, and numpy for va
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dflash_offline.schemas.draft import config_rules as on_config
-from dflash_offline.schemas.draft.config import draft_format
-from dflash_offline.schemas.draft.config_rules import SIZES, Found, first, is_int, say
+from dflash_offline.schemas.draft.config_rules import (
+    SIZES,
+    Found,
+    config_faults,
+    draft_format,
+    first,
+    flat_config,
+    is_int,
+    read_document,
+    say,
+)
 from dflash_offline.schemas.draft.formats import CONTEXT_KEYS
-from dflash_offline.schemas.draft.rules import RULES, SPECULATORS, TRANSFORMERS, VLLM
-from dflash_offline.schemas.draft.weights import StoredTensor, expected_shapes, read_header
+from dflash_offline.schemas.draft.rules import SPECULATORS, TRANSFORMERS, DraftFault, make_fault
+from dflash_offline.schemas.draft.weights import StoredTensor, expected_shapes, read_header, shape_faults
 
 RECORD = "dflash"
 """Key in the metadata of our weight files, under which stands what the weights were trained with: `RECORDED`."""
 RECORDED = {"target_layer_ids": "layer ids as recorded", "block_size": "block size", "mask_token_id": "mask token"}
 WEIGHTS = "model.safetensors"
 BORROWED = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftFault:
-    """One demand that a draft folder does not meet."""
-
-    rule: str
-    """Its name in `RULES`."""
-    place: str
-    what: str
-    """What was found and what was expected."""
-    why: str
-    breaks: tuple[str, ...]
-    """The clients that refuse the draft or serve it wrongly; none where only older readers may."""
 
 
 def is_draft(folder: Path) -> bool:
@@ -45,44 +38,12 @@ def is_draft(folder: Path) -> bool:
 
 def lint_draft(folder: Path, target: Mapping[str, Any] | None = None) -> list[DraftFault]:
     """Return every fault of a draft folder; `target` is its target's config.json, to be compared with if given."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"is a JSON {type(config).__name__}; expected an object")
-    except (OSError, ValueError) as error:
-        why = RULES["config"]
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        return [DraftFault(rule="config", place="config.json", what=what, why=why.why, breaks=why.breaks)]
+    config = read_document(folder)
+    if isinstance(config, str):
+        return [make_fault("config", "config.json", config)]
     kind = draft_format(config)
-    flat = _flat(config, kind)
-    rules = {
-        "zlab": (on_config.names, on_config.nested_fields, on_config.attention),
-        SPECULATORS: (on_config.speculators,),
-        TRANSFORMERS: (on_config.transformers,),
-    }[kind]
-    always = (on_config.sizes, on_config.layer_ids, on_config.block_and_mask, on_config.rotary)
-    found = [fault for rule in (*always, *rules) for fault in rule(flat)]
-    found += _weights(folder, flat, kind)
-    if target is not None:
-        found += on_config.fits_target(flat, target)
-    return [_fault(rule, place, what, kind) for rule, place, what in dict.fromkeys(found)]
-
-
-def _fault(name: str, place: str, what: str, kind: str) -> DraftFault:
-    rule = RULES[name]
-    if not rule.breaks:
-        return DraftFault(rule=name, place=place, what=what, why=rule.why, breaks=())
-    clients = {"zlab": rule.breaks, SPECULATORS: (VLLM, SPECULATORS), TRANSFORMERS: (TRANSFORMERS,)}[kind]
-    return DraftFault(rule=name, place=place, what=what, why=rule.why, breaks=clients)
-
-
-def _flat(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the config with the fields of every format where the plain one has them."""
-    if kind != SPECULATORS:
-        return dict(config)
-    layer, ids = config.get("transformer_layer_config"), config.get("aux_hidden_state_layer_ids")
-    shifted = [i - 1 if is_int(i) else i for i in ids] if isinstance(ids, list) else ids
-    return {**(layer if isinstance(layer, dict) else {}), **config, "target_layer_ids": shifted}
+    weights = _weights(folder, flat_config(config, kind), kind)
+    return [*config_faults(config, target), *(make_fault(*one, kind) for one in dict.fromkeys(weights))]
 
 
 def _weights(folder: Path, config: dict[str, Any], kind: str) -> Found:
@@ -164,15 +125,11 @@ def _tensors(config: dict[str, Any], tensors: dict[str, StoredTensor], kind: str
     prefixed = [name for name in tensors if name.startswith("model.") and name.removeprefix("model.") in expected]
     if prefixed:
         yield "prefix", prefixed[0], f"and {len(prefixed) - 1} more begin with `model.`; expected no prefix"
-    for name, shape in expected.items():
-        if name not in tensors and f"model.{name}" not in tensors:
-            yield "missing", name, f"is missing; expected {list(shape)}"
+    plain = {name.removeprefix("model.") if name in prefixed else name: t.shape for name, t in tensors.items()}
+    for rule, name, what in shape_faults(plain, expected):
+        if not (kind == SPECULATORS and name in BORROWED):
+            yield rule, name, what
     for name, tensor in tensors.items():
-        wanted = expected.get(name.removeprefix("model."))
-        if wanted is None and not (kind == SPECULATORS and name in BORROWED):
-            yield "unexpected", name, f"{list(tensor.shape)} is in no client's draft"
-        elif wanted is not None and tensor.shape != wanted:
-            yield "tensor shape", name, f"is {list(tensor.shape)}; expected {list(wanted)}"
         if not tensor.is_float:
             yield "dtype", name, f"is {tensor.dtype}; expected BF16, F16 or F32"
         elif count := tensor.count_not_finite():

@@ -18,13 +18,38 @@ class Rule:
     why: str
     """What a client does with a draft that does not meet it."""
     breaks: tuple[str, ...]
+    clear: bool = False
+    """Whether a draft that does not meet it still says what it computes, so that this program reads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftFault:
+    """One demand that a draft does not meet."""
+
+    rule: str
+    """Its name in `RULES`."""
+    place: str
+    what: str
+    """What was found and what was expected."""
+    why: str
+    breaks: tuple[str, ...]
+    """The clients that refuse the draft or serve it wrongly; none where only older readers may."""
+
+
+def make_fault(name: str, place: str, what: str, kind: str = "zlab") -> DraftFault:
+    """Return the fault of a draft of one of the export formats, with the rule's reason and the clients it breaks."""
+    rule = RULES[name]
+    clients = {SPECULATORS: (VLLM, SPECULATORS), TRANSFORMERS: (TRANSFORMERS,)}.get(kind, rule.breaks)
+    return DraftFault(rule=name, place=place, what=what, why=rule.why, breaks=clients if rule.breaks else ())
 
 
 RULES = {
     "config": Rule("every client builds the draft from config.json", EVERY),
-    "architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG)),
+    "architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG), clear=True),
     "model type": Rule(
-        "it chooses the config class, and only Qwen3's has the fields and the defaults that a draft is read with", EVERY
+        "it chooses the config class, and only Qwen3's has the fields and the defaults that a draft is read with",
+        EVERY,
+        clear=True,
     ),
     "shape": Rule("a missing or impossible size falls back to a client's own default, which differs", EVERY),
     "activation": Rule("SGLang's draft has no other; vLLM and z-lab's client would use another function", EVERY),
@@ -40,10 +65,14 @@ RULES = {
         "z-lab's client, vLLM and SGLang find it in the other place, as in z-lab's own drafts; some older readers look "
         "in this one alone",
         (),
+        clear=True,
     ),
-    "nested layer ids": Rule("vLLM looks for them in dflash_config alone, and falls back to a default", (VLLM,)),
+    "not computed": Rule("the clients compute it, `dflash eval` and `dflash train --init-from` do not", ()),
+    "nested layer ids": Rule(
+        "vLLM looks for them in dflash_config alone, and falls back to a default", (VLLM,), clear=True
+    ),
     "nested mask token": Rule(
-        "vLLM and SGLang look for it in dflash_config alone, and refuse or make up a token", (VLLM, SGLANG)
+        "vLLM and SGLang look for it in dflash_config alone, and refuse or make up a token", (VLLM, SGLANG), clear=True
     ),
     "quantization": Rule("the draft is read as plain floating-point numbers, and a client would unpack them", EVERY),
     "layer ids": Rule(
@@ -82,6 +111,11 @@ RULES = {
         "older transformers read rope_scaling, newer ones rope_parameters; both must say the same", EVERY
     ),
     "layer types": Rule("SGLang refuses any other, and every client reads one entry for each layer", EVERY),
+    "no layer types": Rule(
+        "every client reads one entry for each layer, and takes them for full ones only by a default of its own",
+        EVERY,
+        clear=True,
+    ),
     "window": Rule("vLLM and SGLang refuse sliding layers without one; z-lab's client then shows everything", EVERY),
     "window size": Rule("below a block, clients differ in what a block sees of itself", EVERY),
     "hidden window": Rule("vLLM makes every layer slide when it is set, the others read layer_types", EVERY),
@@ -91,7 +125,7 @@ RULES = {
         (ZLAB, VLLM),
     ),
     "causality in SGLang": Rule(
-        "SGLang reads neither key: sliding layers are causal there and full ones are not", (SGLANG,)
+        "SGLang reads neither key: sliding layers are causal there and full ones are not", (SGLANG,), clear=True
     ),
     "weights": Rule("the weights are read from safetensors files", EVERY),
     "format": Rule("transformers before 5 refuses a file whose metadata does not name its format", (ZLAB,)),

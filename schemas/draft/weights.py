@@ -1,7 +1,7 @@
 """The tensors of a draft: what they must be, and what a safetensors file says of its own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -58,6 +58,20 @@ def expected_shapes(config: DraftShape) -> dict[str, tuple[int, ...]]:
     for i in range(config.num_hidden_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
+
+
+Shape = tuple[int, ...]
+
+
+def shape_faults(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Iterator[tuple[str, str, str]]:
+    """Yield rule, tensor and what is wrong, for every tensor that is missing, unexpected or of another shape."""
+    for name, shape in expected.items():
+        if name not in found:
+            yield "missing", name, f"is missing; expected {list(shape)}"
+        elif found[name] != shape:
+            yield "tensor shape", name, f"is {list(found[name])}; expected {list(shape)}"
+    for name in sorted(found.keys() - expected.keys()):
+        yield "unexpected", name, f"{list(found[name])} is in no client's draft"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.draft.weights import expected_shapes
+from dflash_offline.schemas.draft.weights import expected_shapes, shape_faults
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.stages.draft.attention import TiledMask, served_mask
 
@@ -315,14 +315,8 @@ def init_weights(draft: nn.Module) -> None:
 
 def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
     """Raise `MismatchError` naming every missing key, unexpected key and wrong shape; `where` names the file."""
-    expected = expected_shapes(config)
-    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in weights]
-    problems += [f"unexpected: {name} {list(w.shape)}" for name, w in weights.items() if name not in expected]
-    problems += [
-        f"wrong shape: {name} is {list(weights[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, expected_shapes(config))]
     if problems:
         raise MismatchError(
             f"{where} does not hold the weights its config.json describes:\n  "

@@ -168,10 +168,10 @@ def test_load_draft_lists_every_missing_unexpected_and_misshapen_weight(tmp_path
     with pytest.raises(MismatchError) as error:
         load_draft(tmp_path, torch.float32, "cpu")
     for line in (
-        "missing: fc.weight [32, 64]",
-        "missing: layers.1.mlp.up_proj.weight [48, 32]",
-        "unexpected: model.embed_tokens.weight [2, 3]",
-        "wrong shape: norm.weight is [5], expected [32]",
+        "fc.weight is missing; expected [32, 64]",
+        "layers.1.mlp.up_proj.weight is missing; expected [48, 32]",
+        "model.embed_tokens.weight [2, 3] is in no client's draft",
+        "norm.weight is [5]; expected [32]",
     ):
         assert line in str(error.value)
 

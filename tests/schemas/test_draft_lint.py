@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.draft.formats import FORMATS
+from dflash_offline.schemas.draft.config_rules import config_faults
+from dflash_offline.schemas.draft.formats import FORMATS, config_json
 from dflash_offline.schemas.draft.lint import lint_draft
 from dflash_offline.schemas.draft.rules import RULES
 from dflash_offline.schemas.errors import DflashError
@@ -133,9 +135,14 @@ CONFIG_FAULTS: list[tuple[str, Callable[[Config], object], str]] = [
     ("layer types", put("layer_types", ["full_attention"]), "expected 2 entries"),
     ("window", put("layer_types", ["sliding_attention", "full_attention"]), "expected a number"),
     ("hidden window", put("use_swa", True, "dflash_config"), "layer_types"),
+    ("no layer types", lambda config: config.pop("layer_types"), "absent"),
     ("causality", put("is_causal", True), "dflash_config.causal false"),
     ("causality in SGLang", lambda c: (put("is_causal", True)(c), put("causal", True, "dflash_config")(c)), "is true"),
+    ("causality", put("is_causal", "no"), "expected true, false or nothing"),
     ("logits", put("final_logit_softcapping", 30.0), "30.0"),
+    ("logits", put("final_logit_softcapping", 1.0), "expected nothing"),
+    ("logits", put("output_multiplier", 0.5, "dflash_config"), "expected 1"),
+    ("not computed", put("attention_bias", True), "expected false"),
 ]
 
 
@@ -144,7 +151,25 @@ def test_a_fault_of_the_config_is_named(draft: Path, rule: str, how: Callable[[C
     change(draft, how)
     named = [fault for fault in lint_draft(draft) if fault.rule == rule]
     assert any(said in fault.what for fault in named), lint_draft(draft)
-    assert all(bool(fault.breaks) == (rule != "one place") and fault.why == RULES[rule].why for fault in named)
+    assert all(
+        bool(fault.breaks) == (rule not in ("one place", "not computed")) and fault.why == RULES[rule].why
+        for fault in named
+    )
+
+
+@pytest.mark.parametrize(("rule", "how", "said"), CONFIG_FAULTS)
+def test_the_reader_refuses_by_the_same_rules_what_leaves_open_what_a_draft_computes(
+    draft: Path, rule: str, how: Callable[[Config], object], said: str
+) -> None:
+    change(draft, how)
+    refusal = ""
+    try:
+        DraftConfig.read(draft)
+    except DflashError as error:
+        refusal = str(error)
+    for fault in config_faults(json.loads((draft / "config.json").read_text())):
+        line = f"{fault.place} {fault.what}: {fault.why}."
+        assert refusal.count(line) == (not RULES[fault.rule].clear), (fault, refusal)
 
 
 WEIGHT_FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] = [
@@ -215,6 +240,8 @@ def test_no_value_of_any_field_ends_in_a_traceback(exported: dict[str, Path], tm
                 (broken if inside is None else broken[inside])[name] = value
                 (copy / "config.json").write_text(json.dumps(broken))
                 lint_draft(copy)
+                with suppress(DflashError):
+                    DraftConfig.read(copy)
 
 
 OTHER_FORMATS: list[tuple[str, str, Callable[[Config], object]]] = [
@@ -290,14 +317,12 @@ def test_the_exporter_cannot_produce_a_fault_of_the_config(
     how: Callable[[Config], object],
     said: str,
 ) -> None:
-    sound = DraftConfig.to_json
-
-    def faulty(config: DraftConfig) -> Config:
-        document = sound(config)
+    def faulty(*asked: Any) -> Config:
+        document = config_json(*asked)
         how(document)
         return document
 
-    monkeypatch.setattr(DraftConfig, "to_json", faulty)
+    monkeypatch.setattr("dflash_offline.stages.export.config_json", faulty)
     with pytest.raises(DflashError, match="would not be served as it was trained") as caught:
         export(run, tmp_path / "draft")
     assert said in str(caught.value)
