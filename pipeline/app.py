@@ -1,6 +1,5 @@
 """The command line: every command under its name, with the help that teaches it."""
 
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
@@ -15,9 +14,20 @@ from dflash_offline.pipeline.commands.inspect import inspect
 from dflash_offline.pipeline.commands.regenerate import regenerate
 from dflash_offline.pipeline.commands.train import train
 from dflash_offline.pipeline.commands.verify import verify
-from dflash_offline.pipeline.help import OVERVIEW, taught
+from dflash_offline.pipeline.options import add_command
 from dflash_offline.stages.cores import limit_threads
 
+OVERVIEW = """\b
+The way through:
+  dflash doctor
+  dflash regenerate chats.jsonl --target Qwen/Qwen3-8B --out own.jsonl
+  dflash extract own.jsonl --target Qwen/Qwen3-8B --out cache
+  dflash inspect cache
+  dflash train cache --out run
+  dflash export run --out draft
+  dflash eval draft --target Qwen/Qwen3-8B --prompts held_out.jsonl
+
+dflash COMMAND --help has examples. dflash --install-completion lets the shell complete commands, options and values."""
 app = typer.Typer(
     name="dflash",
     help="Train DFlash drafters offline: cache a target's hidden states once, then train from the cache.",
@@ -27,17 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS: dict[str, Callable[..., None]] = {
-    "regenerate": regenerate,
-    "extract": extract,
-    "inspect": inspect,
-    "verify": verify,
-    "train": train,
-    "export": export,
-    "eval": evaluate,
-    "demo": demo,
-    "doctor": doctor,
-}
+COMMANDS = (regenerate, extract, inspect, verify, train, export, evaluate, demo, doctor)
 """In the order of the help."""
 
 
@@ -56,8 +56,8 @@ def _main(
     pass
 
 
-for name, command in COMMANDS.items():
-    app.command(**taught(name))(command)
+for command in COMMANDS:
+    add_command(app, command)
 
 
 def main() -> None:

@@ -1,28 +1,17 @@
 """A run folder: run.json says what is trained from what; checkpoints and metrics lie beside it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
 from dflash_offline.schemas.files import read_sealed
 from dflash_offline.schemas.manifest import differences
+from dflash_offline.schemas.settings.option import Role, options
 from dflash_offline.schemas.settings.train import TrainConfig
 
 RUN, CONFIG, METRICS, EVENTS = "run.json", "config.toml", "metrics.jsonl", "tensorboard"
 FORMAT_VERSION = 3
-NOT_IDENTITY = (
-    "caches out init_from device keep patience save_every loader_threads attention_backend gradient_checkpointing "
-    "compile report_to causal_layers"
-).split()
-"""Settings that change where, how fast and how far a run goes, never what it computes; a resume may change them.
-Caches and the draft it starts from are identified by content instead, and causality in the draft's shape."""
-
-IN_DRAFT = (
-    "block_size layers draft_layers draft_heads draft_kv_heads draft_head_dim draft_intermediate_size "
-    "draft_rope_theta draft_rms_norm_eps draft_max_position_embeddings sliding_window sliding_layers"
-).split()
-"""Settings that are recorded as they were asked for, None for a default; what they resolve to is in the draft."""
 STEPS = ("steps", "epochs")
 
 
@@ -61,9 +50,14 @@ class RunRecord:
         return cls(identity=document["identity"], origin=document["origin"], checksum=document["checksum"])
 
 
+def _of_roles(*roles: Role) -> set[str]:
+    return {name for name, option in options(TrainConfig).items() if option.role in roles}
+
+
 def settings_identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that decide what a run computes."""
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    """Return the settings that a run's record holds; what else decides what it computes is there as what it comes to."""
+    names = _of_roles("identity", "recorded")
+    settings = {name: value for name, value in vars(config).items() if name in names}
     if config.steps:
         settings["epochs"] = None
     settings["weights"] = [float(weight) for weight in config.weights or [1.0] * len(config.caches)]
@@ -77,7 +71,7 @@ def refuse_other_run(run: Path, identity: dict[str, Any], total_steps: int) -> N
     draft's config, and `steps` with `epochs` by the number of steps that they give.
     """
     record = RunRecord.read(run)
-    elsewhere = {*IN_DRAFT, *(STEPS if record.origin.get("total_steps") == total_steps else ())}
+    elsewhere = {*_of_roles("recorded"), *(STEPS if record.origin.get("total_steps") == total_steps else ())}
     rows = differences(*(_without_settings(one, elsewhere) for one in (record.identity, identity)))
     if rows:
         raise MismatchError(

@@ -18,7 +18,7 @@ from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_lin
 from dflash_offline.schemas.files import building_folder, output_folder, publish, read_sealed, sha256_file, sync_folder
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.run import RUN, RunRecord
-from dflash_offline.schemas.settings.shared import choice_problem
+from dflash_offline.schemas.settings.option import choice_problem
 from dflash_offline.stages.draft.model import check_draft_weights
 from dflash_offline.stages.export_card import card
 from dflash_offline.stages.training.checkpoint import checkpoint_folder, list_checkpoints, read_state

@@ -7,21 +7,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dflash_offline.pipeline.arguments import Json, LogFormatOption, Quiet
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.settings.option import Option
 from dflash_offline.stages.progress import readable_bytes
 
 if TYPE_CHECKING:
     from dflash_offline.pipeline.doctor.examine import Examination
 
 
+@command(
+    "doctor",
+    "Look at this machine, and say what is wrong.",
+    ("packages, devices, attention, this disk", ""),
+    ("another disk and a target", "--out /data --target Qwen/Qwen3-8B"),
+    ("for a bug report", "--json > here.json"),
+)
 def doctor(
-    out: Annotated[Path, typer.Option(help="Folder whose disk is tried: where caches and runs will be.")] = Path(),
+    out: Annotated[
+        Path,
+        Option("Folder whose disk is tried: where caches and runs will be.", "What is looked at", "free", "FOLDER"),
+    ] = Path(),
     target: Annotated[
-        str | None, typer.Option(help="Look at this target as well: a folder, or a hub id that was fetched before.")
+        str | None,
+        Option(
+            "Target to look at as well: a folder, or a hub id that was fetched before.",
+            "What is looked at",
+            "free",
+            "MODEL",
+        ),
     ] = None,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,

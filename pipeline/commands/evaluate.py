@@ -1,78 +1,46 @@
-"""`dflash eval`: its options, and what they start."""
+"""`dflash eval`: its options, what they start, and what it prints."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dflash_offline.pipeline.arguments import (
-    Attention,
-    Device,
-    Json,
-    LogFormatOption,
-    Quiet,
-    Revision,
-    TemplateKwargs,
-    TrustRemoteCode,
-    check_file,
-    json_object,
-    one_of,
-    settings,
-)
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, check_file, command
 from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.evaluation import EvalResult
 from dflash_offline.schemas.files import write_output
+from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.run import RUN
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.schemas.settings.shared import DTYPES
+from dflash_offline.schemas.settings.option import Option
+
+BAR_WIDTH = 50
 
 
+@command(
+    "eval",
+    "Measure a draft: acceptance length, speed, losslessness.",
+    ("speed and losslessness too", "draft --target Qwen/Qwen3-8B --prompts held_out.jsonl"),
+    ("acceptance length alone; no target is loaded", "run --cache cache"),
+    ("tokens drawn at a temperature", "run --target Qwen/Qwen3-8B --cache cache --temperature 0.7"),
+)
 def evaluate(
-    draft: Annotated[
-        Path, typer.Argument(help="Draft folder, ours or another's; or a run folder, for its best checkpoint.")
-    ],
-    target: Annotated[
-        str | None,
-        typer.Option(help="Hugging Face model: a folder, or a hub id. [default: none; a cache is walked without it]"),
+    settings: Callable[..., EvalConfig],
+    save: Annotated[
+        Path | None, Option("Also write the result as JSON to this file.", "Output", "free", "FILE")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help='JSONL of {"messages": [...]} or {"prompt": "..."}, and "kind" if wanted.')
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Cache; its held-out samples are the prompts, or walked.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Or held-out samples, from the first. [default: all]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of one answer, at most.")] = EvalConfig.max_new_tokens,
-    temperature: Annotated[
-        float, typer.Option(help="0 is greedy; above, tokens are drawn, and drafted ones kept by rejection sampling.")
-    ] = EvalConfig.temperature,
-    top_p: Annotated[
-        float, typer.Option(help="When drawn: the likeliest tokens that together have this much.")
-    ] = EvalConfig.top_p,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = EvalConfig.seed,
-    repeats: Annotated[
-        int, typer.Option(help="Each prompt is decoded each way, in turn; speeds are of the medians.")
-    ] = EvalConfig.repeats,
-    prompt_lookup: Annotated[
-        bool, typer.Option("--prompt-lookup", help="Also decode with prompt lookup, for comparison.")
-    ] = EvalConfig.prompt_lookup,
-    chat_template_kwargs: TemplateKwargs = "{}",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="float32, bfloat16 or float16; auto is float32 on the CPU, else the target's.",
-            autocompletion=one_of(*DTYPES),
-        ),
-    ] = EvalConfig.dtype,
-    attn_implementation: Attention = EvalConfig.attn_implementation,
-    device: Device = EvalConfig.device,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one a core]")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
     html: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Also write a page of where the draft fails: every round of every prompt, by token."
+        Option(
+            "Also write a page of where the draft fails: every round of every prompt, token by token.",
+            "Output",
+            "free",
+            "FILE",
         ),
     ] = None,
     json_: Json = False,
@@ -80,16 +48,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Decode prompts with and without the draft, or walk a cache; exit 1 if an answer changes."""
-    given = locals()
     with reported("Repeat the command.", quiet=quiet, log_format=log_format) as progress:
         for flag, path in (("--save", save), ("--html", html)):
             if path is not None:
                 check_file(path, flag)
-        kwargs = json_object(chat_template_kwargs, "--chat-template-kwargs")
-        config = settings(
-            EvalConfig, given, chat_template_kwargs=kwargs, keep_rounds=html is not None and target is not None
-        )
-        from dflash_offline.pipeline import eval_report as report
+        config = settings()
+        if html is not None and config.target is not None:
+            config = replace(config, keep_rounds=True)
         from dflash_offline.pipeline.pages import eval_page, plots
         from dflash_offline.stages.evaluate import evaluate_folder, token_decoder
         from dflash_offline.stages.target.model import quiet_libraries
@@ -99,7 +64,7 @@ def evaluate(
             plots.require_matplotlib()
         result = evaluate_folder(config, progress)
         text = json.dumps(result.to_json(), indent=1)
-        print(text) if json_ else report.print_report(result)
+        print(text) if json_ else print_report(result)
         if save is not None:
             write_output(save, f"{text}\n".encode())
         if html is not None:
@@ -107,6 +72,116 @@ def evaluate(
             if not json_:
                 print(f"{html} shows every round. Next: open it in a browser.")
         if not json_:
-            report.print_next(save, result)
+            print_next(save, result)
         if result.lossless is False:
             raise typer.Exit(1)
+
+
+def print_report(result: EvalResult) -> None:
+    """Print the result to stdout, at most 80 columns wide, without colour."""
+    config = result.config
+    print(f"draft   {config.draft}")
+    print(f"cache   {config.cache}" if config.target is None else f"target  {config.target}")
+    for line in _head(result):
+        print(line)
+    print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}\n")
+    for part in (_speed_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
+        for line in part(result):
+            print(line)
+
+
+def _head(result: EvalResult) -> list[str]:
+    config, prompts = result.config, result.acceptance.prompts
+    block = f"block size {result.block_size}"
+    if result.offline:
+        lines = [f"serving walk over {_count(prompts, 'cached turn')}, {block}; no target was run"]
+    else:
+        lines = [f"{_count(prompts, 'prompt')}, {block}, at most {config.max_new_tokens} new tokens"]
+    if result.held_out is not None:
+        others = "all samples: another cache trained it, or it does not say which"
+        lines.append("held out of its training" if result.held_out else others)
+    if config.temperature:
+        lines.append(f"drawn at temperature {config.temperature:g}, top-p {config.top_p:g}, seed {config.seed}")
+    return lines
+
+
+def _speed_lines(result: EvalResult) -> list[str]:
+    if result.offline:
+        return []
+    return [
+        "tokens/s, decoding only",
+        f"  target alone     {_number(result.plain_tokens_per_s, 1):>8}",
+        f"  with the draft   {_number(result.speculative_tokens_per_s, 1):>8}"
+        f"   {_number(result.speedup, 2)} times (median of prompts {_number(result.speedup_median, 2)})",
+        "tokens per target call, prompts included",
+        f"  with the draft   {_number(result.tokens_per_call, 2):>8}",
+        f"  prompt lookup    {_number(result.prompt_lookup_tokens_per_call, 2):>8}",
+        "",
+    ]
+
+
+def _acceptance_lines(result: EvalResult) -> list[str]:
+    share = result.accepted_tokens / max(result.drafted_tokens, 1)
+    groups = {"all turns" if result.offline else "all prompts": result.acceptance, **result.acceptance_by_kind}
+    width = min(40, max(map(len, groups)))
+    lines = [f"acceptance length  {'':<{max(0, width - 17)}}  pooled    mean  prompts  rounds"]
+    for name, group in groups.items():
+        figures = f"{_number(group.pooled, 2):>6}  {_number(group.mean, 2):>6}  {group.prompts:>7}  {group.rounds:>6}"
+        lines.append(f"  {name[:width]:<{max(width, 17)}}  {figures}")
+    lines.append(f"accepted {result.accepted_tokens} of {result.drafted_tokens} drafted tokens ({share:.1%})")
+    if result.nll is not None:
+        lines.append(f"the target's own answers: {result.nll:.3f} nats per token")
+    return [*lines, ""]
+
+
+def _histogram(result: EvalResult) -> list[str]:
+    rounds, most = max(result.acceptance.rounds, 1), max(result.rounds_by_tokens)
+    lines = ["tokens produced in a round"]
+    for tokens, count in enumerate(result.rounds_by_tokens, start=1):
+        bar = "#" * round(BAR_WIDTH * count / max(most, 1))
+        lines.append(f"  {tokens:>3}  {count / rounds:>6.1%}  {bar}".rstrip())
+    return [*lines, ""]
+
+
+def _slots(result: EvalResult) -> list[str]:
+    """How often each slot's token is in the answer, and how often when those before it are."""
+    lines = ["slot  in the answer  if those before are"]
+    reached = result.drafted_by_slot[:1]
+    for slot, (drafted, accepted) in enumerate(zip(result.drafted_by_slot, result.accepted_by_slot, strict=True), 1):
+        share, alone = accepted / max(drafted, 1), accepted / max(reached[-1], 1)
+        lines.append(f"  {slot:>2}  {share:>13.1%}  {alone:>19.1%}")
+        reached += (accepted,)
+    return [*lines, ""]
+
+
+def _lossless_lines(result: EvalResult) -> list[str]:
+    if result.identical is None:
+        return []
+    lines = [f"identical answers: {result.identical} of {result.acceptance.prompts}"]
+    for d in result.differences:
+        reason = "an answer has ended" if d.gap is None else f"gap {d.gap:.2g}, rounding {d.tolerance:.2g}"
+        lines.append(f"  {d.prompt}, token {d.position}: {'tie to rounding' if d.tie else 'NOT A TIE'} ({reason})")
+    if result.lossless is False:
+        lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
+    return lines
+
+
+def print_next(saved: Path | None, result: EvalResult) -> None:
+    """Print where the result was saved, if it was, and what to do next with a draft that changes no answer."""
+    draft = result.config.draft
+    if saved is not None:
+        print(f"{saved} is written.")
+    if result.lossless is False:
+        return
+    if (draft / RUN).is_file():
+        print(f"Next: {dflash_line('export', draft, '--out', free_name(draft, 'draft'))}")
+    elif (draft / "README.md").is_file():
+        print(f"Next: serve it as {draft / 'README.md'} says.")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -4,38 +4,45 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dflash_offline.pipeline.arguments import Json, LogFormatOption, Quiet, one_of
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.draft.formats import FORMATS
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.settings.shared import choice_problem
+from dflash_offline.schemas.settings.option import ARGUMENTS, Option, choice_problem
 from dflash_offline.stages.progress import readable_bytes
 
 CHECKPOINTS = ("best", "last")
 
 
+@command(
+    "export",
+    "Write a checkpoint as serving clients load it.",
+    ("for z-lab's client, vLLM and SGLang", "run --out draft"),
+    ("the newest checkpoint, for another client", "run --out draft --checkpoint last --format speculators"),
+)
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder made by `dflash train`.")],
-    out: Annotated[Path, typer.Option(help="Draft folder to write.")],
+    run: Annotated[Path, Option("Run folder made by `dflash train`.", ARGUMENTS, "free", "RUN")],
+    out: Annotated[Path, Option("Draft folder to write.", "Draft", "free", "FOLDER")],
     checkpoint: Annotated[
         str,
-        typer.Option(help="best (by the serving walk) or last.", metavar="NAME", autocompletion=one_of(*CHECKPOINTS)),
+        Option(
+            "Checkpoint to write: best (by the serving walk) or last.", "Draft", "free", "NAME", choices=CHECKPOINTS
+        ),
     ] = "best",
     format_: Annotated[
         str,
-        typer.Option(
-            "--format",
-            help="zlab, for z-lab's client, vLLM and SGLang; or speculators; or transformers, for its own generator.",
-            metavar="NAME",
-            autocompletion=one_of(*FORMATS),
+        Option(
+            "Format: zlab, for z-lab's client, vLLM and SGLang; speculators; or transformers, for its own generator.",
+            "Draft",
+            "free",
+            "NAME",
+            choices=FORMATS,
         ),
     ] = FORMATS[0],
     eval_: Annotated[
         Path | None,
-        typer.Option("--eval", help="Result of `dflash eval --save` for the model card. [default: RUN/eval.json]"),
+        Option("Result of `dflash eval --save` for the model card.", "Draft", "free", "FILE", unset="RUN/eval.json"),
     ] = None,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,

@@ -1,158 +1,134 @@
-"""`dflash extract`: its options, and what they start."""
+"""`dflash extract`: its options, what they start, and what it prints."""
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from dflash_offline.pipeline.arguments import (
-    Attention,
-    Device,
-    DeviceMap,
-    InputFormat,
-    Json,
-    KeepSpecialTokens,
-    Limit,
-    LogFormatOption,
-    Mask,
-    NoReasoning,
-    Quiet,
-    Revision,
-    SkipBadRows,
-    Target,
-    TargetDtype,
-    TemplateKwargs,
-    TrustRemoteCode,
-    ids,
-    json_object,
-    one_of,
-    settings,
-)
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.inspect.overview import overview
+from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.manifest import FEATURE_KINDS
-from dflash_offline.schemas.settings.extract import ON_BAD_FEATURES, ExtractConfig
+from dflash_offline.pipeline.terminal import print_json
+from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
+from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.option import Option
+from dflash_offline.stages.progress import readable_bytes
+
+if TYPE_CHECKING:  # help is shown without torch
+    from dflash_offline.stages.capture.forecast import Forecast
+    from dflash_offline.stages.conversations.plan import Plan
+    from dflash_offline.stages.extract import Extracted
 
 
+@command(
+    "extract",
+    "Run a target over conversations once, into a cache.",
+    ("what it would make and take, before any work", "chats.jsonl --target Qwen/Qwen3-8B --out cache --plan"),
+    ("the same without --plan; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out cache"),
+    ("three tenths of a file and all of another, mixed", "a.jsonl:0.3 b.jsonl --target Qwen/Qwen3-8B --out mixed"),
+)
 def extract(
-    data: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Files, folders, globs or hub ids of conversations; a.jsonl:0.3 takes that share of a.jsonl."
-        ),
-    ],
-    target: Target,
-    out: Annotated[Path, typer.Option(help="Cache folder; continued if it already holds the same cache.")],
-    layers: Annotated[
-        str | None,
-        typer.Option(metavar="IDS", help="Captured layers, as in 1,9,17; id i is layer i's output. [default: spread]"),
-    ] = None,
-    num_layers: Annotated[
-        int | None,
-        typer.Option(
-            help="Captured layers, spread over the target. [default: 5 as published, fewer in a small target]"
-        ),
-    ] = None,
-    block_size: Annotated[
-        int,
-        typer.Option(help="Longest block of drafts from this cache: an anchor and the drafted tokens; as published."),
-    ] = ExtractConfig.block_size,
-    mask_token_id: Annotated[
-        int | None,
-        typer.Option(help="Token that fills the slots to be drafted. [default: a reserved one that no data holds]"),
-    ] = None,
-    max_length: Annotated[
-        int, typer.Option(help="Kept of each conversation, from its start; as published.")
-    ] = ExtractConfig.max_length,
-    chat_template_kwargs: TemplateKwargs = "{}",
-    input_format: InputFormat = ExtractConfig.input_format,
-    limit: Limit = ExtractConfig.limit,
-    seed: Annotated[int, typer.Option(help="Draws and mixes rows where data has weights.")] = ExtractConfig.seed,
-    drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Leave out rows that say exactly what an earlier one says.")
-    ] = ExtractConfig.drop_duplicates,
-    mask: Mask = ExtractConfig.mask,
-    no_reasoning: NoReasoning = ExtractConfig.no_reasoning,
-    keep_special_tokens: KeepSpecialTokens = ExtractConfig.keep_special_tokens,
-    skip_bad_rows: SkipBadRows = ExtractConfig.skip_bad_rows,
-    dtype: TargetDtype = ExtractConfig.dtype,
-    attn_implementation: Attention = ExtractConfig.attn_implementation,
-    device: Device = ExtractConfig.device,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Padded tokens of one forward; fewer take less memory.")
-    ] = ExtractConfig.batch_tokens,
-    shard_mib: Annotated[
-        int, typer.Option(help="Raw features in one shard: what a kill can cost. A worker holds two, on a CPU one.")
-    ] = ExtractConfig.shard_mib,
-    chunk_tokens: Annotated[
-        int, typer.Option(help="Of one compressed chunk: the least that is read and rounded up to.")
-    ] = ExtractConfig.chunk_tokens,
-    features: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="lossless, rounded or scaled: about 0.68, 0.49 and 0.33 of raw bfloat16 on disk.",
-            autocompletion=one_of(*FEATURE_KINDS),
-        ),
-    ] = ExtractConfig.features,
-    mantissa_bits: Annotated[
-        int, typer.Option(help="Kept of 7 by rounded features; 4 err by 1.4 %.")
-    ] = ExtractConfig.mantissa_bits,
-    step: Annotated[
-        float, typer.Option(help="Of scaled features, in standard deviations of the channel; 0.125 errs by 2.6 %.")
-    ] = ExtractConfig.step,
-    on_bad_features: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="refuse a sample whose features are not finite or dead, or skip it, recorded.",
-            autocompletion=one_of(*ON_BAD_FEATURES),
-        ),
-    ] = ExtractConfig.on_bad_features,
-    max_skipped: Annotated[
-        float, typer.Option(help="Of the samples, that may be skipped so; 8 of a small plan may. 0 allows none.")
-    ] = ExtractConfig.max_skipped,
-    device_map: DeviceMap = ExtractConfig.device_map,
-    workers: Annotated[
-        int, typer.Option(help="On this machine, dealt to its GPUs in turn: one a GPU.")
-    ] = ExtractConfig.workers,
-    rank: Annotated[
-        int, typer.Option(help="Which share is this command's, in an array job: 0 to --world-size - 1.")
-    ] = ExtractConfig.rank,
-    world_size: Annotated[int, typer.Option(help="Commands of the array job.")] = ExtractConfig.world_size,
-    plan_timeout_s: Annotated[
-        float, typer.Option(help="That a later rank waits for a sign of the plan, which rank 0 makes.")
-    ] = ExtractConfig.plan_timeout_s,
+    settings: Callable[..., ExtractConfig],
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only say what it would make: samples, shards, disk, time. Writes nothing.")
+        bool, Option("Only say what it would make (samples, shards, disk, time) and write nothing.", "Cache", "free")
     ] = False,
-    ignore_free_space: Annotated[
-        bool, typer.Option("--ignore-free-space", help="Start although the disk cannot hold the cache.")
-    ] = ExtractConfig.ignore_free_space,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Run a target over conversations once and cache its hidden states."""
-    given = locals()
-    go_on = "Finished shards are kept; repeat the command to go on."
+    go_on = "" if plan else "Finished shards are kept; repeat the command to go on."
     with reported(go_on, quiet=quiet, log_format=log_format) as progress:
-        config = settings(
-            ExtractConfig,
-            given,
-            data=tuple(data),
-            layers=ids(layers, "--layers"),
-            chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
-        )
-        from dflash_offline.pipeline.extract import print_done, print_plan
-        from dflash_offline.stages.extract import extract as run
-        from dflash_offline.stages.extract import plan_only
+        config = settings()
+        from dflash_offline.stages import extract as stage
         from dflash_offline.stages.target.model import quiet_libraries
 
         quiet_libraries()
         if plan:
-            print_plan(config, *plan_only(config, progress), as_json=json_)
+            print_plan(config, *stage.plan_only(config, progress), as_json=json_)
         else:
-            print_done(run(config, progress), out, as_json=json_)
+            print_done(stage.extract(config, progress), config.out, as_json=json_)
+
+
+def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
+    """Print what the cache, here named as the user does, holds now and what to do next."""
+    if as_json:
+        print_json(overview(done.cache))
+        return
+    written = f"{done.shards_written} shards, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s"
+    samples = f"{done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"
+    if done.shards_left:
+        print(f"{cache}: this share is done. Written now: {written}.")
+        print(f"The cache has {samples}; {done.shards_left} of the shards are left to other ranks.")
+    else:
+        print(f"{cache} is complete: {samples}.")
+        print(f"Written now: {written}.")
+    if done.num_skipped:
+        print(f"{done.num_skipped} samples with bad features were left out.")
+    if not done.shards_left:
+        print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
+    print(f"Look: {dflash_line('inspect', cache)}")
+
+
+def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "Forecast", *, as_json: bool) -> None:
+    """Print what extracting would make and cost."""
+    from dflash_offline.stages.capture.forecast import more_room, readable_seconds
+
+    counts = plan.counts()
+    if as_json:
+        print_json(_document(plan, layout, forecast))
+        return
+    mean = counts["tokens"] / counts["samples"]
+    for kind, rows in counts["formats"].items():
+        print(f"Data        {rows:,} rows of {kind}")
+    if counts["not_drawn"]:
+        print(f"            not drawn: {counts['not_drawn']:,} rows, by weight")
+    print(f"Samples     {counts['samples']:,}, {mean:,.0f} tokens each on average")
+    if counts["truncated"]:
+        print(f"            cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens")
+    for reason, count in counts["rejects"].items():
+        print(f"            left out: {count:,} rows: {reason}")
+    supervised = counts["supervised"] / counts["tokens"]
+    print(f"Tokens      {counts['tokens']:,}; supervised {supervised:.0%}; {counts['anchors']:,} anchors")
+    shard_bytes = layout.shard_tokens * layout.slot_bytes
+    why = ": the longest sample must fit" if shard_bytes > config.shard_mib << 20 else ""
+    print(f"Shards      {plan.num_shards:,} of {readable_bytes(shard_bytes)} raw{why}")
+    for kind in FEATURE_KINDS:
+        chosen = "   <- asked for" if kind == config.features else ""
+        size = readable_bytes(forecast.bytes_by_kind[kind])
+        print(f"Disk        {kind:<9} {size:>10}, {forecast.ratios[kind]:.2f} of raw bfloat16{chosen}")
+    static = f"the plan {readable_bytes(forecast.plan_bytes)}, of the target {readable_bytes(forecast.target_bytes)}"
+    print(f"            besides: {static}")
+    if forecast.rest_bytes is not None:
+        left = readable_bytes(forecast.rest_bytes)
+        print(
+            f"Done        {forecast.shards_done:,} of {plan.num_shards:,} shards; about {left} are still to be written"
+        )
+    fits = forecast.bytes_left <= forecast.free_bytes
+    print(f"Free        {readable_bytes(forecast.free_bytes)}{'' if fits else ': NOT ENOUGH'}")
+    print(
+        f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
+    )
+    print(f"Next: {'the same without --plan' if fits else more_room(is_begun=forecast.rest_bytes is not None)}.")
+
+
+def _document(plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, Any]:
+    return {
+        **plan.counts(),
+        "shards": plan.num_shards,
+        "shard_bytes_raw": layout.shard_tokens * layout.slot_bytes,
+        "features": asdict(forecast.features),
+        "ratios": forecast.ratios,
+        "bytes": forecast.bytes_by_kind,
+        "plan_bytes": forecast.plan_bytes,
+        "target_bytes": forecast.target_bytes,
+        "free_bytes": forecast.free_bytes,
+        "shards_done": forecast.shards_done,
+        "bytes_left": forecast.bytes_left,
+        "fits": forecast.bytes_left <= forecast.free_bytes,
+        "tokens_per_s": forecast.tokens_per_s,
+        "seconds": forecast.seconds,
+    }

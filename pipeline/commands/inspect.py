@@ -1,79 +1,98 @@
 """`dflash inspect`: its options, and the view that they choose."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from dflash_offline.pipeline.arguments import (
-    Html,
-    InputFormat,
-    Json,
-    KeepSpecialTokens,
-    Mask,
-    NoReasoning,
-    Revision,
-    TemplateKwargs,
-    TrustRemoteCode,
-    check_file,
-    json_object,
-    settings,
-)
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.options import Json, Part, check_file, command
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.option import ARGUMENTS, Option
+from dflash_offline.schemas.settings.shared import TARGET
+
+_ROW_SETTINGS = Part(
+    "max_length chat_template_kwargs input_format mask no_reasoning keep_special_tokens revision trust_remote_code "
+    "block_size",
+    group="A row of data",
+)
 
 
+@command(
+    "inspect",
+    "Show what a cache, a run or a row of data holds.",
+    ("what is in it, at any time", "cache"),
+    ("one sample's text, its supervised part marked", "cache --sample 0"),
+    ("each layer, with the features of eight samples", "cache --layers --features 8"),
+    ("a page for the browser", "cache --html cache.html"),
+    ("two runs side by side, in the terminal", "run other"),
+    ("a row as it would be extracted, or why not", "chats.jsonl --target Qwen/Qwen3-8B --sample 3"),
+)
 def inspect(
+    settings: Annotated[Callable[..., ExtractConfig], _ROW_SETTINGS],
     folders: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="CACHE|RUN...",
-            help="Cache folder; or run folders, compared where there are several; or with --target, data that "
+        tuple[Path, ...],
+        Option(
+            "Cache folder; or run folders, compared where there are several; or with --target, data that "
             "`dflash extract` would take.",
+            ARGUMENTS,
+            "free",
+            "CACHE|RUN",
         ),
     ],
     sample: Annotated[
-        int | None, typer.Option(help="Show this sample: its text with mask and anchors, its norms along the tokens.")
+        int | None,
+        Option(
+            "Show this sample: its text with mask and anchors, its norms along the tokens.",
+            "A part of a cache",
+            "free",
+            "INDEX",
+        ),
     ] = None,
-    shard: Annotated[int | None, typer.Option(help="Show this shard: its record, bytes, statistics, samples.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show each layer's statistics and bytes.")] = False,
+    shard: Annotated[
+        int | None,
+        Option("Show this shard: its record, bytes, statistics, samples.", "A part of a cache", "free", "INDEX"),
+    ] = None,
+    layers: Annotated[bool, Option("Show each layer's statistics and bytes.", "A part of a cache", "free")] = False,
     features: Annotated[
         int | None,
-        typer.Option(help="With --layers, read the features of so many samples: norms, outlier channels, similarity."),
+        Option(
+            "Samples whose features to read for --layers: norms, outlier channels, similarity.",
+            "A part of a cache",
+            "free",
+            "SAMPLES",
+        ),
     ] = None,
     top: Annotated[
         str | None,
-        typer.Option(
-            help="Show the longest or shortest samples, or the rare ones: those of the tokens that are rarest here.",
-            metavar="longest|shortest|rare",
+        Option(
+            "Show the longest or shortest samples, or the rare ones: those of the tokens that are rarest here.",
+            "A part of a cache",
+            "free",
+            "NAME",
+            completions=("longest", "shortest", "rare"),
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Show what extracting for this target would make of row --sample of the data.")
+        str | None,
+        Option(
+            "Show what extracting for this target would make of row --sample of the data.",
+            _ROW_SETTINGS.group,
+            "free",
+            TARGET.unit,
+        ),
     ] = None,
-    input_format: InputFormat = ExtractConfig.input_format,
-    mask: Mask = ExtractConfig.mask,
-    no_reasoning: NoReasoning = ExtractConfig.no_reasoning,
-    keep_special_tokens: KeepSpecialTokens = ExtractConfig.keep_special_tokens,
-    chat_template_kwargs: TemplateKwargs = "{}",
-    block_size: Annotated[int, typer.Option(help="Of the data's row, as for `dflash extract`.")] = (
-        ExtractConfig.block_size
-    ),
-    max_length: Annotated[int, typer.Option(help="Of the data's row, as for `dflash extract`.")] = (
-        ExtractConfig.max_length
-    ),
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    html: Html = None,
+    html: Annotated[
+        Path | None,
+        Option("Write a page that opens in a browser, without network.", "Output", "free", "FILE"),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show what a cache or a run holds and what looks wrong in it; or a row of data, before anything is extracted.
 
     No feature is read but with --sample, --features and --html.
     """
-    given = locals()
     with reported():
         from dflash_offline.pipeline.inspect.run import is_run
 
@@ -84,14 +103,21 @@ def inspect(
         if html is not None and (target is not None or named):
             raise DflashError(f"--html is a page of a whole cache or run; leave {', '.join(named) or '--target'} out.")
         if target is not None:
-            _show_row(folders, named, given, json_)
+            _show_row(folders, named, lambda data: settings(data=(data,), out=data, target=target), sample, json_)
         elif is_run(folders[0]):
             _show_runs(folders, named, html, json_)
         else:
-            _show_cache(folders, given, html, json_)
+            chosen = {"sample": sample, "shard": shard, "layers": layers, "features": features, "top": top}
+            _show_cache(folders, chosen, html, json_)
 
 
-def _show_row(data: list[Path], named: list[str], given: dict[str, Any], as_json: bool) -> None:
+def _show_row(
+    data: Sequence[Path],
+    named: list[str],
+    settings: Callable[[Path], ExtractConfig],
+    sample: int | None,
+    as_json: bool,
+) -> None:
     if of_caches := [name for name in named if name != "--sample"]:
         raise DflashError(f"With --target a row of data is shown; {', '.join(of_caches)} shows a part of a cache.")
     if len(data) > 1:
@@ -101,14 +127,11 @@ def _show_row(data: list[Path], named: list[str], given: dict[str, Any], as_json
     from dflash_offline.stages.target.model import quiet_libraries
 
     quiet_libraries()
-    kwargs = json_object(given["chat_template_kwargs"], "--chat-template-kwargs")
-    given = {name: value for name, value in given.items() if name not in ("layers", "features")}
-    config = settings(ExtractConfig, given, data=(data[0],), out=data[0], chat_template_kwargs=kwargs)
-    row = row_view(config, given["sample"] or 0)
+    row = row_view(settings(data[0]), sample or 0)
     print_json(row) if as_json else print_row(row)
 
 
-def _show_runs(runs: list[Path], named: list[str], html: Path | None, as_json: bool) -> None:
+def _show_runs(runs: Sequence[Path], named: list[str], html: Path | None, as_json: bool) -> None:
     if named:
         raise DflashError(f"{runs[0]} is a run, and {', '.join(named)} shows a part of a cache. Name one.")
     from dflash_offline.pipeline.inspect import run as run_view
@@ -129,7 +152,7 @@ def _show_runs(runs: list[Path], named: list[str], html: Path | None, as_json: b
         run_report.print_runs(views)
 
 
-def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as_json: bool) -> None:
+def _show_cache(caches: Sequence[Path], views: dict[str, Any], html: Path | None, as_json: bool) -> None:
     from dflash_offline.schemas.draft.lint import is_draft
     from dflash_offline.schemas.manifest import MANIFEST
 
@@ -149,5 +172,4 @@ def _show_cache(caches: list[Path], given: dict[str, Any], html: Path | None, as
             return
     from dflash_offline.pipeline.inspect.cache import show_cache
 
-    views = {name: given[name] for name in ("sample", "shard", "layers", "features", "top")}
     show_cache(caches[0], **views, as_json=as_json)

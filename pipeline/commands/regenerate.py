@@ -1,104 +1,54 @@
-"""`dflash regenerate`: its options, and what they start."""
+"""`dflash regenerate`: its options, what they start, and what it prints."""
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import typer
-
-from dflash_offline.pipeline.arguments import (
-    Attention,
-    Device,
-    DeviceMap,
-    InputFormat,
-    Json,
-    Limit,
-    LogFormatOption,
-    Quiet,
-    Revision,
-    SkipBadRows,
-    TargetDtype,
-    TemplateKwargs,
-    TrustRemoteCode,
-    json_object,
-    settings,
-)
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.pipeline.terminal import print_json
+from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 
+if TYPE_CHECKING:  # help is shown without torch
+    from dflash_offline.stages.regenerate import Regenerated
 
+
+@command(
+    "regenerate",
+    "Replace a corpus's answers by the target's own.",
+    ("answered here; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out own.jsonl"),
+    (
+        "answered by a server that runs the model",
+        "chats.jsonl --target Qwen/Qwen3-8B --server http://127.0.0.1:8000/v1 --out own.jsonl",
+    ),
+)
 def regenerate(
-    data: Annotated[list[Path], typer.Argument(help="Conversations, named as for `dflash extract`.")],
-    out: Annotated[Path, typer.Option(help="JSONL file of the conversations with the target's own answers.")],
-    target: Annotated[
-        str | None, typer.Option(help="Hugging Face model: a folder, or a hub id. With --server only a name.")
-    ] = RegenerateConfig.target,
-    server: Annotated[
-        list[str] | None,
-        typer.Option(metavar="URL", help="OpenAI-compatible server that answers; may be given several times."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The model's name on the servers. [default: the target]")] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 for the likeliest token each time; above, tokens are drawn.")
-    ] = RegenerateConfig.temperature,
-    top_p: Annotated[
-        float, typer.Option(help="When drawn: the likeliest tokens with this much together.")
-    ] = RegenerateConfig.top_p,
-    seed: Annotated[int, typer.Option(help="Of the draws, a row's own by its number.")] = RegenerateConfig.seed,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer; a longer one leaves its row out.")
-    ] = RegenerateConfig.max_new_tokens,
-    chat_template_kwargs: TemplateKwargs = "{}",
-    input_format: InputFormat = RegenerateConfig.input_format,
-    limit: Limit = RegenerateConfig.limit,
-    skip_bad_rows: SkipBadRows = RegenerateConfig.skip_bad_rows,
-    dtype: TargetDtype = RegenerateConfig.dtype,
-    attn_implementation: Attention = RegenerateConfig.attn_implementation,
-    device: Device = RegenerateConfig.device,
-    device_map: DeviceMap = RegenerateConfig.device_map,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    batch_rows: Annotated[
-        int, typer.Option(help="Conversations answered at once here; another number may decide a near tie otherwise.")
-    ] = RegenerateConfig.batch_rows,
-    concurrency: Annotated[
-        int, typer.Option(help="Requests on their way to all servers together.")
-    ] = RegenerateConfig.concurrency,
-    timeout_s: Annotated[
-        float, typer.Option(help="Seconds until a server's answer must be there.")
-    ] = RegenerateConfig.timeout_s,
-    row_tries: Annotated[
-        int, typer.Option(help="Tries until a row is left out that fails while others are answered.")
-    ] = RegenerateConfig.row_tries,
-    backoff_s: Annotated[
-        float, typer.Option(help="Seconds before a second try; doubled each time, or as the server asks.")
-    ] = RegenerateConfig.backoff_s,
-    server_tries: Annotated[
-        int, typer.Option(help="Tries in a row without an answer until a server rests.")
-    ] = RegenerateConfig.server_tries,
-    rest_s: Annotated[
-        float, typer.Option(help="Seconds of its first rest; the next ones are longer.")
-    ] = RegenerateConfig.rest_s,
-    rests: Annotated[
-        int, typer.Option(help="Rests in a row until a server is gone; without one left the command stops.")
-    ] = RegenerateConfig.rests,
+    settings: Callable[..., RegenerateConfig],
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Replace the assistant's turns of conversations by the target's own answers."""
-    given = locals()
-    with reported(
-        "The answers so far are kept; repeat the command to go on.", quiet=quiet, log_format=log_format
-    ) as progress:
-        config = settings(
-            RegenerateConfig,
-            given,
-            data=tuple(data),
-            servers=tuple(server or ()),
-            chat_template_kwargs=json_object(chat_template_kwargs, "--chat-template-kwargs"),
-        )
-        from dflash_offline.pipeline.regenerate import print_done
-        from dflash_offline.stages.regenerate import regenerate as run
+    go_on = "The answers so far are kept; repeat the command to go on."
+    with reported(go_on, quiet=quiet, log_format=log_format) as progress:
+        config = settings()
+        from dflash_offline.stages import regenerate as stage
 
-        print_done(run(config, progress), target, as_json=json_)
+        print_done(stage.regenerate(config, progress), config.target, as_json=json_)
+
+
+def print_done(done: "Regenerated", target: str | None, *, as_json: bool) -> None:
+    """Print what the new file holds and what to do next."""
+    if as_json:
+        rejects = str(done.rejects) if done.left_out else None
+        print_json({**asdict(done), "out": str(done.out), "rejects": rejects})
+        return
+    now = f"{done.num_answers_now:,} got now, {done.seconds:.0f} s"
+    print(f"{done.out} is complete: {done.num_rows:,} conversations, {done.num_answers:,} answers ({now}).")
+    for reason, count in done.left_out.items():
+        print(f"  left out: {count:,} rows: {reason}")
+    if done.left_out:
+        print(f"  each is named in {done.rejects}")
+    print(f"Next: {dflash_line('extract', done.out, '--target', target or 'MODEL', '--out', 'CACHE')}")

@@ -1,74 +1,210 @@
-"""`dflash verify`: its options, and the check that its folder calls for."""
+"""`dflash verify`: its options, the check that its folder calls for, and what it prints."""
 
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dflash_offline.pipeline.arguments import Device, Json, LogFormatOption, Quiet, TrustRemoteCode, settings
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.options import Json, LogFormatOption, Part, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.draft.lint import is_draft, lint_draft
+from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
+from dflash_offline.schemas.manifest import MANIFEST, Manifest
+from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.settings.option import ARGUMENTS, Option
+from dflash_offline.schemas.settings.shared import TARGET
 from dflash_offline.schemas.settings.verify import RerunConfig
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.store.leftovers import figures, told
+from dflash_offline.stages.store.unexpected_files import Surplus, surplus
+
+if TYPE_CHECKING:  # a draft is verified without torch
+    from dflash_offline.stages.capture.compare import LayerFit
+    from dflash_offline.stages.store.verify import Fault
+
+_OTHERS_SHOWN = 5
 
 
+@command(
+    "verify",
+    "Check a cache, or a draft; exit 1 if it is wrong.",
+    ("every checksum, and some samples run again", "cache --target Qwen/Qwen3-8B"),
+    ("forget what is faulty; repeat the extraction then", "cache --repair"),
+    ("a draft, by every client's rules", "draft"),
+)
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Cache folder, or draft folder.")],
+    folder: Annotated[Path, Option("Cache folder, or draft folder.", ARGUMENTS, "free", "FOLDER")],
+    settings: Annotated[Callable[..., RerunConfig], Part()],
     target: Annotated[
         str | None,
-        typer.Option(help="Also run this target again on some samples and compare each layer; a draft: compare sizes."),
+        Option(
+            "Also run this target again on some samples and compare each layer; or compare a draft with its sizes.",
+            TARGET.group,
+            "free",
+            TARGET.unit,
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="To run the target on.")] = RerunConfig.samples,
-    seed: Annotated[int, typer.Option(help="Draws those samples.")] = RerunConfig.seed,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Forget a cache's faulty shards; `dflash extract` redoes just those.")
+        bool, Option("Forget a cache's faulty shards; `dflash extract` then does just those again.", "Checks", "free")
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the target's hub id. [default: the extraction's]")
-    ] = RerunConfig.revision,
-    trust_remote_code: TrustRemoteCode = RerunConfig.trust_remote_code,
-    attn_implementation: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of the target, where this machine lacks the extraction's. [default: its]"),
-    ] = RerunConfig.attn_implementation,
-    device: Device = RerunConfig.device,
-    device_map: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the target, as for `dflash extract`. [default: its]")
-    ] = RerunConfig.device_map,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
 ) -> None:
     """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
-    given = locals()
     with reported(quiet=quiet, log_format=log_format) as progress:
-        rerun = settings(RerunConfig, given) if target else None
-        from dflash_offline.pipeline import verify as report
-        from dflash_offline.schemas.draft.lint import is_draft
-        from dflash_offline.schemas.manifest import MANIFEST
-
-        if not (folder / MANIFEST).exists() and is_draft(folder):
-            if repair:
-                raise DflashError(f"{folder} is a draft, and --repair mends caches. Export it again.")
-            if not report.verify_draft(folder, target, as_json=json_):
-                raise typer.Exit(1)
-            return
-        from dflash_offline.stages.store.verify import repair as forget
-        from dflash_offline.stages.store.verify import verify_cache
-
-        beside = report.surplus_of(folder)  # before any shard is forgotten, whose files then have no record
-        faults = verify_cache(folder, progress, beside)
-        forgotten = forget(folder, faults) if repair else None
-        fits = []
-        if rerun and not faults:  # of a damaged cache the faults are the news
-            from dflash_offline.stages.capture.compare import compare_with_target
-            from dflash_offline.stages.target.model import quiet_libraries
-
-            quiet_libraries()
-            fits = compare_with_target(folder, rerun, progress)
-        elif rerun:
-            progress.say("The target is not run: it is compared with a cache that has no other fault.")
-        show = report.print_json if json_ else report.print_report
-        show(folder, beside, faults, fits, forgotten)
-        if faults or any(fit.fault for fit in fits):
+        rerun = settings(target=target) if target else None
+        if (folder / MANIFEST).exists() or not is_draft(folder):
+            is_sound = _verify_cache(folder, rerun, repair, json_, progress)
+        elif repair:
+            raise DflashError(f"{folder} is a draft, and --repair mends caches. Export it again.")
+        else:
+            is_sound = _verify_draft(folder, target, as_json=json_)
+        if not is_sound:
             raise typer.Exit(1)
+
+
+def _verify_cache(folder: Path, rerun: RerunConfig | None, repair: bool, as_json: bool, progress: Progress) -> bool:
+    """Print every fault of a cache and, if asked, how the target run again compares; returns whether all is well."""
+    from dflash_offline.stages.store.verify import repair as forget
+    from dflash_offline.stages.store.verify import verify_cache
+
+    beside = _surplus_of(folder)  # before any shard is forgotten, whose files then have no record
+    faults = verify_cache(folder, progress, beside)
+    forgotten = forget(folder, faults) if repair else None
+    fits = []
+    if rerun and not faults:  # of a damaged cache the faults are the news
+        from dflash_offline.stages.capture.compare import compare_with_target
+        from dflash_offline.stages.target.model import quiet_libraries
+
+        quiet_libraries()
+        fits = compare_with_target(folder, rerun, progress)
+    elif rerun:
+        progress.say("The target is not run: it is compared with a cache that has no other fault.")
+    show = _print_json if as_json else _print_report
+    show(folder, beside, faults, fits, forgotten)
+    return not faults and not any(fit.fault for fit in fits)
+
+
+def _verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
+    """Print every fault of a draft folder with its reason and the clients it breaks; returns whether it breaks none."""
+    config = None
+    if target is not None:
+        path = Path(target).expanduser() / "config.json"
+        if not path.is_file():
+            raise DflashError(f"{path} does not exist. Name the target's folder to compare the draft with it.")
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise DflashError(f"{path} is not JSON ({error}). Name a complete model folder.") from error
+    faults = lint_draft(draft, config)
+    is_sound = not any(fault.breaks for fault in faults)
+    if as_json:
+        print(json.dumps({"draft": str(draft), "faults": [asdict(fault) for fault in faults]}, indent=1))
+        return is_sound
+    for fault in faults:
+        broken = f"breaks {', '.join(fault.breaks)}" if fault.breaks else "breaks no client of today"
+        print(f"{fault.place} {fault.what}.\n    {broken} ({fault.rule}): {fault.why}")
+    if is_sound:
+        print(f"{draft} is sound.")
+        print(f"Next: {dflash_line('eval', '--help')}")
+    return is_sound
+
+
+def _surplus_of(folder: Path) -> Surplus:
+    """Return what lies in a cache beside its own files; `CacheError` if the folder is no cache, however damaged."""
+    if not (folder / MANIFEST).exists():
+        found = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+        raise CacheError(
+            f"{folder} is not a feature cache, nor a draft: {found}. Name a cache of `dflash extract` or a draft of "
+            f"`dflash export`."
+        )
+    try:
+        return surplus(folder, Manifest.read(folder))
+    except CacheError:  # is the fault that is told
+        return Surplus()
+
+
+def _notes(cache: Path, beside: Surplus) -> dict[str, Any]:
+    """Return what is in a cache's folder that is no fault."""
+    return {
+        "half_written": figures(cache),
+        "unrecorded_shards": beside.unrecorded_shards,
+        "other_files": beside.harmless,
+    }
+
+
+def _print_json(
+    cache: Path, beside: Surplus, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
+) -> None:
+    """Print the result for a script; a number that is not finite is null."""
+    layers = [(asdict(fit) | {"fault": fit.fault}).items() for fit in fits]
+    document = {
+        "faults": [asdict(fault) for fault in faults],
+        "layers": [
+            {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in one}
+            for one in layers
+        ],
+        "forgotten_shards": forgotten or [],
+        **_notes(cache, beside),
+    }
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _print_report(
+    cache: Path, beside: Surplus, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
+) -> None:
+    """Print the result for a person, one line a fault. `forgotten` is None if nothing was to be repaired."""
+    for fault in faults:
+        print(f"{fault.place}: {fault.what}")
+    for fit in fits:
+        channels = f"over a channel's deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
+        if fit.is_finite and math.isnan(fit.channel_error):
+            channels = "too few tokens to judge its channels, which more --samples do"
+        print(f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; {channels}")
+    for fit in fits:
+        if fit.fault:
+            print(fit.fault)
+    _print_notes(_notes(cache, beside))
+    if any(fit.fault and fit.is_finite for fit in fits):
+        print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
+    elif faults:
+        print(f"{len(faults):,} fault{'s' if len(faults) > 1 else ''}.")
+        _print_next(cache, faults, forgotten)
+    elif all(fit.is_finite for fit in fits):
+        print(f"{cache} is sound.")
+        print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
+
+
+def _print_notes(found: dict[str, Any]) -> None:
+    if half_written := told(found["half_written"]):
+        print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
+    if unrecorded := found["unrecorded_shards"]:
+        shards = "1 shard has" if len(unrecorded) == 1 else f"{len(unrecorded):,} shards have"
+        print(f"{shards} files but no record yet, {unrecorded[0]} first: a worker may be at it, no reader is.")
+    if others := found["other_files"]:
+        named = ", ".join(others[:_OTHERS_SHOWN]) + (", ..." if len(others) > _OTHERS_SHOWN else "")
+        print(f"Beside the cache's own files lie {named}, which no reader opens.")
+
+
+def _print_next(cache: Path, faults: "list[Fault]", forgotten: list[int] | None) -> None:
+    """Print what to do about a cache's faults, in order."""
+    faulty = {fault.shard for fault in faults if fault.shard is not None and not fault.missing}
+    steps = []
+    if any(fault.shard is None for fault in faults):
+        steps.append("mend the files whose lines say how")
+    if forgotten:
+        print(f"Forgot shards {', '.join(map(str, forgotten))}.")
+    if forgotten is not None and (left := sorted(faulty - {*forgotten})):
+        print(f"Kept shards {', '.join(map(str, left))}: a worker has done them anew meanwhile.")
+    if faulty and forgotten is None:
+        steps.append(dflash_line("verify", cache, "--repair"))
+    if any(fault.shard is not None for fault in faults):
+        steps.append(f"the `dflash extract` that made {cache}")
+    for index, step in enumerate(steps):
+        print(f"{'Next:' if index == 0 else 'then:'} {step}")

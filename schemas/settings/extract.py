@@ -1,93 +1,122 @@
-"""What a user may set for `dflash extract`. Each default exists here and nowhere else."""
+"""What a user may set for `dflash extract`. Each text and default exists here and nowhere else."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
-from dflash_offline.schemas.settings.shared import DTYPES, choice_problems, refuse, template_problems
-
-MASKS = ("assistant", "last-turn", "all")
-ON_BAD_FEATURES = ("refuse", "skip")
+from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, Bounds, Option, problems, refuse
+from dflash_offline.schemas.settings.shared import (
+    TARGET,
+    AttnImplementation,
+    Data,
+    Device,
+    DeviceMap,
+    InputFormat,
+    Limit,
+    Revision,
+    SkipBadRows,
+    TargetDtype,
+    TemplateKwargs,
+    TrustRemoteCode,
+    template_problems,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Settings of `dflash extract`."""
 
-    data: tuple[Path, ...]
-    """Files, folders, globs, saved datasets or hub ids of conversations; `:0.3` at the end takes that share of rows."""
-    target: str
-    """Hugging Face model: a folder, or a hub id."""
-    out: Path
-    """Cache folder; continued if it already holds the same cache."""
-    revision: str | None = None
-    """Revision of a hub id."""
-    layers: tuple[int, ...] | None = None
-    """Captured layers; None for `num_layers` spread over the target."""
-    num_layers: int | None = None
-    """Number of captured layers; None for five, or as many as a small target has room for."""
-    block_size: int = 16
-    """K; a sample without one supervised position with K - 1 tokens after it is left out."""
-    mask_token_id: int | None = None
-    """Token that fills the slots to be drafted; None to find a reserved one."""
-    max_length: int = 3072
-    """Tokens kept of each conversation."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template."""
-    input_format: str | None = None
-    """json, jsonl, parquet or arrow, and how rows are written: messages, sharegpt, prompt-response, text or tokens;
-    None to find out."""
-    limit: int | None = None
-    """Rows read, at most."""
-    seed: int = 0
-    """Draws and mixes rows where data has weights."""
-    drop_duplicates: bool = False
-    """Leave out rows that say exactly what an earlier one says, counted."""
-    mask: str = "assistant"
-    """What is supervised: every assistant turn, the last-turn, or all tokens."""
-    no_reasoning: bool = False
-    """Leave an answer's reasoning unsupervised."""
-    keep_special_tokens: bool = False
-    """Keep rows whose text spells a special token, as the target would be served it, instead of rejecting them."""
-    skip_bad_rows: bool = False
-    """Leave unusable rows out, counted and listed in rejects.parquet, instead of stopping."""
-    dtype: str = "auto"
-    """float32, bfloat16 or float16; auto is float32 on the CPU and the checkpoint's own on a GPU."""
-    attn_implementation: str = "sdpa"
-    """As transformers names it."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    batch_tokens: int = 8192
-    """Padded tokens of one forward."""
-    shard_mib: int = 512
-    """MiB of raw features in one shard: the unit of work, of resuming and of loss."""
-    chunk_tokens: int = 128
-    """Tokens of one compressed chunk."""
-    features: str = "lossless"
-    """lossless (bfloat16), rounded (bfloat16 with fewer mantissa bits) or scaled (steps of each layer and channel)."""
-    mantissa_bits: int = 4
-    """Mantissa bits that rounded features keep, of 7."""
-    step: float = 1 / 8
-    """Step of scaled features, in standard deviations of the channel."""
-    on_bad_features: str = "refuse"
-    """What to do with a sample whose features are not finite or whose layer is dead: refuse, or skip it, recorded."""
-    max_skipped: float = 0.01
-    """Share of the plan's samples that may be skipped so; of a small plan eight may, unless it is 0."""
-    device_map: str | None = None
-    """Spread a target over several devices as transformers does, e.g. auto; None for one device."""
-    workers: int = 1
-    """Processes on this machine, dealt to its GPUs in turn."""
-    rank: int = 0
-    """Which share of the shards is this command's, in an array job; rank 0 makes the plan."""
-    world_size: int = 1
-    """Commands of the array job."""
-    plan_timeout_s: float = 1800.0
-    """Seconds that a later rank waits for a sign of rank 0's plan."""
-    ignore_free_space: bool = False
-    """Start although the disk cannot hold the cache."""
+    # The formatter would give every word of an option a line of its own.
+    # fmt: off
+
+    data: Data
+    out: Annotated[Path, Option(
+        "Cache folder; continued if it already holds the same cache.", "Cache", "free", "FOLDER")]
+    ignore_free_space: Annotated[bool, Option(
+        "Start although the disk cannot hold the cache.", "Cache", "free")] = False
+    input_format: InputFormat = None
+    limit: Limit = None
+    seed: Annotated[int, Option(
+        "Seed by which rows are drawn and mixed, where data has shares.", "Data", "identity", "SEED")] = 0
+    drop_duplicates: Annotated[bool, Option(
+        "Leave out rows that say exactly what an earlier one says, counted.", "Data", "identity")] = False
+    skip_bad_rows: SkipBadRows = False
+    max_length: Annotated[int, Option(
+        "Tokens kept of each conversation, from its start; by default as published.",
+        "Data", "identity", "TOKENS", bounds=AT_LEAST_2)] = 3072
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    mask: Annotated[str, Option(
+        "What is supervised: every assistant turn, the last-turn alone, or all tokens.",
+        "Loss mask", "resolved", "NAME", choices=("assistant", "last-turn", "all"))] = "assistant"
+    no_reasoning: Annotated[bool, Option(
+        "Leave the reasoning in answers unsupervised.", "Loss mask", "resolved")] = False
+    keep_special_tokens: Annotated[bool, Option(
+        "Keep rows whose text spells a special token, as the target would be served it, instead of rejecting them.",
+        "Loss mask", "identity")] = False
+    target: Annotated[str, TARGET]
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    dtype: TargetDtype = "auto"
+    attn_implementation: AttnImplementation = "sdpa"
+    device: Device = "auto"
+    device_map: DeviceMap = None
+    batch_tokens: Annotated[int, Option(
+        "Padded tokens of one forward; fewer take less memory.",
+        "Target", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192
+    layers: Annotated[tuple[int, ...] | None, Option(
+        "Target layers to capture, as in 1,9,17; id i is the output of layer i.",
+        "What is captured", "resolved", "IDS", unset="as --num-layers spreads them")] = None
+    num_layers: Annotated[int | None, Option(
+        "Number of layers to capture, spread over the target.",
+        "What is captured", "resolved", "LAYERS", unset="5 as published, fewer in a small target",
+        instead_of="layers")] = None
+    block_size: Annotated[int, Option(
+        "Longest block that a draft of this cache may have, an anchor and the drafted tokens; samples without room "
+        "for one are left out. By default as published.",
+        "What is captured", "identity", "TOKENS", bounds=AT_LEAST_2)] = 16
+    mask_token_id: Annotated[int | None, Option(
+        "Token that fills the slots to be drafted.",
+        "What is captured", "identity", "ID", unset="a reserved one that no data holds")] = None
+    on_bad_features: Annotated[str, Option(
+        "What to do with a sample whose features are not finite or whose layer is dead: refuse it and stop, or skip "
+        "it and record that.",
+        "What is captured", "free", "NAME", choices=("refuse", "skip"))] = "refuse"
+    max_skipped: Annotated[float, Option(
+        "Share of the samples that may be skipped for bad features; of a small plan 8 samples may. 0 allows none.",
+        "What is captured", "free", "SHARE",
+        bounds=Bounds("0 to 1, a share of the samples", lambda value: 0 <= value <= 1))] = 0.01
+    features: Annotated[str, Option(
+        "How features are stored: lossless, rounded or scaled, with about 0.68, 0.49 and 0.33 of raw bfloat16 on "
+        "disk.",
+        "How it is stored", "identity", "NAME", choices=FEATURE_KINDS)] = "lossless"
+    mantissa_bits: Annotated[int, Option(
+        "Mantissa bits, of 7, that rounded features keep; 4 err by 1.4 %.",
+        "How it is stored", "identity", "BITS", bounds=Bounds("1 to 7", lambda value: 1 <= value <= 7))] = 4
+    step: Annotated[float, Option(
+        "Step of scaled features, in standard deviations of the channel; 0.125 errs by 2.6 %.",
+        "How it is stored", "identity", "DEVIATIONS",
+        bounds=Bounds("more than 0 and at most 1 standard deviation", lambda value: 0 < value <= 1))] = 1 / 8
+    shard_mib: Annotated[int, Option(
+        "Raw features in one shard, which is what a kill can cost; a worker holds two shards, on a CPU one.",
+        "How it is stored", "identity", "MIB", bounds=AT_LEAST_1)] = 512
+    chunk_tokens: Annotated[int, Option(
+        "Tokens of one compressed chunk, the least that is read; samples are rounded up to whole chunks.",
+        "How it is stored", "identity", "TOKENS",
+        bounds=Bounds("1 to 65536", lambda value: 1 <= value <= 65_536))] = 128
+    workers: Annotated[int, Option(
+        "Processes on this machine, dealt to its GPUs in turn: take one for each GPU.",
+        "Several processes", "free", "PROCESSES", bounds=AT_LEAST_1)] = 1
+    rank: Annotated[int, Option(
+        "Index of this command among --world-size, from 0, in an array job; 0 makes the plan.",
+        "Several processes", "free", "RANK")] = 0
+    world_size: Annotated[int, Option(
+        "Number of commands in the array job.", "Several processes", "free", "COMMANDS", bounds=AT_LEAST_1)] = 1
+    plan_timeout_s: Annotated[float, Option(
+        "Time that a later rank waits for a sign of the plan, which rank 0 makes.",
+        "Several processes", "free", "SECONDS", bounds=AT_LEAST_0)] = 1800.0
+
+    # fmt: on
 
     @property
     def feature_layout(self) -> FeatureLayout:
@@ -103,38 +132,17 @@ class ExtractConfig:
         )
 
     def __post_init__(self) -> None:
-        problems = []
-        lows = (("block_size", 2), ("max_length", 2), ("batch_tokens", 1), ("shard_mib", 1), ("workers", 1))
-        for name, low in (*lows, ("world_size", 1)):
-            if getattr(self, name) < low:
-                problems.append(f"{name} is {getattr(self, name)}; expected at least {low}.")
-        if self.chunk_tokens < 1:
-            problems.append(f"chunk_tokens is {self.chunk_tokens}; expected at least 1.")
-        if self.max_length < self.block_size:
-            problems.append(f"max_length {self.max_length} is shorter than one block of {self.block_size}.")
-        if self.layers is not None and self.num_layers is not None:
-            problems.append("Both layers and num_layers are given; name one of them.")
-        problems += choice_problems(
-            self, dtype=DTYPES, mask=MASKS, features=FEATURE_KINDS, on_bad_features=ON_BAD_FEATURES
-        )
+        found = problems(self)
         if not self.data:
-            problems.append("No data file is given.")
-        if self.limit is not None and self.limit < 1:
-            problems.append(f"limit is {self.limit}; expected at least 1.")
-        if not 1 <= self.mantissa_bits <= 7:
-            problems.append(f"mantissa_bits is {self.mantissa_bits}; expected 1 to 7.")
-        if not 0 < self.step <= 1:
-            problems.append(f"step is {self.step}; expected more than 0 and at most 1 standard deviation.")
-        if not 0 <= self.max_skipped <= 1:
-            problems.append(f"max_skipped is {self.max_skipped}; expected 0 to 1, a share of the samples.")
-        if not self.plan_timeout_s >= 0:
-            problems.append(f"plan_timeout_s is {self.plan_timeout_s}; expected at least 0.")
+            found.append("No data is given.")
+        if self.max_length < self.block_size:
+            found.append(f"max_length {self.max_length} is shorter than one block of {self.block_size}.")
+        if self.layers is not None and self.num_layers is not None:
+            found.append("Both layers and num_layers are given; name one of them.")
         if not 0 <= self.rank < self.world_size:
-            problems.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
+            found.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
         if self.workers > 1 and self.device not in ("auto", "cpu", "cuda"):
-            problems.append(f"device is {self.device!r} and workers are dealt to all GPUs; use CUDA_VISIBLE_DEVICES.")
-        if self.chunk_tokens > 65_536:
-            problems.append(f"chunk_tokens is {self.chunk_tokens}; expected at most 65536.")
-        if self.device_map is not None and self.workers > 1:
-            problems.append("device_map spreads one target over all devices; it cannot be used with several workers.")
-        refuse("extract", problems + template_problems(self.chat_template_kwargs))
+            found.append(f"device is {self.device!r} and workers are dealt to all GPUs; use CUDA_VISIBLE_DEVICES.")
+        if self.workers > 1 and self.device_map is not None:
+            found.append("device_map spreads one target over all devices; it cannot be used with several workers.")
+        refuse("extract", found + template_problems(self.chat_template_kwargs))

@@ -47,8 +47,11 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
 
 def _converted(value: Any, hint: Any) -> Any:
     """Return a TOML value as the type that a field declares; `TypeError` says what was expected."""
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    kind = kinds[0] if get_origin(hint) is not tuple else hint
+    kind = next((kind for kind in get_args(hint) if NoneType in get_args(hint) and kind is not NoneType), hint)
+    if get_origin(kind) is dict:
+        if not (isinstance(value, dict) and _is_json(value)):
+            raise TypeError("a table of strings, numbers, lists and tables")
+        return value
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         if not isinstance(value, list):
@@ -62,6 +65,14 @@ def _converted(value: Any, hint: Any) -> Any:
     if type(value) is not kind:
         raise TypeError(_NAMES[kind])
     return value
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):  # a date, or a number that is not finite
+        return False
+    return True
 
 
 def require_fields(kind: type, settings: dict[str, Any]) -> None:
@@ -85,8 +96,10 @@ def to_toml(config: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(name)} = {_toml(one)}' for name, one in value.items())}}}"
     if isinstance(value, Path):
         value = str(value.resolve())
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no pairs of surrogates

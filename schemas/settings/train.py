@@ -1,168 +1,179 @@
-"""What a user may set for `dflash train`. Each default exists here and nowhere else."""
+"""What a user may set for `dflash train`. Each text and default exists here and nowhere else."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from dflash_offline.schemas.settings.shared import choice_problems, refuse
+from dflash_offline.schemas.draft.config import CAUSAL_LAYERS
+from dflash_offline.schemas.settings.option import (
+    ARGUMENTS,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    AT_LEAST_2,
+    POSITIVE,
+    SEEDS,
+    Bounds,
+    Option,
+    problems,
+    refuse,
+)
+from dflash_offline.schemas.settings.shared import DEVICE
 
 MAX_EPOCHS = 1_000_000
 """Passes over the samples; far above any run, and few enough to count the steps of."""
-REPORTERS = ("wandb", "trackio")
-OPTIMIZERS = ("adamw", "muon")
-LOSSES = ("dflash", "dpace")
-ATTENTION_BACKENDS = ("auto", "flex_attention", "sdpa", "eager")
-AUTOCAST_DTYPES = ("auto", "float32", "bfloat16")
+_CHECKPOINTS = "Validation and checkpoints"
+_TARGETS = "the target's"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of `dflash train`."""
 
-    caches: tuple[Path, ...]
-    """Feature caches made by `dflash extract`, all of the same target."""
-    out: Path
-    """Run folder; continued if it already holds the same run."""
-    weights: tuple[float, ...] | None = None
-    """Share of each cache's training samples that an epoch takes, 0 to 1, drawn anew every epoch; None for all."""
-    epochs: float = 6.0
-    """Passes over the training samples."""
-    steps: int | None = None
-    """Optimizer steps; given, it replaces `epochs`."""
-    packing: bool = True
-    """Pack whole documents into rows of one length; otherwise pad `batch_size` samples, a row each."""
-    batch_tokens: int = 8192
-    """Tokens of one packed micro-batch: its rows times their length."""
-    row_tokens: int | None = None
-    """Length of a packed row; None for all of `batch_tokens` with flex attention on a GPU, which skips what a block
-    does not see, and for as many as the longest document needs otherwise."""
-    batch_size: int = 8
-    """Samples in one padded micro-batch."""
-    accumulation: int = 1
-    """Micro-batches that each rank adds to one optimizer step; the loss is averaged exactly over all of them."""
-    optimizer: str = "adamw"
-    """adamw, the published recipe; or muon, which needs fewer steps where steps are few."""
-    learning_rate: float = 6e-4
-    """Peak; reached after the warm-up, then a cosine to zero."""
-    init_from: Path | None = None
-    """Draft folder, ours or z-lab's, whose weights the run starts from; its shape is the default then."""
-    ema: float | None = None
-    """Decay of a running average of the weights; given, the average is what is validated and exported."""
-    warmup_ratio: float = 0.04
-    """Share of the steps that warm up."""
-    weight_decay: float = 0.01
-    """On matrices; norms do not decay."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    num_anchors: int = 512
-    """Blocks drawn from each sample and step, at most."""
-    block_size: int | None = None
-    """K; None for the one the cache was planned with, which is also the largest it allows."""
-    loss: str = "dflash"
-    """dflash (weights fall with the slot) or dpace (weights follow the draft's own confidence)."""
-    gamma: float | None = None
-    """Decay of the dflash loss; None for the recommended one: 7, 5, 4 at K = 16, 10, 8."""
-    draft_layers: int | None = None
-    """Draft layers; None for the number of captured layers."""
-    draft_heads: int | None = None
-    """Query heads; None for the target's."""
-    draft_kv_heads: int | None = None
-    """Key and value heads; None for the target's."""
-    draft_head_dim: int | None = None
-    """Width of one head; None for the target's."""
-    draft_intermediate_size: int | None = None
-    """Width of the feed-forward layers; None for the target's."""
-    draft_rope_theta: float | None = None
-    """Base of the rotary embedding; None for the target's."""
-    draft_rms_norm_eps: float | None = None
-    """Added under the root of each norm; None for the target's."""
-    draft_max_position_embeddings: int | None = None
-    """Longest text the draft is declared for; None for the target's."""
-    sliding_window: int | None = None
-    """W: draft layers see context less than W positions back; None for all of it."""
-    sliding_layers: tuple[int, ...] | None = None
-    """Draft layers with that window, from 0; None for every one, if there is a window."""
-    causal_layers: str | None = None
-    """Draft layers in which a token does not see the later ones of its block: none, sliding or all; None for none, or
-    those of the draft it starts from."""
-    layers: tuple[int, ...] | None = None
-    """Captured layers the draft reads; None for all in the cache."""
-    seed: int = 0
-    """Of the initial weights, the order of samples, and the anchors."""
-    val_samples: int = 128
-    """Samples held out of training, at most; never more than a tenth."""
-    val_every: int = 200
-    """Steps between two validations."""
-    patience: int | None = None
-    """Validations without a better serving walk after which the run stops; None to go on to the last step."""
-    save_every: int = 200
-    """Steps between two checkpoints."""
-    keep: int = 2
-    """Newest checkpoints kept, beside the best."""
-    attention_backend: str = "auto"
-    """flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on a CPU."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    dtype: str = "auto"
-    """Autocast: bfloat16 or float32; auto is bfloat16 on a GPU. Masters and optimizer are always float32."""
-    gradient_checkpointing: bool = False
-    """Compute each draft layer again in the backward pass instead of keeping what it made: less memory, more time."""
-    compile: bool | None = None
-    """torch.compile of the draft; None for yes on a GPU, no on a CPU."""
-    report_to: str | None = None
-    """wandb or trackio, if installed: metrics go there too."""
-    loader_threads: int = 2
-    """Threads that read and decode samples ahead of the step."""
+    # The formatter would give every word of an option a line of its own.
+    # fmt: off
+
+    caches: Annotated[tuple[Path, ...], Option(
+        "Caches made by `dflash extract`, all of one target.", ARGUMENTS, "resolved", "CACHE")]
+    out: Annotated[Path, Option("Run folder; continued if it already holds the same run.", "Run", "free", "FOLDER")]
+    weights: Annotated[tuple[float, ...] | None, Option(
+        "Share of each cache's training samples that an epoch takes, drawn anew every epoch, as in 1,0.3.",
+        "Data", "identity", "SHARES", unset="all")] = None
+    epochs: Annotated[float, Option(
+        "Passes over the training samples; by default as published.",
+        "Data", "identity", "PASSES",
+        bounds=Bounds(f"more than 0, and at most {MAX_EPOCHS:,}", lambda value: 0 < value <= MAX_EPOCHS))] = 6.0
+    steps: Annotated[int | None, Option(
+        "Optimizer steps to train; replaces --epochs.",
+        "Data", "identity", "STEPS", unset="as --epochs gives", bounds=AT_LEAST_1, instead_of="epochs")] = None
+    packing: Annotated[bool, Option(
+        "Pack whole documents into rows of one length, or pad a sample a row.", "Data", "identity")] = True
+    batch_tokens: Annotated[int, Option(
+        "Tokens of one packed micro-batch, its rows times their length; fewer take less memory.",
+        "Data", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192
+    row_tokens: Annotated[int | None, Option(
+        "Length of a packed row.",
+        "Data", "identity", "TOKENS", unset="--batch-tokens with flex attention on a GPU, else the longest document's",
+        bounds=AT_LEAST_1)] = None
+    batch_size: Annotated[int, Option(
+        "Samples of one padded micro-batch, with --no-packing.", "Data", "identity", "SAMPLES", bounds=AT_LEAST_1)] = 8
+    accumulation: Annotated[int, Option(
+        "Micro-batches that each rank adds to one optimizer step; the loss is their exact mean.",
+        "Data", "identity", "BATCHES", bounds=AT_LEAST_1)] = 1
+    optimizer: Annotated[str, Option(
+        "Optimizer: adamw, as published; or muon, which needs fewer steps where steps are few.",
+        "Optimizer", "identity", "NAME", choices=("adamw", "muon"))] = "adamw"
+    learning_rate: Annotated[float, Option(
+        "Peak learning rate, reached after the warm-up; a cosine to zero follows. By default as published.",
+        "Optimizer", "identity", "RATE", bounds=POSITIVE, flags=("--learning-rate", "--lr"))] = 6e-4
+    init_from: Annotated[Path | None, Option(
+        "Draft folder of the same target, ours or z-lab's, to start from: its weights, and by default its shape.",
+        "Run", "resolved", "DRAFT", unset="random weights")] = None
+    ema: Annotated[float | None, Option(
+        "Decay of the averaged weights that are validated and exported, as in 0.999.",
+        "Optimizer", "identity", "DECAY", unset="none",
+        bounds=Bounds("more than 0 and less than 1, as in 0.999", lambda value: 0 < value < 1))] = None
+    warmup_ratio: Annotated[float, Option(
+        "Share of the steps in which the learning rate warms up; by default as published.",
+        "Optimizer", "identity", "SHARE",
+        bounds=Bounds("0 or more, and less than 1", lambda value: 0 <= value < 1))] = 0.04
+    weight_decay: Annotated[float, Option(
+        "Weight decay of matrices; norms do not decay.",
+        "Optimizer", "identity", "RATE",
+        bounds=Bounds("0 or more, and finite", lambda value: 0 <= value < math.inf))] = 0.01
+    clip: Annotated[float, Option(
+        "Largest norm of a gradient; by default as published.", "Optimizer", "identity", "NORM", bounds=POSITIVE)] = 1.0
+    num_anchors: Annotated[int, Option(
+        "Blocks drawn from each sample and step, at most; by default as published.",
+        "Loss", "identity", "BLOCKS", bounds=AT_LEAST_1)] = 512
+    block_size: Annotated[int | None, Option(
+        "Length of a block: an anchor and the drafted tokens.",
+        "Loss", "recorded", "TOKENS", unset="the cache's, which is the longest", bounds=AT_LEAST_2)] = None
+    loss: Annotated[str, Option(
+        "Loss: dflash, whose weights fall with the slot; or dpace, whose weights follow the draft's confidence.",
+        "Loss", "identity", "NAME", choices=("dflash", "dpace"))] = "dflash"
+    gamma: Annotated[float | None, Option(
+        "Slots over which the loss weight of `--loss dflash` decays by e.",
+        "Loss", "identity", "SLOTS", unset="7, 5, 4 for blocks of 16, 10, 8", bounds=POSITIVE)] = None
+    draft_layers: Annotated[int | None, Option(
+        "Number of draft layers.",
+        "Draft", "recorded", "LAYERS", unset="as many as target layers are read", bounds=AT_LEAST_1)] = None
+    draft_heads: Annotated[int | None, Option(
+        "Query heads of the draft.", "Draft", "recorded", "HEADS", unset=_TARGETS, bounds=AT_LEAST_1)] = None
+    draft_kv_heads: Annotated[int | None, Option(
+        "Key-value heads of the draft.", "Draft", "recorded", "HEADS", unset=_TARGETS, bounds=AT_LEAST_1)] = None
+    draft_head_dim: Annotated[int | None, Option(
+        "Width of one head.", "Draft", "recorded", "CHANNELS", unset=_TARGETS, bounds=AT_LEAST_1)] = None
+    draft_intermediate_size: Annotated[int | None, Option(
+        "Width of the feed-forward layers.", "Draft", "recorded", "CHANNELS", unset=_TARGETS, bounds=AT_LEAST_1)] = None
+    draft_rope_theta: Annotated[float | None, Option(
+        "Base of the rotary embedding.", "Draft", "recorded", "BASE", unset=_TARGETS, bounds=POSITIVE)] = None
+    draft_rms_norm_eps: Annotated[float | None, Option(
+        "Epsilon added under the root of each norm.",
+        "Draft", "recorded", "EPSILON", unset=_TARGETS, bounds=POSITIVE)] = None
+    draft_max_position_embeddings: Annotated[int | None, Option(
+        "Longest text that the draft is declared for.",
+        "Draft", "recorded", "POSITIONS", unset=_TARGETS, bounds=AT_LEAST_1)] = None
+    sliding_window: Annotated[int | None, Option(
+        "Window of the draft's layers: they see context less than so many positions back.",
+        "Draft", "recorded", "POSITIONS", unset="all context")] = None
+    sliding_layers: Annotated[tuple[int, ...] | None, Option(
+        "Draft layers with that window, numbered from 0, as in 0,1.",
+        "Draft", "recorded", "IDS", unset="every one, if there is a window")] = None
+    causal_layers: Annotated[str | None, Option(
+        "Draft layers in which a token does not see later ones of its block: none, sliding or all.",
+        "Draft", "resolved", "NAME", unset="none, or those of --init-from", choices=CAUSAL_LAYERS)] = None
+    layers: Annotated[tuple[int, ...] | None, Option(
+        "Captured target layers that the draft reads, as in 1,9,17.",
+        "Draft", "recorded", "IDS", unset="all in the cache")] = None
+    seed: Annotated[int, Option(
+        "Seed of the initial weights, the order of samples, and the anchors.",
+        "Data", "identity", "SEED", bounds=SEEDS)] = 0
+    val_samples: Annotated[int, Option(
+        "Samples held out of training, at most; never more than a tenth.",
+        _CHECKPOINTS, "identity", "SAMPLES", bounds=AT_LEAST_0)] = 128
+    val_every: Annotated[int, Option(
+        "Steps between two validations.", _CHECKPOINTS, "identity", "STEPS", bounds=AT_LEAST_1)] = 200
+    patience: Annotated[int | None, Option(
+        "Validations without a better serving walk after which the run stops.",
+        _CHECKPOINTS, "free", "VALIDATIONS", unset="never", bounds=AT_LEAST_1)] = None
+    save_every: Annotated[int, Option(
+        "Steps between two checkpoints.", _CHECKPOINTS, "free", "STEPS", bounds=AT_LEAST_1)] = 200
+    keep: Annotated[int, Option(
+        "Number of newest checkpoints to keep, beside the best.",
+        _CHECKPOINTS, "free", "CHECKPOINTS", bounds=AT_LEAST_1)] = 2
+    attention_backend: Annotated[str, Option(
+        "Attention of the draft: flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on a CPU.",
+        "Device", "free", "NAME", choices=("auto", "flex_attention", "sdpa", "eager"))] = "auto"
+    device: Annotated[str, replace(DEVICE, group="Device", role="free")] = "auto"
+    dtype: Annotated[str, Option(
+        "Autocast: bfloat16 or float32; auto is bfloat16 on a GPU. Weights and optimizer are always float32.",
+        "Device", "identity", "NAME", choices=("auto", "float32", "bfloat16"))] = "auto"
+    gradient_checkpointing: Annotated[bool, Option(
+        "Compute each draft layer again in the backward pass: less memory, more time.", "Device", "free")] = False
+    compile: Annotated[bool | None, Option(
+        "Compile the draft with torch.compile.", "Device", "free", unset="on a GPU")] = None
+    report_to: Annotated[str | None, Option(
+        "Tracker that gets the metrics too, if it is installed: wandb or trackio.",
+        _CHECKPOINTS, "free", "NAME", unset="none", choices=("wandb", "trackio"))] = None
+    loader_threads: Annotated[int, Option(
+        "Threads that read and decode samples ahead of the step; take more where the log shows waiting.",
+        "Data", "free", "THREADS", bounds=AT_LEAST_1)] = 2
+
+    # fmt: on
 
     def __post_init__(self) -> None:
-        problems = []
-        for names, expected, holds in _BOUNDS:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    problems.append(f"{name} is {value}; expected {expected}.")
+        found = problems(self)
         if not self.caches:
-            problems.append("No cache is given.")
+            found.append("No cache is given.")
         if self.weights is not None and len(self.weights) != len(self.caches):
-            problems.append(f"{len(self.weights)} weights are given for {len(self.caches)} caches; expected one each.")
+            found.append(f"{len(self.weights)} weights are given for {len(self.caches)} caches; expected one each.")
         if any(not 0 < weight <= 1 for weight in self.weights or ()):
-            problems.append(
+            found.append(
                 f"weights are {list(self.weights or ())}; expected more than 0 and at most 1: the share of a cache "
                 f"that an epoch takes. To see one cache more often, lower the others' and raise epochs."
             )
-        if not 0 <= self.warmup_ratio < 1:
-            problems.append(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1.")
-        problems += choice_problems(
-            self,
-            **{"optimizer": OPTIMIZERS, "loss": LOSSES, "attention_backend": ATTENTION_BACKENDS},
-            **{"dtype": AUTOCAST_DTYPES, "report_to": REPORTERS},
-        )
-        if self.ema is not None and not 0 < self.ema < 1:
-            problems.append(f"ema is {self.ema}; expected more than 0 and less than 1, as in 0.999.")
-        refuse("train", problems)
-
-
-_BOUNDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    (
-        "batch_tokens row_tokens batch_size accumulation num_anchors val_every patience save_every keep loader_threads "
-        "steps draft_layers draft_heads draft_kv_heads draft_head_dim draft_intermediate_size "
-        "draft_max_position_embeddings",
-        "at least 1",
-        lambda value: value >= 1,
-    ),
-    (
-        "learning_rate clip gamma draft_rope_theta draft_rms_norm_eps",
-        "more than 0, and finite",
-        lambda value: 0 < value < math.inf,
-    ),
-    ("epochs", f"more than 0, and at most {MAX_EPOCHS:,}", lambda value: 0 < value <= MAX_EPOCHS),
-    ("weight_decay", "0 or more, and finite", lambda value: 0 <= value < math.inf),
-    ("seed", "0 or more, below 2**63", lambda value: 0 <= value < 2**63),
-    ("val_samples", "0 or more", lambda value: value >= 0),
-    ("block_size", "at least 2", lambda value: value >= 2),
-)
+        refuse("train", found)
 
 
 def recommended_gamma(block_size: int) -> float:

@@ -1,38 +1,38 @@
-"""What a user may set for `dflash verify --target`. Each default exists here and nowhere else."""
+"""What a user may set for `dflash verify --target`. Each text and default exists here and nowhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-from dflash_offline.schemas.settings.shared import refuse
+from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, Option, problems, refuse
+from dflash_offline.schemas.settings.shared import ATTENTION, TARGET, Device, TrustRemoteCode
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerunConfig:
-    """Settings of `dflash verify --target`: how a target is run again; what is None is as the cache was made."""
+    """Settings of `dflash verify --target`: how a target is run again; what is None is as the cache was made.
 
-    target: str
-    """Hugging Face model: a folder, or a hub id."""
-    samples: int = 8
-    """Samples to run it on."""
-    seed: int = 0
-    """Draws those samples."""
-    revision: str | None = None
-    """Revision of a hub id."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    attn_implementation: str | None = None
-    """As transformers names it."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
-    device_map: str | None = None
-    """Spread the target over several devices as transformers does."""
+    Nothing is kept to go on with: a role here says what the comparison depends on.
+    """
+
+    # The formatter would give every word of an option a line of its own.
+    # fmt: off
+
+    target: Annotated[str, TARGET]
+    samples: Annotated[int, Option(
+        "Samples to run the target on.", "Target", "identity", "SAMPLES", bounds=AT_LEAST_1)] = 8
+    seed: Annotated[int, Option(
+        "Seed by which those samples are drawn.", "Target", "identity", "SEED", bounds=AT_LEAST_0)] = 0
+    revision: Annotated[str | None, Option(
+        "Revision of the target's hub id.", "Target", "resolved", "NAME", unset="the extraction's")] = None
+    trust_remote_code: TrustRemoteCode = False
+    attn_implementation: Annotated[str | None, replace(
+        ATTENTION, unset="the extraction's, which this machine may lack")] = None
+    device: Device = "auto"
+    device_map: Annotated[str | None, Option(
+        "How transformers spreads the target over devices, as for `dflash extract`.",
+        "Target", "identity", "NAME", unset="the extraction's")] = None
+
+    # fmt: on
 
     def __post_init__(self) -> None:
-        lows = (("samples", 1), ("seed", 0))
-        refuse(
-            "verify",
-            [
-                f"{name} is {getattr(self, name)}; expected at least {low}."
-                for name, low in lows
-                if getattr(self, name) < low
-            ],
-        )
+        refuse("verify", problems(self))

@@ -1,0 +1,269 @@
+"""Commands with the options that their settings declare: typer's parameters, help by heading, values by their types."""
+
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+
+import typer
+import typer.core
+
+from dflash_offline.pipeline.progress import LogFormat
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.option import ARGUMENTS, Option, options
+from dflash_offline.schemas.settings.toml import read_settings, require_fields
+
+_OUTPUT = "Output"
+Quiet = Annotated[
+    bool,
+    Option("Show no progress, only the result and errors.", _OUTPUT, "free", flags=("--quiet", "-q")),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    Option(
+        "How progress is shown on stderr: as text for people, or as events, a JSON object a line.",
+        _OUTPUT,
+        "free",
+        "NAME",
+    ),
+]
+Json = Annotated[bool, Option("Print the result as JSON on stdout.", _OUTPUT, "free")]
+_CONFIG = Option("TOML file of settings, each named as its flag; flags go before it.", "", "free", "FILE")
+_SETTINGS, _FILE = "settings", "config"
+"""The parameter by which a command reads its settings, and the one that names their file."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Marks that a command has only some options of a config, and no file of them."""
+
+    names: str = ""
+    """Fields with spaces between; all if empty."""
+    group: str = ""
+    """Heading they have in its help; their own if empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command of the program, and what its help teaches beside its options."""
+
+    name: str
+    summary: str
+    """What stands beside it in the list of commands."""
+    examples: tuple[tuple[str, str], ...]
+    """A remark and the arguments of each example, which run as printed."""
+    function: Callable[..., None]
+
+
+def command(name: str, summary: str, *examples: tuple[str, str]) -> Callable[[Callable[..., None]], Command]:
+    """Make a function a command. Each parameter is annotated with its `Option`; one named `settings` is annotated as a
+    callable that returns a config, and stands for all options of that config and a file of them. It is given that
+    callable, which raises `DflashError` for settings that cannot be used."""
+    return lambda function: Command(name=name, summary=summary, examples=examples, function=function)
+
+
+def add_command(app: typer.Typer, command: Command) -> None:
+    """Add a command to the program."""
+    declared, config = _declared(command.function)
+    run = _runner(command.function, declared, config)
+    lines = [f"  # {remark}\n  {_broken(f'dflash {command.name} {line}'.strip())}" for remark, line in command.examples]
+    app.command(
+        command.name,
+        cls=_grouped({one.name: one.option.group for one in declared}),
+        short_help=command.summary,
+        epilog="\b\nExamples:\n" + "\n".join(lines),
+    )(run)
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """One option of a command, as its config or its function declares it."""
+
+    name: str
+    hint: Any
+    """Type of its value, None left out."""
+    option: Option
+    default: Any
+    """MISSING if it has to be given."""
+    is_needed: bool
+    """Whether typer refuses a call without it; what may stand in a file is looked for there first."""
+
+
+def _declared(function: Callable[..., None]) -> tuple[list[_Declared], type | None]:
+    """Return all options of a command in order, and its config; its own go before its config's of the same name."""
+    found: dict[str, _Declared] = {}
+    hints, config = get_type_hints(function, include_extras=True), None
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if name == _SETTINGS:
+            config = get_args(hint)[1]
+            found = _of_config(config, marks[0] if marks else None) | found
+            continue
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        found[name] = _Declared(name, _without_none(hint), marks[0], default, default is MISSING)
+    return list(found.values()), config
+
+
+def _of_config(config: type, part: Part | None) -> dict[str, _Declared]:
+    hints, found = get_type_hints(config), {}
+    for field in fields(config):
+        option = options(config)[field.name]
+        if part is None or not part.names or field.name in part.names.split():
+            if part and part.group:
+                option = replace(option, group=part.group)
+            found[field.name] = _Declared(field.name, _without_none(hints[field.name]), option, field.default, False)
+            if field.default_factory is not MISSING:
+                found[field.name] = replace(found[field.name], default=None)
+    if part is None:
+        group = next(one.option.group for one in found.values() if one.option.group != ARGUMENTS)
+        found[_FILE] = _Declared(_FILE, Path, replace(_CONFIG, group=group), None, False)
+    return found
+
+
+def _without_none(hint: Any) -> Any:
+    return next((kind for kind in get_args(hint) if NoneType in get_args(hint) and kind is not NoneType), hint)
+
+
+def _runner(function: Callable[..., None], declared: list[_Declared], config: type | None) -> Callable[..., None]:
+    """Return what typer calls: its signature is the options', and what is not given is None."""
+    own = inspect.signature(function).parameters.keys()
+    of_config = [one for one in declared if one.name not in own]
+
+    def run(**given: Any) -> None:
+        given = {name: value for name, value in given.items() if value is not None}
+        kept = {name: value for name, value in given.items() if name in own}
+        if config is not None:
+            kept[_SETTINGS] = partial(_settings, config, of_config, given)
+        function(**kept)
+
+    parameters = [_parameter(one) for one in declared]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__doc__ = function.__doc__
+    return run
+
+
+def _parameter(one: _Declared) -> inspect.Parameter:
+    """Return an option as typer reads it."""
+    option, kind = one.option, one.hint
+    item = get_args(kind)[0] if get_origin(kind) is tuple else None
+    if item in (str, Path):
+        kind = list[item]  # type: ignore[valid-type]
+    elif item or get_origin(kind) is dict:
+        kind = str
+    shown: dict[str, Any] = {"help": option.help + _default(one), "show_default": False, "metavar": option.unit or None}
+    names = option.choices or option.completions
+    if names:
+        shown["autocompletion"] = lambda incomplete: [name for name in names if name.startswith(incomplete)]
+    default = inspect.Parameter.empty if one.is_needed else None
+    info = typer.Argument(**shown) if option.group == ARGUMENTS else typer.Option(*_flags(one), **shown)
+    kind = kind if one.is_needed else kind | None
+    return inspect.Parameter(
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
+
+
+def _flags(one: _Declared) -> tuple[str, ...]:
+    name = one.name.strip("_").replace("_", "-")
+    if one.hint is bool and (one.default or one.default is None):
+        return (f"--{name}/--no-{name}",)
+    return one.option.flags or (f"--{name}",)
+
+
+def _default(one: _Declared) -> str:
+    """Return what a help text says of an option that is not given."""
+    if one.default is MISSING:
+        return "" if one.is_needed else "  [required]"  # typer says it of what it refuses a call without
+    said = one.option.unset
+    if one.default is True:
+        said = "yes"
+    elif one.default is not False and one.default not in (None, (), Path()):
+        said = str(one.default)
+    return said and f"  [default: {said}]"
+
+
+def _settings(config: type, declared: list[_Declared], given: dict[str, Any], **fixed: Any) -> Any:
+    """Return a command's settings: a file's, over them what stands on the command line, and over all what is fixed."""
+    from_file = read_settings(given[_FILE], config) if _FILE in given else {}
+    line = {one.name: _converted(one, given[one.name]) for one in declared if one.name in given and one.name != _FILE}
+    for name, option in options(config).items():
+        for this, other in ((name, option.instead_of), (option.instead_of, name)):
+            if option.instead_of and this in line and other not in line:
+                from_file.pop(other, None)
+    chosen = from_file | line | fixed
+    require_fields(config, chosen)
+    return config(**chosen)
+
+
+def _converted(one: _Declared, value: Any) -> Any:
+    """Return what stands on the command line as the type that the setting declares."""
+    flag = _flags(one)[0]
+    if get_origin(one.hint) is dict:
+        return _json_object(value, flag)
+    if get_origin(one.hint) is not tuple or isinstance(value, list):
+        return tuple(value) if isinstance(value, list) else value
+    kind, example = get_args(one.hint)[0], "1,9,17" if int in get_args(one.hint) else "1,0.3"
+    try:
+        return tuple(kind(part) for part in value.split(","))
+    except ValueError:
+        raise DflashError(
+            f"{flag} is {value!r}; expected numbers with commas between, as in {flag} {example}."
+        ) from None
+
+
+def _json_object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except ValueError as error:
+        raise DflashError(
+            f"{flag} is not JSON ({error}): {text!r}. Give an object, as in '{{\"a\": true}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise DflashError(f"{flag} is a JSON {type(value).__name__}; expected an object, as in '{{\"a\": true}}'.")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _broken(line: str) -> str:
+    """Return a command as it may be pasted, on as many lines as 80 columns need."""
+    return " \\\n    ".join(textwrap.wrap(line, 74, break_long_words=False, break_on_hyphens=False))
+
+
+def _grouped(headings: dict[str, str]) -> type[typer.core.TyperCommand]:
+    """Return a command class that lists its options by heading: typer knows headings in rich's boxes alone."""
+
+    class Grouped(typer.core.TyperCommand):
+        def format_options(self, ctx: Any, formatter: Any) -> None:
+            """Write the arguments first, what each command prints last, and between them headings as they come up."""
+            sections: dict[str, list[tuple[str, str]]] = {ARGUMENTS: []}
+            sections |= {heading: [] for heading in headings.values() if heading != _OUTPUT} | {_OUTPUT: []}
+            for param in self.get_params(ctx):
+                heading = headings.get(param.name or "", _OUTPUT)
+                if record := param.get_help_record(ctx):
+                    name = record[0].split(" <")[0] if heading == ARGUMENTS else record[0]  # typer adds its type
+                    sections[heading].append((name, record[1]))
+            for heading, records in sections.items():
+                if records:
+                    with formatter.section(heading):
+                        formatter.write_dl(records)
+
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            """Write the examples as they stand; click would indent them and join their lines."""
+            formatter.write_paragraph()
+            formatter.write_text(inspect.cleandoc(self.epilog or ""))
+
+    return Grouped
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Raise `DflashError` before any work if a file could not be written there."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
