@@ -183,14 +183,22 @@ def _default(one: _Declared) -> str:
     if one.default is True:
         said = "yes"
     elif one.default is not False and one.default not in (None, (), Path()):
-        said = str(one.default)
+        said = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else str(one.default)
     return said and f"  [default: {said}]"
 
 
 def _settings(config: type, declared: list[_Declared], given: dict[str, Any], **fixed: Any) -> Any:
     """Return a command's settings: a file's, over them what stands on the command line, and over all what is fixed."""
     from_file = read_settings(given[_FILE], config) if _FILE in given else {}
-    line = {one.name: _converted(one, given[one.name]) for one in declared if one.name in given and one.name != _FILE}
+    line, wrong = {}, []
+    for one in declared:
+        if one.name in given and one.name != _FILE:
+            try:
+                line[one.name] = _converted(one, given[one.name])
+            except DflashError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise DflashError("\n".join(wrong))
     for name, option in options(config).items():
         for this, other in ((name, option.instead_of), (option.instead_of, name)):
             if option.instead_of and this in line and other not in line:

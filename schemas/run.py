@@ -55,7 +55,7 @@ def _of_roles(*roles: Role) -> set[str]:
 
 
 def settings_identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a run's record holds; what else decides what it computes is there as what it comes to."""
+    """Return the settings in a run's record; what else decides what it computes is there as what it comes to."""
     names = _of_roles("identity", "recorded")
     settings = {name: value for name, value in vars(config).items() if name in names}
     if config.steps:

@@ -17,7 +17,6 @@ FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
     [
         "dflash_offline.pipeline.app",
-        "dflash_offline.pipeline.extract",
         "dflash_offline.stages.extract",
         "transformers.models.auto.modeling_auto",
         "transformers.models.qwen3.modeling_qwen3",

@@ -84,7 +84,7 @@ def choice_problem(name: str, value: str | None, allowed: tuple[str, ...]) -> st
 def problems(config: Any) -> list[str]:
     """Return what is wrong with each field of a config by itself."""
     found = []
-    for name, option in options(type(config)).items():
+    for name, option in options(config.__class__).items():
         value = getattr(config, name)
         if value is not None and option.bounds and not option.bounds.holds(value):
             found.append(f"{name} is {value}; expected {option.bounds.expected}.")

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.option import options
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", Path: "a path, as a string"}
 
@@ -16,8 +17,8 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def read_settings(path: Path, kind: type) -> dict[str, Any]:
     """Return the settings in a TOML file, each converted to the type of the field of `kind` that has its name.
 
-    Dashes and underscores in names are the same. Raises `DflashError` naming every unknown key with the nearest known
-    one, and every value of another type.
+    Its flags name a field as well, and dashes are underscores. Raises `DflashError` naming every unknown key with the
+    nearest known one, and every value of another type.
     """
     try:
         document = tomllib.loads(path.read_text("utf-8"))
@@ -28,14 +29,15 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
             f"{path} is not TOML: {error}. Write one setting a line, as in learning_rate = 6e-4."
         ) from error
     hints, settings, problems = get_type_hints(kind), {}, []
+    flags = {_name(flag): field for field, option in options(kind).items() for flag in option.flags}
     for key, value in document.items():
-        name = key.replace("-", "_")
+        name = flags.get(_name(key), _name(key))
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             problems.append(f"{key} is no setting" + (f"; did you mean {near[0]}?" if near else "."))
             continue
         if name in settings:
-            problems.append(f"{name} stands there twice, with a dash and with an underscore; keep one of them.")
+            problems.append(f"{name} stands there twice, under two of its names; keep one of them.")
         try:
             settings[name] = _converted(value, hints[name])
         except TypeError as error:
@@ -43,6 +45,10 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
     if problems:
         raise DflashError(f"{path} holds what `dflash` cannot use:\n  " + "\n  ".join(problems))
     return settings
+
+
+def _name(key: str) -> str:
+    return key.strip("-").replace("-", "_")
 
 
 def _converted(value: Any, hint: Any) -> Any:

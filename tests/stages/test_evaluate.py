@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dflash_offline.pipeline.eval_report import print_report
+from dflash_offline.pipeline.commands.evaluate import print_report
 from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
 from dflash_offline.schemas.evaluation import EvalResult
 from dflash_offline.schemas.settings.evaluate import EvalConfig
