@@ -16,7 +16,7 @@ from dflash_offline.pipeline.doctor.machine import Package, find_packages
 from dflash_offline.pipeline.doctor.storage import try_disk
 from dflash_offline.pipeline.doctor.trials import Trial, run_trials
 from dflash_offline.stages import trainer
-from dflash_offline.stages.store.cache import CacheReader
+from dflash_offline.stages.store.cache import Cache
 
 SOUND = [
     Trial(name="torch", result="2.13.0, a CPU build"),
@@ -104,9 +104,9 @@ def read_under_a_limit(cache: Path, limit: int) -> None:
     """Read every sample, then compare the shard files that are open with what the doctor says and prints."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     examine.run_trials, storage._CODEC_S = lambda _target: SOUND, 0  # a process of its own is patched by hand
-    reader = CacheReader(cache)
+    reader = Cache.open(cache)
     for sample in range(len(reader.samples)):
-        reader.read_codes(sample)
+        reader.codes(sample)
     links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     num_open = sum("/hidden_states/" in link for link in links)
     said = f"{limit} files may be open at once; {num_open} shard files are kept open"
