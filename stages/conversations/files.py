@@ -11,6 +11,7 @@ import reprlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +54,8 @@ class DataFile:
     name: str
     """As the sample table names it: the file's name, or its path within the folder that was given."""
     container: str
+    rows: range | None = None
+    """The rows that are taken, counted from 0; None for all."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def read_raw_rows(file: DataFile) -> Iterator[RawRow]:
     """Yield each row unparsed; `BadInputError` as from `read_rows`."""
     line = 0
     try:
-        for line, value, fault in _READERS[file.container](file.path):
+        rows = _READERS[file.container](file.path)
+        for line, value, fault in rows if file.rows is None else islice(rows, file.rows.start, file.rows.stop):
             content = b"" if fault else value if file.container == "jsonl" else pickle.dumps(value)
             yield RawRow(file, line, content, fault)
     except (*_STREAM_FAULTS, ValueError, RecursionError) as error:
@@ -318,6 +322,12 @@ def _parquet(path: Path) -> Found:
 def _arrow(path: Path) -> Found:
     with pa.memory_map(os.fsencode(path)) as source:
         yield from _values(_batches(source))
+
+
+def num_arrow_rows(path: Path) -> int:
+    """Return how many rows an Arrow file or stream holds."""
+    with pa.memory_map(os.fsencode(path)) as source:
+        return sum(batch.num_rows for batch in _batches(source))
 
 
 def _batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:

@@ -2,8 +2,9 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from dflash_offline.stages.conversations.files import (
     RawRow,
     Row,
     identify,
+    num_arrow_rows,
     read_raw_rows,
 )
 
@@ -65,19 +67,23 @@ class Data:
         self.sources = [_source(str(argument), self.format.container) for argument in config.data]
         self.num_not_drawn = 0
         """Rows that weights left out, once `rows` has been read."""
-        self._files = [file.path for source in self.sources for file in source.files]
-        self._states = [_state(path) for path in self._files]
+        self._files = [file for source in self.sources for file in source.files]
+        self._states = [_state(file.path) for file in self._files]
 
     def identity(self) -> dict[str, str]:
-        """Return the hash of each file's bytes."""
-        return {f"file_{i}_sha256": sha256_file(path) for i, path in enumerate(self._files)}
+        """Return the hash of each file's bytes, and which of its rows are taken where it is not all."""
+        hashes = {f"file_{i}_sha256": sha256_file(file.path) for i, file in enumerate(self._files)}
+        cuts = [(i, file.rows) for i, file in enumerate(self._files) if file.rows is not None]
+        return hashes | {f"file_{i}_rows": f"{rows.start}:{rows.stop}" for i, rows in cuts}
 
     def refuse_changed(
         self, advice: str = "Nothing was kept of it. Repeat the command when nobody writes there any more."
     ) -> None:
         """Raise `BadInputError`, with the advice, if a file is another than when it was looked up: its hash and its
         rows, read one after the other, may then be of different content."""
-        changed = [path for path, before in zip(self._files, self._states, strict=True) if _state(path) != before]
+        changed = [
+            file.path for file, before in zip(self._files, self._states, strict=True) if _state(file.path) != before
+        ]
         if changed:
             raise BadInputError(f"{', '.join(map(str, changed))} changed while being read. {advice}")
 
@@ -133,15 +139,17 @@ def _state(path: Path) -> tuple[int, ...] | None:
 def _source(argument: str, container: str | None) -> Source:
     place, weight = _weighted(argument)
     path = Path(place).expanduser()
+    is_glob = any(sign in place for sign in "*?[")
     if path.is_dir():
         files = _folder(path, container)
     elif path.is_file():  # a pipe could be read only once
         files = [identify(path, container=container)]
-    elif any(sign in place for sign in "*?["):
-        matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    elif matches := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if is_glob else []:
         files = [file for match in matches for file in _matched(match, container)]
-    else:
+    elif not is_glob or _HUB_SPLIT.fullmatch(place):
         files = _hub(place)
+    else:
+        files = []
     if not files:
         raise BadInputError(f"{place} names no data file. Expected files ending in {', '.join(ENDINGS)}.")
     return Source(argument, tuple(files), weight)
@@ -209,10 +217,16 @@ def _saved_dataset(folder: Path) -> list[DataFile]:
     return [identify(folder / name, container="arrow") for name in names]
 
 
+_SLICE = r"\w+(?:\.\w+)*(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\])?(?:\(\w+\))?"
+_HUB_SPLIT = re.compile(rf"[\w.-]+(?:/[\w.-]+)?@{_SLICE}(?: *\+ *{_SLICE})*")
+"""A hub id with splits or slices of them, as in owner/name@train[:10%]+test: no glob, though it has brackets."""
+
+
 def _hub(place: str) -> list[DataFile]:
     """Return the Arrow files that the `datasets` library makes of `owner/name`, or of `owner/name@split`."""
     name, _, split = place.partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or _is_data(Path(name)):
+    is_id = name.count("/") == 1 or ("/" not in name and split)
+    if not is_id or name.startswith((".", "/", "~")) or _is_data(Path(name)):
         raise BadInputError(
             f"{place} is not a file or a folder. Name JSONL, JSON, Parquet or Arrow files, or a hub id."
         )
@@ -221,12 +235,35 @@ def _hub(place: str) -> list[DataFile]:
             f"{place} is not a file or a folder here. If it is a dataset's hub id, the datasets package is needed: "
             f"pip install 'dflash-offline[hub]'."
         )
-    from datasets import load_dataset
+    import datasets
 
     try:
-        dataset = load_dataset(name, split=split or "train")
-        names = [entry["filename"] for entry in dataset.cache_files]
+        dataset = datasets.load_dataset(name, split=split or "train")
+        if "[" not in split:
+            return _arrow_files(dataset)
+        lengths = {part: info.num_examples for part, info in dataset.info.splits.items()}
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        # The library gives a slice the files of its whole split, so that the rows have to be counted off here.
+        wholes = {part.splitname: _arrow_files(datasets.load_dataset(name, split=part.splitname)) for part in slices}
+        files = [file for part in slices for file in _cut(wholes[part.splitname], range(part.from_, part.to))]
+        if sum(len(file.rows or ()) for file in files) != len(dataset):
+            raise ValueError("its Arrow files hold other rows than the slice")
     except Exception as error:  # whatever the library and the dataset provoke
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
         raise BadInputError(f"The dataset {place} cannot be loaded: {said}. Check the id, or give files.") from error
-    return [identify(Path(name), container="arrow") for name in names]
+    return files
+
+
+def _arrow_files(dataset: Any) -> list[DataFile]:
+    return [identify(Path(entry["filename"]), container="arrow") for entry in dataset.cache_files]
+
+
+def _cut(files: list[DataFile], rows: range) -> list[DataFile]:
+    """Return the files that hold some of the rows, counted from 0 through all of them, each with its own."""
+    begin, held = 0, []
+    for file in files:
+        end = begin + num_arrow_rows(file.path)
+        own = range(max(rows.start, begin) - begin, min(rows.stop, end) - begin)
+        held += [replace(file, rows=own)] if own else []
+        begin = end
+    return held

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -355,3 +356,83 @@ def test_a_hub_id_needs_the_datasets_library_and_is_read_from_its_files(
     assert asked[-1] == ("owner/chats", "test") and asked[0] == ("owner/chats", "train")
     with pytest.raises(BadInputError, match="owner/chats@none cannot be loaded: Unknown split"):
         drawn("owner/chats@none")
+
+
+class Instruction(SimpleNamespace):
+    """The part of `datasets.ReadInstruction` that is used, for whole numbers."""
+
+    @classmethod
+    def from_spec(cls, spec: str) -> "Instruction":
+        return cls(parts=[re.fullmatch(r"(\w+)\[(\d*):(\d*)\]", part) for part in spec.split("+")])
+
+    def to_absolute(self, lengths: dict[str, int]) -> list[SimpleNamespace]:
+        parts = [match.groups() for match in self.parts]
+        return [SimpleNamespace(splitname=n, from_=int(a or 0), to=int(b or lengths[n])) for n, a, b in parts]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub whose every dataset has splits of ten rows in two files; the splits that were asked for."""
+    splits = {split: save_dataset(tmp_path / split, [{"text": f"{split} {i}"} for i in range(10)]) for split in "ab"}
+    asked: list[str] = []
+
+    class Dataset(SimpleNamespace):
+        def __len__(self) -> int:
+            parts = Instruction.from_spec(self.split).to_absolute(dict.fromkeys("ab", 10))
+            return sum(part.to - part.from_ for part in parts)
+
+    def load_dataset(name: str, split: str) -> Dataset:
+        asked.append(f"{name}@{split}")
+        files = [path for part in splits if part in split for path in sorted(splits[part].glob("*.arrow"))]
+        info = SimpleNamespace(splits=dict.fromkeys("ab", SimpleNamespace(num_examples=10)))
+        return Dataset(cache_files=[{"filename": str(path)} for path in files], info=info, split=split)
+
+    monkeypatch.setattr("dflash_offline.stages.conversations.sources.find_spec", lambda _name: True)
+    library = SimpleNamespace(load_dataset=load_dataset, ReadInstruction=Instruction)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return asked
+
+
+@pytest.mark.parametrize("name", ["owner/chats", "chats"])
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("a[2:4]", ["a 2", "a 3"]),
+        ("a[4:7]", ["a 4", "a 5", "a 6"]),  # of both files
+        ("a[:1]+b[9:]", ["a 0", "b 9"]),
+        ("b[6:]", ["b 6", "b 7", "b 8", "b 9"]),
+        ("a+b", [f"{split} {i}" for split in "ab" for i in range(10)]),
+    ],
+)
+def test_a_slice_of_a_hub_split_is_those_rows_alone(hub: list[str], name: str, split: str, expected: list[str]) -> None:
+    rows, data = drawn(f"{name}@{split}")
+    assert [row.value["text"] for row in rows] == expected
+    assert hub[0] == f"{name}@{split}"
+    assert len(drawn(f"{name}@{split}:1.0")[0]) == len(expected)
+    cuts = {key: rows for key, rows in data.identity().items() if key.endswith("_rows")}
+    assert bool(cuts) == ("[" in split)
+    if cuts:
+        assert data.identity() != drawn(f"{name}@a[:3]")[1].identity()
+
+
+def test_what_exists_here_is_read_though_a_hub_split_could_be_meant(hub: list[str], tmp_path: Path) -> None:
+    lines(tmp_path / "elsewhere", "owner/chats@a1", 2)  # a file that the brackets match
+    assert len(drawn("owner/chats@a[1:2]")[0]) == 2
+    lines(tmp_path / "elsewhere", "owner/chats@a[1:2]", 3)  # one of that very name
+    assert len(drawn("owner/chats@a[1:2]")[0]) == 3
+    assert len(drawn("owner/chats@*")[0]) == 5
+    for glob in ("v[12].jsonl", "owner/chats@v[12].jsonl", "a/b/c@a[1:2]"):
+        with pytest.raises(BadInputError, match="names no data file"):
+            drawn(glob)
+    assert not hub
+    with pytest.raises(BadInputError, match="is not a file or a folder"):
+        drawn("chats.jsonl@a[1:2]")
+
+
+def test_a_slice_without_the_datasets_library_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dflash_offline.stages.conversations.sources.find_spec", lambda _name: None)
+    for split in ("train[:100]", "train[10:20]", "train[:1%]", "train[:5%]+test[-3:]", "train[:20%](closest)"):
+        with pytest.raises(BadInputError, match=r"pip install 'dflash-offline\[hub\]'"):
+            drawn(f"owner/chats@{split}")
