@@ -25,11 +25,11 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
     row = next(islice(data.raw_rows(), number, None), None) if number >= 0 else None
     if row is None:
         raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
-    batch = RowTokenizer(config, encoder, data.format.layout)(unparsed([row]))
+    batch = RowTokenizer(config, encoder, data.format.row_format)(unparsed([row]))
     (made,) = batch.rows
     texts = token_texts(batch.ids.tolist(), files.tokenizer.decode)
     try:
-        content = read_content(row.parsed().value, data.format.layout)[1]
+        content = read_content(row.parsed().value, data.format.row_format)[1]
         roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
     except RowFaultError:
         roles = []
@@ -37,7 +37,7 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "row": number,
         "source": row.source.name,
         "line": row.line,
-        "format": f"{row.source.container}, {made.layout}" if made.layout else row.source.container,
+        "format": f"{row.source.container}, {made.row_format}" if made.row_format else row.source.container,
         "roles": roles,
         "mask_rule": encoder.rule,
         "tokens": made.num_tokens,

@@ -100,7 +100,7 @@ def read_dialogues(data: Data) -> Iterator[Dialogue]:
     for index, row in enumerate(data.rows()):
         dialogue = Dialogue(index=index, source=row.source.name, line=row.line)
         try:
-            content = _content(row, data.format.layout)
+            content = _content(row, data.format.row_format)
             dialogue.said, dialogue.tools = _turns(content)
         except RowFaultError as fault:
             dialogue.fault = (BAD_ROW, f"{row.place} {fault}")
@@ -114,10 +114,10 @@ def read_dialogues(data: Data) -> Iterator[Dialogue]:
 BAD_ROW = "bad row"
 
 
-def _content(row: Row, layout: str | None) -> Content:
+def _content(row: Row, row_format: str | None) -> Content:
     if row.fault:
         raise RowFaultError(row.fault)
-    _, content = read_content(row.value, layout)
+    _, content = read_content(row.value, row_format)
     for place, text in strings(vars(content)) if isinstance(content, Chat) else ():
         try:
             text.encode()

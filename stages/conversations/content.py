@@ -1,12 +1,11 @@
 """What a row says, whichever way it is written: a conversation, a plain text, or tokens with their mask."""
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
-
-from dflash_offline.stages.conversations.files import MOST_NESTED, is_too_deep, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -19,6 +18,8 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+MOST_NESTED = 100
+"""Levels of objects and lists within one another that a row may have."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names under which templates look for an assistant's reasoning; a message that has one is given all."""
 
@@ -53,16 +54,53 @@ class Tokens:
 Content = Chat | Text | Tokens
 
 
-def read_content(value: dict[str, Any], layout: str | None = None) -> tuple[str, Content]:
-    """Return the layout of a row, found by its keys unless it is given, and its content; `RowFaultError` if bad."""
-    if layout is None:
-        layout = next((name for name, (keys, _) in LAYOUTS.items() if all(key in value for key in keys)), None)
-    if layout is None:
-        expected = ", ".join(" + ".join(keys) for keys, _ in LAYOUTS.values())
+@dataclass(frozen=True)
+class RowFormat:
+    """One way to write a row."""
+
+    keys: tuple[str, ...]
+    """The keys by which it is known: a row has all of them."""
+    read: Callable[[dict[str, Any]], Content]
+    """Returns a row's content; raises `RowFaultError`."""
+    more_keys: tuple[str, ...] = ()
+    """Keys that are read as well, where a row has them."""
+
+
+def read_content(value: dict[str, Any], row_format: str | None = None) -> tuple[str, Content]:
+    """Return the format of a row, found by its keys unless it is given, and its content; `RowFaultError` if bad."""
+    if row_format is None:
+        row_format = next(
+            (name for name, known in ROW_FORMATS.items() if all(key in value for key in known.keys)), None
+        )
+    if row_format is None:
+        expected = ", ".join(" + ".join(known.keys) for known in ROW_FORMATS.values())
         raise RowFaultError(
             f"has none of the keys of a row (its keys are {shown(sorted(value)[:8])}; known: {expected})"
         )
-    return layout, LAYOUTS[layout][1](value)
+    return row_format, ROW_FORMATS[row_format].read(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxdict = 60, 8, 4
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it, however large or deep it is."""
+    return _SHORT.repr(value)
+
+
+def is_too_deep(value: Any) -> bool:
+    """Say whether a value of JSON is nested more than `MOST_NESTED` deep.
+
+    Where the interpreter gives up depends on how deep the caller is; this does not.
+    """
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MOST_NESTED):
+        nested = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in nested for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def content_hash(content: Content) -> bytes:
@@ -94,8 +132,8 @@ def gather_texts(value: Any, texts: list[str]) -> bool:
         texts += value
         value = [*value.values()]
     if kind in (dict, list):
-        found = [gather_texts(item, texts) for item in value]  # all of them, even after one that is not
-        return False not in found
+        are_plain = [gather_texts(item, texts) for item in value]  # all of them, even after one that is not
+        return False not in are_plain
     return value is None or kind in (int, float, bool)
 
 
@@ -149,10 +187,10 @@ def _text(value: Any, place: str) -> str:
 
 
 def _list(value: dict[str, Any], key: str, place: str) -> list[Any]:
-    found = value.get(key, [])
-    if not isinstance(found, list):
-        raise RowFaultError(f"has {place}.{key} of type {type(found).__name__}; expected a list")
-    return found
+    items = value.get(key, [])
+    if not isinstance(items, list):
+        raise RowFaultError(f"has {place}.{key} of type {type(items).__name__}; expected a list")
+    return items
 
 
 def _part(part: Any, place: str) -> str:
@@ -223,7 +261,7 @@ def _prompt_response(value: dict[str, Any]) -> Chat:
     )
 
 
-def _plain(value: dict[str, Any]) -> Text:
+def _plain_text(value: dict[str, Any]) -> Text:
     text = _text(value.get("text"), "text")
     if not text.strip():
         raise RowFaultError("has an empty text")
@@ -234,18 +272,21 @@ def _tokens(value: dict[str, Any]) -> Tokens:
     ids, mask = _list(value, "input_ids", "the row's"), _list(value, "loss_mask", "the row's")
     if any(type(token) is not int or not 0 <= token < 2**32 for token in ids):
         raise RowFaultError("has input_ids that are not all whole numbers from 0")
-    if any(type(one) not in (bool, int) or one not in (0, 1) for one in mask):
+    if any(type(bit) not in (bool, int) or bit not in (0, 1) for bit in mask):
         raise RowFaultError("has a loss_mask that is not all 0 and 1")
     if not ids or len(ids) != len(mask):
         raise RowFaultError(f"has {len(ids)} input_ids and a loss_mask of {len(mask)}; expected the same, and some")
-    return Tokens(ids, [int(one) for one in mask])
+    return Tokens(ids, [int(bit) for bit in mask])
 
 
-LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Content]]] = {
-    "tokens": (("input_ids", "loss_mask"), _tokens),
-    "messages": (("messages",), read_messages),
-    "sharegpt": (("conversations",), _sharegpt),
-    "prompt-response": (("prompt", "response"), _prompt_response),
-    "text": (("text",), _plain),
+ROW_FORMATS = {
+    "tokens": RowFormat(("input_ids", "loss_mask"), _tokens),
+    "messages": RowFormat(("messages",), read_messages, ("tools",)),
+    "sharegpt": RowFormat(("conversations",), _sharegpt, ("system", "tools")),
+    "prompt-response": RowFormat(("prompt", "response"), _prompt_response, ("system",)),
+    "text": RowFormat(("text",), _plain_text),
 }
-"""Ways to write a row: the keys that tell it, in the order in which they are looked for, and what reads it."""
+"""Every way to write a row, in the order in which its keys are looked for: a new one is a line here and its reader."""
+ROW_KEYS = {"kind", "completion"}.union(*(known.keys + known.more_keys for known in ROW_FORMATS.values()))
+"""The only columns that are read, where a file has some of them: others may be images. `kind` is kept by regenerating,
+`completion` is named in the fault of a row without `response`."""

@@ -7,9 +7,8 @@ import json
 import os
 import pickle
 import re
-import reprlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,8 +19,8 @@ import pyarrow.parquet as pq
 
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.paths import utf8_name
+from dflash_offline.stages.conversations.content import MOST_NESTED, ROW_KEYS, is_too_deep, shown
 
-CONTAINERS = ("json", "jsonl", "parquet", "arrow")
 ENDINGS = {
     ".json": None,  # an array or lines: only its content tells
     ".jsonl": "jsonl",
@@ -37,8 +36,6 @@ MOST_LINE_BYTES = 1 << 28
 """A longer line is no row but a file of another kind; it is named and passed over without being held."""
 MOST_NAMED = 20
 """Faults that an error names before it only counts them."""
-MOST_NESTED = 100
-"""Levels of objects and lists within one another that a row may have."""
 _TOO_DEEP = f"is nested more than {MOST_NESTED} deep"
 _PIECE = 1 << 16
 _ARROW_ROWS = 256
@@ -98,15 +95,6 @@ def parse(content: bytes, fault: str, *, is_json: bool) -> tuple[dict[str, Any],
     if not fault and not isinstance(value, dict):
         fault = f"is a JSON {type(value).__name__}; expected an object"
     return ({}, fault) if fault else (value, "")
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxdict = 60, 8, 4
-
-
-def shown(value: object) -> str:
-    """Return a value as an error shows it, however large or deep it is."""
-    return _SHORT.repr(value)
 
 
 def refuse_bad_rows(faults: list[str], what_to_do: str, count: int | None = None) -> None:
@@ -193,8 +181,8 @@ class _BrokenError(ValueError):
     """A JSON document ends too early or goes on wrongly."""
 
 
-Found = Iterator[tuple[int, Any, str]]
-"""Row by row: its number from 1, what it holds (a line of JSON as bytes), and what is wrong with it."""
+NumberedRows = Iterator[tuple[int, Any, str]]
+"""Of each row its number from 1, what it holds (a line of JSON as bytes), and what is wrong with it."""
 
 
 @dataclass
@@ -222,21 +210,7 @@ class _Decoder:
         return value, end, _TOO_DEEP if brackets > MOST_NESTED and is_too_deep(value) else fault
 
 
-def is_too_deep(value: Any) -> bool:
-    """Say whether a value of JSON is nested more than `MOST_NESTED` deep.
-
-    Where the interpreter gives up depends on how deep the caller is; this does not.
-    """
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MOST_NESTED):
-        inner = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
-        if not level:
-            return False
-    return True
-
-
-def _jsonl(path: Path) -> Found:
+def _jsonl(path: Path) -> NumberedRows:
     with _open(path) as stream:
         number = 0
         while content := stream.readline(MOST_LINE_BYTES):
@@ -264,7 +238,7 @@ def _line(content: bytes) -> tuple[Any, str]:
     return value, fault
 
 
-def _json(path: Path) -> Found:
+def _json(path: Path) -> NumberedRows:
     """Read an array element by element, or the one object that the file is."""
     decoder = _Decoder()
     with io.TextIOWrapper(_open(path), "utf-8-sig") as text:
@@ -314,12 +288,12 @@ def _refuse_more(text: str, end: int) -> None:
         raise _BrokenError("more follows the end of the document")
 
 
-def _parquet(path: Path) -> Found:
+def _parquet(path: Path) -> NumberedRows:
     with pa.OSFile(os.fsencode(path)) as source, pq.ParquetFile(source) as file:  # as bytes: names need not be UTF-8
         yield from _values(file.iter_batches(batch_size=_ARROW_ROWS, columns=_columns(file.schema_arrow)))
 
 
-def _arrow(path: Path) -> Found:
+def _arrow(path: Path) -> NumberedRows:
     with pa.memory_map(os.fsencode(path)) as source:
         yield from _values(_batches(source))
 
@@ -345,7 +319,7 @@ def _batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
             yield batch.slice(begin, _ARROW_ROWS)
 
 
-def _values(batches: Iterator[pa.RecordBatch]) -> Found:
+def _values(batches: Iterator[pa.RecordBatch]) -> NumberedRows:
     number = 0
     for batch in batches:
         try:
@@ -375,12 +349,16 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-ROW_KEYS = "messages tools conversations system prompt response completion text input_ids loss_mask kind".split()
-"""The only columns that are read, where a file has some of them: others may be images."""
-
-
 def _columns(schema: pa.Schema) -> list[str] | None:
+    """Return the columns that rows are made of; None where there is none of them, for all."""
     return [name for name in schema.names if name in ROW_KEYS] or None
 
 
-_READERS = {"json": _json, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}
+_READERS: dict[str, Callable[[Path], NumberedRows]] = {
+    "json": _json,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
+"""What reads each kind of file."""
+CONTAINERS = tuple(_READERS)

@@ -91,7 +91,7 @@ def make_plan(
     `slot_bytes` is the size of one token's raw features; `progress` is called with the rows read since the last
     call. Raises `BadInputError` naming unusable rows, unless they are to be skipped, and if nothing remains.
     """
-    tokenizer = RowTokenizer(config, encoder, data.format.layout)
+    tokenizer = RowTokenizer(config, encoder, data.format.row_format)
     with _Collected(folder, encoder.vocab_size) as collected:
         with closing(tokenize_rows(data.raw_rows(), tokenizer, num_processes)) as tokenized:
             for batch, outcome in tokenized:
@@ -175,8 +175,8 @@ class _Collected:
 
     def _add_row(self, row: RawRow, outcome: RowOutcome) -> bool:
         """Count a row; returns whether it is a sample."""
-        if outcome.layout:
-            self.formats[f"{row.source.container}, {outcome.layout}"] += 1
+        if outcome.row_format:
+            self.formats[f"{row.source.container}, {outcome.row_format}"] += 1
         reason, detail = outcome.reason, outcome.detail
         if outcome.digest in self._seen:
             reason, detail = "duplicate", "says exactly what an earlier row says"

@@ -13,7 +13,7 @@ from typing import Any
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.content import LAYOUTS
+from dflash_offline.stages.conversations.content import ROW_FORMATS
 from dflash_offline.stages.conversations.files import (
     COMPRESSED,
     CONTAINERS,
@@ -42,20 +42,20 @@ class InputFormat:
     """How rows are written, where it is not to be found out."""
 
     container: str | None = None
-    layout: str | None = None
+    row_format: str | None = None
 
     @classmethod
     def parse(cls, text: str | None) -> "InputFormat":
-        """Return what --input-format says: a container, a layout, or both with a comma between."""
+        """Return what --input-format says: a container, a row format, or both with a comma between."""
         words = [word.strip() for word in (text or "").split(",") if word.strip()]
         containers = [word for word in words if word in CONTAINERS]
-        layouts = [word for word in words if word in LAYOUTS]
-        if len(containers) > 1 or len(layouts) > 1 or len(containers) + len(layouts) < len(words):
+        row_formats = [word for word in words if word in ROW_FORMATS]
+        if len(containers) > 1 or len(row_formats) > 1 or len(containers) + len(row_formats) < len(words):
             raise BadInputError(
-                f"--input-format is {text!r}; expected one of {', '.join(CONTAINERS)}, one of {', '.join(LAYOUTS)}, "
-                f"or one of each with a comma between, as in parquet,messages."
+                f"--input-format is {text!r}; expected one of {', '.join(CONTAINERS)}, one of "
+                f"{', '.join(ROW_FORMATS)}, or one of each with a comma between, as in parquet,messages."
             )
-        return cls(*(found[0] if found else None for found in (containers, layouts)))
+        return cls(next(iter(containers), None), next(iter(row_formats), None))
 
 
 class Data:

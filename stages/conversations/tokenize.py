@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
@@ -49,7 +49,7 @@ _COMMAND = "from dflash_offline.stages.conversations.tokenize import serve; serv
 class RowOutcome:
     """What became of one row."""
 
-    layout: str = ""
+    row_format: str = ""
     """How the row was written; empty if it could not be read."""
     digest: bytes = b""
     """Hash of the row's content, where duplicates are to be dropped."""
@@ -123,11 +123,11 @@ def unparsed(batch: list[RawRow]) -> list[UnparsedRow]:
 class RowTokenizer:
     """Turns batches of rows into samples. Can be sent to another process if its encoder's tokenizer can."""
 
-    def __init__(self, config: ExtractConfig, encoder: ConversationEncoder, layout: str | None) -> None:
-        """`layout` is how the rows are written; None finds it out for each row."""
+    def __init__(self, config: ExtractConfig, encoder: ConversationEncoder, row_format: str | None) -> None:
+        """`row_format` is how the rows are written; None finds it out for each row."""
         self.config = config
         self.encoder = encoder
-        self.layout = layout
+        self.row_format = row_format
 
     def __call__(self, batch: list[UnparsedRow]) -> BatchOutcome:
         """Return what becomes of a batch."""
@@ -147,34 +147,39 @@ class RowTokenizer:
         """Return the row's content, or its fault."""
         raw, fault, is_json = row
         value, fault = parse(raw, fault, is_json=is_json)
-        layout = ""
+        row_format = ""
         try:
             if fault:
                 raise RowFaultError(fault)
-            layout, content = read_content(value, self.layout)
+            row_format, content = read_content(value, self.row_format)
             digest = content_hash(content) if self.config.drop_duplicates else b""
         except ROW_ERRORS as error:
-            return RowOutcome(layout=layout, reason=BAD_ROW, detail=_fault_text(error)), None
-        return RowOutcome(layout=layout, digest=digest), content
+            return RowOutcome(row_format=row_format, reason=BAD_ROW, detail=_fault_text(error)), None
+        return RowOutcome(row_format=row_format, digest=digest), content
 
     def _outcome(self, read: RowOutcome, sample: Tokenized | Exception) -> tuple[RowOutcome, Tokenized | None]:
         """Return what became of a row whose content was encoded, and its tokens if it has some."""
-        layout, digest = read.layout, read.digest
         if isinstance(sample, UnmaskableError):
-            return RowOutcome(layout, digest, *sample.args), None
+            return replace(read, reason=sample.args[0], detail=sample.args[1]), None
         if isinstance(sample, Exception):
-            return RowOutcome(layout, digest, BAD_ROW, _fault_text(sample)), None
+            return replace(read, reason=BAD_ROW, detail=_fault_text(sample)), None
         num_cut, most = -1, self.config.max_length
         num_supervised = int(np.count_nonzero(sample.loss_mask))
         if len(sample.input_ids) > most:
             sample = Tokenized(sample.input_ids[:most], sample.loss_mask[:most])
             left = int(np.count_nonzero(sample.loss_mask))
             num_cut, num_supervised = num_supervised - left, left
-        num_anchors = count_anchors(sample.loss_mask, self.config.block_size)
-        reason = "" if num_anchors else _why_no_anchor(sample, self.config.block_size)
-        num_tokens = len(sample.input_ids)
-        detail = f"{num_tokens} tokens" if reason else ""
-        return RowOutcome(layout, digest, reason, detail, num_tokens, num_supervised, num_anchors, num_cut), sample
+        num_tokens, num_anchors = len(sample.input_ids), count_anchors(sample.loss_mask, self.config.block_size)
+        outcome = replace(
+            read,
+            reason="" if num_anchors else _why_no_anchor(sample, self.config.block_size),
+            detail="" if num_anchors else f"{num_tokens} tokens",
+            num_tokens=num_tokens,
+            num_supervised=num_supervised,
+            num_anchors=num_anchors,
+            num_supervised_cut=num_cut,
+        )
+        return outcome, sample
 
 
 def _fault_text(error: Exception) -> str:

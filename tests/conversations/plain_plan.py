@@ -75,8 +75,8 @@ def _row(
 ) -> tuple[list[int], list[bool]]:
     if row.fault:
         raise RowFaultError(row.fault)
-    layout, content = read_content(row.value, data.format.layout)
-    plan.formats[f"{row.source.container}, {layout}"] += 1
+    row_format, content = read_content(row.value, data.format.row_format)
+    plan.formats[f"{row.source.container}, {row_format}"] += 1
     if config.drop_duplicates:
         digest = content_hash(content)
         if digest in seen:

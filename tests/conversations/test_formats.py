@@ -76,7 +76,7 @@ WHOLE = (
     "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nthe bird sees<|im_end|>\n"
 )
 SHORT = WHOLE[: WHOLE.index("<|im_start|>user\none")]
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+ROW_FORMATS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "messages": (
         {"messages": TWO, "id": "x"},
         {
@@ -127,12 +127,12 @@ def planned(made: ConversationEncoder, *data: Path | str, **settings: Any) -> Pl
 
 
 @pytest.mark.parametrize("rule", ["assistant", "last-turn", "all"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
 @pytest.mark.parametrize("container", WRITERS)
 def test_every_format_under_every_mask_rule_decodes_to_the_expected_text(
-    tmp_path: Path, encoders: dict[str, ConversationEncoder], container: str, layout: str, rule: str
+    tmp_path: Path, encoders: dict[str, ConversationEncoder], container: str, row_format: str, rule: str
 ) -> None:
-    row, expected = LAYOUTS[layout]
+    row, expected = ROW_FORMATS[row_format]
     path = WRITERS[container](tmp_path, [row] * 10)
     plan = planned(encoders[rule], path)
     samples = plan.samples
@@ -144,12 +144,12 @@ def test_every_format_under_every_mask_rule_decodes_to_the_expected_text(
     tokenizer = encoders[rule].tokenizer
     for sample in (0, 9):
         supervised = samples.input_ids(sample)[samples.loss_mask(sample)].tolist()
-        if layout == "tokens":
+        if row_format == "tokens":
             first = {"assistant": [2, 3, 6, 7, 8], "last-turn": [6, 7, 8], "all": range(10)}[rule]
             assert supervised == [row["input_ids"][i] for i in first]
         else:
             assert tokenizer.decode(supervised) == expected[rule]
-    name = layout.removesuffix(" of parts")
+    name = row_format.removesuffix(" of parts")
     assert list(plan.counts()["formats"]) == [f"{identify(path).container if path.is_file() else 'arrow'}, {name}"]
 
 

@@ -71,7 +71,7 @@ def nested(depth: int) -> str:
 
 
 def hostile_rows(count: int, seed: int = 0) -> list[bytes]:
-    """Return lines of every layout, good and bad, some of them again and again."""
+    """Return lines of every row format, good and bad, some of them again and again."""
     chance = random.Random(seed)
     bad = [write for name, (write, _) in BAD.items() if not name.startswith("deep")]
 
@@ -269,11 +269,11 @@ def test_a_fault_of_our_own_in_a_process_keeps_its_traceback(tmp_path: Path, mon
     files = target(tmp_path / "target", "none")
     config = settings(tmp_path, write_hostile(tmp_path / "a.jsonl", 200))
     slowed(monkeypatch)
-    worker = RowTokenizer(config, ConversationEncoder(files, config), "no such layout")
+    worker = RowTokenizer(config, ConversationEncoder(files, config), "no such format")
     whole = RowTokenizer(config, worker.encoder, None)
     monkeypatch.setattr(RowTokenizer, "__call__", lambda _self, _batch: whole)  # here all goes well
     rows = list(Data(config).raw_rows())[:3]
-    with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*KeyError: 'no such layout'"):
+    with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*KeyError: 'no such format'"):
         for _ in tokenize_rows(cycle(rows), worker, 2):
             time.sleep(0.01)
 
