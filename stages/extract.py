@@ -145,7 +145,7 @@ class Extraction:
             "capture": CAPTURE_RULE,
             "data": self.data.identity(),
             **_selection(self.data),
-            "mask_rule": self.encoder.rule,
+            "mask_rule": self.encoder.mask_rule,
             "mask_token_id": "found" if config.mask_token_id is None else config.mask_token_id,
             "chat_template_kwargs": config.chat_template_kwargs,
             "max_length": config.max_length,

@@ -39,7 +39,7 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         "line": row.line,
         "format": f"{row.source.container}, {made.row_format}" if made.row_format else row.source.container,
         "roles": roles,
-        "mask_rule": encoder.rule,
+        "mask_rule": encoder.mask_rule,
         "tokens": made.num_tokens,
         "supervised": made.num_supervised,
         "anchors": made.num_anchors,

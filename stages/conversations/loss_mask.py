@@ -1,8 +1,14 @@
-"""From what a row says to tokens and the mask of those that a draft learns from."""
+"""A row's tokens and its loss mask: which of them are supervised, so that a draft learns from them.
+
+With the rule `assistant` these are the assistant's words and the end-of-turn token, with `last-turn` those of the last
+answer, with `all` every token. Where the chat template has generation tags they decide; otherwise the conversation is
+rendered turn by turn, which is accepted only if each rendering is a true prefix of the next. A plain text has no turns:
+all of it is supervised, save what the tokenizer adds. Tokens made elsewhere come with their mask.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -27,7 +33,7 @@ if TYPE_CHECKING:  # its module loads torch, which a process that only tokenizes
 REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
 """Part of what a model says, even where its tokenizer flags them special."""
 MOST_CHARACTERS = 1 << 22
-"""Of one row: about a million tokens, which take some 800 MiB while they are made."""
+"""Characters of one row at most: about a million tokens, which take some 800 MiB while they are made."""
 _REASONING = re.compile(
     r"(?:<think>|\A)(?:(?!<think>).)*?</think>|<think>.*\Z"
     r"|(?:\[THINK\]|\A)(?:(?!\[THINK\]).)*?\[/THINK\]|\[THINK\].*\Z"
@@ -42,7 +48,7 @@ _R = TypeVar("_R")
 
 
 class UnmaskableError(Exception):
-    """This row's supervised tokens cannot be told; the arguments are a reason to count by, and the detail."""
+    """Which of a row's tokens are supervised cannot be told; the arguments are a reason to count by, and the detail."""
 
 
 ROW_ERRORS = (UnmaskableError, TemplateError, ValueError, TypeError, RecursionError)
@@ -51,7 +57,7 @@ ROW_ERRORS = (UnmaskableError, TemplateError, ValueError, TypeError, RecursionEr
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One row as the target sees it."""
+    """The tokens of one row, and which of them are supervised."""
 
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.bool_]
@@ -63,82 +69,82 @@ class _Rendered:
 
     content: Chat | Text
     text: str
-    tagged: list[tuple[int, int]] | None = None
+    tagged: list[tuple[int, int]] = field(default_factory=list)
     """What generation tags enclose."""
-    turns: list[tuple[int, int]] | None = None
+    turns: list[tuple[int, int]] = field(default_factory=list)
     """What rendering turn by turn shows to be the assistant's."""
     begin: int = 0
     """Where the first supervised token may begin."""
 
 
 class ConversationEncoder:
-    """Renders conversations with the target's chat template and marks the tokens to learn from.
-
-    With the rule `assistant` these are the assistant's words and the end-of-turn token, with `last-turn` those of the
-    last answer, with `all` every token. Where the template has generation tags they decide; otherwise the conversation
-    is rendered turn by turn, which is accepted only if each rendering is a true prefix of the next. A plain text has no
-    turns: all of it is supervised, save what the tokenizer adds. Tokens made elsewhere come with their mask.
-    """
+    """Renders conversations with the target's chat template, encodes them and masks what is not to be learned."""
 
     def __init__(self, target: "TargetFiles", config: ExtractConfig) -> None:
         self.tokenizer = ChatTokenizer(target.tokenizer, config.chat_template_kwargs)
         self.config = config
         self.vocab_size = int(target.text_config.vocab_size)
         """Rows of the target's embedding table."""
-        self.tagged = re.search(r"\{%-?\s*generation\s*-?%\}", target.template) is not None
-        how = "from generation tags" if self.tagged else "from rendering turn by turn"
-        self.rule = config.mask if config.mask == "all" else f"{config.mask}, {how}"
-        self.rule += ", without reasoning" if config.no_reasoning else ""
-        self.end_ids = np.array(sorted(target.end_ids()), np.uint32)
-        special = [str(token) for token in target.tokenizer.added_tokens_decoder.values() if token.special]
-        spelled = sorted({*special} - {*REASONING_TAGS, ""}, key=len, reverse=True)
+        self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", target.template) is not None
+        """Whether the chat template has generation tags."""
+        how = "from generation tags" if self.has_tags else "from rendering turn by turn"
+        self.mask_rule = config.mask if config.mask == "all" else f"{config.mask}, {how}"
+        """The rule and how it is followed, as the manifest says it."""
+        self.mask_rule += ", without reasoning" if config.no_reasoning else ""
+        self._end_ids = np.array(sorted(target.end_ids()), np.uint32)
+        special = {str(token) for token in target.tokenizer.added_tokens_decoder.values() if token.special}
+        spelled = sorted(special - {*REASONING_TAGS, ""}, key=len, reverse=True)
         self._special_firsts = sorted({text[0] for text in spelled})
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     def encode(self, content: Content) -> Tokenized:
-        """Return tokens and mask; `UnmaskableError`, or jinja2's `TemplateError`, if this row has none."""
-        (made,) = self.encode_all([content])
-        if isinstance(made, Exception):
-            raise made
-        return made
+        """Return a row's tokens and mask; `UnmaskableError`, or jinja2's `TemplateError`, if it has none."""
+        (tokenized,) = self.encode_all([content])
+        if isinstance(tokenized, Exception):
+            raise tokenized
+        return tokenized
 
     def encode_all(self, contents: Sequence[Content]) -> list[Tokenized | Exception]:
         """Return what `encode` returns or raises for each row, their texts encoded together."""
-        made: list[Tokenized | _Rendered | Exception] = [_result(self._prepared, content) for content in contents]
-        plain = [one for one in made if isinstance(one, _Rendered) and isinstance(one.content, Text)]
-        chats = [one for one in made if isinstance(one, _Rendered) and isinstance(one.content, Chat)]
-        encoded = iter(self._encoded(plain, add_special_tokens=True)), iter(self._encoded(chats))
+        rows: list[Tokenized | _Rendered | Exception] = [_result(self._rendered, content) for content in contents]
+        texts = [row for row in rows if isinstance(row, _Rendered) and isinstance(row.content, Text)]
+        chats = [row for row in rows if isinstance(row, _Rendered) and isinstance(row.content, Chat)]
+        encoded = iter(self._encoded(texts, add_special_tokens=True)), iter(self._encoded(chats))
         return [
-            self._finished(one, next(encoded[isinstance(one.content, Chat)])) if isinstance(one, _Rendered) else one
-            for one in made
+            self._masked(row, next(encoded[isinstance(row.content, Chat)])) if isinstance(row, _Rendered) else row
+            for row in rows
         ]
 
-    def _encoded(self, rendered: list[_Rendered], *, add_special_tokens: bool = False) -> list[Encoded | Exception]:
-        texts = [one.text for one in rendered]
-        try:
-            return [*self.tokenizer.encode(texts, add_special_tokens=add_special_tokens)] if texts else []
-        except Exception:  # of one text or several: each says for itself
-
-            def alone(text: str) -> Encoded:
-                return self.tokenizer.encode([text], add_special_tokens=add_special_tokens)[0]
-
-            return [_result(alone, text) for text in texts]
-
-    def _prepared(self, content: Content) -> Tokenized | _Rendered:
+    def _rendered(self, content: Content) -> Tokenized | _Rendered:
+        """Return a row's text, or the row itself if it holds tokens; `UnmaskableError` if it cannot be supervised."""
         if isinstance(content, Tokens):
-            return self._given(content)
+            return self._tokens_made_elsewhere(content)
         plain = self._refuse_unfit(content)
         if isinstance(content, Text):
             return _Rendered(content, content.text)
         plain = plain and not any(REASONING_KEYS[0] in message for message in content.messages)
         if self.config.mask == "all":
             return _Rendered(content, self._render(content, plain=plain))
-        return self._from_tags(content, plain) if self.tagged else self._from_prefixes(content, plain)
+        return self._from_tags(content, plain) if self.has_tags else self._from_prefixes(content, plain)
 
-    def _finished(self, rendered: _Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
-        """Return the tokens with those marked that the rule supervises."""
+    def _encoded(self, rendered: list[_Rendered], *, add_special_tokens: bool = False) -> list[Encoded | Exception]:
+        texts = [row.text for row in rendered]
+        try:
+            return [*self.tokenizer.encode(texts, add_special_tokens=add_special_tokens)] if texts else []
+        except Exception:  # of one text or several: each is encoded alone, with an error of its own
+
+            def alone(text: str) -> Encoded:
+                return self.tokenizer.encode([text], add_special_tokens=add_special_tokens)[0]
+
+            return [_result(alone, text) for text in texts]
+
+    def _masked(self, rendered: _Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
         if isinstance(encoded, Exception):
             return encoded
+        return Tokenized(encoded.ids, self._is_supervised(rendered, encoded))
+
+    def _is_supervised(self, rendered: _Rendered, encoded: Encoded) -> NDArray[np.bool_]:
+        """Return for each token of a text whether the rule supervises it."""
         begins, ends = encoded.begins, encoded.ends
         mask = np.zeros(len(begins), np.bool_)
         if self.config.mask == "all":
@@ -146,21 +152,21 @@ class ConversationEncoder:
         elif isinstance(rendered.content, Text):
             mask[encoded.touching(0, int(ends.max(initial=0)))] = True
         else:
-            for begin, end in rendered.tagged or []:
+            for begin, end in rendered.tagged:
                 mask[encoded.touching(begin, end)] = True
             if rendered.begin:
                 mask[begins < rendered.begin] = False
-            for begin, end in rendered.turns or []:
+            for begin, end in rendered.turns:
                 mask[encoded.within(begin, end)] = True
-            mask = close_turns(encoded.ids, mask, self.end_ids, self._is_blank)
+            mask = close_turns(encoded.ids, mask, self._end_ids, self._is_blank)
         if self.config.no_reasoning:
             text = rendered.text
             for begin, end in list(_reasoning(rendered.content, text, mask, encoded)):
                 words = end + len(text[end:]) - len(text[end:].lstrip())
                 mask &= ~(((ends > begin) & (begins < end)) | ((begins >= end) & (ends <= words)))
-        return Tokenized(encoded.ids, mask)
+        return mask
 
-    def _given(self, tokens: Tokens) -> Tokenized:
+    def _tokens_made_elsewhere(self, tokens: Tokens) -> Tokenized:
         mask = np.array(tokens.loss_mask, np.bool_)
         if self.config.no_reasoning:
             raise UnmaskableError("reasoning in tokens cannot be told", "the row holds tokens, not text")
@@ -172,7 +178,8 @@ class ConversationEncoder:
         return Tokenized(np.array(tokens.input_ids, np.uint32), mask)
 
     def _refuse_unfit(self, content: Chat | Text) -> bool:
-        """Raise `UnmaskableError` if a text is none to tokenize; returns whether all is of JSON's types."""
+        """Raise `UnmaskableError` if a text is too long or spells a special token; returns whether all values are of
+        JSON's types."""
         texts: list[str] = []
         plain = gather_texts(vars(content), texts)
         size = sum(map(len, texts))
@@ -184,9 +191,9 @@ class ConversationEncoder:
         if not any(first in whole for first in self._special_firsts):
             return plain
         for text in texts:
-            if found := self._special.search(text):
-                place = next(place for place, one in strings(vars(content)) if one == text)
-                raise UnmaskableError("special token in content", f"{place} spells {found.group()!r}")
+            if match := self._special.search(text):
+                place = next(place for place, value in strings(vars(content)) if value == text)
+                raise UnmaskableError("special token in content", f"{place} spells {match.group()!r}")
         return plain
 
     def _is_blank(self, ids: NDArray[np.uint32]) -> bool:
@@ -248,8 +255,8 @@ def _reasoning(content: Chat | Text, text: str, mask: NDArray[np.bool_], encoded
     said = [] if isinstance(content, Text) else [message.get("reasoning_content", "") for message in content.messages]
     for first, last in supervised_runs(mask):
         begin, end = int(encoded.begins[first]), int(encoded.ends[last - 1])
-        for found in _REASONING.finditer(text[begin:end]):
-            yield begin + found.start(), begin + found.end()
+        for match in _REASONING.finditer(text[begin:end]):
+            yield begin + match.start(), begin + match.end()
         for reasoning in filter(None, map(str.strip, said)):
             at = text.find(reasoning, begin, end)
             if at >= 0:

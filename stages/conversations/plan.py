@@ -102,7 +102,7 @@ def make_plan(
                 collected.faults, "Mend them, or leave them out with --skip-bad-rows.", collected.reasons[BAD_ROW]
             )
         if not collected.num_tokens:
-            raise BadInputError(_nothing_left(config, collected.reasons, encoder.rule))
+            raise BadInputError(_nothing_left(config, collected.reasons, encoder.mask_rule))
         num_shards, shard_tokens = collected.write(config, slot_bytes)
     return Plan(
         folder=folder,

@@ -99,7 +99,7 @@ def test_a_thinking_switch_moves_what_is_supervised(tmp_path: Path) -> None:
 def test_reasoning_can_be_left_out(tmp_path: Path, shape: str, messages: list[dict[str, str]], expected: str) -> None:
     without = encoder(tmp_path, shape, no_reasoning=True)
     assert supervised(without, messages).lstrip(" ") == expected
-    assert without.rule.endswith(", without reasoning")
+    assert without.mask_rule.endswith(", without reasoning")
 
 
 def test_a_tool_call_is_supervised_and_its_result_is_not(tmp_path: Path) -> None:
