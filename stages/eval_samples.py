@@ -23,7 +23,7 @@ from dflash_offline.stages.training.checkpoint import read_state
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import borrowed_parts
 from dflash_offline.stages.training.loader import BatchLoader
-from dflash_offline.stages.training.simulated_serving import accepted_prefixes, turns, walk
+from dflash_offline.stages.training.simulated_serving import accepted_prefixes, simulate_turn, turns
 
 BATCH_SAMPLES = 8
 
@@ -157,7 +157,7 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
 
 
 def _walked(source: str, first: int, last: int, prefix: NDArray[np.int64]) -> WalkedTurn:
-    produced, kept, anchor = walk(first, last, prefix), [], first
+    produced, kept, anchor = simulate_turn(first, last, prefix), [], first
     for tokens in produced:
         kept.append(min(int(prefix[anchor]), tokens))
         anchor += tokens

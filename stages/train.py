@@ -5,7 +5,7 @@ import platform
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,22 +20,16 @@ from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run
 from dflash_offline.schemas.settings.toml import to_toml
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.training.checkpoint import (
-    TrainState,
-    checkpoint_folder,
-    list_checkpoints,
-    prune_checkpoints,
-    restore,
-    save_checkpoint,
-)
+from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
 from dflash_offline.stages.training.corpus import Corpus
-from dflash_offline.stages.training.loader import Batch
-from dflash_offline.stages.training.metrics import MetricsLog, Window, check_reporter, peak_memory
+from dflash_offline.stages.training.metrics import MetricsLog, check_reporter, peak_memory
 from dflash_offline.stages.training.ranks import joined_ranks
 from dflash_offline.stages.training.run import Training
 
 LOG_EVERY = 10
 """Steps between two rows of metrics."""
+Log = Callable[[int, dict[str, Any]], None]
+"""Adds a step's row to metrics.jsonl and what else shows metrics."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,15 +44,17 @@ class Trained:
     state: TrainState
     total_steps: int
     num_train: int
-    num_held_out: int
+    """Samples to train on."""
+    num_val: int
+    """Validation samples, which are held out of training."""
     parameters: int
     seconds: float
     """Spent by this call."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """What `rehearse` found."""
+class DryRun:
+    """What a run would take."""
 
     parameters: int
     weight_bytes: int
@@ -66,17 +62,17 @@ class Rehearsal:
     peak_bytes: int
     """The most held in a step: by tensors on a GPU, by the process on a CPU."""
     num_train: int
-    num_held_out: int
+    num_val: int
     total_steps: int
     steps_per_epoch: float
     batch_shape: tuple[int, ...]
-    """Rows, row length and blocks a row of the last micro-batch; all are alike when packed."""
+    """[B, S, N] of the last micro-batch: rows, tokens of a row, blocks of a row; all are alike when packed."""
     tokens_per_step: float
     """Real tokens, padding left out."""
     filled: float
     """Share of the step's positions that hold real tokens."""
     seconds_per_step: float
-    """Of the second step: the first one warms up."""
+    """Those of the second step: the first one warms up."""
 
     @property
     def seconds(self) -> float:
@@ -116,36 +112,33 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
     began = time.perf_counter()
     with ExitStack() as stack:
         training = _set_up(config, stack)
-        if not training.ranks.is_first:
-            progress = Silent()
+        if training.ranks.is_first:
+            _claim_folder(training, stack)
         else:
-            _claim_run(training, stack)
+            progress = Silent()
         if not training.start_is_compared:
             progress.say(
                 f"{config.init_from} does not say which target it was trained for: only its shape was compared with "
                 f"the cache's."
             )
         training.ranks.meet()
-        _resume(training, progress)
+        if checkpoint := training.resume():
+            progress.say(f"Going on from {checkpoint}.")
         signals = stack.enter_context(noted_signals())
         training.ranks.meet()  # from here on a signal to any rank is noted by it
-        log = None
-        if training.ranks.is_first:
-            log = MetricsLog(training.config, training.state.step)
-            stack.callback(log.close)
+        log = _open_log(training, stack)
         progress.start("Training", training.total_steps, "steps", done=training.state.step)
         stack.callback(progress.finish)
-        stream = stack.enter_context(closing(training.stream()))
-        _run_steps(training, stream, progress, log, signals)
-    return Trained(
-        run=training.config.out,
-        state=training.state,
-        total_steps=training.total_steps,
-        num_train=len(training.train_samples),
-        num_held_out=len(training.held_out),
-        parameters=sum(p.numel() for p in training.draft.parameters()),
-        seconds=time.perf_counter() - began,
-    )
+        _train_steps(training, signals, progress, log)
+        return Trained(
+            run=training.config.out,
+            state=training.state,
+            total_steps=training.total_steps,
+            num_train=len(training.train_samples),
+            num_val=len(training.val_samples),
+            parameters=sum(p.numel() for p in training.draft.parameters()),
+            seconds=time.perf_counter() - began,
+        )
 
 
 def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
@@ -155,8 +148,8 @@ def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
     return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 
 
-def _claim_run(training: Training, stack: ExitStack) -> None:
-    """Hold the run folder against other processes, and see to it that it is a run of these settings."""
+def _claim_folder(training: Training, stack: ExitStack) -> None:
+    """Lock the run folder against other processes, and make sure that it is a run of these settings."""
     run, identity = training.config.out, training.identity()
     run.mkdir(parents=True, exist_ok=True)
     if not stack.enter_context(locked(run, wait=False)):
@@ -185,84 +178,69 @@ def _write_record(training: Training, identity: dict[str, Any]) -> None:
     publish([sealed_bytes(record.to_json())], temporary=run / f".{RUN}", path=run / RUN)
 
 
-def _resume(training: Training, progress: Progress) -> None:
-    saved = list_checkpoints(training.config.out)
-    if saved:
-        training.state = restore(saved[-1], training.draft, training.optimizers, training.average)
-        progress.say(f"Going on from {saved[-1]}.")
+def _open_log(training: Training, stack: ExitStack) -> Log:
+    """Return what adds a row to the run's log; on ranks other than the first, what does nothing."""
+    if not training.ranks.is_first:
+        return lambda step, row: None
+    return stack.enter_context(closing(MetricsLog(training.config, training.state.step))).write
 
 
-def _run_steps(
-    training: Training, stream: Iterator[Batch], progress: Progress, log: MetricsLog | None, signals: list[int]
-) -> None:
-    config, window = training.config, Window()
-    while training.state.step < training.total_steps and not training.is_stale():
-        done = training.step(islice(stream, config.accumulation), stop=bool(signals))
-        window.steps.append(done)
-        state = training.state
-        training.state = replace(state, step=state.step + 1, tokens=state.tokens + done.tokens)
-        step, last = training.state.step, training.state.step == training.total_steps
-        validates = len(training.held_out) > 0 and (step % config.val_every == 0 or last)
-        if step % LOG_EVERY == 0 or last or validates:
-            row = window.row(training.device)
-            if log:
-                log.write(step, row)
-            window = Window()
-            progress.advance(0, loss=row["loss"], accept=row["accept_len_over_anchors"])
-        progress.advance(1)
-        improved = False
-        if validates:
-            improved = _validate(training, progress, log)
-            window = Window()
-        if step % config.save_every == 0 or last or improved or done.stop or training.is_stale():
-            if log:
-                save_checkpoint(config.out, training.state, training.draft, training.optimizers, training.average)
-                prune_checkpoints(config.out, config.keep, training.state.best_step)
-            window = Window()  # as a resumed run begins, so that both log the same rows
-        if done.stop and not last:
-            raise Interrupted(f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
-    if training.state.step < training.total_steps:
+def _train_steps(training: Training, signals: list[int], progress: Progress, log: Log) -> None:
+    """Step, log, validate and save until the last step, a signal, or validations that no longer get better."""
+    config = training.config
+    with closing(training.stream()) as stream:
+        while not (training.is_at_last_step or training.is_stale):
+            result = training.step(islice(stream, config.accumulation), stop=bool(signals))
+            step, last = training.state.step, training.is_at_last_step
+            validates = len(training.val_samples) > 0 and (step % config.val_every == 0 or last)
+            if step % LOG_EVERY == 0 or validates or last:
+                row = training.close_window(result)
+                log(step, row)
+                progress.advance(0, loss=row["loss"], accept=row["accept_len_over_anchors"])
+            progress.advance(1)
+            if validates:
+                _validate(training, progress, log)
+            improved = training.state.best_step == step
+            if step % config.save_every == 0 or last or improved or result.stop or training.is_stale:
+                training.save()
+            if result.stop and not last:
+                raise Interrupted(f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
+    if not training.is_at_last_step:
         progress.say(f"Stopped early: no better serving walk since step {training.state.best_step}.")
 
 
-def _validate(training: Training, progress: Progress, log: MetricsLog | None) -> bool:
-    """Validate, log it, and say whether this is the best serving walk so far."""
+def _validate(training: Training, progress: Progress, log: Log) -> None:
     row, step = training.validate(), training.state.step
-    if log:
-        log.write(step, row)
+    log(step, row)
     progress.say(
         f"step {step}: held-out loss {row['val_loss']:.3f}, accuracy {row['val_accuracy']:.3f}, acceptance length "
         f"{row['val_serving_walk']:.2f} in the serving walk, {row['val_accept_len_over_anchors']:.2f} over all anchors"
     )
-    if row["val_serving_walk"] <= training.state.best_walk:
-        return False
-    training.state = replace(training.state, best_step=step, best_walk=row["val_serving_walk"])
-    return True
 
 
-def rehearse(config: TrainConfig) -> Rehearsal:
-    """Build everything, do two steps and say what the run would take; writes nothing."""
+def dry_run(config: TrainConfig) -> DryRun:
+    """Build everything, do two steps and return what the run would take; writes nothing."""
     with ExitStack() as stack:
         training = _set_up(config, stack)
-        stream, seconds = stack.enter_context(closing(training.stream())), []
+        stream = stack.enter_context(closing(training.stream()))
         for _ in range(min(2, training.total_steps)):
             began = time.perf_counter()
             batches = list(islice(stream, config.accumulation))
-            done = training.step(batches)
-            seconds.append(time.perf_counter() - began)
-        state = [t for o in training.optimizers for s in o.state.values() for t in s.values()]
-        weights = [*training.draft.parameters(), *training.draft.parameters(), *state]
+            result = training.step(batches)
+            seconds = time.perf_counter() - began
+        optimizer_state = [t for o in training.optimizers for s in o.state.values() for t in s.values()]
+        weights = [*training.draft.parameters(), *training.draft.parameters(), *optimizer_state]
         slots = statistics.mean(batch.input_ids.numel() for batch in batches) * training.per_step
-        return Rehearsal(
+        return DryRun(
             parameters=sum(p.numel() for p in training.draft.parameters()),
             weight_bytes=sum(t.numel() * t.element_size() for t in weights),
             peak_bytes=peak_memory(training.device),
             num_train=len(training.train_samples),
-            num_held_out=len(training.held_out),
+            num_val=len(training.val_samples),
             total_steps=training.total_steps,
             steps_per_epoch=training.schedule.count(0) / training.per_step,
             batch_shape=(*batches[-1].input_ids.shape, batches[-1].anchors.shape[1]),
-            tokens_per_step=done.tokens,
-            filled=done.tokens / slots,
-            seconds_per_step=seconds[-1],
+            tokens_per_step=result.tokens,
+            filled=result.tokens / slots,
+            seconds_per_step=seconds,
         )

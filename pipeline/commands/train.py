@@ -17,7 +17,7 @@ from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import readable_bytes
 
 if TYPE_CHECKING:  # help is shown without torch
-    from dflash_offline.stages.train import Rehearsal, Trained
+    from dflash_offline.stages.train import DryRun, Trained
 
 
 @command(
@@ -44,9 +44,9 @@ def train(
         from dflash_offline.stages import train as stage
 
         if dry_run:
-            found = stage.rehearse(config)
+            found = stage.dry_run(config)
             if is_first_rank():
-                print(rehearsal_json(found)) if json_ else print_rehearsal(found)
+                print(dry_run_json(found)) if json_ else print_dry_run(found)
             return
         done = stage.train(config, progress)
         if is_first_rank():
@@ -61,7 +61,7 @@ def trained_json(done: "Trained") -> str:
         "total_steps": done.total_steps,
         "parameters": done.parameters,
         "train_samples": done.num_train,
-        "held_out_samples": done.num_held_out,
+        "held_out_samples": done.num_val,
         "best_step": done.state.best_step,
         "best_serving_walk": done.state.best_walk,
         "seconds": done.seconds,
@@ -75,22 +75,23 @@ def print_trained(done: "Trained", out: Path) -> None:
     print(f"The draft has {done.parameters:,} parameters.")
     if done.state.best_step:
         print(f"Best acceptance length in the serving walk: {done.state.best_walk:.2f} tokens a round,")
-        print(f"at step {done.state.best_step:,}, over {done.num_held_out:,} held-out samples.")
+        print(f"at step {done.state.best_step:,}, over {done.num_val:,} held-out samples.")
     print(f"Next: {dflash_line('export', out, '--out', free_name(out, 'draft'))}")
     print(f"Look: {dflash_line('inspect', out)}, or {shlex.join(['tensorboard', '--logdir', str(out)])}")
 
 
-def rehearsal_json(found: "Rehearsal") -> str:
+def dry_run_json(found: "DryRun") -> str:
     """Return what a dry run found as JSON."""
-    return json.dumps({**asdict(found), "seconds": found.seconds}, indent=1)
+    document = {"num_held_out" if name == "num_val" else name: value for name, value in asdict(found).items()}
+    return json.dumps({**document, "seconds": found.seconds}, indent=1)
 
 
-def print_rehearsal(found: "Rehearsal") -> None:
+def print_dry_run(found: "DryRun") -> None:
     """Print what a run would take."""
     rows, tokens, blocks = found.batch_shape
     minutes = found.seconds / 60
     lines = {
-        "Samples": f"{found.num_train:,} to train on, {found.num_held_out:,} held out",
+        "Samples": f"{found.num_train:,} to train on, {found.num_val:,} held out",
         "Parameters": f"{found.parameters:,}",
         "Memory": f"{readable_bytes(found.weight_bytes)} weights, gradients and optimizer; at its peak "
         f"{readable_bytes(found.peak_bytes)}",

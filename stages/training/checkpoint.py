@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import read_sealed, sealed_bytes, sha256_file, sync_folder, write_synced
 from dflash_offline.stages.draft.model import DraftModel, draft_state_dict
 from dflash_offline.stages.training.optimizer import WeightAverage
+from dflash_offline.stages.training.sums import Window
 
 WEIGHTS, MASTERS, OPTIMIZER, STATE = "model.safetensors", "masters.safetensors", "optimizer.safetensors", "state.json"
 """`WEIGHTS` are what is validated and exported; with a running average they are it, and `MASTERS` are beside them."""
@@ -31,9 +32,11 @@ class TrainState:
     best_step: int = 0
     """Step of the best validation so far; 0 for none."""
     best_walk: float = 0.0
-    """Its serving-walk acceptance length."""
+    """Its acceptance length in simulated serving."""
     tokens: int = 0
     """Training tokens seen."""
+    window: Window = field(default_factory=Window)
+    """Steps that the next row of the log covers; empty also where an older version saved a checkpoint between rows."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -82,7 +85,8 @@ def read_state(folder: Path) -> TrainState:
             raise DflashError(
                 f"{folder / name} is missing or damaged. Remove {folder} to go on from the checkpoint before it."
             )
-    return TrainState(**document)
+    window = document.pop("window", {})
+    return TrainState(**document, window=Window(**window | {"sums": tuple(window.get("sums", ()))}))
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a draft takes from its cache, or from the draft it starts from: its shape, and the parts that it borrows."""
+"""The draft of a run: its config, from the settings, the cache and the draft it starts from, and what it borrows."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -65,9 +65,9 @@ class StartDraft:
                 f"Train from a cache of the draft's own target, extracted in the same way, or without --init-from."
             )
 
-    def refuse_other_shape(self, shape: DraftConfig) -> None:
+    def refuse_other_config(self, config: DraftConfig) -> None:
         """Raise `MismatchError` with a table of fields if the run's draft is not this one's continuation."""
-        have, want = ({k: v for k, v in asdict(s).items() if k not in MAY_DIFFER} for s in (self.config, shape))
+        have, want = ({k: v for k, v in asdict(c).items() if k not in MAY_DIFFER} for c in (self.config, config))
         rows = differences(have, want)
         if rows:
             raise MismatchError(
@@ -88,8 +88,8 @@ def _target_of(folder: Path) -> dict[str, Any] | None:
     return recorded.get("target")
 
 
-def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -> DraftConfig:
-    """Return the draft's shape: where the settings say nothing, that of the draft it starts from, else the target's.
+def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -> DraftConfig:
+    """Return the draft's config: where the settings say nothing, that of the draft it starts from, else the target's.
 
     Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the target
     or the shape is not that of the draft it starts from.
@@ -114,7 +114,7 @@ def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -
         "max_position_embeddings": config.draft_max_position_embeddings,
     }
     sizes = {name: usual[name] if value is None else value for name, value in asked.items()}
-    shape = DraftConfig(
+    draft_config = DraftConfig(
         hidden_size=manifest.decoder["hidden_size"],
         vocab_size=manifest.decoder["vocab_size"],
         num_target_layers=manifest.decoder["num_hidden_layers"],
@@ -125,8 +125,8 @@ def draft_shape(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -
         **_attention(config, start, sizes["num_hidden_layers"]),
     )
     if start:
-        start.refuse_other_shape(shape)
-    return shape
+        start.refuse_other_config(draft_config)
+    return draft_config
 
 
 def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:

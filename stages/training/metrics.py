@@ -1,4 +1,4 @@
-"""What a run says of itself: sums over steps, rows of metrics.jsonl, TensorBoard events."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and a tracker if asked for."""
 
 import importlib
 import importlib.util
@@ -6,55 +6,15 @@ import json
 import math
 import resource
 import sys
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import publish
 from dflash_offline.schemas.run import EVENTS, METRICS, RunRecord, settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.trainer import DFlashStepMetrics
-
-SUMS = (
-    "loss_sum",
-    "loss_weight",
-    "correct_tokens",
-    "valid_tokens",
-    "accept_len_sum",
-    "valid_blocks",
-    "correct_by_slot",
-    "valid_by_slot",
-)
-
-
-def sums_of(metrics: DFlashStepMetrics) -> Tensor:
-    """Return one micro-batch's sums as one float64 vector, [6 + 2 (K-1)], in the order of `SUMS`.
-
-    Vectors add over micro-batches, steps and ranks; means are formed from their sums only.
-    """
-    return torch.cat([getattr(metrics, name).detach().double().reshape(-1) for name in SUMS])
-
-
-def no_sums(block_size: int, device: torch.device) -> Tensor:
-    """Return the sums of nothing."""
-    return torch.zeros(6 + 2 * (block_size - 1), dtype=torch.float64, device=device)
-
-
-def means_of(sums: Tensor) -> dict[str, Any]:
-    """Return loss, accuracy (also by slot) and acceptance length over all anchors of summed-up vectors."""
-    loss, weight, correct, valid, accepted, blocks, *by_slot = sums.tolist()
-    slots = len(by_slot) // 2
-    return {
-        "loss": loss / (weight + 1e-6),
-        "accuracy": correct / max(valid, 1),
-        "accuracy_by_slot": [round(c / max(v, 1), 4) for c, v in zip(by_slot[:slots], by_slot[slots:], strict=True)],
-        "accept_len_over_anchors": accepted / max(blocks, 1),
-    }
 
 
 def check_reporter(name: str | None) -> None:
@@ -110,45 +70,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut off
         return math.inf
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimizer step did, over all ranks."""
-
-    sums: Tensor
-    """As `sums_of` gives them."""
-    tokens: int
-    samples: int
-    wait_s: float
-    """Seconds that ranks waited for data, their mean."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    stop: bool
-    """A signal asked one of the ranks to stop."""
-
-
-class Window:
-    """Steps since the last row of the log."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.steps: list[StepResult] = []
-
-    def row(self, device: torch.device) -> dict[str, Any]:
-        """Return the row of these steps; learning rate and gradient norm are the last one's."""
-        seconds, last = time.perf_counter() - self.began, self.steps[-1]
-        means = means_of(torch.stack([step.sums for step in self.steps]).sum(dim=0))
-        return {
-            **{name: value for name, value in means.items() if name != "accuracy_by_slot"},
-            "tokens_per_s": sum(step.tokens for step in self.steps) / seconds,
-            "samples_per_s": sum(step.samples for step in self.steps) / seconds,
-            "data_wait_share": sum(step.wait_s for step in self.steps) / seconds,
-            "learning_rate": last.learning_rate,
-            "grad_norm": last.grad_norm,
-            "peak_memory_gib": peak_memory(device) / 2**30,
-        }
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,13 +1,15 @@
-"""One training run in memory: the draft, its optimizer, the data, one step, one validation.
+"""One training run in memory: the draft, its optimizer and data, and the state that steps and validations change.
 
 Axes: B rows, S positions, N anchors, K block size.
 """
 
 import math
+import time
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +19,26 @@ from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.run import settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.draft.model import DraftModel, default_backend
-from dflash_offline.stages.trainer import DFlashTrainerModule
-from dflash_offline.stages.training.checkpoint import TrainState, list_checkpoints
+from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
+from dflash_offline.stages.training.checkpoint import (
+    TrainState,
+    list_checkpoints,
+    prune_checkpoints,
+    restore,
+    save_checkpoint,
+)
 from dflash_offline.stages.training.corpus import Corpus
-from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_parts, draft_shape
+from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_parts, resolve_draft_config
 from dflash_offline.stages.training.loader import Batch, BatchLoader
-from dflash_offline.stages.training.metrics import StepResult, no_sums, sums_of
+from dflash_offline.stages.training.metrics import peak_memory
 from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers
 from dflash_offline.stages.training.ranks import Ranks
 from dflash_offline.stages.training.schedule import Batching, Schedule, row_shape
-from dflash_offline.stages.training.validate import forward, validate
+from dflash_offline.stages.training.simulated_serving import ServingSums, simulate_serving
+from dflash_offline.stages.training.sums import StepResult, Window, means_of, no_sums, sums_of
 
 VAL_SEED = 0
-"""Of the validation's anchors, which stay the same from one validation to the next."""
+"""Seed of the validation's anchors, which stay the same from one validation to the next."""
 
 WEIGHTED_DRAW = "a stream for each cache"
 """How an epoch's share of a cache is drawn; recorded where `weights` ask for shares, so that a run which was begun
@@ -37,7 +46,7 @@ when cache 0 was drawn by the stream of the shuffle does not go on in another or
 
 
 class Training:
-    """One run: the draft, its optimizer, the data, and where it stands."""
+    """One run: what it trains, with what, and its state; one of each rank's."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks) -> None:
         self.config = config
@@ -47,9 +56,9 @@ class Training:
         start = StartDraft.read(config.init_from) if config.init_from else None
         self.start_sha256 = start.sha256 if start else None
         self.start_is_compared = start is None or start.target is not None
-        self.shape = draft_shape(config, corpus, start)
+        self.draft_config = resolve_draft_config(config, corpus, start)
         torch.manual_seed(config.seed)
-        self.draft = DraftModel(self.shape)
+        self.draft = DraftModel(self.draft_config)
         if start:
             self.draft.load_state_dict(start.weights)
         self.draft.to(self.device)
@@ -58,8 +67,8 @@ class Training:
             self.draft.named_parameters(), config.optimizer, config.learning_rate, config.weight_decay
         )
         self.average = WeightAverage(self.draft, config.ema) if config.ema else None
-        self.train_samples, self.held_out = corpus.split(config.val_samples)
-        if config.patience and not len(self.held_out):
+        self.train_samples, self.val_samples = corpus.split(config.val_samples)
+        if config.patience and not len(self.val_samples):
             raise DflashError(
                 f"--patience {config.patience} stops a run by its validations, and no sample is held out for them. "
                 f"Raise --val-samples, train from a larger cache, or leave --patience out."
@@ -80,8 +89,8 @@ class Training:
             self.draft,
             head,
             table,
-            self.shape.mask_token_id,
-            block_size=self.shape.block_size,
+            self.draft_config.mask_token_id,
+            block_size=self.draft_config.block_size,
             attention_backend=backend,
             num_anchors=config.num_anchors,
             loss_decay_gamma=self._gamma(),
@@ -93,7 +102,7 @@ class Training:
         """Return the decay of the dflash loss; None for dpace, which has none."""
         if self.config.loss != "dflash":
             return None
-        return recommended_gamma(self.shape.block_size) if self.config.gamma is None else self.config.gamma
+        return recommended_gamma(self.draft_config.block_size) if self.config.gamma is None else self.config.gamma
 
     def _plan(self) -> tuple[Batching, Schedule]:
         config, corpus = self.config, self.corpus
@@ -101,7 +110,7 @@ class Training:
         for reader, samples in zip(corpus.readers, members, strict=True):
             if not len(samples):
                 raise DflashError(f"{reader.path} leaves no sample to train on. Extract more conversations.")
-        num_anchors = corpus.num_anchors(self.shape.block_size, config.num_anchors)
+        num_anchors = corpus.num_anchors(self.draft_config.block_size, config.num_anchors)
         shape = None
         if config.packing:
             skips_unseen = self.device.type == "cuda" and self.module.attention_backend == "flex_attention"
@@ -115,7 +124,7 @@ class Training:
 
     def identity(self) -> dict[str, Any]:
         """Return every field that decides what the run computes."""
-        shape = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.shape).items()}
+        draft = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.draft_config).items()}
         settings = settings_identity(self.config)
         settings["dtype"] = "bfloat16" if self.bfloat16 else "float32"
         settings["gamma"] = self._gamma()
@@ -128,14 +137,14 @@ class Training:
         for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
             del settings[name]
         caches = [reader.manifest.checksum for reader in self.corpus.readers]
-        return {"settings": settings, "caches": caches, "draft": shape, "init_from": self.start_sha256}
+        return {"settings": settings, "caches": caches, "draft": draft, "init_from": self.start_sha256}
 
     def loader(self, seed: int) -> BatchLoader:
         """Return the loader of this draft's layers and blocks."""
         return BatchLoader(
             self.corpus,
-            layer_ids=self.shape.target_layer_ids,
-            block_size=self.shape.block_size,
+            layer_ids=self.draft_config.target_layer_ids,
+            block_size=self.draft_config.block_size,
             num_anchors=self.config.num_anchors,
             seed=seed,
             shape=self.batching.shape,
@@ -149,43 +158,73 @@ class Training:
         return self.loader(self.config.seed).stream(mine, self.config.loader_threads)
 
     def step(self, batches: Iterable[Batch], stop: bool = False) -> StepResult:
-        """Do one optimizer step on this rank's micro-batches together with the other ranks.
+        """Do one optimizer step on this rank's micro-batches together with the other ranks; the state counts it.
 
         The loss is the exact mean over all micro-batches of all ranks: gradients of the numerators, divided once by
-        the sum of the denominators.
+        the sum of the denominators. `stop` says that a signal asked this rank to stop; all of them learn of it.
         """
+        began = time.perf_counter()
         rate = learning_rate_at(self.state.step, self.total_steps, self.config.learning_rate, self.config.warmup_ratio)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-        sums, tokens, samples, wait_s = no_sums(self.shape.block_size, self.device), 0, 0, 0.0
+        local, tokens, samples, wait_s = no_sums(self.draft_config.block_size, self.device), 0, 0, 0.0
         for batch in batches:
-            sums += self._backward(batch)
+            local += self._backward(batch)
             tokens, samples, wait_s = tokens + batch.num_tokens, samples + len(batch.samples), wait_s + batch.wait_s
-        counts = (sums.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
-        totals = self.ranks.add(torch.cat((sums, *counts)))
-        sums = totals[: len(sums)]
-        norm = self._scaled_gradients_norm(sums)
+        counts = (local.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
+        totals = self.ranks.add(torch.cat((local, *counts)))
+        norm = self._scaled_gradients_norm(totals)
         # All that is read, at once: here a GPU is waited for, and never behind the update.
-        loss_sum, *_, tokens, samples, wait_s, stop, norm = torch.cat((totals, norm.double()[None])).tolist()
-        if not (math.isfinite(norm) and math.isfinite(loss_sum)):
+        *sums, tokens, samples, wait_s, stop, norm = torch.cat((totals, norm.double()[None])).tolist()
+        if not (math.isfinite(norm) and math.isfinite(sums[0])):
             self._refuse_non_finite()
         self._update()
-        return StepResult(
-            sums=sums,
+        result = StepResult(
+            sums=tuple(sums),
             tokens=int(tokens),
             samples=int(samples),
+            seconds=time.perf_counter() - began,
             wait_s=wait_s / self.ranks.count,
             grad_norm=norm,
             learning_rate=rate,
             stop=bool(stop),
         )
+        state = self.state
+        self.state = replace(
+            state, step=state.step + 1, tokens=state.tokens + result.tokens, window=state.window.plus(result)
+        )
+        return result
+
+    def close_window(self, last: StepResult) -> dict[str, Any]:
+        """Return the log's row of the steps since the row before it, of which `last` is the last."""
+        window = self.state.window
+        self.state = replace(self.state, window=Window())
+        return {
+            **window.means(),
+            "learning_rate": last.learning_rate,
+            "grad_norm": last.grad_norm,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+
+    def _forward(self, batch: Batch) -> DFlashStepMetrics:
+        """Return the metrics of one micro-batch with the anchors it brings."""
+        metrics: DFlashStepMetrics = self.module(
+            batch.input_ids,
+            batch.hidden_states,
+            batch.loss_mask,
+            document_ids=batch.document_ids,
+            anchors=batch.anchors,
+            keep_mask=batch.keep_mask,
+        )
+        return metrics
 
     def _backward(self, batch: Batch) -> torch.Tensor:
+        """Add one micro-batch's gradients of `loss_sum` to the parameters'; returns its sums."""
         try:
             with self.autocast:
-                metrics = forward(self.module, batch)
+                metrics = self._forward(batch)
             metrics.loss_sum.backward()
         except torch.OutOfMemoryError as error:
             raise DflashError(
@@ -196,7 +235,7 @@ class Training:
         return sums_of(metrics)
 
     def _scaled_gradients_norm(self, sums: torch.Tensor) -> torch.Tensor:
-        """Make the gradients the mean's over all ranks, clipped; returns their norm before clipping."""
+        """Make the gradients those of the mean loss over all ranks, clipped; returns their norm before clipping."""
         parameters = list(self.draft.parameters())
         self.ranks.add_gradients(parameters)
         scale = (1.0 / (sums[1] + 1e-6)).float()
@@ -224,15 +263,55 @@ class Training:
             f"samples with `{look}`."
         )
 
+    @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Return the held-out samples' row of metrics, of the averaged weights if there are such."""
-        batches = self.batching.batches(self.held_out)[self.ranks.rank :: self.ranks.count]
-        numbered = ((rows, 0) for rows in batches)
-        stream = self.loader(VAL_SEED).stream(numbered, self.config.loader_threads)
-        with self.average.served(self.draft) if self.average else nullcontext():
-            return validate(self.module, stream, self.autocast, self.ranks)
+        """Return the row of metrics of the validation samples, the same on every rank; the state notes the best one.
 
+        Validated are the averaged weights, if there are such.
+        """
+        batches = self.batching.batches(self.val_samples)[self.ranks.rank :: self.ranks.count]
+        stream = self.loader(VAL_SEED).stream(((rows, 0) for rows in batches), self.config.loader_threads)
+        sums, serving = no_sums(self.draft_config.block_size, self.device), ServingSums()
+        self.draft.eval()
+        with self.average.served(self.draft) if self.average else nullcontext():
+            for batch in stream:
+                with self.autocast:
+                    sums += sums_of(self._forward(batch))
+                    for turns in simulate_serving(self.module, batch):
+                        serving.add(turns)
+        self.draft.train()
+        totals = torch.tensor(serving.totals, dtype=torch.float64, device=self.device)
+        serving = ServingSums(*self.ranks.add(totals).tolist())
+        if serving.pooled > self.state.best_walk:
+            self.state = replace(self.state, best_step=self.state.step, best_walk=serving.pooled)
+        return {
+            **{f"val_{name}": value for name, value in means_of(self.ranks.add(sums).tolist()).items()},
+            "val_serving_walk": serving.pooled,
+            "val_serving_walk_mean_of_samples": serving.mean_of_samples,
+        }
+
+    @property
     def is_stale(self) -> bool:
-        """Say whether so many validations passed without a better one that the run is to stop."""
+        """Whether so many validations passed without a better one that the run is to stop."""
         patience, state = self.config.patience, self.state
         return bool(patience and state.best_step and state.step - state.best_step >= patience * self.config.val_every)
+
+    @property
+    def is_at_last_step(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step >= self.total_steps
+
+    def save(self) -> None:
+        """Save a checkpoint, and remove those that need not be kept; the first rank does."""
+        config, state = self.config, self.state
+        if self.ranks.is_first:
+            save_checkpoint(config.out, state, self.draft, self.optimizers, self.average)
+            prune_checkpoints(config.out, config.keep, state.best_step)
+
+    def resume(self) -> Path | None:
+        """Go to where the newest checkpoint stands; returns its folder, None if there is none."""
+        saved = list_checkpoints(self.config.out)
+        if not saved:
+            return None
+        self.state = restore(saved[-1], self.draft, self.optimizers, self.average)
+        return saved[-1]

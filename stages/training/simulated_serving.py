@@ -1,4 +1,4 @@
-"""The serving walk: what acceptance length serving would see, from cached features and without the target.
+"""Simulated serving: the acceptance length that serving would see, from cached features and without the target.
 
 Axes: B rows, S positions, N anchors, K block size.
 """
@@ -17,8 +17,8 @@ from dflash_offline.stages.training.loader import Batch
 
 
 @dataclass
-class WalkSums:
-    """Tokens and rounds of the walks so far."""
+class ServingSums:
+    """Tokens and rounds of the simulated serving so far."""
 
     tokens: float = 0
     rounds: float = 0
@@ -30,9 +30,9 @@ class WalkSums:
         """What ranks add up."""
         return (self.tokens, self.rounds, self.samples, self.mean_sum)
 
-    def add(self, walks: list[list[int]]) -> None:
-        """Add one document: the tokens produced by each round of each of its turns."""
-        rounds = [produced for walk in walks for produced in walk]
+    def add(self, turns: list[list[int]]) -> None:
+        """Add one document: the tokens that each round of each of its turns produced."""
+        rounds = [produced for turn in turns for produced in turn]
         if rounds:
             self.tokens += sum(rounds)
             self.rounds += len(rounds)
@@ -56,7 +56,7 @@ def turns(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(begin), int(end) - 1) for begin, end in edges.reshape(-1, 2)]
 
 
-def walk(first: int, last: int, prefix: NDArray[np.int64]) -> list[int]:
+def simulate_turn(first: int, last: int, prefix: NDArray[np.int64]) -> list[int]:
     """Return the tokens that each round produces in one assistant turn.
 
     A round drafts from anchor p, `prefix[p]` slots are right, and the target adds one token; the next anchor is
@@ -103,11 +103,11 @@ def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tupl
         yield order[:, begin : begin + at_once], keep[:, begin : begin + at_once]
 
 
-def serving_walks(module: DFlashTrainerModule, batch: Batch) -> list[list[list[int]]]:
+def simulate_serving(module: DFlashTrainerModule, batch: Batch) -> list[list[list[int]]]:
     """Return, for each document and each of its assistant turns, the tokens produced by each round."""
     prefixes = accepted_prefixes(module, batch)
     masks = batch.loss_mask.cpu().numpy()
     return [
-        [walk(first, last, prefixes[row, start:stop]) for first, last in turns(masks[row, start:stop])]
+        [simulate_turn(first, last, prefixes[row, start:stop]) for first, last in turns(masks[row, start:stop])]
         for row, start, stop in batch.spans
     ]

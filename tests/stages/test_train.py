@@ -31,7 +31,7 @@ from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.train import rehearse, train
+from dflash_offline.stages.train import dry_run, train
 from dflash_offline.stages.training.checkpoint import list_checkpoints
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import Batch
@@ -543,7 +543,7 @@ def test_a_run_with_causal_windows_goes_on_and_gives_its_causality_to_what_start
     assert train(settings, Silent()).state.step == 2
     export(tmp_path / "run", tmp_path / "draft")
     start = training(cache, tmp_path / "next", draft_layers=None, init_from=tmp_path / "draft")
-    assert (start.shape.sliding_window, start.shape.causal_layers) == (64, "all")
+    assert (start.draft_config.sliding_window, start.draft_config.causal_layers) == (64, "all")
     with pytest.raises(MismatchError, match=r"causal_layers +draft: all +run: none"):
         training(cache, tmp_path / "next", draft_layers=None, init_from=tmp_path / "draft", causal_layers="none")
 
@@ -557,7 +557,7 @@ def test_gradient_checkpointing_changes_no_gradient(cache: Path, tmp_path: Path)
 
 def test_a_dry_run_writes_nothing_and_gives_the_steps_of_the_run(cache: Path, tmp_path: Path) -> None:
     settings = config(cache, tmp_path / "run", steps=None, epochs=1.5)
-    found = rehearse(settings)
+    found = dry_run(settings)
     assert not list(tmp_path.iterdir())
     done = train(settings, Silent())
     assert done.state.step == found.total_steps and done.parameters == found.parameters

@@ -249,7 +249,7 @@ def test_a_run_over_several_caches_knows_them_by_content_and_order(
         device="cpu",
     )
     done = train(settings, Silent())
-    assert done.num_train + done.num_held_out == 110
+    assert done.num_train + done.num_val == 110
     known = [Cache.open(path).manifest.checksum for path in settings.caches]
     assert RunRecord.read(tmp_path / "run").identity["caches"] == known
     copy = shutil.copytree(second_cache, tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""The serving walk against a plain step-by-step one, and its arithmetic on cases worked by hand."""
+"""Simulated serving against plain drafting, a block at a time, and its arithmetic on cases worked by hand."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,13 @@ from torch import Tensor
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.loader import Batch
-from dflash_offline.stages.training.simulated_serving import WalkSums, accepted_prefixes, serving_walks, turns, walk
+from dflash_offline.stages.training.simulated_serving import (
+    ServingSums,
+    accepted_prefixes,
+    simulate_serving,
+    simulate_turn,
+    turns,
+)
 
 
 def test_a_turn_is_a_supervised_run_up_to_its_end_token() -> None:
@@ -20,12 +26,12 @@ def test_a_turn_is_a_supervised_run_up_to_its_end_token() -> None:
 def test_each_round_gives_its_prefix_and_one_token_and_stops_at_the_end() -> None:
     prefix = np.array([0, 3, 0, 0, 0, 0, 7, 0, 0, 0])
     # from 1: 3 right and one more to 5; from 5: none right, one to 6; from 6: 7 right, but the turn ends at 9
-    assert walk(1, 9, prefix) == [4, 1, 3]
-    assert walk(4, 4, prefix) == []
+    assert simulate_turn(1, 9, prefix) == [4, 1, 3]
+    assert simulate_turn(4, 4, prefix) == []
 
 
 def test_pooled_and_mean_of_samples_differ_and_are_both_given() -> None:
-    sums = WalkSums()
+    sums = ServingSums()
     sums.add([[4, 4], [1]])
     sums.add([[1]])
     sums.add([[]])
@@ -93,7 +99,7 @@ def test_prefixes_equal_drafting_one_block_at_a_time() -> None:
             if anchor:
                 assert prefixes[row, anchor] == _slow_prefix(module, batch, row, anchor)
         assert (prefixes[row][~batch.loss_mask[row].numpy()] == 0).all()
-    produced = [sum(map(sum, walks)) for walks in serving_walks(module, batch)]
+    produced = [sum(map(sum, turns)) for turns in simulate_serving(module, batch)]
     expected = [sum(last - first for first, last in turns(mask.numpy())) for mask in batch.loss_mask]
     assert produced == expected
 
