@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dflash_offline.pipeline.demo import PROMPTS, TARGET
 from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
 from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.settings.option import options
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages import regenerate as stage
 from dflash_offline.stages.answers.local import LocalAnswerer, OwnDraws
@@ -188,6 +189,49 @@ def test_other_settings_are_refused_field_by_field(talker: Path, chats: Path, wh
         run(talker, chats, whole)
     (tmp_path / "aside").rename(f"{whole}.provenance")
     assert provenance["identity"]["target"]["end_ids"] == [2, *range(60, 100)]
+
+
+CHANGED: dict[str, Any] = {
+    "input_format": "messages",
+    "limit": 3,
+    "skip_bad_rows": True,
+    "dtype": "bfloat16",
+    "attn_implementation": "eager",
+    "device_map": "auto",
+    "batch_rows": 5,
+    "max_new_tokens": MOST + 1,
+    "temperature": 0.5,
+    "chat_template_kwargs": {"a": 1},
+    "trust_remote_code": True,
+    "concurrency": 3,
+    "timeout_s": 9.0,
+    "row_tries": 3,
+    "backoff_s": 3.0,
+    "server_tries": 3,
+    "rest_s": 3.0,
+    "rests": 3,
+}
+"""Another value of each setting."""
+NAMED = {"data", "out", "target", "revision", "device", "servers", "model"}
+"""Settings that name what is compared by its content, or where it is or runs."""
+DRAWN = {"top_p", "seed"}
+"""Settings of what is drawn, which nothing is at temperature 0."""
+
+
+def test_every_setting_is_tried_on_what_was_made_with_another() -> None:
+    assert options(RegenerateConfig).keys() == CHANGED.keys() | NAMED | DRAWN
+    assert {options(RegenerateConfig)[name].role for name in DRAWN} == {"identity"}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_only_a_free_setting_may_be_another_when_the_command_is_repeated(
+    talker: Path, chats: Path, whole: Path, name: str
+) -> None:
+    if options(RegenerateConfig)[name].role == "free":
+        assert run(talker, chats, whole, **{name: CHANGED[name]}).num_answers_now == 0
+    else:
+        with pytest.raises(MismatchError, match=name):
+            run(talker, chats, whole, **{name: CHANGED[name]})
 
 
 def test_a_folder_that_another_command_works_on_is_left_alone(talker: Path, chats: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """One setting is one edit: a field of a config is at once an option with help and a key of a settings file."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -11,7 +12,13 @@ from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.options import Part, add_command, command
-from dflash_offline.schemas.settings.option import ARGUMENTS, AT_LEAST_1, Option, options, problems, refuse
+from dflash_offline.schemas.settings.evaluate import EvalConfig
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.option import ARGUMENTS, AT_LEAST_1, Option, Role, options, problems, refuse
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.schemas.settings.toml import to_toml
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.settings.verify import RerunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +130,12 @@ def test_every_field_may_stand_in_a_file_and_flags_go_before_it(tmp_path: Path) 
     assert "expected a table of strings, numbers, lists and tables." in run("brew", "a", "--config", path).stderr
 
 
+def test_every_field_may_be_written_to_a_file_and_read_again(tmp_path: Path) -> None:
+    config = Brewing(pots=(tmp_path,), litres=0.5, guests=("Ann", "Bo"), sugar={"A b": [1, {"c": 0.5}], "d": {}})
+    (tmp_path / "tea.toml").write_text(to_toml(config))
+    assert made("brew", "--config", tmp_path / "tea.toml") == config
+
+
 def test_what_cannot_be_is_refused_all_at_once() -> None:
     result = run("brew", "a", "--cups", "0", "--leaf", "blakc")
     assert result.exit_code == 1 and brewed == []
@@ -137,6 +150,19 @@ def test_a_command_may_have_a_part_of_a_config_beside_options_of_its_own() -> No
     text = run("warm", "--help").stdout
     assert "Of the pot:\n  --cups" in text and "--litres" not in text and "--config" not in text
     assert made("warm", "a", "--cups", "3", "--leaf", "9") == Brewing(pots=(Path("a"),), cups=3) and brewed[0][1]
+
+
+CONFIGS = (ExtractConfig, RegenerateConfig, TrainConfig, EvalConfig, RerunConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_setting_has_a_sentence_a_unit_and_a_role(config: type) -> None:
+    for name, option in options(config).items():
+        assert re.fullmatch(r"[A-Z].*\.", option.help), name
+        assert option.group and option.role in get_args(Role), name
+        is_flag = get_type_hints(config)[name] in (bool, bool | None)
+        assert is_flag != bool(option.unit) and option.unit == option.unit.upper(), name
+        assert not option.instead_of or option.instead_of in options(config), name
 
 
 def test_a_field_without_its_option_is_refused_by_name() -> None:

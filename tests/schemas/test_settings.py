@@ -1,5 +1,6 @@
 """Settings files: what is read, what is refused by name, and that flags go before the file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.settings.toml import read_settings, to_toml
 from dflash_offline.schemas.settings.train import TrainConfig
 
@@ -92,3 +94,41 @@ def test_epochs_on_the_command_line_go_before_steps_of_the_file(cache: Path, tmp
 def test_what_is_set_nowhere_is_named() -> None:
     result = CliRunner().invoke(app, ["train", "--steps", "2"])
     assert result.exit_code == 1 and "Not set: caches, out." in result.stderr
+
+
+def test_extract_reads_its_settings_from_a_file(target: Path, data: Path, tmp_path: Path) -> None:
+    text = f'data = ["{data}"]\ntarget = "{target}"\nblock_size = 8\nnum_layers = 2\nshard-mib = 2\n'
+    path = write(tmp_path, text + "[chat_template_kwargs]\ndeep = {list = [1, true]}\n")
+    out = tmp_path / "cache"
+    flags = ["extract", "--config", str(path), "--out", str(out), "--layers", "1,2,3", "--shard-mib", "1", "--quiet"]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0, result.output
+    identity = Manifest.read(out).identity
+    assert identity["chat_template_kwargs"] == {"deep": {"list": [1, True]}} and identity["block_size"] == 8
+    assert identity["layer_ids"] == [1, 2, 3] and identity["layout"]["shard_mib"] == 1
+
+
+def test_eval_reads_its_settings_from_a_file_and_a_flag_sets_aside_what_excludes_it(
+    cache: Path, run: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, f'draft = "{run}"\ncache = "{cache}"\nlimit = 2\n')
+    result = CliRunner().invoke(app, ["eval", "--config", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["config"]["limit"] == 2
+    result = CliRunner().invoke(app, ["eval", "--config", str(path), "--prompts", "a.jsonl"])
+    assert "No target is given." in result.stderr and "Give either" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("extract", "max_lenght = 4\n", "max_lenght is no setting; did you mean max_length?"),
+        ("regenerate", 'servers = "http://a"\n', "servers is 'http://a'; expected a list, each a string."),
+        ("regenerate", "chat_template_kwargs = 3\n", "chat_template_kwargs is 3; expected a table of"),
+        ("eval", "temperature = true\n", "temperature is True; expected a number."),
+        ("regenerate", 'data = ["a"]\nout = "b"\nrests = 0\n', "rests is 0; expected at least 1."),
+    ],
+)
+def test_what_a_file_says_wrong_is_refused_by_name(command: str, text: str, said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [command, "--config", str(write(tmp_path, text))])
+    assert result.exit_code == 1 and said in result.stderr, result.stderr

@@ -1,6 +1,5 @@
 """What decides a cache's content is compared field by field, and nothing else is."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer
 from dflash_offline.schemas.errors import MismatchError
 from dflash_offline.schemas.manifest import Manifest, differences
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.option import options
 from dflash_offline.stages.extract import Extraction, extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target.files import open_target
@@ -87,7 +87,13 @@ def test_a_setting_that_decides_content_is_told_by_its_own_field(
 def test_other_settings_may_change_and_none_is_forgotten(cache: Path, extract_config: Settings) -> None:
     assert differing(cache, extract_config, **NOT_CONTENT) == []
     known = {*CONTENT, *NOT_CONTENT, "data", "target", "out", "device"}  # there is no second device here
-    assert known == {field.name for field in dataclasses.fields(ExtractConfig)}
+    assert known == options(ExtractConfig).keys()
+
+
+def test_the_role_of_a_setting_is_what_the_identity_makes_of_it() -> None:
+    free = {name for name, option in options(ExtractConfig).items() if option.role == "free"}
+    elsewhere = {"revision", "seed", "mantissa_bits"}  # count by what they name, and where there are shares or rounding
+    assert free == NOT_CONTENT.keys() - elsewhere | {"out"}
 
 
 def test_the_numbers_of_a_feature_layout_count_where_it_uses_them(extract_config: Settings, tmp_path: Path) -> None:
