@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from io import TextIOWrapper
 from typing import Any
 
@@ -13,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+FLATTENED = {"flattened": True}
+"""Metadata of a dataclass's field whose own fields JSON has in its place; none of them where it is None."""
+OMITTED_IF_NONE = {"omitted": True}
 _BLOCKS, _PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 
@@ -44,16 +48,16 @@ def facts(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def columns(names: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> Table:
-    """Return a table of right-aligned columns, those in `left` left-aligned and wrapped if need be."""
+def columns(rows: Sequence[dict[str, str]], left: Sequence[str] = ()) -> Table:
+    """Return rows of the same columns as a table, right-aligned; columns in `left` are left-aligned and may wrap."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    for name in names:
+    for name in rows[0] if rows else ():
         if name in left:
             table.add_column(name, overflow="fold")
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(safe(cell)) for cell in row))
+        table.add_row(*(Text(safe(cell)) for cell in row.values()))
     return table
 
 
@@ -63,6 +67,23 @@ def sparkline(levels: Sequence[float]) -> str:
     return "".join(signs[min(int(level * len(signs)), len(signs) - 1)] for level in levels)
 
 
+def named(name: str) -> dict[str, str]:
+    """Return the metadata of a dataclass's field that JSON has under another name."""
+    return {"name": name}
+
+
+def to_json(view: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by their names in JSON; values are not copied."""
+    document: dict[str, Any] = {}
+    for field in fields(view):
+        value, how = getattr(view, field.name), field.metadata
+        if "flattened" in how:
+            document |= {} if value is None else to_json(value)
+        elif value is not None or "omitted" not in how:
+            document[how.get("name", field.name)] = value
+    return document
+
+
 def print_json(document: Any) -> None:
-    """Print a document for a script."""
-    print(json.dumps(document, indent=1))
+    """Print a document for a script: plain values, or dataclasses of them."""
+    print(json.dumps(document, indent=1, default=to_json))

@@ -16,6 +16,7 @@ from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.option import Option
 from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.store.cache import Cache
 
 if TYPE_CHECKING:  # help is shown without torch
     from dflash_offline.stages.capture.forecast import Forecast
@@ -56,7 +57,7 @@ def extract(
 def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
     """Print what the cache, here named as the user does, holds now and what to do next."""
     if as_json:
-        print_json(overview(done.cache))
+        print_json(overview(Cache.open(done.cache, hashed=False)))
         return
     written = f"{done.shards_written} shards, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s"
     samples = f"{done.num_samples:,} samples, {done.num_tokens:,} tokens in {done.num_shards} shards"

@@ -1,6 +1,5 @@
 """`dflash inspect`: its options, and the view that they choose."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,22 +133,23 @@ def _show_row(
 def _show_runs(runs: Sequence[Path], named: list[str], html: Path | None, as_json: bool) -> None:
     if named:
         raise DflashError(f"{runs[0]} is a run, and {', '.join(named)} shows a part of a cache. Name one.")
-    from dflash_offline.pipeline.inspect import run as run_view
-    from dflash_offline.pipeline.inspect import run_report
+    from dflash_offline.pipeline.inspect.run import compare, read_run
+    from dflash_offline.pipeline.inspect.run_report import print_run, print_runs
+    from dflash_offline.pipeline.terminal import print_json
 
-    views = [run_view.run_view(run) for run in runs]
+    views = [read_run(run) for run in runs]
     if html is not None:
         from dflash_offline.pipeline.pages.run_page import write_run_page
 
         write_run_page(views, html)
     if as_json:
-        print(json.dumps(views[0] if len(views) == 1 else run_view.compared(views), indent=1))
+        print_json(views[0] if len(views) == 1 else compare(views))
     elif html is not None:
         print(f"{html} shows {len(views)} run{'s' if len(views) > 1 else ''}. Next: open it in a browser.")
     elif len(views) == 1:
-        run_report.print_run(views[0])
+        print_run(views[0])
     else:
-        run_report.print_runs(views)
+        print_runs(views)
 
 
 def _show_cache(caches: Sequence[Path], views: dict[str, Any], html: Path | None, as_json: bool) -> None:
@@ -165,9 +165,9 @@ def _show_cache(caches: Sequence[Path], views: dict[str, Any], html: Path | None
     if html is not None:
         from dflash_offline.pipeline.pages.cache_page import write_cache_page
 
-        done = write_cache_page(caches[0], html)
+        listed, shown = write_cache_page(caches[0], html)
         if not as_json:
-            print(f"{html} lists {done['listed']:,} samples and shows {done['shown']} of them token by token.")
+            print(f"{html} lists {listed:,} samples and shows {shown} of them token by token.")
             print("Next: open it in a browser.")
             return
     from dflash_offline.pipeline.inspect.cache import show_cache

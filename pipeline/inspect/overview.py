@@ -1,36 +1,47 @@
-"""What is in a cache, as one document: from its manifest, the plan's numbers and the commit records.
+"""What is in a cache, by its manifest, the plan's numbers and the commit records.
 
 No feature is read, and neither torch nor zarr is loaded. `dflash inspect CACHE --json` prints exactly this.
 """
 
 from collections import Counter
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dflash_offline.pipeline.inspect.plan_statistics import mask_token_use, reject_examples, spread
+from dflash_offline.pipeline.inspect.plan_statistics import (
+    MaskTokenUse,
+    RejectedRow,
+    Spread,
+    describe_token,
+    mask_token_use,
+    reject_examples,
+    spread,
+)
 from dflash_offline.pipeline.inspect.shard_statistics import (
+    ArrayBytes,
+    PooledLayer,
+    ShardRun,
+    ShardStatistics,
+    WorkerStatistics,
     bytes_by_array,
-    pooled_layers,
     shard_states,
     state_runs,
-    statistics_by_shard,
-    worker_figures,
+    worker_statistics,
 )
 from dflash_offline.pipeline.inspect.warnings import (
-    describe_token,
-    half_written_marks,
-    layer_marks,
-    mask_token_marks,
-    plan_marks,
-    shard_marks,
+    CacheWarning,
+    half_written_warnings,
+    layer_warnings,
+    mask_token_warnings,
+    plan_warnings,
+    shard_warnings,
+    with_warnings,
 )
-from dflash_offline.schemas.commits import Commit
+from dflash_offline.pipeline.terminal import FLATTENED, named
+from dflash_offline.schemas.commits import Commit, SkippedSample
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.manifest import Manifest
-from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import figures
 
@@ -39,113 +50,202 @@ _TOKENS_SEARCHED = 1 << 22
 _SKIPPED_SHOWN = 1000
 
 
-def overview(cache: Path) -> dict[str, Any]:
-    """Return what the cache holds, how far it is and what looks wrong; `CacheError` if it is none or lacks a file."""
-    return overview_of(Cache.open(cache, hashed=False))
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What made a cache, from its manifest."""
+
+    manifest: str
+    """Its checksum."""
+    target: str
+    origin: dict[str, Any]
+    identity: dict[str, Any]
+    layer_ids: list[int]
+    hidden_size: int
+    features: str
+    shard_tokens: int
+    chunk_tokens: int
+    mask_rule: str
+    mask_token_id: int
+    block_size: int
 
 
-def overview_of(records: Cache) -> dict[str, Any]:
-    """Return the overview of a cache that is open."""
-    cache, manifest, commits = records.path, records.manifest, records.commits
-    states = shard_states(cache, manifest.layout, commits)
-    filled, statistics = statistics_by_shard(commits)
-    layers = pooled_layers(filled, statistics)
+@dataclass(frozen=True, kw_only=True)
+class PlanStatistics:
+    """What became of the input rows."""
+
+    samples: int
+    tokens: int
+    supervised: int
+    supervised_share: float
+    anchors: int
+    truncated: int
+    """Samples cut at the maximum length."""
+    truncated_supervised: int
+    """Supervised tokens that were cut off."""
+    formats: dict[str, int]
+    """Input rows of each format; empty for caches made before other formats were read."""
+    not_drawn: int
+    """Input rows that sampling by weight left out."""
+    rejects: dict[str, int]
+    """Input rows left out for each reason."""
+    reject_examples: dict[str, list[RejectedRow]]
+    length: Spread
+    supervised_per_sample: Spread
+    """Of the share of a sample's tokens."""
+    anchors_per_sample: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedOfShard:
+    """A sample without features, and its shard."""
+
+    sample: SkippedSample = field(metadata=FLATTENED)
+    shard: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the shards are."""
+
+    shards: int
+    shards_done: int
+    shards_left: int
+    shard_states: dict[str, int]
+    """Shards in each state."""
+    progress: list[ShardRun]
+    samples_done: int
+    tokens_done: int
+    skipped: int
+    """Samples of finished shards without features."""
+    skipped_samples: list[SkippedOfShard]
+    """The first of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What a cache holds, how far it is and what looks wrong."""
+
+    cache: str
+    provenance: Provenance = field(metadata=FLATTENED)
+    mask_token: str | None
+    mask_token_use: MaskTokenUse
+    plan: PlanStatistics = field(metadata=FLATTENED)
+    progress: Progress = field(metadata=FLATTENED)
+    damaged_records: list[str]
+    half_written: dict[str, Any]
+    arrays: dict[str, ArrayBytes]
+    bytes: dict[str, int]
+    """Stored bytes of each array."""
+    raw_feature_bytes: int
+    compression: float | None
+    """Stored over raw bytes of the features."""
+    layers: list[PooledLayer]
+    workers: list[WorkerStatistics]
+    warnings: list[CacheWarning] = field(metadata=named("marks"))
+    next: list[str]
+    """Commands that are of use now."""
+
+
+def overview(cache: Cache) -> Overview:
+    """Return the overview of a cache."""
+    path, manifest, commits = cache.path, cache.manifest, cache.commits
+    states = shard_states(path, cache.layout, commits)
+    statistics = ShardStatistics.of(commits)
+    layers = statistics.pooled()
     mask_token = int(manifest.plan["mask_token_id"])
-    name, problem = describe_token(cache, manifest, mask_token)
-    use = mask_token_use(cache, mask_token, _TOKENS_SEARCHED)
-    half_written = figures(cache)
-    marks = [
-        *shard_marks(states, records.faults, str(cache)),
-        *layer_marks(filled, statistics, layers, str(cache)),
-        *plan_marks(records.samples, manifest.plan["block_size"], str(cache)),
-        *mask_token_marks(mask_token, name, problem, use),
-        *half_written_marks(half_written),
+    name, problem = describe_token(path, manifest, mask_token)
+    use = mask_token_use(path, mask_token, _TOKENS_SEARCHED)
+    half_written = figures(path)
+    warnings = [
+        *shard_warnings(states, cache.faults, str(path)),
+        *layer_warnings(statistics, layers, str(path)),
+        *plan_warnings(cache.samples, manifest.plan["block_size"], str(path)),
+        *mask_token_warnings(mask_token, name, problem, use),
+        *half_written_warnings(half_written),
     ]
-    arrays = bytes_by_array(commits, manifest.layout)
+    arrays = bytes_by_array(commits, cache.layout)
     hidden = arrays.get("hidden_states")
-    return {
-        "cache": str(cache),
-        **_what_made_it(manifest),
-        "mask_token": name,
-        "mask_token_use": use,
-        **_plan_figures(cache, manifest, records.samples),
-        **_shard_figures(manifest, commits, states),
-        "damaged_records": records.faults,
-        "half_written": half_written,
-        "arrays": arrays,
-        "bytes": {name: one["stored"] for name, one in arrays.items()},
-        "raw_feature_bytes": hidden["raw"] if hidden else 0,
-        "compression": hidden["ratio"] if hidden else None,
-        "layers": [row | {"marks": [one.kind for one in marks if one.layer_id == row["layer_id"]]} for row in layers],
-        "workers": worker_figures(commits),
-        "marks": [asdict(mark) for mark in marks],
-        "next": _next(records),
-    }
+    return Overview(
+        cache=str(path),
+        provenance=_provenance(manifest),
+        mask_token=name,
+        mask_token_use=use,
+        plan=_plan_statistics(cache),
+        progress=_progress(cache.layout.num_shards, commits, states),
+        damaged_records=cache.faults,
+        half_written=half_written,
+        arrays=arrays,
+        bytes={array: size.stored for array, size in arrays.items()},
+        raw_feature_bytes=hidden.raw if hidden else 0,
+        compression=hidden.ratio if hidden else None,
+        layers=with_warnings(layers, warnings),
+        workers=worker_statistics(commits),
+        warnings=warnings,
+        next=_next(cache),
+    )
 
 
-def _next(records: Cache) -> list[str]:
-    """Return the commands that are of use now."""
-    cache, target = records.path, records.manifest.origin["target"]
-    if len(records.commits) < records.manifest.layout.num_shards:
-        return ["the `dflash extract` that made it, to go on", dflash_line("inspect", cache, "--sample", 0)]
+def _next(cache: Cache) -> list[str]:
+    path, target = cache.path, cache.manifest.origin["target"]
+    if len(cache.commits) < cache.layout.num_shards:
+        return ["the `dflash extract` that made it, to go on", dflash_line("inspect", path, "--sample", 0)]
     return [
-        dflash_line("train", cache, "--out", "RUN"),
-        f"{dflash_line('verify', cache, '--target', target)}  # is each layer the one it is called?",
-        dflash_line("inspect", cache, "--sample", 0),
-        dflash_line("inspect", cache, "--layers", "--features", 8),
+        dflash_line("train", path, "--out", "RUN"),
+        f"{dflash_line('verify', path, '--target', target)}  # is each layer the one it is called?",
+        dflash_line("inspect", path, "--sample", 0),
+        dflash_line("inspect", path, "--layers", "--features", 8),
     ]
 
 
-def _what_made_it(manifest: Manifest) -> dict[str, Any]:
+def _provenance(manifest: Manifest) -> Provenance:
     layout, identity = manifest.layout, manifest.identity
-    return {
-        "manifest": manifest.checksum,
-        "target": manifest.origin["target"],
-        "origin": manifest.origin,
-        "identity": identity,
-        "layer_ids": identity["layer_ids"],
-        "hidden_size": layout.hidden_size,
-        "features": str(layout.features),
-        "shard_tokens": layout.shard_tokens,
-        "chunk_tokens": layout.chunk_tokens,
-        "mask_rule": identity["mask_rule"],
-        "mask_token_id": manifest.plan["mask_token_id"],
-        "block_size": manifest.plan["block_size"],
-    }
+    return Provenance(
+        manifest=manifest.checksum,
+        target=manifest.origin["target"],
+        origin=manifest.origin,
+        identity=identity,
+        layer_ids=identity["layer_ids"],
+        hidden_size=layout.hidden_size,
+        features=str(layout.features),
+        shard_tokens=layout.shard_tokens,
+        chunk_tokens=layout.chunk_tokens,
+        mask_rule=identity["mask_rule"],
+        mask_token_id=manifest.plan["mask_token_id"],
+        block_size=manifest.plan["block_size"],
+    )
 
 
-def _plan_figures(cache: Path, manifest: Manifest, samples: SampleTable) -> dict[str, Any]:
+def _plan_statistics(cache: Cache) -> PlanStatistics:
+    samples, plan = cache.samples, cache.manifest.plan
     tokens, supervised = samples.num_tokens, samples.num_supervised
-    plan = manifest.plan
-    return {
-        "samples": len(tokens),
-        "tokens": int(tokens.sum()),
-        "supervised": int(supervised.sum()),
-        "supervised_share": float(supervised.sum() / max(tokens.sum(), 1)),
-        "anchors": int(samples.num_anchors.sum()),
-        "truncated": plan["truncated"],
-        "truncated_supervised": plan.get("truncated_supervised", 0),
-        "formats": plan.get("formats", {}),  # caches made before other formats were read have none
-        "not_drawn": plan.get("not_drawn", 0),
-        "rejects": plan["rejects"],
-        "reject_examples": reject_examples(cache, plan["rejects"]),
-        "length": spread(tokens),
-        "supervised_per_sample": spread(supervised / np.maximum(tokens, 1)),
-        "anchors_per_sample": spread(samples.num_anchors),
-    }
+    return PlanStatistics(
+        samples=len(samples),
+        tokens=int(tokens.sum()),
+        supervised=int(supervised.sum()),
+        supervised_share=float(supervised.sum() / max(tokens.sum(), 1)),
+        anchors=int(samples.num_anchors.sum()),
+        truncated=plan["truncated"],
+        truncated_supervised=plan.get("truncated_supervised", 0),
+        formats=plan.get("formats", {}),
+        not_drawn=plan.get("not_drawn", 0),
+        rejects=plan["rejects"],
+        reject_examples=reject_examples(cache.path, plan["rejects"]),
+        length=spread(tokens),
+        supervised_per_sample=spread(supervised / np.maximum(tokens, 1)),
+        anchors_per_sample=spread(samples.num_anchors),
+    )
 
 
-def _shard_figures(manifest: Manifest, commits: dict[int, Commit], states: dict[int, str]) -> dict[str, Any]:
-    num_shards = manifest.layout.num_shards
-    skipped = [asdict(one) | {"shard": commit.shard} for commit in commits.values() for one in commit.skipped]
-    return {
-        "shards": num_shards,
-        "shards_done": len(commits),
-        "shards_left": num_shards - len(commits),
-        "shard_states": dict(Counter(states.get(shard, "left") for shard in range(num_shards))),
-        "progress": state_runs(states, num_shards),
-        "samples_done": sum(commit.num_samples for commit in commits.values()),
-        "tokens_done": sum(commit.num_tokens for commit in commits.values()),
-        "skipped": len(skipped),
-        "skipped_samples": skipped[:_SKIPPED_SHOWN],
-    }
+def _progress(num_shards: int, commits: dict[int, Commit], states: dict[int, str]) -> Progress:
+    skipped = [SkippedOfShard(sample=one, shard=commit.shard) for commit in commits.values() for one in commit.skipped]
+    return Progress(
+        shards=num_shards,
+        shards_done=len(commits),
+        shards_left=num_shards - len(commits),
+        shard_states=dict(Counter(states.get(shard, "left") for shard in range(num_shards))),
+        progress=state_runs(states, num_shards),
+        samples_done=sum(commit.num_samples for commit in commits.values()),
+        tokens_done=sum(commit.num_tokens for commit in commits.values()),
+        skipped=len(skipped),
+        skipped_samples=skipped[:_SKIPPED_SHOWN],
+    )

@@ -1,7 +1,8 @@
 """What a plan says of its samples in numbers, from columns of samples.parquet and rejects.parquet alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import REJECTS, SAMPLES
+from dflash_offline.schemas.manifest import REJECTS, SAMPLES, TARGET, Manifest
 
 NUM_BINS = 32
 """Bars of a histogram, at most."""
@@ -22,6 +24,50 @@ _REJECTS_READ = 262_144
 """Rejected rows looked through for examples, at most."""
 _BATCH = 8192
 """Samples whose tokens are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bin i holds edges[i] <= value < edges[i + 1], the last bin its upper edge too."""
+
+    edges: Sequence[float]
+    counts: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How some numbers are distributed; the extremes of whole numbers stay whole."""
+
+    least: float
+    p05: float
+    median: float
+    mean: float
+    p95: float
+    most: float
+    histogram: Histogram
+
+    def range_text(self) -> str:
+        """Return the extremes and the median."""
+        return f"{self.least:,} to {self.most:,}, median {self.median:,.0f}"
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """An input row that became no sample."""
+
+    source: str
+    row: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class MaskTokenUse:
+    """How many samples hold the mask token."""
+
+    samples: int
+    first_sample: int | None
+    samples_checked: int
+    """How many of all samples were looked at."""
 
 
 @contextmanager
@@ -48,28 +94,17 @@ def read_tokens(
             yield lengths, batch["input_ids"].flatten().to_numpy()
 
 
-def spread(values: NDArray[Any]) -> dict[str, Any]:
-    """Return least, quantiles, mean, most and a histogram of some numbers; whole numbers stay whole."""
+def spread(values: NDArray[Any]) -> Spread:
+    """Return how numbers are distributed; zeros where there are none."""
     if not len(values):
-        return {"least": 0, "p05": 0, "median": 0, "mean": 0, "p95": 0, "most": 0, "histogram": histogram(values)}
+        return Spread(0, 0, 0, 0, 0, 0, Histogram([], []))
     low, p05, median, p95, high = np.percentile(values, [0, 5, 50, 95, 100]).tolist()
     if np.issubdtype(values.dtype, np.integer):
         low, high = int(low), int(high)
-    return {
-        "least": low,
-        "p05": p05,
-        "median": median,
-        "mean": float(values.mean()),
-        "p95": p95,
-        "most": high,
-        "histogram": histogram(values),
-    }
+    return Spread(low, p05, median, float(values.mean()), p95, high, _histogram(values))
 
 
-def histogram(values: NDArray[Any]) -> dict[str, list[float]]:
-    """Return `edges` and `counts`: bin i holds edges[i] <= value < edges[i + 1], the last bin its upper edge too."""
-    if not len(values):
-        return {"edges": [], "counts": []}
+def _histogram(values: NDArray[Any]) -> Histogram:
     low, high = float(values.min()), float(values.max())
     edges: NDArray[Any]
     if np.issubdtype(values.dtype, np.integer):
@@ -78,57 +113,73 @@ def histogram(values: NDArray[Any]) -> dict[str, list[float]]:
     else:
         edges = np.linspace(low, high, NUM_BINS + 1) if high > low else np.array([low, low + 1])
     counts, _ = np.histogram(values, edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+    return Histogram(edges.tolist(), counts.tolist())
 
 
-def reject_examples(cache: Path, reasons: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """Return for each reason the first few rows that were left out for it: source, row and detail."""
-    found: dict[str, list[dict[str, Any]]] = {reason: [] for reason in reasons}
-    wanted = {reason: min(count, NUM_EXAMPLES) for reason, count in reasons.items()}
+def reject_examples(cache: Path, reasons: dict[str, int]) -> dict[str, list[RejectedRow]]:
+    """Return the first few rows that were left out for each reason."""
+    examples: dict[str, list[RejectedRow]] = {reason: [] for reason in reasons}
     path = cache / REJECTS
     if not reasons or not path.is_file():
-        return found
+        return examples
     with _readable(path):
         seen = 0
         for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=["source", "row", "reason", "detail"]):
-            for reason in reasons:
-                missing = wanted[reason] - len(found[reason])
-                if missing > 0:
-                    rows = batch.filter(pc.equal(batch.column("reason"), reason)).slice(0, missing).to_pylist()
-                    found[reason] += [{name: row[name] for name in ("source", "row", "detail")} for row in rows]
-            seen += len(batch)
-            if seen >= _REJECTS_READ or all(len(found[reason]) == wanted[reason] for reason in reasons):
+            missing = {r: min(count, NUM_EXAMPLES) - len(examples[r]) for r, count in reasons.items()}
+            if seen >= _REJECTS_READ or not any(missing.values()):
                 break
-    return found
+            for reason, number in missing.items():
+                rows = batch.filter(pc.equal(batch["reason"], reason)).slice(0, number) if number else batch[:0]
+                examples[reason] += [RejectedRow(**row) for row in rows.select(["source", "row", "detail"]).to_pylist()]
+            seen += len(batch)
+    return examples
 
 
-def mask_token_use(cache: Path, token: int, most_tokens: int) -> dict[str, Any]:
-    """Return in how many samples a token occurs, the first of them, and how many of all samples were looked at.
+def mask_token_use(cache: Path, token: int, most_tokens: int) -> MaskTokenUse:
+    """Return in how many samples a token occurs.
 
-    Parts of the plan whose smallest and largest token leave it out are settled without being read; of the others the
-    first `most_tokens` tokens are read. `dflash verify` reads all of them.
+    Row groups whose smallest and largest token exclude it are settled without being read; of the others the first
+    `most_tokens` tokens are read. `dflash verify` reads all of them.
     """
     with _readable(cache / SAMPLES):
         file = pq.ParquetFile(cache / SAMPLES)
-    places = [i for i in range(file.metadata.num_columns) if file.schema.column(i).path.startswith("input_ids")]
-    found, settled, first = 0, 0, None
-    left = most_tokens
-    begin = 0
-    for group in range(file.num_row_groups):
-        part = file.metadata.row_group(group)
-        bounds = part.column(places[0]).statistics
+    column = next(i for i in range(file.metadata.num_columns) if file.schema.column(i).path.startswith("input_ids"))
+    holding, checked, first = 0, 0, None
+    left, begin = most_tokens, 0
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        bounds = group.column(column).statistics
         if bounds is not None and bounds.has_min_max and not bounds.min <= token <= bounds.max:
-            settled += part.num_rows
+            checked += group.num_rows
         elif left > 0:
             at = begin
-            for lengths, ids in read_tokens(cache, [group]):
+            for lengths, ids in read_tokens(cache, [number]):
                 hits = np.unique(np.repeat(np.arange(len(lengths)), lengths)[ids == token])
                 first = at + int(hits[0]) if first is None and len(hits) else first
-                found += len(hits)
-                settled += len(lengths)
+                holding += len(hits)
+                checked += len(lengths)
                 at += len(lengths)
                 left -= len(ids)
                 if left <= 0:
                     break
-        begin += part.num_rows
-    return {"samples": found, "first_sample": first, "samples_checked": settled}
+        begin += group.num_rows
+    return MaskTokenUse(holding, first, checked)
+
+
+def describe_token(cache: Path, manifest: Manifest, token: int) -> tuple[str | None, str]:
+    """Return a token's text, None if the tokenizer has none, and why it should not be the mask token, if so."""
+    num_rows = manifest.decoder.get("vocab_size", token + 1)
+    if token >= num_rows:
+        return None, f"is no row of the embedding table of {num_rows}"
+    try:
+        tokenizer = Tokenizer.from_file(str(cache / TARGET / "tokenizer.json"))
+    except Exception:  # the library raises bare Exception; the rest of a cache can be shown without
+        return None, ""
+    name = tokenizer.id_to_token(token)
+    if name is None:
+        return None, ""  # a spare row of the embedding table
+    if token in manifest.identity["target"].get("end_ids", ()):
+        return name, "ends an answer"
+    if token not in tokenizer.get_added_tokens_decoder():
+        return name, "is an ordinary token, which a prompt may contain"
+    return name, ""

@@ -1,10 +1,9 @@
 """`dflash inspect DATA --target MODEL`: what would become of one row, before anything is extracted."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
-from dflash_offline.pipeline.inspect.sample import legend, marked_runs, marked_text
+from dflash_offline.pipeline.inspect.sample import TextRun, legend, marked_text, text_runs
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.errors import DflashError
@@ -16,8 +15,30 @@ from dflash_offline.stages.conversations.tokenize import RowTokenizer, unparsed
 from dflash_offline.stages.target.files import open_target
 
 
-def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
-    """Return what `extract` would make of row `number`, from 0: its text in runs, its numbers, why it is left out."""
+@dataclass(frozen=True, kw_only=True)
+class RowView:
+    """What `extract` would make of one row: its numbers, why it would be left out, its text in runs."""
+
+    row: int
+    """From 0."""
+    source: str
+    line: int
+    format: str
+    roles: list[str]
+    mask_rule: str
+    tokens: int
+    supervised: int
+    anchors: int
+    block_size: int
+    truncated_supervised: int | None
+    """Supervised tokens beyond the maximum length; None if the row is not longer."""
+    left_out: str | None
+    detail: str | None
+    runs: list[TextRun]
+
+
+def row_view(config: ExtractConfig, number: int) -> RowView:
+    """Return row `number` of the data, from 0; `DflashError` if there is no such row."""
     files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
     most = files.decoder()["max_position_embeddings"]
     config = replace(config, max_length=min(config.max_length, most))
@@ -33,40 +54,40 @@ def row_view(config: ExtractConfig, number: int) -> dict[str, Any]:
         roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
     except RowFaultError:
         roles = []
-    return {
-        "row": number,
-        "source": row.source.name,
-        "line": row.line,
-        "format": f"{row.source.container}, {made.row_format}" if made.row_format else row.source.container,
-        "roles": roles,
-        "mask_rule": encoder.mask_rule,
-        "tokens": made.num_tokens,
-        "supervised": made.num_supervised,
-        "anchors": made.num_anchors,
-        "block_size": config.block_size,
-        "truncated_supervised": made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
-        "left_out": made.reason or None,
-        "detail": made.detail or None,
-        "runs": marked_runs(texts, batch.mask, config.block_size) if texts else [],
-    }
+    return RowView(
+        row=number,
+        source=row.source.name,
+        line=row.line,
+        format=f"{row.source.container}, {made.row_format}" if made.row_format else row.source.container,
+        roles=roles,
+        mask_rule=encoder.mask_rule,
+        tokens=made.num_tokens,
+        supervised=made.num_supervised,
+        anchors=made.num_anchors,
+        block_size=config.block_size,
+        truncated_supervised=made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
+        left_out=made.reason or None,
+        detail=made.detail or None,
+        runs=text_runs(texts, batch.mask, config.block_size) if texts else [],
+    )
 
 
-def print_row(view: dict[str, Any]) -> None:
+def print_row(view: RowView) -> None:
     """Print a row for a person, marked as a cache's sample is."""
     console = open_console()
     coloured = has_colour(console)
     rows = [
-        ("Row", f"{view['row']} ({view['source']}:{view['line']}), {view['format']}"),
-        ("Roles", ", ".join(view["roles"]) or "none"),
-        ("Mask", f"{view['mask_rule']}; {legend(view['block_size'], coloured=coloured)}"),
-        ("Tokens", f"{view['tokens']:,}; supervised {view['supervised']:,}"),
-        ("Anchors", f"{view['anchors']:,} for blocks of {view['block_size']}"),
+        ("Row", f"{view.row} ({view.source}:{view.line}), {view.format}"),
+        ("Roles", ", ".join(view.roles) or "none"),
+        ("Mask", f"{view.mask_rule}; {legend(view.block_size, coloured=coloured)}"),
+        ("Tokens", f"{view.tokens:,}; supervised {view.supervised:,}"),
+        ("Anchors", f"{view.anchors:,} for blocks of {view.block_size}"),
     ]
-    if view["truncated_supervised"] is not None:
-        rows.append(("", f"cut at the maximum length, by {view['truncated_supervised']:,} supervised tokens"))
-    if view["left_out"]:
-        rows.append(("LEFT OUT", f"{view['left_out']}: {view['detail']}"))
+    if view.truncated_supervised is not None:
+        rows.append(("", f"cut at the maximum length, by {view.truncated_supervised:,} supervised tokens"))
+    if view.left_out:
+        rows.append(("LEFT OUT", f"{view.left_out}: {view.detail}"))
     console.print(facts(rows))
-    if view["runs"]:
+    if view.runs:
         console.print()
-        console.print(marked_text(view["runs"], coloured=coloured), soft_wrap=True)
+        console.print(marked_text(view.runs, coloured=coloured), soft_wrap=True)

@@ -5,11 +5,13 @@ import json
 import math
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dflash_offline.pipeline.inspect.run_warnings import run_faults
+from dflash_offline.pipeline.inspect.run_view import Comparison, Rows, RunCache, RunView
+from dflash_offline.pipeline.inspect.run_warnings import run_warnings
 from dflash_offline.schemas.draft.weights import expected_shapes
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import read_sealed
@@ -25,11 +27,8 @@ def is_run(folder: Path) -> bool:
     return (folder / RUN).is_file()
 
 
-def run_view(run: Path) -> dict[str, Any]:
-    """Return a run's state, settings, rows of metrics and what looks wrong; `DflashError` if it is no run.
-
-    `training` and `validation` are all rows of metrics.jsonl, oldest first; a number that is not finite is None.
-    """
+def read_run(run: Path) -> RunView:
+    """Return what a run's folder says; `DflashError` if the folder is no run."""
     record = RunRecord.read(run)
     rows, unreadable = _read_rows(run / METRICS)
     training = [row for row in rows if "loss" in row]
@@ -37,41 +36,39 @@ def run_view(run: Path) -> dict[str, Any]:
     saved = _checkpoints(run)
     newest = saved[max(saved)] if saved else {}
     settings, draft = record.identity["settings"], record.identity["draft"]
-    step = max([*saved, *(row["step"] for row in rows)], default=0)
-    total = record.origin.get("total_steps") or settings.get("steps")
-    view: dict[str, Any] = {
-        "run": str(run),
-        "target": record.origin["target"],
-        "step": step,
-        "total_steps": total,
-        "epochs": settings.get("epochs"),
-        "patience": _free_settings(run).get("patience"),
-        "tokens_at_checkpoint": newest.get("tokens"),
-        "checkpoints": sorted(saved),
-        "best_step": newest.get("best_step") or None,
-        "best_serving_walk": newest.get("best_walk") if newest.get("best_step") else None,
-        "last_training": training[-1] if training else None,
-        "last_validation": validation[-1] if validation else None,
-        "written_s_ago": _age_s(run / METRICS),
-        "parameters": sum(math.prod(shape) for shape in expected_shapes(SimpleNamespace(**draft)).values()),
-        "draft": draft,
-        "settings": settings,
-        "init_from": record.identity.get("init_from"),
-        "caches": _caches(record),
-        "evaluation": _evaluation(run / EVALUATION),
-        "software": record.origin["software"],
-        "unreadable_rows": unreadable,
-        "training": training,
-        "validation": validation,
-    }
-    view["state"] = _state(view)
-    view["faults"] = run_faults(view)
-    return view
+    view = RunView(
+        run=str(run),
+        target=record.origin["target"],
+        step=max([*saved, *(row["step"] for row in rows)], default=0),
+        total_steps=record.origin.get("total_steps") or settings.get("steps"),
+        epochs=settings.get("epochs"),
+        patience=_free_settings(run).get("patience"),
+        tokens_at_checkpoint=newest.get("tokens"),
+        checkpoints=sorted(saved),
+        best_step=newest.get("best_step") or None,
+        best_serving_walk=newest.get("best_walk") if newest.get("best_step") else None,
+        last_training=training[-1] if training else None,
+        last_validation=validation[-1] if validation else None,
+        written_s_ago=_age_s(run / METRICS),
+        parameters=sum(math.prod(shape) for shape in expected_shapes(SimpleNamespace(**draft)).values()),
+        draft=draft,
+        settings=settings,
+        init_from=record.identity.get("init_from"),
+        caches=_caches(record),
+        evaluation=_evaluation(run / EVALUATION),
+        software=record.origin["software"],
+        unreadable_rows=unreadable,
+        training=training,
+        validation=validation,
+        state="",
+    )
+    return replace(view, state=_state(view), warnings=run_warnings(view))
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows and how many lines are none; the last line of a killed run may be cut off."""
-    rows, unreadable = [], 0
+def _read_rows(path: Path) -> tuple[Rows, int]:
+    """Return the rows, and how many lines are not one; the last line of a killed run may be cut off."""
+    rows: Rows = []
+    unreadable = 0
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         try:
@@ -84,7 +81,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -106,59 +103,64 @@ def _age_s(path: Path) -> float | None:
     return max(0.0, time.time() - path.stat().st_mtime) if path.is_file() else None
 
 
-def _caches(record: RunRecord) -> list[dict[str, Any]]:
+def _caches(record: RunRecord) -> list[RunCache]:
     """Return where the run's caches lay, and whether what lies there now is still them."""
-    found = []
-    for name, checksum in zip(record.origin["caches"], record.identity["caches"], strict=True):
-        cache: dict[str, Any] = {"path": name, "manifest": checksum, "fault": None}
-        try:
-            if Manifest.read(Path(name)).checksum != checksum:
-                cache["fault"] = "another cache lies there now"
-        except CacheError as error:
-            cache["fault"] = "is not there any more" if not Path(name).exists() else str(error)
-        found.append(cache)
-    return found
+    pairs = zip(record.origin["caches"], record.identity["caches"], strict=True)
+    return [RunCache(path, checksum, _cache_fault(Path(path), checksum)) for path, checksum in pairs]
+
+
+def _cache_fault(cache: Path, checksum: str) -> str | None:
+    try:
+        return "another cache lies there now" if Manifest.read(cache).checksum != checksum else None
+    except CacheError as error:
+        return str(error) if cache.exists() else "is not there any more"
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:
-    """Return the figures of `dflash eval --save`, if there are any and they can be read."""
+    """Return the result of `dflash eval --save` if there is one; `DflashError` if the file is something else."""
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        found["acceptance"]["pooled"], found["block_size"], found["drafted_by_slot"], found["accepted_by_slot"]
+        result: dict[str, Any] = json.loads(path.read_text())
+        result["acceptance"]["pooled"], result["block_size"], result["drafted_by_slot"], result["accepted_by_slot"]
     except (ValueError, KeyError, TypeError) as error:
         raise DflashError(
             f"{path} is no result of `dflash eval --save` ({error!r}). Write it again, or move it away."
         ) from error
-    return found
+    return result
 
 
-def _state(view: dict[str, Any]) -> str:
-    if view["total_steps"] and view["step"] >= view["total_steps"]:
+def _state(view: RunView) -> str:
+    if view.total_steps and view.step >= view.total_steps:
         return "finished"
-    patience, best = view["patience"], view["best_step"]
-    if patience and best and view["step"] - best >= patience * view["settings"]["val_every"]:
+    patience, best = view.patience, view.best_step
+    if patience and best and view.step - best >= patience * view.settings["val_every"]:
         return "stopped early"
-    return "not finished" if view["step"] else "no step done"
+    return "not finished" if view.step else "no step done"
 
 
-def differing_settings(views: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return each setting, draft number and cache in which the runs differ, with every run's value."""
+def settings_table(documents: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return each setting of nested documents with every document's value, None where it has none."""
+    flat = [flatten(document) for document in documents]
+    names = {name: None for document in flat for name in document}
+    return {name: [document.get(name) for document in flat] for name in names}
+
+
+def compare(views: list[RunView]) -> Comparison:
+    """Return the runs with the settings, draft numbers and caches in which they differ."""
     documents = [
-        flatten({**view["settings"], "draft": view["draft"], "init_from": view["init_from"]})
-        | {"target": view["target"], "caches": [cache["manifest"][:12] for cache in view["caches"]]}
+        {**view.settings, "draft": view.draft, "init_from": view.init_from}
+        | {"target": view.target, "caches": [cache.manifest[:12] for cache in view.caches]}
         for view in views
     ]
-    names = {name: None for document in documents for name in document}
-    table = {name: [document.get(name) for document in documents] for name in names}
-    return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
+    table = settings_table(documents)
+    return Comparison(views, {name: row for name, row in table.items() if any(value != row[0] for value in row)})
 
 
-def bucket_means(rows: list[dict[str, Any]], name: str, most: int) -> tuple[list[float], list[float]]:
-    """Return steps and values of one figure: every row's, or the means of `most` runs of rows where there are more.
+def bucket_means(rows: Rows, name: str, most: int) -> tuple[list[float], list[float]]:
+    """Return steps and values of one metric: every row's, or the means of `most` runs of rows where there are more.
 
-    Rows without the figure are left out.
+    Rows without the metric are left out.
     """
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     buckets = min(most, len(pairs))
@@ -168,8 +170,3 @@ def bucket_means(rows: list[dict[str, Any]], name: str, most: int) -> tuple[list
         [math.fsum(step for step, _ in part) / len(part) for part in parts],
         [math.fsum(value for _, value in part) / len(part) for part in parts],
     )
-
-
-def compared(views: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return several runs and in what they differ, as one document."""
-    return {"runs": views, "differing_settings": differing_settings(views)}

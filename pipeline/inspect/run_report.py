@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from dflash_offline.pipeline.inspect.run import bucket_means, differing_settings
+from dflash_offline.pipeline.inspect.run import bucket_means, compare
+from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.terminal import open_console, safe, sparkline
 from dflash_offline.schemas.errors import dflash_line
 
@@ -23,7 +24,7 @@ CURVES = (
     ("training", "data_wait_share", "waiting for data, share"),
     ("training", "peak_memory_gib", "peak memory, GiB"),
 )
-"""Which rows, which figure of them, and what it is."""
+"""Which rows, which metric of them, and what it is."""
 SHOWN_SETTINGS = (
     "loss gamma optimizer learning_rate warmup_ratio weight_decay clip ema packing batch_tokens batch_size num_anchors "
     "accumulation_times_ranks dtype seed val_samples val_every weights"
@@ -35,7 +36,7 @@ def curve(values: Sequence[float], low: float, high: float) -> str:
     return sparkline([(value - low) / (high - low) if high > low else 0.5 for value in values])
 
 
-def print_run(view: dict[str, Any]) -> None:
+def print_run(view: RunView) -> None:
     """Print one run for a person."""
     width = open_console().width
     for name, text in _lines(view):
@@ -44,72 +45,69 @@ def print_run(view: dict[str, Any]) -> None:
         for first, line in zip([name, *[""] * len(wrapped)], wrapped, strict=False):
             print(f"{first:<12}{line}")
     columns = max(width - _BESIDE_CURVE, 8)
-    if view["training"] or view["validation"]:
+    rows = {"training": view.training, "validation": view.validation}
+    if view.training or view.validation:
         print(f"\n{'Curves, by step':<{columns + 36}} {'first':>7} {'last':>7}")
-    for rows, name, label in CURVES:
-        _, values = bucket_means(view[rows], name, columns)
-        if values:
-            first, last = (next(_values(view[rows], name, back)) for back in (False, True))
-            signs = curve(values, min(values), max(values))
-            print(f"{label:<35} {signs:<{columns}} {number(first):>7} {number(last):>7}")
-    if view["last_validation"]:
-        print(f"\nAccuracy by slot, held-out, step {view['last_validation']['step']:,}")
-        for slot, share in enumerate(view["last_validation"]["val_accuracy_by_slot"], start=1):
+    for kind, name, label in CURVES:
+        _, means = bucket_means(rows[kind], name, columns)
+        if means:
+            values = [row[name] for row in rows[kind] if row.get(name) is not None]
+            signs = curve(means, min(means), max(means))
+            print(f"{label:<35} {signs:<{columns}} {number(values[0]):>7} {number(values[-1]):>7}")
+    if view.last_validation:
+        print(f"\nAccuracy by slot, held-out, step {view.last_validation['step']:,}")
+        for slot, share in enumerate(view.last_validation["val_accuracy_by_slot"], start=1):
             print(f"  {slot:>3}  {share or 0:>6.1%}  {'#' * round(50 * (share or 0))}".rstrip())
-    print(f"\nNext: {dflash_line('inspect', view['run'], '--html', 'run.html')}")
+    print(f"\nNext: {dflash_line('inspect', view.run, '--html', 'run.html')}")
 
 
-def _values(rows: list[dict[str, Any]], name: str, back: bool) -> Any:
-    return (row[name] for row in (reversed(rows) if back else rows) if row.get(name) is not None)
-
-
-def _lines(view: dict[str, Any]) -> list[tuple[str, str]]:
-    draft, steps = view["draft"], ", ".join(f"{step:,}" for step in view["checkpoints"]) or "none yet"
+def _lines(view: RunView) -> list[tuple[str, str]]:
+    draft, steps = view.draft, ", ".join(f"{step:,}" for step in view.checkpoints) or "none yet"
     lines = [
-        ("Run", view["run"]),
+        ("Run", view.run),
         ("State", progress_text(view)),
         ("Best", best_text(view)),
-        *(("Looks wrong", fault) for fault in view["faults"]),
-        ("Checkpoints", f"steps {steps}" if view["checkpoints"] else steps),
-        ("Target", view["target"]),
+        *(("Looks wrong", line) for line in view.warnings),
+        ("Checkpoints", f"steps {steps}" if view.checkpoints else steps),
+        ("Target", view.target),
         (
             "Draft",
-            f"{view['parameters']:,} parameters: {draft['num_hidden_layers']} layers, blocks of {draft['block_size']}, "
+            f"{view.parameters:,} parameters: {draft['num_hidden_layers']} layers, blocks of {draft['block_size']}, "
             f"target layers {', '.join(map(str, draft['target_layer_ids']))}",
         ),
-        ("Settings", settings_text(view["settings"])),
+        ("Settings", settings_text(view.settings)),
     ]
-    lines += [("Cache", f"{cache['path']} ({cache['manifest'][:12]})") for cache in view["caches"]]
-    if view["evaluation"]:
-        lines.append(("Evaluation", evaluation_text(view["evaluation"])))
+    lines += [("Cache", f"{cache.path} ({cache.manifest[:12]})") for cache in view.caches]
+    if view.evaluation:
+        lines.append(("Evaluation", evaluation_text(view.evaluation)))
     return lines
 
 
-def progress_text(view: dict[str, Any]) -> str:
+def progress_text(view: RunView) -> str:
     """Return how far a run is."""
-    if view["total_steps"]:
-        text = f"{view['state']}: step {view['step']:,} of {view['total_steps']:,}"
+    if view.total_steps:
+        text = f"{view.state}: step {view.step:,} of {view.total_steps:,}"
     else:
-        text = f"step {view['step']:,} of {view['epochs']:g} epochs"
-    age = view["written_s_ago"]
+        text = f"step {view.step:,} of {view.epochs:g} epochs"
+    age = view.written_s_ago
     return text if age is None else f"{text}; metrics written {readable_seconds(age)} ago"
 
 
-def best_text(view: dict[str, Any]) -> str:
+def best_text(view: RunView) -> str:
     """Return the checkpoint that would be exported, and why."""
-    if view["best_step"] is None:
+    if view.best_step is None:
         return "none measured yet; the last checkpoint would be exported"
     return (
-        f"step {view['best_step']:,}: acceptance length {view['best_serving_walk']:.2f} in the serving walk over "
-        f"held-out samples, of at most {view['draft']['block_size']}"
+        f"step {view.best_step:,}: acceptance length {view.best_serving_walk:.2f} in the serving walk over "
+        f"held-out samples, of at most {view.draft['block_size']}"
     )
 
 
-def evaluation_text(found: dict[str, Any]) -> str:
-    """Return the figures of a saved evaluation in a line."""
-    pooled, kind = found["acceptance"]["pooled"], "serving walk" if found["offline"] else "live decoding"
-    text = f"acceptance length {number(pooled)} (pooled, {kind}, {found['acceptance']['prompts']} prompts)"
-    return text + (f"; {found['speedup']:.2f} times as fast" if found.get("speedup") else "")
+def evaluation_text(result: dict[str, Any]) -> str:
+    """Return what a saved evaluation measured, in a line."""
+    pooled, kind = result["acceptance"]["pooled"], "serving walk" if result["offline"] else "live decoding"
+    text = f"acceptance length {number(pooled)} (pooled, {kind}, {result['acceptance']['prompts']} prompts)"
+    return text + (f"; {result['speedup']:.2f} times as fast" if result.get("speedup") else "")
 
 
 def settings_text(settings: dict[str, Any]) -> str:
@@ -141,24 +139,24 @@ def number(value: float | None) -> str:
     return f"{value:.1e}" if abs(value) < 0.01 or abs(value) >= 1e6 else f"{value:,.0f}"
 
 
-def print_runs(views: list[dict[str, Any]]) -> None:
+def print_runs(views: list[RunView]) -> None:
     """Print several runs side by side: how far, how good, in what they differ, and each one's serving walk."""
     print(f"    {'step':>8} {'state':<14} {'best walk':>9} {'held-out loss':>13} {'tokens/s':>9}  run")
     for place, view in enumerate(views, start=1):
-        row, last = view["last_validation"] or {}, view["last_training"] or {}
+        row, last = view.last_validation or {}, view.last_training or {}
         print(
-            f"{place:>2}  {view['step']:>8,} {view['state']:<14} {number(view['best_serving_walk']):>9} "
-            f"{number(row.get('val_loss')):>13} {number(last.get('tokens_per_s')):>9}  {view['run']}"
+            f"{place:>2}  {view.step:>8,} {view.state:<14} {number(view.best_serving_walk):>9} "
+            f"{number(row.get('val_loss')):>13} {number(last.get('tokens_per_s')):>9}  {view.run}"
         )
     width = open_console().width
     for place, view in enumerate(views, start=1):
-        for fault in view["faults"]:
-            lines = textwrap.wrap(f"run {place} looks wrong: {fault}", width, subsequent_indent="    ")
+        for line in view.warnings:
+            lines = textwrap.wrap(f"run {place} looks wrong: {line}", width, subsequent_indent="    ")
             print("\n".join(lines))
     print("\nServing walk on held-out samples, by step, all on one scale")
     _print_walks(views)
     print("\nSettings that differ")
-    table = differing_settings(views)
+    table = compare(views).differing_settings
     for name, values in table.items():
         print(f"  {name}")
         for place, value in enumerate(values, start=1):
@@ -167,14 +165,14 @@ def print_runs(views: list[dict[str, Any]]) -> None:
         print("  none")
 
 
-def _print_walks(views: list[dict[str, Any]]) -> None:
+def _print_walks(views: list[RunView]) -> None:
     columns = max(open_console().width - 20, 8)
-    curves = [bucket_means(view["validation"], "val_serving_walk", columns)[1] for view in views]
-    found = [value for values in curves for value in values]
-    if not found:
+    curves = [bucket_means(view.validation, "val_serving_walk", columns)[1] for view in views]
+    everything = [value for values in curves for value in values]
+    if not everything:
         print("  none measured yet")
         return
     for place, values in enumerate(curves, start=1):
-        signs = curve(values, min(found), max(found))
+        signs = curve(values, min(everything), max(everything))
         ends = (values[0], values[-1]) if values else (None, None)
         print(f"{place:>2}  {signs:<{columns}} {number(ends[0]):>7} {number(ends[1]):>7}")

@@ -1,8 +1,8 @@
-"""What looks wrong in a run's figures: rules of thumb, each with what to do about it."""
+"""What looks wrong in a run: rules of thumb, each with what to do about it."""
 
 import statistics
-from collections.abc import Callable
-from typing import Any
+
+from dflash_offline.pipeline.inspect.run_view import Rows, RunView
 
 MIN_ROWS = 10
 """Rows of metrics before trends are judged."""
@@ -18,40 +18,33 @@ HOPELESS_WALK = 1.1
 """Serving walk in tokens a round, halfway or later, that hardly differs from decoding without a draft."""
 
 
-def run_faults(view: dict[str, Any]) -> list[str]:
+def run_warnings(view: RunView) -> list[str]:
     """Return one line for each thing that looks wrong, the gravest first; none for a run that looks sound."""
-    rules: tuple[Callable[[dict[str, Any]], list[str]], ...] = (
-        _files,
-        _not_finite,
-        _training_loss,
-        _gradients,
-        _validation,
-        _waiting,
-    )
+    rules = (_files, _not_finite, _training_loss, _gradients, _validation, _waiting)
     return [line for rule in rules for line in rule(view)]
 
 
-def _files(view: dict[str, Any]) -> list[str]:
-    lines = [f"cache {cache['path']}: {cache['fault']}." for cache in view["caches"] if cache["fault"]]
-    if view["unreadable_rows"]:
-        lines.append(f"{view['unreadable_rows']} lines of metrics.jsonl cannot be read and are left out.")
-    if view["step"] and not view["checkpoints"]:
+def _files(view: RunView) -> list[str]:
+    lines = [f"cache {cache.path}: {cache.fault}." for cache in view.caches if cache.fault]
+    if view.unreadable_rows:
+        lines.append(f"{view.unreadable_rows} lines of metrics.jsonl cannot be read and are left out.")
+    if view.step and not view.checkpoints:
         lines.append("no checkpoint is saved: an interruption loses every step. Lower --save-every.")
     return lines
 
 
-def _not_finite(view: dict[str, Any]) -> list[str]:
-    rows = view["training"] + view["validation"]
+def _not_finite(view: RunView) -> list[str]:
+    rows = view.training + view.validation
     steps = [row["step"] for row in rows if any(value is None for value in row.values())]
     return [f"a figure is not finite from step {min(steps)} on. Lower --learning-rate."] if steps else []
 
 
-def _numbers(rows: list[dict[str, Any]], name: str) -> list[float]:
+def _numbers(rows: Rows, name: str) -> list[float]:
     return [row[name] for row in rows if row.get(name) is not None]
 
 
-def _training_loss(view: dict[str, Any]) -> list[str]:
-    losses = _numbers(view["training"], "loss")
+def _training_loss(view: RunView) -> list[str]:
+    losses = _numbers(view.training, "loss")
     if len(losses) < MIN_ROWS:
         return []
     size = max(3, len(losses) // 10)
@@ -62,8 +55,8 @@ def _training_loss(view: dict[str, Any]) -> list[str]:
     return []
 
 
-def _gradients(view: dict[str, Any]) -> list[str]:
-    norms = _numbers(view["training"], "grad_norm")
+def _gradients(view: RunView) -> list[str]:
+    norms = _numbers(view.training, "grad_norm")
     if len(norms) < 2 * MIN_ROWS:
         return []
     fifth = len(norms) // 5
@@ -73,10 +66,10 @@ def _gradients(view: dict[str, Any]) -> list[str]:
     return []
 
 
-def _validation(view: dict[str, Any]) -> list[str]:
-    rows, lines = view["validation"], []
+def _validation(view: RunView) -> list[str]:
+    rows, lines = view.validation, []
     if not rows:
-        never = view["settings"]["val_samples"] == 0 or view["step"] > view["settings"]["val_every"]
+        never = view.settings["val_samples"] == 0 or view.step > view.settings["val_every"]
         return ["no validation: no sample is held out, so best is just last. Raise --val-samples."] if never else []
     walks, losses = _numbers(rows, "val_serving_walk"), _numbers(rows, "val_loss")
     since = len(walks) - 1 - max(range(len(walks)), key=walks.__getitem__) if walks else 0
@@ -90,7 +83,7 @@ def _validation(view: dict[str, Any]) -> list[str]:
             f"held-out loss has risen to {losses[-1]:.3f} from {min(losses):.3f}: the draft learns its training "
             f"samples by heart. More data, or fewer --epochs."
         )
-    total = view["total_steps"]
+    total = view.total_steps
     if total and walks and rows[-1]["step"] >= total / 2 and max(walks) < HOPELESS_WALK:
         lines.append(
             f"the serving walk is {max(walks):.2f} tokens a round, hardly better than no draft. Check the cache "
@@ -99,8 +92,8 @@ def _validation(view: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _waiting(view: dict[str, Any]) -> list[str]:
-    shares = _numbers(view["training"], "data_wait_share")[-MIN_ROWS:]
+def _waiting(view: RunView) -> list[str]:
+    shares = _numbers(view.training, "data_wait_share")[-MIN_ROWS:]
     if len(shares) == MIN_ROWS and statistics.median(shares) > WAIT_SHARE:
         return [
             f"steps wait for data {statistics.median(shares):.0%} of the time. Raise --loader-threads, or put the "

@@ -3,9 +3,9 @@
 Axes: T tokens, L captured layers.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from dflash_offline.pipeline.inspect.feature_statistics import token_norms
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import read_finished
@@ -20,48 +21,80 @@ from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.stages.store.cache import Cache
 
-MARKS = {"anchor": ("[[", "]]", "green"), "tail": ("((", "))", "yellow"), "": ("", "", "")}
+BRACKETS = {"anchor": ("[[", "]]", "green"), "tail": ("((", "))", "yellow"), "": ("", "", "")}
 """Around a run of tokens where there is no colour, and its colour: supervised and able to anchor a block, supervised
 with less than a block left, and not supervised."""
 
 
-def sample_view(cache: Path, sample: int) -> dict[str, Any]:
-    """Return one sample: its place, its numbers, its text in runs and token by token, and its norms if it has features.
+@dataclass(frozen=True)
+class TextRun:
+    """The text of successive tokens that are all supervised or all not, and all can anchor a block or none."""
 
-    `norms` holds for each captured layer the root mean square over channels of every token, [L][T]; None, with the
-    reason in `no_features`, if they cannot be read.
-    """
-    opened = Cache.open(cache, hashed=False)
-    manifest, samples = opened.manifest, opened.samples
+    supervised: bool
+    anchor: bool
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleView:
+    """One sample: its place, its numbers, its text in runs and token by token, and its norms if it has features."""
+
+    cache: str
+    sample: int
+    source: str
+    row: int
+    tokens: int
+    supervised: int
+    anchors: int
+    block_size: int
+    shard: int
+    start: int
+    next_start: int
+    """First slot of the next sample, or of the next shard."""
+    runs: list[TextRun]
+    token_ids: list[int]
+    token_texts: list[str]
+    loss_mask: list[int]
+    layer_ids: list[int]
+    norms: list[list[float]] | None
+    """[L][T]: root mean square over channels; None if the features cannot be read."""
+    no_features: str
+    """Why; empty if there are norms."""
+
+
+def sample_view(cache: Cache, sample: int) -> SampleView:
+    """Return one sample; `DflashError` if the cache has no such sample."""
+    samples = cache.samples
     if not 0 <= sample < len(samples):
-        raise DflashError(f"{cache} has samples 0 to {len(samples) - 1}; {sample} is not one of them.")
-    tokenizer = open_tokenizer(cache)
+        raise DflashError(f"{cache.path} has samples 0 to {len(samples) - 1}; {sample} is not one of them.")
+    tokenizer = open_tokenizer(cache.path)
     ids, mask = samples.input_ids(sample), samples.loss_mask(sample)
     texts = token_texts(ids.tolist(), lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
     shard = int(samples.shard[sample])
-    block_size = manifest.plan["block_size"]
-    norms, reason = _norms(opened, sample)
+    block_size = cache.manifest.plan["block_size"]
+    norms, reason = _norms(cache, sample)
     ends_shard = sample == samples.samples_of_shard(shard)[-1]
-    return {
-        "cache": str(cache),
-        "sample": sample,
-        "source": samples.source(sample),
-        "row": int(samples.row[sample]),
-        "tokens": len(ids),
-        "supervised": int(mask.sum()),
-        "anchors": int(samples.num_anchors[sample]),
-        "block_size": block_size,
-        "shard": shard,
-        "start": int(samples.start[sample]),
-        "next_start": (shard + 1) * manifest.layout.shard_tokens if ends_shard else int(samples.start[sample + 1]),
-        "runs": marked_runs(texts, mask, block_size),
-        "token_ids": ids.tolist(),
-        "token_texts": texts,
-        "loss_mask": mask.astype(int).tolist(),
-        "layer_ids": manifest.identity["layer_ids"],
-        "norms": norms,
-        "no_features": reason,
-    }
+    return SampleView(
+        cache=str(cache.path),
+        sample=sample,
+        source=samples.source(sample),
+        row=int(samples.row[sample]),
+        tokens=len(ids),
+        supervised=int(mask.sum()),
+        anchors=int(samples.num_anchors[sample]),
+        block_size=block_size,
+        shard=shard,
+        start=int(samples.start[sample]),
+        next_start=(shard + 1) * cache.layout.shard_tokens if ends_shard else int(samples.start[sample + 1]),
+        runs=text_runs(texts, mask, block_size),
+        token_ids=ids.tolist(),
+        token_texts=texts,
+        loss_mask=mask.astype(int).tolist(),
+        layer_ids=list(cache.layer_ids),
+        norms=norms,
+        no_features=reason,
+    )
 
 
 def open_tokenizer(cache: Path) -> Tokenizer:
@@ -79,92 +112,85 @@ def _norms(cache: Cache, sample: int) -> tuple[list[list[float]] | None, str]:
         commit = read_finished(cache.path, shard, cache.manifest.checksum)
         if commit is None:
             return None, f"shard {shard} is not extracted"
-        left_out = {one.sample: one.reason for one in commit.skipped}
+        left_out = {skipped.sample: skipped.reason for skipped in commit.skipped}
         if sample in left_out:
             return None, f"left out: {left_out[sample]}"
         values = cache.values(sample)
     except CacheError as error:
         return None, str(error)
-    rms = np.sqrt(np.square(values, dtype=np.float64).mean(axis=2)).T
-    return np.nan_to_num(rms, posinf=0.0).round(5).tolist(), ""
+    return np.nan_to_num(token_norms(values).T, posinf=0.0).round(5).tolist(), ""
 
 
-def marked_runs(texts: list[str], mask: NDArray[np.bool_], block_size: int) -> list[dict[str, Any]]:
-    """Return the text of each run of tokens that are all supervised or all not, and all can anchor a block or none."""
+def text_runs(texts: list[str], mask: NDArray[np.bool_], block_size: int) -> list[TextRun]:
+    """Return the text of a sample's tokens in runs, each as long as it can be."""
     anchors = mask.copy()
     anchors[max(len(texts) - block_size + 1, 0) :] = False
     kind = mask.astype(np.int8) + anchors
     edges = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), len(texts)]
     return [
-        {
-            "supervised": bool(mask[begin]),
-            "anchor": bool(anchors[begin]),
-            "tokens": end - begin,
-            "text": "".join(texts[begin:end]),
-        }
+        TextRun(bool(mask[begin]), bool(anchors[begin]), end - begin, "".join(texts[begin:end]))
         for begin, end in pairwise(edges)
     ]
 
 
-def marked_text(runs: list[dict[str, Any]], *, coloured: bool) -> Text:
-    """Return runs as one text, each marked by colour, or else by brackets."""
+def marked_text(runs: list[TextRun], *, coloured: bool) -> Text:
+    """Return runs as one text, what is supervised marked by colour, or else by brackets."""
     text = Text()
     for run in runs:
-        opening, closing, colour = MARKS["anchor" if run["anchor"] else "tail" if run["supervised"] else ""]
+        opening, closing, colour = BRACKETS["anchor" if run.anchor else "tail" if run.supervised else ""]
         if coloured:
-            text.append(safe(run["text"]), colour)
+            text.append(safe(run.text), colour)
         else:
-            text.append(f"{opening}{safe(run['text'])}{closing}")
+            text.append(f"{opening}{safe(run.text)}{closing}")
     return text
 
 
 def legend(block_size: int, *, coloured: bool) -> str:
-    """Return what the marks in a text mean."""
+    """Return what the colours or brackets in a text mean."""
     anchor, tail = ("green", "yellow") if coloured else ("in [[ ]]", "in (( ))")
     return (
         f"supervised is {anchor}; {tail} where fewer than {block_size - 1} tokens follow, so that no block starts there"
     )
 
 
-def print_sample(view: dict[str, Any]) -> None:
+def print_sample(view: SampleView) -> None:
     """Print a sample: where it lies, its text with mask and anchors, its norms."""
     console = open_console()
     coloured = has_colour(console)
-    end = view["start"] + view["tokens"]
-    share = view["supervised"] / view["tokens"]
-    numbers = f"{view['tokens']:,}; supervised {view['supervised']:,} ({share:.0%}); {view['anchors']:,} anchors"
-    slots = f"slots {view['start']:,} to {end - 1:,}, then {view['next_start'] - end:,} of padding"
+    end, share = view.start + view.tokens, view.supervised / view.tokens
+    numbers = f"{view.tokens:,}; supervised {view.supervised:,} ({share:.0%}); {view.anchors:,} anchors"
+    slots = f"slots {view.start:,} to {end - 1:,}, then {view.next_start - end:,} of padding"
     rows = [
-        ("Sample", f"{view['sample']}, from {view['source']}:{view['row']}"),
-        ("Tokens", f"{numbers} for blocks of {view['block_size']}"),
-        ("Place", f"shard {view['shard']}, {slots}"),
-        ("Marks", legend(view["block_size"], coloured=coloured)),
+        ("Sample", f"{view.sample}, from {view.source}:{view.row}"),
+        ("Tokens", f"{numbers} for blocks of {view.block_size}"),
+        ("Place", f"shard {view.shard}, {slots}"),
+        ("Legend", legend(view.block_size, coloured=coloured)),
     ]
     console.print(facts(rows))
     _rule(console, "document begins")
-    console.print(marked_text(view["runs"], coloured=coloured), soft_wrap=True)
+    console.print(marked_text(view.runs, coloured=coloured), soft_wrap=True)
     _rule(console, "document ends")
-    if view["norms"] is None:
-        console.print(f"No norms: {view['no_features']}", soft_wrap=True)
+    if view.norms is None:
+        console.print(f"No norms: {view.no_features}", soft_wrap=True)
     else:
-        _print_norms(console, view)
-    console.print(f"Next: {dflash_line('inspect', view['cache'], '--shard', view['shard'])}", soft_wrap=True)
+        _print_norms(console, view, view.norms)
+    console.print(f"Next: {dflash_line('inspect', view.cache, '--shard', view.shard)}", soft_wrap=True)
 
 
 def _rule(console: Console, title: str) -> None:
     console.print(f"---- {title} ".ljust(min(console.width, 80), "-"))
 
 
-def _print_norms(console: Console, view: dict[str, Any]) -> None:
+def _print_norms(console: Console, view: SampleView, layers: list[list[float]]) -> None:
     """Print a line a layer, each sign the largest norm of some tokens, between the layer's least and most."""
-    width = max(min(console.width - 34, view["tokens"]), 8)
-    edges = np.unique(np.linspace(0, view["tokens"], width + 1).astype(int))[:-1]
-    each = -(-view["tokens"] // width)
+    width = max(min(console.width - 34, view.tokens), 8)
+    edges = np.unique(np.linspace(0, view.tokens, width + 1).astype(int))[:-1]
+    each = -(-view.tokens // width)
     shown = "a sign a token" if each == 1 else f"a sign for up to {each} tokens, their largest"
     console.print(f"Norms along the tokens (root mean square over channels), {shown}, log scale of each layer")
-    mask = np.maximum.reduceat(np.array(view["loss_mask"]), edges)
-    console.print(f"{'mask':<10} {''.join('=' if one else '.' for one in mask)}")
-    for layer_id, values in zip(view["layer_ids"], view["norms"], strict=True):
+    mask = np.maximum.reduceat(np.array(view.loss_mask), edges).tolist()
+    console.print(f"{'mask':<10} {''.join('=' if supervised else '.' for supervised in mask)}")
+    for layer_id, values in zip(view.layer_ids, layers, strict=True):
         norms = np.maximum.reduceat(np.array(values), edges)
         least, most = float(norms.min()), float(norms.max())
         floor = max(least, most * 1e-9, 1e-30)

@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.pipeline.inspect.feature_statistics import bytes_by_layer, feature_figures, feature_marks
-from dflash_offline.pipeline.inspect.overview import overview_of
+from dflash_offline.pipeline.inspect.feature_statistics import (
+    BytesByLayer,
+    FeatureStatistics,
+    bytes_by_layer,
+    feature_statistics,
+    token_norms,
+)
+from dflash_offline.pipeline.inspect.overview import Overview, PlanStatistics, overview
 from dflash_offline.pipeline.inspect.sample import open_tokenizer
+from dflash_offline.pipeline.inspect.shard_statistics import ShardRun
+from dflash_offline.pipeline.inspect.warnings import feature_warnings
 from dflash_offline.pipeline.pages.cache_plots import cache_plots
 from dflash_offline.pipeline.pages.page import page_bytes, write_page
 from dflash_offline.pipeline.pages.plots import draw, require_matplotlib
-from dflash_offline.pipeline.token_text import token_texts, visible
+from dflash_offline.pipeline.token_text import Decode, token_texts, visible
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.store.cache import Cache
@@ -25,7 +33,7 @@ NUM_ROWS = 100_000
 NUM_SHOWN = 24
 """Samples shown token by token."""
 NUM_MEASURED = 8
-"""Samples whose features give the figures of layers."""
+"""Samples whose features are read for the plots and tables of layers."""
 TOKENS_SHOWN = 2048
 """Of one sample, from its first."""
 MOST_BYTES = 5 << 20
@@ -36,44 +44,42 @@ _GRAVEST = ("damaged", "half-finished", "unknown", "being written", "left", "don
 """States of shards: a cell that stands for several shows the first of these among them."""
 
 
-def write_cache_page(cache: Path, path: Path) -> dict[str, int]:
+def write_cache_page(folder: Path, path: Path) -> tuple[int, int]:
     """Write the page and return how many samples it lists and how many it shows; `CacheError` if it is no cache."""
     require_matplotlib()
-    records = Cache.open(cache, hashed=False)
-    found, by_layer = overview_of(records), bytes_by_layer(records)
-    marks = [f"{one['kind']}: {one['where']} {one['what']}. Next: {one['next']}." for one in found["marks"]]
-    figures, unread = None, ""
+    cache = Cache.open(folder, hashed=False)
+    view, by_layer = overview(cache), bytes_by_layer(cache)
+    warnings = list(view.warnings)
     try:
-        figures = feature_figures(records, NUM_MEASURED)
-        marks += [
-            f"{one.kind}: {one.where} {one.what}. Next: {one.next}." for one in feature_marks(figures, str(cache))
-        ]
+        features = feature_statistics(cache, NUM_MEASURED)
+        warnings += feature_warnings(features, str(folder))
+        note = _features_note(features)
     except CacheError as error:
-        unread = str(error)
-    rows = _drawn(np.arange(len(records.samples)), NUM_ROWS)
-    shown = _shown_samples(records)
+        features, note = None, f"Norms, channels and similarity are missing: {error}"
+    rows = _drawn(np.arange(len(cache.samples)), NUM_ROWS)
+    shown = _shown_samples(cache, rows)
+    plan, progress = view.plan, view.progress
     write_page(
         path,
         "cache.html",
         ("browse.js", "cache.js"),
-        title=f"Cache {cache.resolve().name}",
-        lead=f"{cache}, features of {found['target']}",
-        marks=marks,
-        facts=_facts(found),
-        plots=[draw(plot) for plot in cache_plots(found, figures, by_layer)],
-        rejects=[[reason, count, _example(found, reason)] for reason, count in found["rejects"].items()],
-        cells=_cells(found["progress"], found["shards"]),
-        states=found["shard_states"],
-        layers=_layer_rows(found, figures, by_layer),
-        similarity=figures,
-        features_note=_features_note(figures, unread),
-        samples_note=_samples_note(len(records.samples), len(rows), shown),
-        table_data=_table(records, rows),
+        title=f"Cache {folder.resolve().name}",
+        lead=f"{folder}, features of {view.provenance.target}",
+        warnings=list(map(str, warnings)),
+        facts=_facts(view),
+        plots=[draw(plot) for plot in cache_plots(view, features, by_layer)],
+        rejects=[[reason, count, _example(plan, reason)] for reason, count in plan.rejects.items()],
+        cells=_cells(progress.progress, progress.shards),
+        states=progress.shard_states,
+        layers=_layer_rows(view, features, by_layer),
+        similarity=features and features.similarity,
+        features_note=note,
+        samples_note=_samples_note(len(cache.samples), len(rows), shown),
+        table_data=_table(cache, rows),
         shown=shown,
-        layer_ids=found["layer_ids"],
-        block_size=found["block_size"],
+        layer_ids=view.provenance.layer_ids,
     )
-    return {"listed": len(rows), "shown": len(shown)}
+    return len(rows), len(shown)
 
 
 def _drawn(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -83,40 +89,40 @@ def _drawn(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).choice(values, most, replace=False))
 
 
-def _facts(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    length, anchors = found["length"], found["anchors_per_sample"]
-    facts = [
-        ("samples", found["samples"]),
-        ("tokens", found["tokens"]),
-        ("supervised tokens", found["supervised"]),
-        ("anchors", found["anchors"]),
-        ("shards done", f"{found['shards_done']:,} of {found['shards']:,}"),
-        ("length", f"{length['least']:,} to {length['most']:,}, median {length['median']:,.0f}"),
-        ("anchors a sample", f"{anchors['least']:,} to {anchors['most']:,}, median {anchors['median']:,.0f}"),
-        ("cut at the maximum length", found["truncated"]),
-        ("rows left out", sum(found["rejects"].values())),
-        ("samples without features", found["skipped"]),
-        ("captured layers", ", ".join(map(str, found["layer_ids"]))),
-        ("width", found["hidden_size"]),
-        ("feature layout", found["features"]),
-        ("mask", f"{found['mask_rule']}; mask token {found['mask_token_id']}"),
-        ("block size", found["block_size"]),
-        ("manifest", found["manifest"][:12]),
+def _facts(view: Overview) -> list[tuple[str, Any]]:
+    made, plan, progress = view.provenance, view.plan, view.progress
+    return [
+        ("samples", plan.samples),
+        ("tokens", plan.tokens),
+        ("supervised tokens", plan.supervised),
+        ("anchors", plan.anchors),
+        ("shards done", f"{progress.shards_done:,} of {progress.shards:,}"),
+        ("length", plan.length.range_text()),
+        ("anchors a sample", plan.anchors_per_sample.range_text()),
+        ("cut at the maximum length", plan.truncated),
+        ("rows left out", sum(plan.rejects.values())),
+        ("samples without features", progress.skipped),
+        ("captured layers", ", ".join(map(str, made.layer_ids))),
+        ("width", made.hidden_size),
+        ("feature layout", made.features),
+        ("mask", f"{made.mask_rule}; mask token {made.mask_token_id}"),
+        ("block size", made.block_size),
+        ("manifest", made.manifest[:12]),
+        *((f"bytes, {name}", readable_bytes(size)) for name, size in view.bytes.items()),
+        ("features stored / raw", view.compression),
     ]
-    facts += [(f"bytes, {name}", readable_bytes(size)) for name, size in found["bytes"].items()]
-    return [*facts, ("features stored / raw", found["compression"])]
 
 
-def _example(found: dict[str, Any], reason: str) -> str:
-    examples = found["reject_examples"].get(reason, [])
-    return visible(f"{examples[0]['source']}:{examples[0]['row']} {examples[0]['detail']}"[:200]) if examples else ""
+def _example(plan: PlanStatistics, reason: str) -> str:
+    rows = plan.reject_examples.get(reason, [])[:1]
+    return "".join(visible(f"{row.source}:{row.row} {row.detail}"[:200]) for row in rows)
 
 
-def _cells(progress: list[dict[str, Any]], shards: int) -> list[dict[str, Any]]:
+def _cells(progress: list[ShardRun], shards: int) -> list[dict[str, str]]:
     """Return the cells of the shard map in order, each with the gravest state of its shards."""
     states = np.empty(shards, np.int64)
     for run in progress:
-        states[run["first"] : run["last"] + 1] = _GRAVEST.index(run["state"])
+        states[run.first : run.last + 1] = _GRAVEST.index(run.state)
     each = -(-shards // NUM_CELLS)
     cells = []
     for first in range(0, shards, each):
@@ -126,38 +132,24 @@ def _cells(progress: list[dict[str, Any]], shards: int) -> list[dict[str, Any]]:
     return cells
 
 
-def _layer_rows(
-    found: dict[str, Any], figures: dict[str, Any] | None, by_layer: dict[str, Any]
-) -> list[list[int | float | str | None]]:
+def _layer_rows(view: Overview, features: FeatureStatistics | None, by_layer: BytesByLayer) -> list[list[Any]]:
     """Return a row a layer: statistics of the records, norms and channels of the samples read, stored over raw."""
-    rows: list[list[int | float | str | None]] = []
-    for i, one in enumerate(found["layers"]):
-        read = figures["layers"][i] if figures else None
-        channel = read["channels"]["largest"][0] if read and read["channels"]["largest"] else None
-        rows.append(
-            [
-                one["layer_id"],
-                one["mean"],
-                one["std"],
-                one["max_abs"],
-                one["zeros"],
-                read["norm"]["median"] if read else None,
-                f"{channel['channel']} ({channel['ratio'] or 0:,.1f} times)" if channel else None,
-                by_layer["ratio"][i] if by_layer["ratio"] else None,
-                ", ".join(one["marks"]) or None,
-            ]
-        )
+    rows: list[list[Any]] = []
+    for i, layer in enumerate(view.layers):
+        norm = features.layers[i].norm.median if features else None
+        largest = features.layers[i].channels.largest[:1] if features else []
+        channel = "".join(f"{one.channel} ({one.ratio or 0:,.1f} times)" for one in largest) or None
+        statistics = [layer.layer_id, layer.mean, layer.std, layer.max_abs, layer.zeros]
+        ratio = by_layer.ratio[i] if by_layer.ratio else None
+        rows.append([*statistics, norm, channel, ratio, ", ".join(layer.warnings) or None])
     return rows
 
 
-def _features_note(figures: dict[str, Any] | None, unread: str) -> str:
-    if figures is None:
-        return f"Norms, channels and similarity are missing: {unread}"
-    samples = figures["samples"]
+def _features_note(features: FeatureStatistics) -> str:
     return (
-        f"Norms, channels and similarity are of the {figures['tokens']:,} tokens of {len(samples)} samples whose "
-        f"features were read, spread over the finished shards (samples {', '.join(map(str, samples))}). The other "
-        f"figures are of all shards' records."
+        f"Norms, channels and similarity are of the {features.tokens:,} tokens of {len(features.samples)} samples "
+        f"whose features were read, spread over the finished shards (samples {', '.join(map(str, features.samples))}). "
+        f"The other figures are of all shards' records."
     )
 
 
@@ -169,9 +161,9 @@ def _samples_note(samples: int, listed: int, shown: list[dict[str, Any]]) -> str
     return f"{text} Any other: dflash inspect CACHE --sample I."
 
 
-def _table(records: Cache, rows: NDArray[np.int64]) -> dict[str, Any]:
+def _table(cache: Cache, rows: NDArray[np.int64]) -> dict[str, Any]:
     """Return the numbers of the samples that are listed, column by column."""
-    samples = records.samples
+    samples = cache.samples
     return {
         "sample": rows.tolist() if len(rows) < len(samples) else None,
         "count": len(rows),
@@ -185,32 +177,30 @@ def _table(records: Cache, rows: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def _shown_samples(records: Cache) -> list[dict[str, Any]]:
+def _shown_samples(cache: Cache, listed: NDArray[np.int64]) -> list[dict[str, Any]]:
     """Return the samples that are shown token by token: of those with features, or where there are none of all."""
-    tokenizer = open_tokenizer(records.path)
-    listed = _drawn(np.arange(len(records.samples)), NUM_ROWS)
-    usable = np.intersect1d(records.usable(), listed)
+    tokenizer = open_tokenizer(cache.path)
+    usable = np.intersect1d(cache.usable(), listed)
     shown: list[dict[str, Any]] = []
     spent = 0
     for sample in _drawn(usable if len(usable) else listed, NUM_SHOWN).tolist():
-        view = _shown_sample(records, sample, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
-        spent += page_bytes(view)
+        one = _shown_sample(cache, sample, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+        spent += page_bytes(one)
         if spent > MOST_BYTES and shown:
             break
-        shown.append(view)
+        shown.append(one)
     return shown
 
 
-def _shown_sample(records: Cache, sample: int, decode: Any) -> dict[str, Any]:
-    """Return one sample as the page's script reads it; norms are the root mean square over channels, [L][T]."""
-    samples, block = records.samples, records.manifest.plan["block_size"]
+def _shown_sample(cache: Cache, sample: int, decode: Decode) -> dict[str, Any]:
+    """Return one sample as the page's script reads it; norms are [L][T]."""
+    samples, block = cache.samples, cache.manifest.plan["block_size"]
     length = int(samples.num_tokens[sample])
     ids = samples.input_ids(sample)[:TOKENS_SHOWN].tolist()
     norms, why = None, ""
     try:
-        values = records.values(sample)[: len(ids)]
-        rms = np.sqrt(np.square(values, dtype=np.float64).mean(axis=2)).T
-        norms = [[float(f"{one:.4g}") for one in layer] for layer in np.nan_to_num(rms, posinf=0.0).tolist()]
+        values = np.nan_to_num(token_norms(cache.values(sample)[: len(ids)]).T, posinf=0.0)
+        norms = [[float(f"{norm:.4g}") for norm in layer] for layer in values.tolist()]
     except CacheError as error:
         why = str(error)
     return {

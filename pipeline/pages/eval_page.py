@@ -34,7 +34,7 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
         title=f"Draft {Path(config.draft).resolve().name}, evaluated",
         lead=f"{config.draft} against {config.target or config.cache}, "
         + (f"prompts of {config.prompts or config.cache}" if config.target else "serving walk over cached answers"),
-        fault_lines=_faults(result),
+        warnings=_warnings(result),
         facts=_facts(result),
         plots=[draw(plot) for plot in _plots(result)],
         kinds=_kinds(result),
@@ -57,7 +57,7 @@ def _listed(number: int) -> str:
     return f"the {MOST_CONFUSIONS} most frequent of {number:,} pairs"
 
 
-def _faults(result: EvalResult) -> list[str]:
+def _warnings(result: EvalResult) -> list[str]:
     lines = []
     if result.lossless is False:
         lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
@@ -67,9 +67,9 @@ def _faults(result: EvalResult) -> list[str]:
 
 
 def _facts(result: EvalResult) -> list[tuple[str, Any]]:
-    """Return the figures that have a value, named as on the terminal."""
+    """Return the results that have a value, named as on the terminal."""
     acceptance = result.acceptance
-    figures: list[tuple[str, Any]] = [
+    facts: list[tuple[str, Any]] = [
         ("acceptance length, pooled", acceptance.pooled),
         ("acceptance length, mean of prompts", acceptance.mean),
         ("most it could be (block size)", result.block_size),
@@ -84,7 +84,7 @@ def _facts(result: EvalResult) -> list[tuple[str, Any]]:
         ("times as fast", result.speedup),
         ("answers identical to the target's", result.identical),
     ]
-    return [(name, value) for name, value in figures if value is not None]
+    return [(name, value) for name, value in facts if value is not None]
 
 
 def _plots(result: EvalResult) -> list[Plot]:

@@ -1,16 +1,16 @@
 """`dflash inspect RUN ... --html`: runs as one page, several of them on the same axes."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.pipeline.inspect.run import EVALUATION, bucket_means, differing_settings
+from dflash_offline.pipeline.inspect.run import EVALUATION, bucket_means, compare, settings_table
 from dflash_offline.pipeline.inspect.run_report import best_text, evaluation_text, progress_text
+from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.pages.page import link, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.schemas.errors import dflash_line
-from dflash_offline.schemas.manifest import flatten
 
 CACHE_PAGE, EVALUATION_PAGE = "report.html", "eval.html"
 """Pages that are linked if they are there: in the cache's folder, and in the run's."""
@@ -26,44 +26,58 @@ VALIDATION_COLUMNS = {
 }
 MOST_VALIDATIONS = 1000
 """Rows of the table of validations; the newest."""
+LAST_VALUES = (
+    ("last_training", "loss", "training loss, last"),
+    ("last_validation", "val_loss", "held-out loss, last"),
+    ("last_training", "accept_len_over_anchors", "acceptance length, mean over all anchors, training"),
+    ("last_validation", "val_accept_len_over_anchors", "acceptance length, mean over all anchors, held-out"),
+    ("last_validation", "val_serving_walk", "acceptance length, serving walk, held-out"),
+    ("last_validation", "val_accuracy", "accuracy, held-out"),
+    ("last_training", "tokens_per_s", "tokens/s"),
+    ("last_training", "data_wait_share", "share of time waiting for data"),
+    ("last_training", "peak_memory_gib", "peak memory, GiB"),
+)
+"""Metrics whose last value the summary shows: of which row, which of its metrics, and what it is."""
+SERVING_NOTE = "Held-out samples walked as serving would: what a user of the draft sees."
+ANCHORS_NOTE = "From every drawn anchor alike, so not what serving sees, where rounds start after what was accepted."
 
 
-def write_run_page(views: list[dict[str, Any]], path: Path) -> None:
-    """Write the page of one or more runs' views."""
+def write_run_page(views: list[RunView], path: Path) -> None:
+    """Write the page of one or more runs."""
     require_matplotlib()
     names, one = _names(views), len(views) == 1
     rows = [
         ([] if one else [name]) + [row.get(column) for column in VALIDATION_COLUMNS]
         for name, view in zip(names, views, strict=True)
-        for row in view["validation"][-MOST_VALIDATIONS:]
+        for row in view.validation[-MOST_VALIDATIONS:]
     ]
     write_page(
         path,
         "run.html",
         title=f"Run {names[0]}" if one else f"{len(views)} runs compared",
-        lead=", ".join(view["run"] for view in views),
+        lead=", ".join(view.run for view in views),
         one=one,
         names=names if not one else ["value"],
-        fault_lines=[
-            fault if one else f"{name}: {fault}"
+        warnings=[
+            line if one else f"{name}: {line}"
             for name, view in zip(names, views, strict=True)
-            for fault in view["faults"]
+            for line in view.warnings
         ],
         summary=_summary(views, path),
         hint=_hint(views, path),
-        differing=_rows(differing_settings(views)),
+        differing=_rows(compare(views).differing_settings),
         curves_note=_curves_note(views),
         plots=[draw(plot) for plot in _plots(views, names)],
         evaluation_plot=_evaluation_plot(views, names),
         validation_columns=([] if one else ["run"]) + list(VALIDATION_COLUMNS.values()),
         validations=rows,
-        settings=_rows(_all_settings(views)),
+        settings=_rows(settings_table([{**view.settings, "draft": view.draft} for view in views])),
     )
 
 
-def _names(views: list[dict[str, Any]]) -> list[str]:
+def _names(views: list[RunView]) -> list[str]:
     """Return short names of the runs, all different: what is left of their paths without the part all share."""
-    paths = [Path(view["run"]).resolve() for view in views]
+    paths = [Path(view.run).resolve() for view in views]
     if len(views) == 1:
         return [paths[0].name]
     shared = os.path.commonpath([path.parent for path in paths])
@@ -79,102 +93,67 @@ def _plain(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _all_settings(views: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    documents = [flatten({**view["settings"], "draft": view["draft"]}) for view in views]
-    names = {name: None for document in documents for name in document}
-    return {name: [document.get(name) for document in documents] for name in names}
+def _summary(views: list[RunView], page: Path) -> list[tuple[str, list[Any]]]:
+    def last(view: RunView, row: str, name: str) -> Any:
+        return ((view.last_training if row == "last_training" else view.last_validation) or {}).get(name)
 
-
-def _summary(views: list[dict[str, Any]], page: Path) -> list[tuple[str, list[Any]]]:
-    rows: list[tuple[str, list[Any]]] = [
+    return [
         ("state", [progress_text(view) for view in views]),
         ("best checkpoint", [best_text(view) for view in views]),
+        *((label, [last(view, row, name) for view in views]) for row, name, label in LAST_VALUES),
+        ("checkpoints", [", ".join(f"{step:,}" for step in view.checkpoints) or None for view in views]),
+        ("parameters", [view.parameters for view in views]),
+        ("target", [view.target for view in views]),
+        *(
+            ("cache", [_cache_cell(view, i, page) for view in views])
+            for i in range(max(len(view.caches) for view in views))
+        ),
+        ("evaluation", [_evaluation_cell(view, page) for view in views]),
     ]
-    for kind, name, label in (
-        ("last_training", "loss", "training loss, last"),
-        ("last_validation", "val_loss", "held-out loss, last"),
-        ("last_training", "accept_len_over_anchors", "acceptance length, mean over all anchors, training"),
-        ("last_validation", "val_accept_len_over_anchors", "acceptance length, mean over all anchors, held-out"),
-        ("last_validation", "val_serving_walk", "acceptance length, serving walk, held-out"),
-        ("last_validation", "val_accuracy", "accuracy, held-out"),
-        ("last_training", "tokens_per_s", "tokens/s"),
-        ("last_training", "data_wait_share", "share of time waiting for data"),
-        ("last_training", "peak_memory_gib", "peak memory, GiB"),
-    ):
-        rows.append((label, [(view[kind] or {}).get(name) for view in views]))
-    rows += [
-        ("checkpoints", [", ".join(f"{step:,}" for step in view["checkpoints"]) or None for view in views]),
-        ("parameters", [view["parameters"] for view in views]),
-        ("target", [view["target"] for view in views]),
-    ]
-    for i in range(max(len(view["caches"]) for view in views)):
-        rows.append(("cache", [_cache_cell(view["caches"], i, page) for view in views]))
-    rows.append(("evaluation", [_evaluation_cell(view, page) for view in views]))
-    return rows
 
 
-def _cache_cell(caches: list[dict[str, Any]], i: int, page: Path) -> Any:
-    if i >= len(caches):
+def _cache_cell(view: RunView, i: int, page: Path) -> Any:
+    if i >= len(view.caches):
         return None
-    return {"text": caches[i]["path"], "link": link(page, Path(caches[i]["path"]) / CACHE_PAGE)}
+    path = view.caches[i].path
+    return {"text": path, "link": link(page, Path(path) / CACHE_PAGE)}
 
 
-def _evaluation_cell(view: dict[str, Any], page: Path) -> Any:
-    address = link(page, Path(view["run"]) / EVALUATION_PAGE)
+def _evaluation_cell(view: RunView, page: Path) -> Any:
+    address = link(page, Path(view.run) / EVALUATION_PAGE)
     none = "decoded prompts" if address else "no figures saved"
-    text = evaluation_text(view["evaluation"]) if view["evaluation"] else none
-    return {"text": text, "link": address}
+    return {"text": evaluation_text(view.evaluation) if view.evaluation else none, "link": address}
 
 
-def _hint(views: list[dict[str, Any]], page: Path) -> str:
+def _hint(views: list[RunView], page: Path) -> str:
     """Return how to make pages that this one would link to, where one is not there yet."""
-    hints = []
-    for cache in (Path(cache["path"]) for view in views for cache in view["caches"] if not cache["fault"]):
-        if not link(page, cache / CACHE_PAGE):
-            hints.append(dflash_line("inspect", cache, "--html", cache / CACHE_PAGE))
-            break
-    for run in (Path(view["run"]) for view in views):
-        if not link(page, run / EVALUATION_PAGE):
-            hints.append(dflash_line("eval", run, "...", "--save", run / EVALUATION, "--html", run / EVALUATION_PAGE))
-            break
-    return f"A page made so is linked here: {'; '.join(hints)}." if hints else ""
+    caches = [Path(cache.path) for view in views for cache in view.caches if not cache.fault]
+    runs = [Path(view.run) for view in views]
+    lines = [
+        dflash_line("inspect", cache, "--html", cache / CACHE_PAGE)
+        for cache in [cache for cache in caches if not link(page, cache / CACHE_PAGE)][:1]
+    ]
+    lines += [
+        dflash_line("eval", run, "...", "--save", run / EVALUATION, "--html", run / EVALUATION_PAGE)
+        for run in [run for run in runs if not link(page, run / EVALUATION_PAGE)][:1]
+    ]
+    return f"A page made so is linked here: {'; '.join(lines)}." if lines else ""
 
 
-def _curves_note(views: list[dict[str, Any]]) -> str:
-    most = max(len(view["training"]) for view in views)
+def _curves_note(views: list[RunView]) -> str:
+    most = max(len(view.training) for view in views)
     if most <= POINTS:
         return "Every logged row is a point; a training row is the mean of the steps since the one before."
     return f"Of up to {most:,} training rows, each curve shows the means of {POINTS} equal runs of rows."
 
 
-def _plots(views: list[dict[str, Any]], names: list[str]) -> Iterable[Plot]:
-    """Yield the plots that the runs have figures for."""
-    both = (("training", "loss", "training"), ("validation", "val_loss", "held-out"))
-    anchors = (
-        ("training", "accept_len_over_anchors", "training"),
-        ("validation", "val_accept_len_over_anchors", "held-out"),
-    )
-    walks = (
-        ("validation", "val_serving_walk", "pooled"),
-        ("validation", "val_serving_walk_mean_of_samples", "mean of samples"),
-    )
-    yield from _plot(views, names, "Loss", both, "loss")
-    yield from _plot(
-        views,
-        names,
-        "Acceptance length, serving walk",
-        walks,
-        "tokens a round",
-        note="Held-out samples walked as serving would: what a user of the draft sees.",
-    )
-    yield from _plot(
-        views,
-        names,
-        "Acceptance length, mean over all anchors",
-        anchors,
-        "tokens a block",
-        note="From every drawn anchor alike, so not what serving sees, where rounds start after what was accepted.",
-    )
+def _plots(views: list[RunView], names: list[str]) -> Iterator[Plot]:
+    """Yield the plots that the runs have metrics for."""
+    anchors = {"accept_len_over_anchors": "training", "val_accept_len_over_anchors": "held-out"}
+    walks = {"val_serving_walk": "pooled", "val_serving_walk_mean_of_samples": "mean of samples"}
+    yield from _plot(views, names, "Loss", {"loss": "training", "val_loss": "held-out"}, "loss")
+    yield from _plot(views, names, "Acceptance length, serving walk", walks, "tokens a round", SERVING_NOTE)
+    yield from _plot(views, names, "Acceptance length, mean over all anchors", anchors, "tokens a block", ANCHORS_NOTE)
     yield from _slot_plots(views, names)
     for name, title, unit in (
         ("learning_rate", "Learning rate", "learning rate"),
@@ -183,38 +162,38 @@ def _plots(views: list[dict[str, Any]], names: list[str]) -> Iterable[Plot]:
         ("data_wait_share", "Data wait", "share of the time"),
         ("peak_memory_gib", "Peak memory", "GiB"),
     ):
-        yield from _plot(views, names, title, (("training", name, unit),), unit, from_zero=name != "grad_norm")
+        yield from _plot(views, names, title, {name: unit}, unit, from_zero=name != "grad_norm")
 
 
 def _plot(
-    views: list[dict[str, Any]],
+    views: list[RunView],
     names: list[str],
     title: str,
-    curves: tuple[tuple[str, str, str], ...],
+    curves: dict[str, str],
     unit: str,
     note: str = "",
     from_zero: bool = False,
-) -> Iterable[Plot]:
-    """Yield one plot of all runs: a colour a run, or of one run a colour a curve; nothing without a figure."""
+) -> Iterator[Plot]:
+    """Yield one plot of all runs: a colour a run, or of one run a colour a curve; nothing without a value."""
     series = []
     for i, (run, view) in enumerate(zip(names, views, strict=True)):
-        for j, (rows, name, label) in enumerate(curves):
-            x, y = bucket_means(view[rows], name, POINTS)
+        for j, (name, label) in enumerate(curves.items()):
+            held_out = name.startswith("val_")
+            x, y = bucket_means(view.validation if held_out else view.training, name, POINTS)
             full = label if len(views) == 1 else run if len(curves) == 1 else f"{run}, {label}"
             style = {"colour": j} if len(views) == 1 else {"colour": i, "dash": j}
             if x:
-                series.append(Series(name=full, x=x, y=y, points=rows == "validation", **style))
+                series.append(Series(name=full, x=x, y=y, points=held_out, **style))
     if series:
         yield Plot(title=title, note=note, x_label="step", y_label=unit, series=series, y_from_zero=from_zero)
 
 
-def _slot_plots(views: list[dict[str, Any]], names: list[str]) -> Iterable[Plot]:
-    last = max((row["step"] for view in views for row in view["validation"]), default=0)
-    most = max(
-        (max(filter(None, r["val_accuracy_by_slot"]), default=0) for v in views for r in v["validation"]), default=0
-    )
+def _slot_plots(views: list[RunView], names: list[str]) -> Iterator[Plot]:
+    everything = [row for view in views for row in view.validation]
+    last = max((row["step"] for row in everything), default=0)
+    most = max((accuracy or 0 for row in everything for accuracy in row["val_accuracy_by_slot"]), default=0)
     for name, view in zip(names, views, strict=True):
-        rows = view["validation"]
+        rows = view.validation
         slots = len(rows[-1]["val_accuracy_by_slot"]) if rows else 0
         series = []
         for slot in range(slots):
@@ -233,12 +212,13 @@ def _slot_plots(views: list[dict[str, Any]], names: list[str]) -> Iterable[Plot]
             )
 
 
-def _evaluation_plot(views: list[dict[str, Any]], names: list[str]) -> dict[str, Any] | None:
+def _evaluation_plot(views: list[RunView], names: list[str]) -> dict[str, Any] | None:
     """Return acceptance by slot of the saved evaluations, if there are any."""
     series = []
     for i, (name, view) in enumerate(zip(names, views, strict=True)):
-        if found := view["evaluation"]:
-            shares = [a / max(d, 1) for a, d in zip(found["accepted_by_slot"], found["drafted_by_slot"], strict=True)]
+        if view.evaluation:
+            slots = zip(view.evaluation["accepted_by_slot"], view.evaluation["drafted_by_slot"], strict=True)
+            shares = [accepted / max(drafted, 1) for accepted, drafted in slots]
             series.append(Series(name=name, x=range(1, len(shares) + 1), y=shares, colour=i))
     if not series:
         return None

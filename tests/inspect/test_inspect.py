@@ -18,9 +18,9 @@ from tiny_target import save_tokenizer
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.pipeline.inspect import feature_statistics as feature_figures
-from dflash_offline.pipeline.inspect.plan_statistics import NUM_BINS, mask_token_use, spread
-from dflash_offline.pipeline.inspect.sample import marked_runs
+from dflash_offline.pipeline.inspect import feature_statistics
+from dflash_offline.pipeline.inspect.plan_statistics import NUM_BINS, MaskTokenUse, mask_token_use, spread
+from dflash_offline.pipeline.inspect.sample import text_runs
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import commit_path, read_commits
 from dflash_offline.schemas.manifest import SAMPLES
@@ -126,9 +126,9 @@ def test_samples_that_would_take_too_much_memory_are_said_to_be_left_out(
     assert "too much memory" not in text and "none\n" in text
     reader, ends = Cache.open(cache), [whole["samples"][0], whole["samples"][-1]]
     room = 2 * reader.manifest.layout.slot_bytes * int(reader.samples.num_tokens[ends].sum())
-    monkeypatch.setattr(feature_figures, "_MOST_BYTES", room)
+    monkeypatch.setattr(feature_statistics, "_MOST_BYTES", room)
     assert document(cache, "--layers", "--features", 4)["features"]["samples"] == ends
-    monkeypatch.setattr(feature_figures, "_MOST_BYTES", 1)
+    monkeypatch.setattr(feature_statistics, "_MOST_BYTES", 1)
     part = document(cache, "--layers", "--features", 4)["features"]
     assert part["samples"] == whole["samples"][:1] and part["samples_asked"] == 4
     assert "the other 3 of 4 would take too much memory" in " ".join(shown(cache, "--layers", "--features", 4).split())
@@ -175,8 +175,8 @@ def tokens(cache: Path) -> list[NDArray[np.uint32]]:
 def test_a_mask_token_beyond_the_tokens_of_the_plan_is_settled_without_reading_any(tmp_path: Path) -> None:
     cache = made(tmp_path)
     num_samples = len(tokens(cache))
-    assert mask_token_use(cache, 1000, 0) == {"samples": 0, "first_sample": None, "samples_checked": num_samples}
-    assert mask_token_use(cache, 500, 0)["samples_checked"] == 0
+    assert mask_token_use(cache, 1000, 0) == MaskTokenUse(0, None, num_samples)
+    assert mask_token_use(cache, 500, 0).samples_checked == 0
 
 
 def _no_record(cache: Path) -> None:
@@ -329,9 +329,9 @@ def test_a_run_that_begins_within_a_character_shows_it_whole(tmp_path: Path) -> 
     tokenizer = save_tokenizer(tmp_path)
     ids = tokenizer("a dog 🐕 日本 sees")["input_ids"]
     for cut in range(1, len(ids)):
-        runs = marked_runs(token_texts(ids, tokenizer.decode), np.arange(len(ids)) >= cut, 1)
-        assert [run["tokens"] for run in runs] == [cut, len(ids) - cut]
-        assert "".join(run["text"] for run in runs) == "a dog 🐕 日本 sees"
+        runs = text_runs(token_texts(ids, tokenizer.decode), np.arange(len(ids)) >= cut, 1)
+        assert [run.tokens for run in runs] == [cut, len(ids) - cut]
+        assert "".join(run.text for run in runs) == "a dog 🐕 日本 sees"
 
 
 def test_a_sample_without_features_is_shown_with_the_reason(cache: Path, tmp_path: Path) -> None:
@@ -383,9 +383,9 @@ def test_every_view_fits_the_width_and_holds_no_codes_when_redirected(cache: Pat
 def test_spreads_have_a_histogram_that_counts_everything() -> None:
     rng = np.random.default_rng(0)
     for values in (rng.integers(3, 5000, 999), np.full(7, 5), rng.random(50), np.ones(4), np.zeros(0)):
-        found = spread(values)["histogram"]
-        assert sum(found["counts"]) == len(values) and len(found["counts"]) <= NUM_BINS
-        assert len(found["edges"]) == len(found["counts"]) + bool(len(values))
+        histogram = spread(values).histogram
+        assert sum(histogram.counts) == len(values) and len(histogram.counts) <= NUM_BINS
+        assert len(histogram.edges) == len(histogram.counts) + bool(len(values))
 
 
 def test_records_of_shards_that_are_not_of_the_plan_count_for_nothing(cache: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from planted_run import STEPS, VAL_EVERY, plant, sound_rows
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.pipeline.inspect.run import bucket_means, run_view
+from dflash_offline.pipeline.inspect.run import bucket_means, read_run
 from dflash_offline.pipeline.inspect.run_report import curve
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw
 
@@ -47,25 +47,23 @@ def test_the_number_of_parameters_is_that_of_the_weights(run: Path) -> None:
     from safetensors.numpy import load_file
 
     weights = load_file(run / "checkpoints/step-0000004/model.safetensors")
-    assert run_view(run)["parameters"] == sum(array.size for array in weights.values())
+    assert read_run(run).parameters == sum(array.size for array in weights.values())
 
 
 def test_the_terminal_shows_state_and_both_acceptance_lengths_in_80_columns(sound: Path) -> None:
     result = dflash("inspect", sound)
-    view = run_view(sound)
-    lines = [
-        line for line in result.stdout.splitlines() if str(sound) not in line and view["caches"][0]["path"] not in line
-    ]
+    view = read_run(sound)
+    lines = [line for line in result.stdout.splitlines() if str(sound) not in line and view.caches[0].path not in line]
     assert result.exit_code == 0 and max(map(len, lines)) <= 80 and "\033" not in result.stdout
     assert f"finished: step {STEPS:,} of {STEPS:,}" in result.stdout
-    assert f"acceptance length {view['best_serving_walk']:.2f} in the serving walk" in " ".join(result.stdout.split())
+    assert f"acceptance length {view.best_serving_walk:.2f} in the serving walk" in " ".join(result.stdout.split())
     for label, row, name in (
         ("acceptance, all anchors, held-out", "last_validation", "val_accept_len_over_anchors"),
         ("acceptance, serving walk, held-out", "last_validation", "val_serving_walk"),
         ("training loss", "last_training", "loss"),
     ):
         line = next(line for line in lines if line.startswith(label))
-        assert line.split()[-1] == f"{view[row][name]:.3f}", line
+        assert line.split()[-1] == f"{getattr(view, row)[name]:.3f}", line
     assert "Looks wrong" not in result.stdout
 
 
@@ -133,8 +131,8 @@ PLANTED = {
 def test_a_planted_fault_is_pointed_at_and_no_other(name: str, run: Path, tmp_path: Path) -> None:
     change, said = PLANTED[name]
     folder = plant(run, tmp_path / "run", change)
-    faults = run_view(folder)["faults"]
-    assert len(faults) == 1 and said in faults[0], faults
+    warnings = read_run(folder).warnings
+    assert len(warnings) == 1 and said in warnings[0], warnings
     # The first screen shows it, above all curves.
     shown = " ".join(dflash("inspect", folder).stdout.split("Curves")[0].split())
     assert f"Looks wrong {said.split(' from')[0]}" in shown
@@ -144,7 +142,7 @@ def test_a_cut_off_line_a_missing_cache_and_a_changed_one_are_said(run: Path, ca
     folder = plant(run, tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1010, "loss": 1.')
-    assert run_view(folder)["faults"] == ["1 lines of metrics.jsonl cannot be read and are left out."]
+    assert read_run(folder).warnings == ["1 lines of metrics.jsonl cannot be read and are left out."]
     text = (folder / "run.json").read_text()
     assert str(cache.resolve()) in text
     from dflash_offline.schemas.files import read_sealed, sealed_bytes
@@ -153,10 +151,10 @@ def test_a_cut_off_line_a_missing_cache_and_a_changed_one_are_said(run: Path, ca
     del record["checksum"]
     record["origin"]["caches"] = [str(tmp_path / "gone")]
     (folder / "run.json").write_bytes(sealed_bytes(record))
-    assert "is not there any more" in run_view(folder)["faults"][0]
+    assert "is not there any more" in read_run(folder).warnings[0]
     record["origin"]["caches"], record["identity"]["caches"] = [str(cache)], ["0" * 64]
     (folder / "run.json").write_bytes(sealed_bytes(record))
-    assert "another cache lies there now" in run_view(folder)["faults"][0]
+    assert "another cache lies there now" in read_run(folder).warnings[0]
 
 
 def test_a_run_that_was_stopped_before_its_first_row_is_shown(run: Path, tmp_path: Path) -> None:

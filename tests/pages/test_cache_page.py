@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
+from dflash_offline.pipeline.inspect.shard_statistics import ShardRun
 from dflash_offline.pipeline.pages import cache_page
 from dflash_offline.schemas.manifest import COMMITS
 
@@ -103,11 +104,7 @@ def test_samples_beyond_the_pages_budget_are_left_out(
 
 def test_a_cell_of_the_map_shows_the_gravest_of_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_page, "NUM_CELLS", 4)
-    progress = [
-        {"state": "done", "first": 0, "last": 4},
-        {"state": "damaged", "first": 5, "last": 5},
-        {"state": "left", "first": 6, "last": 9},
-    ]
+    progress = [ShardRun("done", 0, 4), ShardRun("damaged", 5, 5), ShardRun("left", 6, 9)]
     cells = cache_page._cells(progress, 10)
     assert [(cell["state"], cell["shards"]) for cell in cells] == [
         ("done", "0 to 2"),
