@@ -29,8 +29,8 @@ BATCH_SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Samples of a cache."""
+class EvalSamples:
+    """The samples of a cache that a draft is evaluated on."""
 
     corpus: Corpus
     """Of this cache alone."""
@@ -71,12 +71,12 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
     return path, trained if isinstance(trained, dict) and {"caches", "val_samples"} <= trained.keys() else None
 
 
-def held_out_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> HeldOut:
+def choose_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> EvalSamples:
     """Return the first `limit` samples that the draft's training held out, or, of another cache, of all samples."""
     corpus = Corpus.open((cache,))
     same = trained is not None and corpus.readers[0].manifest.checksum in trained["caches"]
     if trained is None or not same:
-        return HeldOut(corpus=corpus, samples=corpus.usable[:limit], held_out=False)
+        return EvalSamples(corpus=corpus, samples=corpus.usable[:limit], held_out=False)
     if len(trained["caches"]) > 1:
         raise DflashError(
             f"This draft was trained from {len(trained['caches'])} caches together, and what it held out of {cache} "
@@ -85,26 +85,26 @@ def held_out_samples(cache: Path, trained: dict[str, Any] | None, limit: int | N
     _, samples = corpus.split(trained["val_samples"])
     if not len(samples):
         raise DflashError(f"{cache} has no held-out sample for this draft: its training used all of them.")
-    return HeldOut(corpus=corpus, samples=samples[:limit], held_out=True)
+    return EvalSamples(corpus=corpus, samples=samples[:limit], held_out=True)
 
 
-def as_prompts(held: HeldOut) -> list[tuple[Prompt, list[int]]]:
+def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:
     """Return a prompt and its tokens for each assistant turn that a round could follow."""
-    table = held.reader.samples
+    table = chosen.reader.samples
     prompts = [
         (Prompt(place=f"{table.place(i)}, position {first}", text=""), table.input_ids(i)[:first].tolist())
-        for i in held.samples.tolist()
+        for i in chosen.samples.tolist()
         for first, last in turns(table.loss_mask(i))
         if 0 < first < last
     ]
     if not prompts:
-        raise DflashError(f"{held.reader.path} holds no answer of two tokens or more that follows a prompt.")
+        raise DflashError(f"{chosen.reader.path} holds no answer of two tokens or more that follows a prompt.")
     return prompts
 
 
-def check_cache_fits(held: HeldOut, draft: DraftModel, cache: Path) -> None:
+def check_cache_fits(chosen: EvalSamples, draft: DraftModel, cache: Path) -> None:
     """Raise `MismatchError` naming each field in which a cache is of another target than the draft, or too little."""
-    decoder, config = held.reader.manifest.decoder, draft.config
+    decoder, config = chosen.reader.manifest.decoder, draft.config
     rows: list[tuple[str, object, object]] = [
         (name, getattr(config, ours), decoder[name])
         for name, ours in (
@@ -114,8 +114,8 @@ def check_cache_fits(held: HeldOut, draft: DraftModel, cache: Path) -> None:
         )
         if getattr(config, ours) != decoder[name]
     ]
-    if not set(config.target_layer_ids) <= set(held.reader.layer_ids):
-        rows.append(("layer_ids", list(config.target_layer_ids), list(held.reader.layer_ids)))
+    if not set(config.target_layer_ids) <= set(chosen.reader.layer_ids):
+        rows.append(("layer_ids", list(config.target_layer_ids), list(chosen.reader.layer_ids)))
     if rows:
         raise MismatchError(
             f"{cache} cannot be walked with this draft:\n{mismatch_table(rows, 'draft', 'cache')}\n"
@@ -123,15 +123,15 @@ def check_cache_fits(held: HeldOut, draft: DraftModel, cache: Path) -> None:
         )
 
 
-def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[WalkedTurn]:
+def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> list[WalkedTurn]:
     """Return the serving walk of every assistant turn, with the draft on its own device and in its own dtype."""
-    config, reader, device = draft.config, held.reader, next(draft.parameters()).device
+    config, reader, device = draft.config, chosen.reader, next(draft.parameters()).device
     head, table = borrowed_parts(reader, device)
     module = DFlashTrainerModule(
         draft, head, table, config.mask_token_id, block_size=config.block_size, attention_backend="sdpa"
     )
     loader = BatchLoader(
-        held.corpus,
+        chosen.corpus,
         layer_ids=config.target_layer_ids,
         block_size=config.block_size,
         num_anchors=1,
@@ -139,7 +139,7 @@ def walk_held_out(held: HeldOut, draft: DraftModel, progress: Progress) -> list[
         shape=None,
         device=device,
     )
-    order = held.samples[np.argsort(reader.samples.num_tokens[held.samples], kind="stable")]
+    order = chosen.samples[np.argsort(reader.samples.num_tokens[chosen.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
     walked: list[WalkedTurn] = []
     progress.start("Walking", len(order), "samples")

@@ -3,7 +3,7 @@
 import platform
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,31 +11,23 @@ from typing import Any
 
 import torch
 
-from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.errors import BadInputError, MismatchError, mismatch_table
-from dflash_offline.schemas.evaluation import Acceptance, DecodedPrompt, Difference, EvalResult
+from dflash_offline.schemas.errors import BadInputError
+from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult, Rounds, round_figures
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import (
     LookupDecoding,
     PlainDecoding,
     SpeculativeDecoding,
-    check_rewindable,
-    first_difference,
     plain_decode,
     prompt_lookup_decode,
     speculative_decode,
-    token_gap,
 )
+from dflash_offline.stages.draft.losslessness import compare_answers
 from dflash_offline.stages.draft.model import DraftModel, load_draft
+from dflash_offline.stages.draft.pairing import check_draft_fits, check_rewindable
 from dflash_offline.stages.draft.sampling import Chooser, Sampler, SamplingRule
-from dflash_offline.stages.eval_samples import (
-    as_prompts,
-    check_cache_fits,
-    draft_folder,
-    held_out_samples,
-    walk_held_out,
-)
+from dflash_offline.stages.eval_samples import as_prompts, check_cache_fits, choose_samples, draft_folder, walk_samples
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import check_plain_embeddings, choose_device, load_model, resolve_dtype
@@ -53,16 +45,6 @@ class _Outcome:
     plain: PlainDecoding
     speculative: SpeculativeDecoding
     lookup: LookupDecoding | None
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    """The rounds of one answer: tokens that each produced, proposed, and kept of those."""
-
-    kind: str | None
-    produced: list[int]
-    proposed: list[int]
-    kept: list[int]
 
 
 def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
@@ -98,18 +80,28 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
     folder, trained = draft_folder(config.draft)
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     draft = load_draft(folder, dtype, device)
-    held = held_out_samples(config.cache, trained, config.limit)
-    check_cache_fits(held, draft, config.cache)
+    samples = choose_samples(config.cache, trained, config.limit)
+    check_cache_fits(samples, draft, config.cache)
     with _torch_threads(config.threads):
-        walked = walk_held_out(held, draft, progress or Silent())
+        walked = walk_samples(samples, draft, progress or Silent())
         size = draft.config.block_size
         several = len({turn.source for turn in walked}) > 1
         rounds = [
-            _Rounds(turn.source if several else None, turn.produced, [size - 1] * len(turn.produced), turn.kept)
+            Rounds(
+                kind=turn.source if several else None,
+                produced=turn.produced,
+                proposed=[size - 1] * len(turn.produced),
+                kept=turn.kept,
+            )
             for turn in walked
         ]
         return EvalResult(
-            **_figures(config, trained, size, rounds, device, dtype), offline=True, held_out=held.held_out
+            config=config,
+            trained=trained,
+            offline=True,
+            held_out=samples.held_out,
+            **round_figures(rounds, size),
+            **_machine(device, dtype),
         )
 
 
@@ -143,14 +135,16 @@ def evaluate(
                 progress.advance(1, acceptance=sum(produced) / max(len(produced), 1))
         finally:
             progress.finish()
-        rounds = [
-            _Rounds(o.case.prompt.kind, o.speculative.produced, o.speculative.proposed, o.speculative.kept)
-            for o in outcomes
-        ]
-        figures = _figures(config, trained, draft.config.block_size, rounds, target.device, target.dtype)
-        decoded = tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None
-        live = _live_figures(config, target, outcomes)
-        return EvalResult(**figures, **live, offline=False, held_out=held_out, decoded=decoded)
+        return EvalResult(
+            config=config,
+            trained=trained,
+            offline=False,
+            held_out=held_out,
+            **round_figures([_rounds(o) for o in outcomes], draft.config.block_size),
+            **_live_figures(config, target, outcomes),
+            decoded=tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None,
+            **_machine(target.device, target.dtype),
+        )
 
 
 def token_decoder(config: EvalConfig) -> Callable[[list[int]], str]:
@@ -163,26 +157,6 @@ def token_decoder(config: EvalConfig) -> Callable[[list[int]], str]:
         return text
 
     return decode
-
-
-def check_draft_fits(draft: DraftConfig, target: Any) -> None:
-    """Raise `MismatchError` naming each field in which the draft was made for another target."""
-    model = target.config.get_text_config(decoder=True)
-    num_rows = target.get_input_embeddings().weight.shape[0]
-    rows: list[tuple[str, object, object]] = []
-    if draft.hidden_size != model.hidden_size:
-        rows.append(("hidden_size", draft.hidden_size, model.hidden_size))
-    if draft.vocab_size != num_rows:
-        rows.append(("vocab_size", draft.vocab_size, num_rows))
-    if draft.num_target_layers != model.num_hidden_layers:
-        rows.append(("num_target_layers", draft.num_target_layers, model.num_hidden_layers))
-    if draft.mask_token_id >= num_rows:
-        rows.append(("mask_token_id", draft.mask_token_id, f"0 to {num_rows - 1}"))
-    if rows:
-        raise MismatchError(
-            f"The draft was not made for this target:\n{mismatch_table(rows, 'draft', 'target')}\n"
-            f"Name the target it was trained for, or train a draft for this one."
-        )
 
 
 def stop_ids(target: Any, tokenizer: Any) -> frozenset[int]:
@@ -200,9 +174,9 @@ def _read_cases(
 ) -> tuple[list[_Case], bool | None]:
     held_out = None
     if config.cache is not None:
-        held = held_out_samples(config.cache, trained, config.limit)
-        check_cache_fits(held, draft, config.cache)
-        cases, held_out = [_Case(*pair) for pair in as_prompts(held)], held.held_out
+        samples = choose_samples(config.cache, trained, config.limit)
+        check_cache_fits(samples, draft, config.cache)
+        cases, held_out = [_Case(*pair) for pair in as_prompts(samples)], samples.held_out
     else:
         assert config.prompts is not None, "the settings were checked"
         prompts = read_prompts(config.prompts, config.limit)
@@ -270,40 +244,6 @@ def _decode_repeatedly(
     )
 
 
-def _figures(
-    config: EvalConfig,
-    trained: dict[str, Any] | None,
-    block_size: int,
-    rounds: list[_Rounds],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Return the fields of a result that the rounds and the machine give."""
-    kinds = sorted({r.kind for r in rounds if r.kind is not None})
-    produced = [n for r in rounds for n in r.produced]
-    proposed, kept = [n for r in rounds for n in r.proposed], [n for r in rounds for n in r.kept]
-    slots = range(1, block_size)
-    return {
-        "config": config,
-        "trained": trained,
-        "block_size": block_size,
-        "acceptance": _acceptance(rounds),
-        "acceptance_by_kind": {kind: _acceptance([r for r in rounds if r.kind == kind]) for kind in kinds},
-        "rounds_by_tokens": tuple(produced.count(n) for n in range(1, block_size + 1)),
-        "drafted_by_slot": tuple(sum(n >= slot for n in proposed) for slot in slots),
-        "accepted_by_slot": tuple(sum(n >= slot for n in kept) for slot in slots),
-        "drafted_tokens": sum(proposed),
-        "accepted_tokens": sum(kept),
-        "device": _device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "dflash-offline")},
-        },
-    }
-
-
 def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> dict[str, Any]:
     """Return the fields of a result that need the target."""
     log_probs = [value for o in outcomes for value in o.plain.log_probs]
@@ -325,12 +265,20 @@ def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> 
     }
     if config.temperature:
         return figures
-    differences = [d for o in outcomes if (d := _difference(target, o)) is not None]
+    found = [
+        compare_answers(target, o.case.prompt.place, o.case.ids, o.plain.tokens, o.speculative.tokens) for o in outcomes
+    ]
+    differences = [difference for difference in found if difference is not None]
     return figures | {
         "identical": len(outcomes) - len(differences),
         "differences": tuple(differences),
         "lossless": all(d.tie for d in differences),
     }
+
+
+def _rounds(outcome: _Outcome) -> Rounds:
+    done = outcome.speculative
+    return Rounds(kind=outcome.case.prompt.kind, produced=done.produced, proposed=done.proposed, kept=done.kept)
 
 
 def _decoded(config: EvalConfig, outcome: _Outcome) -> DecodedPrompt:
@@ -347,19 +295,6 @@ def _decoded(config: EvalConfig, outcome: _Outcome) -> DecodedPrompt:
     )
 
 
-def _acceptance(rounds: Sequence[_Rounds]) -> Acceptance:
-    lists = [r.produced for r in rounds]
-    means = [statistics.fmean(produced) for produced in lists if produced]
-    tokens, number = sum(map(sum, lists)), sum(map(len, lists))
-    return Acceptance(
-        prompts=len(lists),
-        rounds=number,
-        tokens=tokens,
-        pooled=tokens / number if number else None,
-        mean=statistics.fmean(means) if means else None,
-    )
-
-
 def _tokens_per_s(decodings: Iterable[PlainDecoding | SpeculativeDecoding]) -> float | None:
     timed = [(len(d.tokens) - 1, d.seconds) for d in decodings]
     tokens, seconds = sum(n for n, _ in timed), sum(s for _, s in timed)
@@ -371,26 +306,15 @@ def _speedup(outcome: _Outcome) -> float | None:
     return speculative / plain if plain and speculative else None
 
 
-def _difference(target: Any, outcome: _Outcome) -> Difference | None:
-    plain, speculative = outcome.plain.tokens, outcome.speculative.tokens
-    position = first_difference(plain, speculative)
-    if position is None:
-        return None
-    ended = position >= min(len(plain), len(speculative))
-    measured = None
-    if not ended:
-        context = outcome.case.ids + plain[:position]
-        measured = token_gap(target, context, plain[position], speculative[position])
-    return Difference(
-        prompt=outcome.case.prompt.place,
-        position=position,
-        plain_token=plain[position] if position < len(plain) else None,
-        speculative_token=speculative[position] if position < len(speculative) else None,
-        gap=measured.gap if measured else None,
-        tolerance=measured.tolerance if measured else None,
-        tie=measured is not None and measured.tie,
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the fields of a result that say what it was measured on."""
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return {
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "dflash-offline")},
+        },
+    }

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from dflash_offline.schemas.errors import UnsupportedTargetError
 from dflash_offline.stages.draft.model import DraftCache, DraftModel
 from dflash_offline.stages.draft.sampling import Chooser, Greedy
 from dflash_offline.stages.target.model import capture
@@ -72,21 +71,6 @@ class LookupDecoding:
     tokens: list[int]
     target_calls: int
     """Forward calls of the target; the first one also reads the prompt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenGap:
-    """How far below the target's best logit the worse of two tokens lies."""
-
-    gap: float
-    """In logits."""
-    tolerance: float
-    """What rounding can do to logits of this size and dtype."""
-
-    @property
-    def tie(self) -> bool:
-        """Whether rounding alone decides which of the two tokens is chosen."""
-        return self.gap <= self.tolerance
 
 
 class Stopwatch:
@@ -295,65 +279,6 @@ def prompt_lookup_decode(
         handle.remove()
         target.generation_config = own
     return LookupDecoding(tokens=output[0, ids.shape[1] :].tolist(), target_calls=calls)
-
-
-@torch.inference_mode()
-def check_rewindable(target: PreTrainedModel, name: str) -> None:
-    """Refuse a target whose cache cannot be taken back to before a rejected token; `name` names it.
-
-    A layer that keeps one state for all that was read, as recurrent layers do, has nothing to go back to. What
-    transformers says of its layers is believed, and what it leaves open is tried on a few tokens.
-    """
-    ids = torch.arange(1, 17, device=target.device)[None]
-    why = ""
-    try:
-        cache = DynamicCache(config=target.config)
-        cache.activate_past_recording()
-        target(ids[:, :8], past_key_values=cache, use_cache=True)
-        if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
-            why = "its layers keep a recurrent state"
-        cache.crop(0)
-        target(ids[:, :6], past_key_values=cache, use_cache=True)
-        cache.crop(-6)
-        again = target(ids[:, 8:], past_key_values=cache, use_cache=True).logits
-        straight = target(ids, use_cache=False).logits[:, 8:]
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        why = why or str(error).split("\n")[0] or type(error).__name__
-    else:
-        if not torch.allclose(again.float(), straight.float(), rtol=0.05, atol=0.05 * float(straight.abs().max())):
-            why = why or "what it answers after rejected tokens is not what it answers without them"
-    if why:
-        raise UnsupportedTargetError(
-            f"{name} ({type(target).__name__}) cannot be decoded with a draft here: its cache cannot be taken back to "
-            f"before a rejected token ({why}). Extracting from it and training for it work, and so does `dflash eval "
-            f"RUN --cache CACHE`, which needs no target."
-        )
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Return the first index at which two token lists differ, or None if they are equal.
-
-    Where one list only continues the other, that is the length of the shorter one.
-    """
-    for i, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return i
-    return None if len(a) == len(b) else min(len(a), len(b))
-
-
-@torch.inference_mode()
-def token_gap(target: PreTrainedModel, context_ids: Sequence[int], token_a: int, token_b: int) -> TokenGap:
-    """Return how close two candidate tokens after `context_ids` are, by one plain forward without a cache.
-
-    The tolerance is 4 units in the last place of the largest logit, and 64 in float32, where long sums and not the
-    storage of the activations make the error.
-    """
-    ids = torch.tensor([list(context_ids)], device=target.device)
-    logits = target(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-    eps = max(4 * torch.finfo(logits.dtype).eps, 64 * torch.finfo(torch.float32).eps)
-    logits = logits.float()
-    gap = logits.max() - torch.minimum(logits[token_a], logits[token_b])
-    return TokenGap(gap=float(gap), tolerance=eps * float(logits.abs().max()))
 
 
 def _read_prompt(target: PreTrainedModel, prompt_ids: Sequence[int], cache: DynamicCache) -> Tensor:

@@ -6,13 +6,8 @@ from tiny_decoding import MASK, OracleDraft, fitted_draft, random_draft, random_
 from torch import nn
 from transformers import PreTrainedModel
 
-from dflash_offline.stages.draft.decode import (
-    first_difference,
-    plain_decode,
-    prompt_lookup_decode,
-    speculative_decode,
-    token_gap,
-)
+from dflash_offline.stages.draft.decode import plain_decode, prompt_lookup_decode, speculative_decode
+from dflash_offline.stages.draft.losslessness import first_difference, token_gap
 
 FAMILIES = ("qwen3", "llama")
 NO_STOP: tuple[int, ...] = ()

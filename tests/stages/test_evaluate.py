@@ -1,7 +1,10 @@
+"""An evaluation of a draft by real decoding of tiny models, every figure counted again from the rounds it kept."""
+
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +19,12 @@ from dflash_offline.pipeline.commands.evaluate import print_report
 from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
 from dflash_offline.schemas.evaluation import EvalResult
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.stages import evaluate as evaluation
 from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
-from dflash_offline.stages.draft.decode import (
-    SpeculativeDecoding,
-    plain_decode,
-    prompt_lookup_decode,
-    speculative_decode,
-)
+from dflash_offline.stages.draft.decode import plain_decode
+from dflash_offline.stages.draft.losslessness import compare_answers
 from dflash_offline.stages.draft.model import draft_state_dict
-from dflash_offline.stages.evaluate import check_draft_fits, evaluate, evaluate_folder, stop_ids
+from dflash_offline.stages.draft.pairing import check_draft_fits
+from dflash_offline.stages.evaluate import evaluate, evaluate_folder, stop_ids
 
 LIMIT = 20
 TEMPLATE = (
@@ -86,7 +85,7 @@ def settings(path: Path, **changes: Any) -> EvalConfig:
 @pytest.fixture(scope="module")
 def result(target: Any, tokenizer: Any, draft: Any, tmp_path_factory: pytest.TempPathFactory) -> EvalResult:
     path = write_lines(tmp_path_factory.mktemp("eval") / "prompts.jsonl", PROMPTS)
-    config = settings(path, prompt_lookup=True)
+    config = settings(path, prompt_lookup=True, keep_rounds=True)
     return evaluate(config, target=target, tokenizer=tokenizer, draft=draft)
 
 
@@ -113,26 +112,59 @@ def encoded(tokenizer: Any, path: Path) -> list[list[int]]:
     return [encode_prompt(prompt, tokenizer, {}) for prompt in read_prompts(path)]
 
 
-def test_the_figures_follow_from_the_decodings(result: EvalResult, target: Any, tokenizer: Any, draft: Any) -> None:
-    prompts = encoded(tokenizer, result.config.prompts)
-    plain = [plain_decode(target, ids, LIMIT, ()) for ids in prompts]
-    rounds = [speculative_decode(target, draft, ids, LIMIT, ()) for ids in prompts]
-    lookups = [prompt_lookup_decode(target, ids, LIMIT, (), 7) for ids in prompts]
-    lengths = [n for r in rounds for n in r.produced]
-    assert max(lengths) > 2, "the fitted draft is to be right sometimes"
-    means = [sum(r.produced) / len(r.produced) for r in rounds]
-    assert result.acceptance.pooled == pytest.approx(sum(lengths) / len(lengths))
+def slow_answer(target: Any, ids: list[int]) -> list[int]:
+    """Return the target's greedy answer, the whole text read again for every token."""
+    text = list(ids)
+    with torch.inference_mode():
+        for _ in range(LIMIT):
+            text.append(int(target(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(ids) :]
+
+
+def test_the_kept_rounds_make_up_the_targets_own_answers(result: EvalResult, target: Any, tokenizer: Any) -> None:
+    assert result.decoded is not None
+    assert [list(one.prompt_ids) for one in result.decoded] == encoded(tokenizer, result.config.prompts)
+    for one in result.decoded:
+        assert list(one.answer) == slow_answer(target, list(one.prompt_ids)) and one.identical
+        at = 1
+        for drafted, accepted, produced in zip(one.drafted, one.accepted, one.produced, strict=True):
+            assert drafted[:accepted] == one.answer[at : at + accepted]
+            own = at + accepted
+            assert produced == accepted + (own < LIMIT), "the target adds a token unless the answer is complete"
+            assert own == LIMIT or accepted == len(drafted) or drafted[accepted] != one.answer[own]
+            assert len(drafted) == min(7, LIMIT - at)
+            at += produced
+        assert at == LIMIT
+
+
+def test_the_figures_are_those_of_the_kept_rounds_counted_one_by_one(result: EvalResult, target: Any) -> None:
+    assert result.decoded is not None
+    lengths, drafted, accepted, means, short = [0] * 8, [0] * 7, [0] * 7, [], 0
+    nll = 0.0
+    for one in result.decoded:
+        means.append((LIMIT - 1) / len(one.produced))
+        short += len(one.produced) * (one.kind == "short")
+        for tokens, right, block in zip(one.produced, one.accepted, one.drafted, strict=True):
+            lengths[tokens - 1] += 1
+            for slot in range(len(block)):
+                drafted[slot] += 1
+                accepted[slot] += slot < right
+        with torch.inference_mode():
+            logits = target(torch.tensor([[*one.prompt_ids, *one.answer]])).logits[0, len(one.prompt_ids) - 1 : -1]
+        nll += float(nn.functional.cross_entropy(logits, torch.tensor(one.answer), reduction="sum"))
+    rounds = sum(lengths)
+    assert sum(lengths[2:]) and sum(lengths[:2]), "the fitted draft is to be right sometimes and wrong sometimes"
+    assert (result.acceptance.prompts, result.acceptance.rounds) == (4, rounds)
+    assert result.acceptance.tokens == 4 * (LIMIT - 1)
+    assert result.acceptance.pooled == pytest.approx(4 * (LIMIT - 1) / rounds)
     assert result.acceptance.mean == pytest.approx(sum(means) / 4)
-    assert result.rounds_by_tokens == tuple(lengths.count(n) for n in range(1, 9))
-    assert result.acceptance_by_kind["short"].rounds == len(rounds[0].produced) + len(rounds[3].produced)
     assert list(result.acceptance_by_kind) == ["long", "short"]
-    assert result.nll == pytest.approx(-sum(sum(p.log_probs) for p in plain) / (4 * LIMIT), rel=1e-5)
-    assert (result.drafted_tokens, result.accepted_tokens) == (
-        sum(r.drafted for r in rounds),
-        sum(r.accepted for r in rounds),
-    )
-    assert result.tokens_per_call == pytest.approx(4 * LIMIT / (4 + len(lengths)))
-    assert result.prompt_lookup_tokens_per_call == pytest.approx(4 * LIMIT / sum(o.target_calls for o in lookups))
+    assert (result.acceptance_by_kind["short"].prompts, result.acceptance_by_kind["short"].rounds) == (2, short)
+    assert result.rounds_by_tokens == tuple(lengths)
+    assert (result.drafted_by_slot, result.accepted_by_slot) == (tuple(drafted), tuple(accepted))
+    assert (result.drafted_tokens, result.accepted_tokens) == (sum(drafted), sum(accepted))
+    assert result.tokens_per_call == pytest.approx(4 * LIMIT / (4 + rounds))
+    assert result.nll == pytest.approx(nll / (4 * LIMIT), rel=1e-5)
     assert (result.identical, result.differences, result.lossless) == (4, (), True)
     assert result.speedup == pytest.approx(result.speculative_tokens_per_s / result.plain_tokens_per_s)
     assert (result.device, result.dtype) == ("cpu", "float32")
@@ -156,50 +188,51 @@ def test_the_report_fits_eighty_columns(result: EvalResult, capsys: pytest.Captu
 
 
 def test_the_two_ways_take_turns_after_one_prompt_that_is_not_counted(
-    target: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    calls: list[str] = []
-    for name in ("plain_decode", "speculative_decode"):
-        original = getattr(evaluation, name)
-
-        def spy(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
-            calls.append(name.split("_")[0])
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(evaluation, name, spy)
-    config = settings(write_lines(tmp_path / "p", PROMPTS), limit=3, max_new_tokens=2)
+    path = write_lines(tmp_path / "p", PROMPTS)
+    lengths: list[int] = []
+    handle = target.model.embed_tokens.register_forward_pre_hook(lambda _, ids: lengths.append(ids[0].shape[1]))
+    config = settings(path, limit=3, max_new_tokens=2)
     found = evaluate(config, target=target, tokenizer=tokenizer, draft=random_draft())
-    a, b = "plain", "speculative"
-    assert calls == [a, b, a, b, b, a, a, b]
+    handle.remove()
+    short, long, text = map(len, encoded(tokenizer, path)[:3])
+    # Of two tokens the first comes with the prompt; the target alone then reads one, with a draft a block of two.
+    warm_up = [short, 1, short, 2]
+    assert lengths[-16:] == [*warm_up, short, 1, short, 2, long, 2, long, 1, text, 1, text, 2]
     assert found.acceptance.prompts == 3
 
 
-def test_target_and_draft_are_loaded_from_their_folders(
-    target: Any, tokenizer: Any, draft: Any, tmp_path: Path
-) -> None:
+@pytest.fixture
+def saved(target: Any, tokenizer: Any, draft: Any, tmp_path: Path) -> EvalConfig:
+    """Settings that name target and draft by their folders."""
     for part in (target, tokenizer):
         part.save_pretrained(tmp_path / "target")
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "config.json").write_text(json.dumps(draft.config.to_json()))
     save_file(draft_state_dict(draft, draft.config), tmp_path / "draft" / "model.safetensors")
     path = write_lines(tmp_path / "p", PROMPTS)
-    config = settings(path, draft=tmp_path / "draft", target=str(tmp_path / "target"), device="cpu")
+    return settings(path, draft=tmp_path / "draft", target=str(tmp_path / "target"), device="cpu")
+
+
+def test_target_and_draft_are_loaded_from_their_folders(
+    saved: EvalConfig, target: Any, tokenizer: Any, draft: Any
+) -> None:
     shown = Recorder()
-    found = evaluate_folder(config, shown)
-    in_memory = evaluate(config, target=target, tokenizer=tokenizer, draft=draft)
+    found = evaluate_folder(saved, shown)
+    in_memory = evaluate(saved, target=target, tokenizer=tokenizer, draft=draft)
     assert found.rounds_by_tokens == in_memory.rounds_by_tokens
     assert found.nll == pytest.approx(in_memory.nll, rel=1e-5)
     assert shown.events == ["start 4 prompts", "advance", "advance", "advance", "advance", "finish"]
 
 
-def test_a_bad_prompt_file_is_named_before_the_weights_are_read(
-    target: Any, tokenizer: Any, draft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "open_target", lambda *args, **kwargs: SimpleNamespace(config=target.config))
-    monkeypatch.setattr(evaluation, "load_draft", lambda *args: draft)
-    monkeypatch.setattr(evaluation, "load_model", lambda *args, **kwargs: pytest.fail("read the weights"))
+def test_a_bad_prompt_file_is_named_before_the_weights_are_read(saved: EvalConfig, tmp_path: Path) -> None:
+    weights = Path(str(saved.target)) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(BadInputError, match="1 bad row"):
-        evaluate_folder(settings(write_lines(tmp_path / "p", ["{"])))
+        evaluate_folder(replace(saved, prompts=write_lines(tmp_path / "bad", ["{"])))
+    with pytest.raises(Exception, match=r"(?i)safetensors|weights|incomplete"):
+        evaluate_folder(saved)
 
 
 def test_answers_of_one_token_have_no_speed_and_no_acceptance(
@@ -213,55 +246,60 @@ def test_answers_of_one_token_have_no_speed_and_no_acceptance(
     assert "all prompts             -" in capsys.readouterr().out
 
 
-def test_a_wrong_token_is_not_lossless(
-    target: Any, tokenizer: Any, draft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_a_target_that_answers_otherwise_in_a_block_is_not_lossless(
+    target: Any, tokenizer: Any, draft: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def faulty(
-        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None, **kwargs: Any
-    ) -> SpeculativeDecoding:
-        right = speculative_decode(target, draft, ids, limit, stops)
-        tokens = list(right.tokens)
-        if len(ids) == 5 and ids[0] == 10:
-            tokens[6] = (tokens[6] + 1) % MASK
-        elif len(ids) == 6:
-            tokens = tokens[:-2]
-        return SpeculativeDecoding(**(vars(right) | {"tokens": tokens}))
-
-    monkeypatch.setattr(evaluation, "speculative_decode", faulty)
-    path = write_lines(tmp_path / "p.jsonl", PROMPTS)
-    found = evaluate(settings(path, limit=3), target=target, tokenizer=tokenizer, draft=draft)
-    assert not found.lossless and found.identical == 3 - len(found.differences)
-    changed = next(d for d in found.differences if d.prompt == f"{path}:3")
-    assert (changed.position, changed.tie) == (6, False)
-    assert changed.gap is not None and changed.tolerance is not None and changed.gap > changed.tolerance
-    cut = next(d for d in found.differences if d.prompt == f"{path}:1")
-    assert (cut.position, cut.speculative_token, cut.gap, cut.tie) == (LIMIT - 2, None, None, False)
-    print_report(found)
-    assert f"{path}:3, token 6: NOT A TIE" in capsys.readouterr().out
-
-
-def test_a_tie_to_rounding_is_lossless(
-    tokenizer: Any, draft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tiny_target("qwen3")
-    path = write_lines(tmp_path / "p.jsonl", PROMPTS)
+    path = write_lines(tmp_path / "p.jsonl", PROMPTS[:1])
     ids = encoded(tokenizer, path)[0]
-    answer = plain_decode(target, ids, LIMIT, ()).tokens
+    answer = slow_answer(target, ids)
+    wrong = next(token for token in range(MASK) if token not in answer)
+
+    def faulty(head: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits + 100.0 * (torch.arange(VOCAB) == wrong) if logits.shape[1] > 1 else logits
+
+    handle = target.get_output_embeddings().register_forward_hook(faulty)
+    try:
+        found = evaluate(settings(path), target=target, tokenizer=tokenizer, draft=draft)
+    finally:
+        handle.remove()
+    (difference,) = found.differences
+    assert (found.lossless, found.identical, difference.prompt) == (False, 0, f"{path}:1")
+    assert (difference.position, difference.plain_token, difference.speculative_token) == (1, answer[1], wrong)
+    with torch.inference_mode():
+        logits = target(torch.tensor([ids + answer[:1]])).logits[0, -1]
+    assert difference.gap == pytest.approx(float(logits.max() - logits[wrong]), rel=1e-4)
+    assert difference.tolerance is not None and difference.gap > difference.tolerance and not difference.tie
+    print_report(found)
+    assert f"{path}:1, token 1: NOT A TIE" in capsys.readouterr().out
+
+
+def test_a_tie_to_rounding_is_lossless(tokenizer: Any, draft: Any, tmp_path: Path) -> None:
+    target = tiny_target("qwen3")
+    path = write_lines(tmp_path / "p.jsonl", PROMPTS[:1])
+    answer = slow_answer(target, encoded(tokenizer, path)[0])
     twin = next(token for token in range(MASK) if token not in answer)
-    head = target.get_output_embeddings().weight
-    head[twin] = head[answer[0]]
+    head = target.get_output_embeddings()
+    head.weight[twin] = head.weight[answer[1]]
 
-    def other_twin(
-        target: Any, draft: Any, ids: list[int], limit: int, stops: frozenset[int], chooser: None, **kwargs: Any
-    ) -> SpeculativeDecoding:
-        right = speculative_decode(target, draft, ids, limit, stops)
-        swap = {answer[0]: twin, twin: answer[0]}
-        return SpeculativeDecoding(**(vars(right) | {"tokens": [swap.get(t, t) for t in right.tokens]}))
+    def rounded(head: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        other = logits.clone()
+        to = torch.full_like(logits[..., twin], math.inf if logits.shape[1] > 1 else -math.inf)
+        other[..., twin] = torch.nextafter(logits[..., answer[1]], to)
+        return other
 
-    monkeypatch.setattr(evaluation, "speculative_decode", other_twin)
-    found = evaluate(settings(path, limit=1), target=target, tokenizer=tokenizer, draft=draft)
-    assert [d.position for d in found.differences] == [0]
-    assert found.differences[0].tie and found.lossless
+    head.register_forward_hook(rounded)
+    found = evaluate(settings(path), target=target, tokenizer=tokenizer, draft=draft)
+    (difference,) = found.differences
+    assert (difference.position, difference.plain_token, difference.speculative_token) == (1, answer[1], twin)
+    assert difference.tie and found.lossless and found.identical == 0
+
+
+def test_an_answer_that_ends_early_is_no_tie(target: Any) -> None:
+    answer = slow_answer(target, [1, 2, 3])
+    cut = compare_answers(target, "p:1", [1, 2, 3], answer, answer[:-2])
+    assert cut is not None and (cut.position, cut.plain_token) == (LIMIT - 2, answer[-2])
+    assert (cut.speculative_token, cut.gap, cut.tolerance, cut.tie) == (None, None, None, False)
+    assert compare_answers(target, "p:1", [1, 2, 3], answer, answer) is None
 
 
 def test_a_draft_for_another_target_is_refused_with_every_difference(target: Any, draft: Any) -> None:

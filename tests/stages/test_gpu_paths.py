@@ -30,7 +30,8 @@ from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.shard import Captured, Capturer
 from dflash_offline.stages.draft import model as drafter
-from dflash_offline.stages.draft.decode import check_rewindable, plain_decode, speculative_decode
+from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
+from dflash_offline.stages.draft.pairing import check_rewindable
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache

@@ -1,4 +1,4 @@
-"""A cache's held-out part, walked without the target and decoded with it."""
+"""A cache's chosen-out part, walked without the target and decoded with it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.eval_samples import as_prompts, draft_folder, held_out_samples
+from dflash_offline.stages.eval_samples import as_prompts, choose_samples, draft_folder
 from dflash_offline.stages.evaluate import evaluate_folder
 from dflash_offline.stages.export import export
 from dflash_offline.stages.extract import extract
@@ -50,9 +50,9 @@ def test_the_walk_over_a_run_is_the_one_that_training_measured(run: Path, cache:
 
 def test_a_draft_walks_the_samples_its_training_held_out(run: Path, draft: Path, cache: Path) -> None:
     for folder in (run, draft):
-        held = held_out_samples(cache, draft_folder(folder)[1], None)
-        assert held.held_out and np.array_equal(held.samples, held.corpus.split(5)[1])
-        assert len(held_out_samples(cache, draft_folder(folder)[1], 2).samples) == 2
+        chosen = choose_samples(cache, draft_folder(folder)[1], None)
+        assert chosen.held_out and np.array_equal(chosen.samples, chosen.corpus.split(5)[1])
+        assert len(choose_samples(cache, draft_folder(folder)[1], 2).samples) == 2
 
 
 def test_a_draft_that_another_cache_trained_walks_all_samples(
@@ -82,16 +82,16 @@ def test_a_cache_of_another_target_is_refused(draft: Path, data: Path, tmp_path:
 
 
 def test_cached_prompts_end_where_their_answers_begin(draft: Path, cache: Path) -> None:
-    held = held_out_samples(cache, draft_folder(draft)[1], None)
-    prompts = as_prompts(held)
-    table = held.reader.samples
+    chosen = choose_samples(cache, draft_folder(draft)[1], None)
+    prompts = as_prompts(chosen)
+    table = chosen.reader.samples
     starts = {
         (int(i), first)
-        for i in held.samples
+        for i in chosen.samples
         for first in range(1, int(table.num_tokens[i]))
         if table.loss_mask(i)[first] and not table.loss_mask(i)[first - 1]
     }
-    assert len(prompts) == len(starts) > len(held.samples)
+    assert len(prompts) == len(starts) > len(chosen.samples)
     assert {(len(ids), tuple(ids)) for _, ids in prompts} == {(n, tuple(table.input_ids(i)[:n])) for i, n in starts}
 
 

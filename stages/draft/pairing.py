@@ -1,0 +1,62 @@
+"""Whether a target can be decoded with a draft: the same sizes, and a cache that gives up rejected tokens."""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.errors import MismatchError, UnsupportedTargetError, mismatch_table
+
+
+def check_draft_fits(draft: DraftConfig, target: Any) -> None:
+    """Raise `MismatchError` naming each field in which the draft was made for another target."""
+    model = target.config.get_text_config(decoder=True)
+    num_rows = target.get_input_embeddings().weight.shape[0]
+    rows: list[tuple[str, object, object]] = []
+    if draft.hidden_size != model.hidden_size:
+        rows.append(("hidden_size", draft.hidden_size, model.hidden_size))
+    if draft.vocab_size != num_rows:
+        rows.append(("vocab_size", draft.vocab_size, num_rows))
+    if draft.num_target_layers != model.num_hidden_layers:
+        rows.append(("num_target_layers", draft.num_target_layers, model.num_hidden_layers))
+    if draft.mask_token_id >= num_rows:
+        rows.append(("mask_token_id", draft.mask_token_id, f"0 to {num_rows - 1}"))
+    if rows:
+        raise MismatchError(
+            f"The draft was not made for this target:\n{mismatch_table(rows, 'draft', 'target')}\n"
+            f"Name the target it was trained for, or train a draft for this one."
+        )
+
+
+@torch.inference_mode()
+def check_rewindable(target: PreTrainedModel, name: str) -> None:
+    """Refuse a target whose cache cannot be taken back to before a rejected token; `name` names it.
+
+    A layer that keeps one state for all that was read, as recurrent layers do, has nothing to go back to. What
+    transformers says of its layers is believed, and what it leaves open is tried on a few tokens.
+    """
+    ids = torch.arange(1, 17, device=target.device)[None]
+    why = ""
+    try:
+        cache = DynamicCache(config=target.config)
+        cache.activate_past_recording()
+        target(ids[:, :8], past_key_values=cache, use_cache=True)
+        if not all(getattr(layer, "is_croppable", True) for layer in cache.layers):
+            why = "its layers keep a recurrent state"
+        cache.crop(0)
+        target(ids[:, :6], past_key_values=cache, use_cache=True)
+        cache.crop(-6)
+        again = target(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+        straight = target(ids, use_cache=False).logits[:, 8:]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = why or str(error).split("\n")[0] or type(error).__name__
+    else:
+        if not torch.allclose(again.float(), straight.float(), rtol=0.05, atol=0.05 * float(straight.abs().max())):
+            why = why or "what it answers after rejected tokens is not what it answers without them"
+    if why:
+        raise UnsupportedTargetError(
+            f"{name} ({type(target).__name__}) cannot be decoded with a draft here: its cache cannot be taken back to "
+            f"before a rejected token ({why}). Extracting from it and training for it work, and so does `dflash eval "
+            f"RUN --cache CACHE`, which needs no target."
+        )
