@@ -43,7 +43,8 @@ def command(config: Settings, out: Path) -> list[str]:
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None
+for name in {missing!r}:
+    sys.modules[name] = None
 from dflash_offline.pipeline.app import app
 for arguments in {commands!r}:
     print("$", *arguments)
@@ -52,9 +53,9 @@ for arguments in {commands!r}:
 """
 
 
-def without_torch(*commands: list[str]) -> list[str]:
-    """Return what each command prints in a process where torch cannot be imported."""
-    program = WITHOUT_TORCH.format(commands=commands)
+def without_torch(*commands: list[str], missing: str = "torch transformers") -> list[str]:
+    """Return what each command prints in a process where torch, or what else is missing, cannot be imported."""
+    program = WITHOUT_TORCH.format(commands=commands, missing=missing.split())
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     printed = re.split(r"^\$ .*\n", run.stdout, flags=re.MULTILINE)[1:]

@@ -1,24 +1,22 @@
 """`dflash extract`: its options, what they start, and what it prints."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dflash_offline.pipeline.command import reported
-from dflash_offline.pipeline.inspect.overview import overview
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.pipeline.terminal import print_json
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
 from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.option import Option
 from dflash_offline.stages.progress import readable_bytes
-from dflash_offline.stages.store.cache import Cache
 
-if TYPE_CHECKING:  # help is shown without torch
+if TYPE_CHECKING:  # help is shown, and words are completed, without what takes long to import
     from dflash_offline.stages.capture.forecast import Forecast
     from dflash_offline.stages.conversations.plan import Plan
     from dflash_offline.stages.extract import Extracted
@@ -57,6 +55,10 @@ def extract(
 def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
     """Print what the cache, here named as the user does, holds now and what to do next."""
     if as_json:
+        from dflash_offline.pipeline.inspect.overview import overview
+        from dflash_offline.pipeline.terminal import print_json
+        from dflash_offline.stages.store.cache import Cache
+
         print_json(overview(Cache.open(done.cache, hashed=False)))
         return
     written = f"{done.shards_written} shards, {readable_bytes(done.bytes_written)}, {done.seconds:.0f} s"
@@ -80,7 +82,7 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
 
     counts = plan.counts()
     if as_json:
-        print_json(_document(plan, layout, forecast))
+        print(json.dumps(_document(plan, layout, forecast), indent=1))
         return
     mean = counts["tokens"] / counts["samples"]
     for kind, rows in counts["formats"].items():

@@ -1,5 +1,6 @@
 """`dflash regenerate`: its options, what they start, and what it prints."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -7,11 +8,10 @@ from typing import TYPE_CHECKING
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.pipeline.terminal import print_json
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 
-if TYPE_CHECKING:  # help is shown without torch
+if TYPE_CHECKING:  # help is shown, and words are completed, without what takes long to import
     from dflash_offline.stages.regenerate import Regenerated
 
 
@@ -43,7 +43,7 @@ def print_done(done: "Regenerated", target: str | None, *, as_json: bool) -> Non
     """Print what the new file holds and what to do next."""
     if as_json:
         rejects = str(done.rejects) if done.left_out else None
-        print_json({**asdict(done), "out": str(done.out), "rejects": rejects})
+        print(json.dumps({**asdict(done), "out": str(done.out), "rejects": rejects}, indent=1))
         return
     now = f"{done.num_answers_now:,} got now, {done.seconds:.0f} s"
     print(f"{done.out} is complete: {done.num_rows:,} conversations, {done.num_answers:,} answers ({now}).")

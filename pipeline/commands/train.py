@@ -16,7 +16,7 @@ from dflash_offline.schemas.settings.option import Option
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import readable_bytes
 
-if TYPE_CHECKING:  # help is shown without torch
+if TYPE_CHECKING:  # help is shown, and words are completed, without what takes long to import
     from dflash_offline.stages.train import DryRun, Trained
 
 

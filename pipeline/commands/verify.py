@@ -12,7 +12,6 @@ import typer
 from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.options import Json, LogFormatOption, Part, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
-from dflash_offline.schemas.draft.lint import is_draft, lint_draft
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import MANIFEST, Manifest
 from dflash_offline.schemas.paths import free_name
@@ -59,6 +58,8 @@ def verify(
     """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
     with reported(quiet=quiet, log_format=log_format) as progress:
         rerun = settings(target=target) if target else None
+        from dflash_offline.schemas.draft.lint import is_draft
+
         if (folder / MANIFEST).exists() or not is_draft(folder):
             is_sound = _verify_cache(folder, rerun, repair, json_, progress)
         elif repair:
@@ -102,6 +103,8 @@ def _verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
             config = json.loads(path.read_text())
         except ValueError as error:
             raise DflashError(f"{path} is not JSON ({error}). Name a complete model folder.") from error
+    from dflash_offline.schemas.draft.lint import lint_draft
+
     faults = lint_draft(draft, config)
     is_sound = not any(fault.breaks for fault in faults)
     if as_json:
