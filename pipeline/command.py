@@ -1,4 +1,4 @@
-"""What every command does around its work: progress, a user's errors told in one message, and the exit code."""
+"""What every command does around its work: progress, a user's errors reported in one message, and the exit code."""
 
 import errno
 import logging
@@ -25,17 +25,17 @@ _ADVICE = {
 _OUTSIDE_FAULTS = {
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ENAMETOOLONG ELOOP".split()
 } | _ADVICE.keys()
-"""System errors that are nobody's bug: no room, no permission, a broken disk, an impossible name, and those that do not
-say by themselves what to do."""
+"""System errors that are no bug of this program: no room, no permission, a broken disk, an impossible name, and those
+whose own text does not say what to do."""
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""What torch says where its allocation on the CPU fails, in an error of no class of its own."""
+"""Text of torch's error when an allocation on the CPU fails; the error has no class of its own."""
 _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 """Variables that keep libraries which are loaded from now on from drawing bars of their own."""
 
 
 @contextmanager
 def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Progress]:
-    """Give a command its progress, and end it: a user's error is one message and exit 1, Ctrl-C is exit 130.
+    """Yield a command's progress, and turn its end into an exit code: a user's error is one message and 1, Ctrl-C 130.
 
     A bug keeps its traceback. Warnings are shown as progress is. With `log_format` json, errors are events too, and the
     last event is `finished`. Of the ranks of one job the first alone shows progress.
@@ -60,12 +60,12 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
         code = 130
         said = f"{error} " if str(error) else "Stopped. "
         if is_first_rank():  # all ranks stop at a signal; one of them says so
-            _tell(f"{said}{go_on}".rstrip(), code, events)
+            _report(f"{said}{go_on}".rstrip(), code, events)
     except Exception as error:
         message = _users_error(error, go_on)
         if message is None and events is None:
             raise
-        _tell(message or f"A bug of dflash: {error!r}", code, events, error if message is None else None)
+        _report(message or f"A bug of dflash: {error!r}", code, events, error if message is None else None)
     finally:
         if events and not isinstance(progress, Silent):
             events.event("finished", exit_code=code, seconds=round(time.monotonic() - began, 3))
@@ -74,7 +74,7 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
 
 
 def _users_error(error: Exception, go_on: str) -> str | None:
-    """Return what to tell of an error that is nobody's bug; None for a bug."""
+    """Return the message for an error that is no bug of this program; None for a bug."""
     if isinstance(error, DflashError):
         return str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
@@ -86,7 +86,7 @@ def _users_error(error: Exception, go_on: str) -> str | None:
     return None
 
 
-def _tell(message: str, code: int, events: EventProgress | None, bug: Exception | None = None) -> None:
+def _report(message: str, code: int, events: EventProgress | None, bug: Exception | None = None) -> None:
     rank = os.environ.get("RANK", "0")
     if events is None:
         print(f"dflash{'' if rank == '0' else f', rank {rank}'}: {message}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _tell(message: str, code: int, events: EventProgress | None, bug: Exception 
 
 
 class _LogShown(logging.Handler):
-    """Shows what libraries log, each record by one call with its message and the logger's name."""
+    """Shows the log records of libraries, each by one call with its message and the logger's name."""
 
     def __init__(self, show: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -109,7 +109,7 @@ class _LogShown(logging.Handler):
 
 @contextmanager
 def _warnings_shown(progress: Progress) -> Iterator[None]:
-    """Have Python's warnings and the log records of libraries come above the bar, or as events, or not if quiet."""
+    """Show Python's warnings and the log records of libraries above the bar, or as events; nothing of them if quiet."""
 
     def show(message: str, source: str) -> None:
         if isinstance(progress, EventProgress):
@@ -131,5 +131,5 @@ def _warnings_shown(progress: Progress) -> Iterator[None]:
 
 
 def is_first_rank() -> bool:
-    """Say whether this process is the one that speaks; without torchrun it is."""
+    """Say whether this process is the rank that prints; without torchrun it is."""
     return os.environ.get("RANK", "0") == "0"

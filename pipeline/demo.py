@@ -36,7 +36,7 @@ def demo_commands(out: Path) -> list[list[str]]:
 
 
 def run_demo(out: Path, flags: list[str]) -> None:
-    """Run the five commands as a user would, with `flags` of how they log, and close with a table of what came out."""
+    """Run the five commands as a user would, each with the logging options `flags`; print the results."""
     spent: list[tuple[str, float]] = []
     for command in demo_commands(out):
         print(f"\n$ {dflash_line(*command)}", flush=True)
@@ -54,7 +54,7 @@ def run_demo(out: Path, flags: list[str]) -> None:
 
 
 def _run(command: list[str]) -> int:
-    """Return the exit code of a command; Ctrl-C is the command's to handle, so that it may save what it has."""
+    """Return the exit code of a command; it handles Ctrl-C itself, so that it can save its work."""
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
     try:

@@ -61,9 +61,12 @@ class Command:
 
 
 def command(name: str, summary: str, *examples: tuple[str, str]) -> Callable[[Callable[..., None]], Command]:
-    """Make a function a command. Each parameter is annotated with its `Option`; one named `settings` is annotated as a
-    callable that returns a config, and stands for all options of that config and a file of them. It is given that
-    callable, which raises `DflashError` for settings that cannot be used."""
+    """Make a function a command whose parameters are its options, each annotated with its `Option`.
+
+    A parameter `settings`, annotated as a callable that returns a config, stands for the options of all its fields and
+    for a file of them. The function calls it to have the config; it raises `DflashError` for settings that cannot be
+    used.
+    """
     return lambda function: Command(name=name, summary=summary, examples=examples, function=function)
 
 
@@ -110,15 +113,15 @@ def _declared(function: Callable[..., None]) -> tuple[list[_Declared], type | No
 
 
 def _of_config(config: type, part: Part | None) -> dict[str, _Declared]:
+    """Return the options of a config's fields, or of a part of them, and that of their file."""
     hints, found = get_type_hints(config), {}
     for field in fields(config):
         option = options(config)[field.name]
         if part is None or not part.names or field.name in part.names.split():
             if part and part.group:
                 option = replace(option, group=part.group)
-            found[field.name] = _Declared(field.name, _without_none(hints[field.name]), option, field.default, False)
-            if field.default_factory is not MISSING:
-                found[field.name] = replace(found[field.name], default=None)
+            default = field.default if field.default_factory is MISSING else None
+            found[field.name] = _Declared(field.name, _without_none(hints[field.name]), option, default, False)
     if part is None:
         group = next(one.option.group for one in found.values() if one.option.group != ARGUMENTS)
         found[_FILE] = _Declared(_FILE, Path, replace(_CONFIG, group=group), None, False)
@@ -176,7 +179,7 @@ def _flags(one: _Declared) -> tuple[str, ...]:
 
 
 def _default(one: _Declared) -> str:
-    """Return what a help text says of an option that is not given."""
+    """Return the end of an option's help: that it has to be given, or what holds otherwise."""
     if one.default is MISSING:
         return "" if one.is_needed else "  [required]"  # typer says it of what it refuses a call without
     said = one.option.unset
@@ -241,7 +244,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _broken(line: str) -> str:
-    """Return a command as it may be pasted, on as many lines as 80 columns need."""
+    """Return a command in lines of 80 columns at most that a shell reads as one."""
     return " \\\n    ".join(textwrap.wrap(line, 74, break_long_words=False, break_on_hyphens=False))
 
 
@@ -250,7 +253,7 @@ def _grouped(headings: dict[str, str]) -> type[typer.core.TyperCommand]:
 
     class Grouped(typer.core.TyperCommand):
         def format_options(self, ctx: Any, formatter: Any) -> None:
-            """Write the arguments first, what each command prints last, and between them headings as they come up."""
+            """Write the arguments first, the options of output last, and the other headings in order between them."""
             sections: dict[str, list[tuple[str, str]]] = {ARGUMENTS: []}
             sections |= {heading: [] for heading in headings.values() if heading != _OUTPUT} | {_OUTPUT: []}
             for param in self.get_params(ctx):

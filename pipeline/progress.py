@@ -19,7 +19,7 @@ from dflash_offline.stages.progress import Figure, Progress, Silent
 INTERVAL_S = 5.0
 """Seconds between two lines or events of one piece of work, at least."""
 _RATE_MARKS = 31
-"""A rate is taken over so many marks a second apart or more: it forgets a slow start, and bears a pause."""
+"""A rate spans this many points, a second or more apart: it forgets a slow start, and a pause does not spoil it."""
 _REDRAW_S = 0.1
 _WRAPPING: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 _SMALLEST_BAR = 10
@@ -56,7 +56,7 @@ class Work:
         self._marks = deque([(self.began, self.done)], maxlen=_RATE_MARKS)
 
     def advance(self, amount: int, figures: dict[str, Figure]) -> None:
-        """Note finished units."""
+        """Count finished units, and take the newest figures."""
         self.done += amount
         self.figures |= figures
         now = time.monotonic()
@@ -65,11 +65,11 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """Since it began here."""
+        """Seconds since the work began in this process."""
         return time.monotonic() - self.began
 
     def rate(self) -> float | None:
-        """Return units a second, lately; None before anything was done."""
+        """Return the recent rate in units a second; None before any unit was done."""
         since, then = self._marks[0]
         if self.done <= then:  # nothing lately: the mean of all is what is known
             since, then = self.began, self.first
@@ -83,7 +83,7 @@ class Work:
         return (self.total - self.done) / rate
 
     def parts(self, ended: bool) -> list[str]:
-        """Return what there is to say, the most important first."""
+        """Return the parts of the line that shows the work, the most important first."""
         total = self.total if self.total is not None and self.done <= self.total else None
         parts = [f"{_count(self.done)}{'' if total is None else f'/{_count(total)}'} {self.unit}"]
         if total:
@@ -97,7 +97,7 @@ class Work:
 
 
 class TerminalProgress:
-    """Shows what a stage does, a bar or lines; safe in threads."""
+    """Shows a stage's work as a bar on a terminal and as lines elsewhere; safe to use from several threads."""
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -154,7 +154,7 @@ class TerminalProgress:
             self._bar = self._work = None
 
     def _draw(self, work: Work, bar: "tqdm[None]", *, ended: bool) -> None:
-        """Draw as much as the terminal is wide, and a bar where there is room."""
+        """Draw as many parts as the terminal has room for, and a bar where there is room left."""
         self._shown = time.monotonic()
         room = _width(self._stream) - (0 if work.total is None else _SMALLEST_BAR + 3) - 1
         parts = work.parts(ended)
@@ -169,7 +169,7 @@ class TerminalProgress:
 
 
 class EventProgress:
-    """Writes what a stage does as events, one JSON object a line; safe in threads."""
+    """Writes a stage's work as events, one JSON object a line; safe to use from several threads."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr

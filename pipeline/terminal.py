@@ -1,4 +1,4 @@
-"""How results are shown on a terminal: colour where there is one, the width it has, and plain text elsewhere."""
+"""How results are printed: with colour and as wide as a terminal, where stdout is one, and as plain text elsewhere."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _BLOCKS, _PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 
 def open_console() -> Console:
-    """Return what prints to stdout: as wide as the terminal, 80 columns elsewhere; no codes where NO_COLOR is set."""
+    """Return a console that prints to stdout: as wide as the terminal, or 80 columns; no colour if NO_COLOR is set."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may hold signs that the output's encoding has not
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
@@ -29,7 +29,7 @@ def open_console() -> Console:
 
 
 def has_colour(console: Console) -> bool:
-    """Say whether colour will be seen."""
+    """Return whether the console prints in colour."""
     return console.color_system is not None
 
 

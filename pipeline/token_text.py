@@ -1,16 +1,16 @@
-"""Tokens as text, each where it stands: a token's text depends on those before it, and a character may span several."""
+"""Token ids as text: a token's text depends on the tokens before it, and a character may span several tokens."""
 
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
-"""Turns token ids into text, special tokens written out."""
+"""A function that turns token ids into text, special tokens included."""
 _UNFINISHED = "\ufffd"
 _WINDOW = 16
-"""Tokens of an unfinished character before it is taken as broken for good; no character has as many bytes."""
+"""Number of tokens after which an unfinished character is taken for broken; no character has as many bytes."""
 
 
 def token_texts(ids: Sequence[int], decode: Decode, context: Sequence[int] = ()) -> list[str]:
-    """Return the text that each token adds after `context`; together they are the text of them all.
+    """Return the text that each token adds after `context`; joined, these are the text of all tokens.
 
     A token that only begins a character adds nothing, and the one that completes it adds the character.
     """
@@ -31,7 +31,7 @@ def token_texts(ids: Sequence[int], decode: Decode, context: Sequence[int] = ())
 
 
 def visible(text: str) -> str:
-    """Return text with every character that would be invisible, or would reorder others, written as its number.
+    """Return text in which every character that is invisible, or reorders others, is written as its number.
 
     Line ends are shown, and stay.
     """
