@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 import typer.core
@@ -20,17 +20,10 @@ from dflash_offline.schemas.settings.toml import read_settings, require_fields
 
 _OUTPUT = "Output"
 Quiet = Annotated[
-    bool,
-    Option("Show no progress, only the result and errors.", _OUTPUT, "free", flags=("--quiet", "-q")),
+    bool, Option("Show no progress, only the result and errors.", _OUTPUT, "free", flags=("--quiet", "-q"))
 ]
 LogFormatOption = Annotated[
-    LogFormat,
-    Option(
-        "How progress is shown on stderr: as text for people, or as events, a JSON object a line.",
-        _OUTPUT,
-        "free",
-        "NAME",
-    ),
+    LogFormat, Option("Format of progress on stderr: text, or json, an event a line.", _OUTPUT, "free", "NAME")
 ]
 Json = Annotated[bool, Option("Print the result as JSON on stdout.", _OUTPUT, "free")]
 _CONFIG = Option("TOML file of settings, each named as its flag; flags go before it.", "", "free", "FILE")
@@ -72,19 +65,19 @@ def command(name: str, summary: str, *examples: tuple[str, str]) -> Callable[[Ca
 
 def add_command(app: typer.Typer, command: Command) -> None:
     """Add a command to the program."""
-    declared, config = _declared(command.function)
-    run = _runner(command.function, declared, config)
+    parameters, config = _parameters_of(command.function)
+    run = _runner(command.function, parameters, config)
     lines = [f"  # {remark}\n  {_broken(f'dflash {command.name} {line}'.strip())}" for remark, line in command.examples]
     app.command(
         command.name,
-        cls=_grouped({one.name: one.option.group for one in declared}),
+        cls=_grouped({parameter.name: parameter.option.group for parameter in parameters}),
         short_help=command.summary,
         epilog="\b\nExamples:\n" + "\n".join(lines),
     )(run)
 
 
 @dataclass(frozen=True)
-class _Declared:
+class _Parameter:
     """One option of a command, as its config or its function declares it."""
 
     name: str
@@ -97,22 +90,22 @@ class _Declared:
     """Whether typer refuses a call without it; what may stand in a file is looked for there first."""
 
 
-def _declared(function: Callable[..., None]) -> tuple[list[_Declared], type | None]:
+def _parameters_of(function: Callable[..., None]) -> tuple[list[_Parameter], type | None]:
     """Return all options of a command in order, and its config; its own go before its config's of the same name."""
-    found: dict[str, _Declared] = {}
+    found: dict[str, _Parameter] = {}
     hints, config = get_type_hints(function, include_extras=True), None
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, written in inspect.signature(function).parameters.items():
         hint, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
         if name == _SETTINGS:
             config = get_args(hint)[1]
             found = _of_config(config, marks[0] if marks else None) | found
             continue
-        default = MISSING if parameter.default is parameter.empty else parameter.default
-        found[name] = _Declared(name, _without_none(hint), marks[0], default, default is MISSING)
+        default = MISSING if written.default is written.empty else written.default
+        found[name] = _Parameter(name, _without_none(hint), marks[0], default, default is MISSING)
     return list(found.values()), config
 
 
-def _of_config(config: type, part: Part | None) -> dict[str, _Declared]:
+def _of_config(config: type, part: Part | None) -> dict[str, _Parameter]:
     """Return the options of a config's fields, or of a part of them, and that of their file."""
     hints, found = get_type_hints(config), {}
     for field in fields(config):
@@ -121,10 +114,10 @@ def _of_config(config: type, part: Part | None) -> dict[str, _Declared]:
             if part and part.group:
                 option = replace(option, group=part.group)
             default = field.default if field.default_factory is MISSING else None
-            found[field.name] = _Declared(field.name, _without_none(hints[field.name]), option, default, False)
+            found[field.name] = _Parameter(field.name, _without_none(hints[field.name]), option, default, False)
     if part is None:
-        group = next(one.option.group for one in found.values() if one.option.group != ARGUMENTS)
-        found[_FILE] = _Declared(_FILE, Path, replace(_CONFIG, group=group), None, False)
+        group = next(parameter.option.group for parameter in found.values() if parameter.option.group != ARGUMENTS)
+        found[_FILE] = _Parameter(_FILE, Path, replace(_CONFIG, group=group), None, False)
     return found
 
 
@@ -132,10 +125,10 @@ def _without_none(hint: Any) -> Any:
     return next((kind for kind in get_args(hint) if NoneType in get_args(hint) and kind is not NoneType), hint)
 
 
-def _runner(function: Callable[..., None], declared: list[_Declared], config: type | None) -> Callable[..., None]:
+def _runner(function: Callable[..., None], parameters: list[_Parameter], config: type | None) -> Callable[..., None]:
     """Return what typer calls: its signature is the options', and what is not given is None."""
     own = inspect.signature(function).parameters.keys()
-    of_config = [one for one in declared if one.name not in own]
+    of_config = [parameter for parameter in parameters if parameter.name not in own]
 
     def run(**given: Any) -> None:
         given = {name: value for name, value in given.items() if value is not None}
@@ -144,60 +137,64 @@ def _runner(function: Callable[..., None], declared: list[_Declared], config: ty
             kept[_SETTINGS] = partial(_settings, config, of_config, given)
         function(**kept)
 
-    parameters = [_parameter(one) for one in declared]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    shown = [_as_typer_reads(parameter) for parameter in parameters]
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     run.__doc__ = function.__doc__
     return run
 
 
-def _parameter(one: _Declared) -> inspect.Parameter:
+def _as_typer_reads(parameter: _Parameter) -> inspect.Parameter:
     """Return an option as typer reads it."""
-    option, kind = one.option, one.hint
+    option, kind = parameter.option, parameter.hint
     item = get_args(kind)[0] if get_origin(kind) is tuple else None
     if item in (str, Path):
         kind = list[item]  # type: ignore[valid-type]
     elif item or get_origin(kind) is dict:
         kind = str
-    shown: dict[str, Any] = {"help": option.help + _default(one), "show_default": False, "metavar": option.unit or None}
+    shown: dict[str, Any] = {
+        "help": option.help + _default(parameter),
+        "show_default": False,
+        "metavar": option.unit or None,
+    }
     names = option.choices or option.completions
     if names:
         shown["autocompletion"] = lambda incomplete: [name for name in names if name.startswith(incomplete)]
-    default = inspect.Parameter.empty if one.is_needed else None
-    info = typer.Argument(**shown) if option.group == ARGUMENTS else typer.Option(*_flags(one), **shown)
-    kind = kind if one.is_needed else kind | None
+    default = inspect.Parameter.empty if parameter.is_needed else None
+    info = typer.Argument(**shown) if option.group == ARGUMENTS else typer.Option(*_flags(parameter), **shown)
+    kind = kind if parameter.is_needed else kind | None
     return inspect.Parameter(
-        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+        parameter.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
 
 
-def _flags(one: _Declared) -> tuple[str, ...]:
-    name = one.name.strip("_").replace("_", "-")
-    if one.hint is bool and (one.default or one.default is None):
+def _flags(parameter: _Parameter) -> tuple[str, ...]:
+    name = parameter.name.strip("_").replace("_", "-")
+    if parameter.hint is bool and (parameter.default or parameter.default is None):
         return (f"--{name}/--no-{name}",)
-    return one.option.flags or (f"--{name}",)
+    return parameter.option.flags or (f"--{name}",)
 
 
-def _default(one: _Declared) -> str:
+def _default(parameter: _Parameter) -> str:
     """Return the end of an option's help: that it has to be given, or what holds otherwise."""
-    if one.default is MISSING:
-        return "" if one.is_needed else "  [required]"  # typer says it of what it refuses a call without
-    said = one.option.unset
-    if one.default is True:
+    if parameter.default is MISSING:
+        return "" if parameter.is_needed else "  [required]"  # typer says it of what it refuses a call without
+    said = parameter.option.unset
+    if parameter.default is True:
         said = "yes"
-    elif one.default is not False and one.default not in (None, (), Path()):
-        said = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else str(one.default)
+    elif parameter.default is not False and parameter.default not in (None, (), Path()):
+        said = ",".join(map(str, parameter.default)) if isinstance(parameter.default, tuple) else str(parameter.default)
     return said and f"  [default: {said}]"
 
 
-def _settings(config: type, declared: list[_Declared], given: dict[str, Any], **fixed: Any) -> Any:
+def _settings(config: type, parameters: list[_Parameter], given: dict[str, Any], **fixed: Any) -> Any:
     """Return a command's settings: a file's, over them what stands on the command line, and over all what is fixed."""
     from_file = read_settings(given[_FILE], config) if _FILE in given else {}
     line, wrong = {}, []
-    for one in declared:
-        if one.name in given and one.name != _FILE:
+    for parameter in parameters:
+        if parameter.name in given and parameter.name != _FILE:
             try:
-                line[one.name] = _converted(one, given[one.name])
+                line[parameter.name] = _converted(parameter, given[parameter.name])
             except DflashError as error:
                 wrong.append(str(error))
     if wrong:
@@ -211,14 +208,14 @@ def _settings(config: type, declared: list[_Declared], given: dict[str, Any], **
     return config(**chosen)
 
 
-def _converted(one: _Declared, value: Any) -> Any:
+def _converted(parameter: _Parameter, value: Any) -> Any:
     """Return what stands on the command line as the type that the setting declares."""
-    flag = _flags(one)[0]
-    if get_origin(one.hint) is dict:
+    flag = _flags(parameter)[0]
+    if get_origin(parameter.hint) is dict:
         return _json_object(value, flag)
-    if get_origin(one.hint) is not tuple or isinstance(value, list):
+    if get_origin(parameter.hint) is not tuple or isinstance(value, list):
         return tuple(value) if isinstance(value, list) else value
-    kind, example = get_args(one.hint)[0], "1,9,17" if int in get_args(one.hint) else "1,0.3"
+    kind, example = get_args(parameter.hint)[0], "1,9,17" if int in get_args(parameter.hint) else "1,0.3"
     try:
         return tuple(kind(part) for part in value.split(","))
     except ValueError:
@@ -229,7 +226,8 @@ def _converted(one: _Declared, value: Any) -> Any:
 
 def _json_object(text: str, flag: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
     except ValueError as error:
         raise DflashError(
             f"{flag} is not JSON ({error}): {text!r}. Give an object, as in '{{\"a\": true}}'."
@@ -239,12 +237,8 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
     return value
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _broken(line: str) -> str:
-    """Return a command in lines of 80 columns at most that a shell reads as one."""
+    """Return a command in lines of 80 columns at most that a shell reads as parameter."""
     return " \\\n    ".join(textwrap.wrap(line, 74, break_long_words=False, break_on_hyphens=False))
 
 
@@ -277,4 +271,4 @@ def _grouped(headings: dict[str, str]) -> type[typer.core.TyperCommand]:
 def check_file(path: Path, flag: str) -> None:
     """Raise `DflashError` before any work if a file could not be written there."""
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")
+        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name parameter.")

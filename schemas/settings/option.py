@@ -65,7 +65,7 @@ def options(config: type) -> dict[str, Option]:
     """Return the option of each field of a config, by the field's name."""
     hints, found = get_type_hints(config, include_extras=True), {}
     for field in fields(config):
-        declared = [one for one in getattr(hints[field.name], "__metadata__", ()) if isinstance(one, Option)]
+        declared = [mark for mark in getattr(hints[field.name], "__metadata__", ()) if isinstance(mark, Option)]
         if len(declared) != 1:
             raise TypeError(f"{config.__name__}.{field.name} has {len(declared)} options in its annotation, not one")
         found[field.name] = declared[0]
