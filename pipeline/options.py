@@ -98,7 +98,7 @@ def _parameters_of(function: Callable[..., None]) -> tuple[list[_Parameter], typ
         hint, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
         if name == _SETTINGS:
             config = get_args(hint)[1]
-            found = _of_config(config, marks[0] if marks else None) | found
+            found = {**found, **_of_config(config, marks[0] if marks else None), **found}
             continue
         default = MISSING if written.default is written.empty else written.default
         found[name] = _Parameter(name, _without_none(hint), marks[0], default, default is MISSING)

@@ -16,6 +16,29 @@ _ROW_SETTINGS = Part(
     "block_size",
     group="A row of data",
 )
+_PART = "A part of a cache"
+
+# The formatter would give every word of an option a line of its own.
+# fmt: off
+Folders = Annotated[tuple[Path, ...], Option(
+    "Cache folder; or run folders, compared where there are several; or with --target, data that `dflash extract` "
+    "would take.", ARGUMENTS, "free", "CACHE|RUN")]
+Sample = Annotated[int | None, Option(
+    "Show this sample: its text with mask and anchors, its norms along the tokens.", _PART, "free", "INDEX")]
+Shard = Annotated[int | None, Option(
+    "Show this shard: its record, bytes, statistics, samples.", _PART, "free", "INDEX")]
+Layers = Annotated[bool, Option("Show each layer's statistics and bytes.", _PART, "free")]
+Features = Annotated[int | None, Option(
+    "Samples whose features to read for --layers: norms, outlier channels, similarity.", _PART, "free", "SAMPLES")]
+Top = Annotated[str | None, Option(
+    "Show the longest or shortest samples, or the rare ones: those of the tokens that are rarest here.",
+    _PART, "free", "NAME", completions=("longest", "shortest", "rare"))]
+Target = Annotated[str | None, Option(
+    "Show what extracting for this target would make of row --sample of the data.",
+    _ROW_SETTINGS.group, "free", TARGET.unit)]
+Html = Annotated[Path | None, Option(
+    "Write a page that opens in a browser, without network.", "Output", "free", "FILE")]
+# fmt: on
 
 
 @command(
@@ -29,63 +52,16 @@ _ROW_SETTINGS = Part(
     ("a row as it would be extracted, or why not", "chats.jsonl --target Qwen/Qwen3-8B --sample 3"),
 )
 def inspect(
+    folders: Folders,
+    sample: Sample = None,
+    shard: Shard = None,
+    layers: Layers = False,
+    features: Features = None,
+    top: Top = None,
+    *,
+    target: Target = None,
     settings: Annotated[Callable[..., ExtractConfig], _ROW_SETTINGS],
-    folders: Annotated[
-        tuple[Path, ...],
-        Option(
-            "Cache folder; or run folders, compared where there are several; or with --target, data that "
-            "`dflash extract` would take.",
-            ARGUMENTS,
-            "free",
-            "CACHE|RUN",
-        ),
-    ],
-    sample: Annotated[
-        int | None,
-        Option(
-            "Show this sample: its text with mask and anchors, its norms along the tokens.",
-            "A part of a cache",
-            "free",
-            "INDEX",
-        ),
-    ] = None,
-    shard: Annotated[
-        int | None,
-        Option("Show this shard: its record, bytes, statistics, samples.", "A part of a cache", "free", "INDEX"),
-    ] = None,
-    layers: Annotated[bool, Option("Show each layer's statistics and bytes.", "A part of a cache", "free")] = False,
-    features: Annotated[
-        int | None,
-        Option(
-            "Samples whose features to read for --layers: norms, outlier channels, similarity.",
-            "A part of a cache",
-            "free",
-            "SAMPLES",
-        ),
-    ] = None,
-    top: Annotated[
-        str | None,
-        Option(
-            "Show the longest or shortest samples, or the rare ones: those of the tokens that are rarest here.",
-            "A part of a cache",
-            "free",
-            "NAME",
-            completions=("longest", "shortest", "rare"),
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        Option(
-            "Show what extracting for this target would make of row --sample of the data.",
-            _ROW_SETTINGS.group,
-            "free",
-            TARGET.unit,
-        ),
-    ] = None,
-    html: Annotated[
-        Path | None,
-        Option("Write a page that opens in a browser, without network.", "Output", "free", "FILE"),
-    ] = None,
+    html: Html = None,
     json_: Json = False,
 ) -> None:
     """Show what a cache or a run holds and what looks wrong in it; or a row of data, before anything is extracted.

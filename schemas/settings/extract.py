@@ -45,7 +45,6 @@ class ExtractConfig:
     max_length: Annotated[int, Option(
         "Tokens kept of each conversation, from its start; by default as published.",
         "Data", "identity", "TOKENS", bounds=AT_LEAST_2)] = 3072
-    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
     mask: Annotated[str, Option(
         "What is supervised: every assistant turn, the last-turn alone, or all tokens.",
         "Loss mask", "resolved", "NAME", choices=("assistant", "last-turn", "all"))] = "assistant"
@@ -61,6 +60,7 @@ class ExtractConfig:
     attn_implementation: AttnImplementation = "sdpa"
     device: Device = "auto"
     device_map: DeviceMap = None
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
     batch_tokens: Annotated[int, Option(
         "Padded tokens of one forward; fewer take less memory.",
         "Target", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192

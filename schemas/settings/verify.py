@@ -26,7 +26,7 @@ class RerunConfig:
         "Revision of the target's hub id.", "Target", "resolved", "NAME", unset="the extraction's")] = None
     trust_remote_code: TrustRemoteCode = False
     attn_implementation: Annotated[str | None, replace(
-        ATTENTION, unset="the extraction's, which this machine may lack")] = None
+        ATTENTION, unset="the extraction's")] = None
     device: Device = "auto"
     device_map: Annotated[str | None, Option(
         "How transformers spreads the target over devices, as for `dflash extract`.",
