@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dflash_offline.stages.draft import objective
 from dflash_offline.stages.draft.objective import (
     accepted_prefix,
     dpace_weights,
@@ -61,18 +62,38 @@ def test_head_cross_entropy_leaves_the_head_without_a_gradient_and_stores_no_log
     assert (13, 8) in stored and all(20 not in shape for shape in stored)
 
 
-def test_head_cross_entropy_without_gradients_forms_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, labels, head = problem()
-    chunk_loss, formed = objective._chunk_loss, []
+class FormedTensors(TorchDispatchMode):
+    """Notes the shape of every tensor that takes memory of its own, inside autograd functions too."""
 
-    def note(*arguments: Any) -> Any:
-        formed.append(chunk_loss(*arguments))
-        return formed[-1]
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
 
-    monkeypatch.setattr(objective, "_chunk_loss", note)
-    with torch.no_grad():
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        held = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        formed = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in held]
+        self.shapes += [tuple(x.shape) for x in formed]
+        return given
+
+
+def test_head_cross_entropy_never_forms_the_logits_of_more_slots_than_a_chunk() -> None:
+    hidden, labels, head = problem(slots=50)
+    with FormedTensors() as formed:
         ce, _ = head_cross_entropy(hidden, labels, head, 4)
-    assert not ce.requires_grad and [grad for *_, grad in formed] == [None] * 4
+        ce.sum().backward()
+    rows = [shape[0] for shape in formed.shapes if len(shape) == 2 and shape[1] == 20]
+    assert max(rows) == 4
+    most = max(math.prod(shape) for shape in formed.shapes)
+    assert most == 50 * 8, "nothing is larger than the slots' hidden states"
+
+
+def test_head_cross_entropy_without_gradients_forms_none() -> None:
+    hidden, labels, head = problem()
+    with torch.no_grad(), FormedTensors() as formed:
+        ce, _ = head_cross_entropy(hidden, labels, head, 4)
+    assert not ce.requires_grad
+    assert all(shape[-1:] != (8,) for shape in formed.shapes), "no slot's gradient is formed"
     torch.testing.assert_close(ce, F.cross_entropy(head(hidden), labels, reduction="none").detach())
 
 

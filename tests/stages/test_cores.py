@@ -1,6 +1,8 @@
 """The thread count follows the process's own limits."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,17 @@ def test_a_quota_of_the_control_group_limits_the_cores(tmp_path: Path, monkeypat
         assert cores.usable_cores() == expected
 
 
-def test_the_users_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    cores.limit_threads()
-    assert os.environ["OMP_NUM_THREADS"] == "3"
+@pytest.mark.parametrize(("own", "expected"), [("3", "3"), ("", ""), (None, str(cores.usable_cores()))])
+def test_the_users_own_setting_wins(own: str | None, expected: str) -> None:
+    """In a fresh process, as the command starts: what the first library to load torch then finds."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {} if own is None else {"OMP_NUM_THREADS": own}
+    code = (
+        "import os, sys; from dflash_offline.pipeline.app import main\n"
+        "sys.argv = ['dflash', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(repr(os.environ['OMP_NUM_THREADS']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == repr(expected)
