@@ -19,7 +19,7 @@ from dflash_offline.schemas.files import building_folder, output_folder, publish
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.settings.option import choice_problem
-from dflash_offline.stages.draft.model import check_draft_weights
+from dflash_offline.stages.draft.weights import check_draft_weights
 from dflash_offline.stages.export_card import card
 from dflash_offline.stages.training.checkpoint import checkpoint_folder, list_checkpoints, read_state
 

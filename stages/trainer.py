@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dflash_offline.schemas.draft.config import FULL, AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.stages.draft.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
-from dflash_offline.stages.draft.attention import Blocks, dense_mask, flex_mask, tiled_mask
-from dflash_offline.stages.draft.model import ATTENTION_BACKENDS, DraftModel, Masks
+from dflash_offline.stages.draft.attention import ATTENTION_BACKENDS, Blocks, dense_mask, flex_mask, tiled_mask
+from dflash_offline.stages.draft.model import DraftModel, Masks
 from dflash_offline.stages.draft.objective import (
     LOSS_TYPES,
     accepted_prefix,
@@ -327,5 +327,5 @@ def _foreign_problems(config: object) -> list[str]:
     return [
         f"The draft's config has layer_types {sorted(kinds)} and is_causal {getattr(config, 'is_causal', None)}; "
         f"expected full attention that is not causal. Load the folder with "
-        f"dflash_offline.stages.draft.model.load_draft, which masks every layer as it is served."
+        f"dflash_offline.stages.draft.weights.load_draft, which masks every layer as it is served."
     ]

@@ -1,17 +1,21 @@
-"""What a block may see: one predicate, materialised for every attention backend."""
+"""What a block may see, one predicate materialised for every attention backend, and those backends."""
 
 # Axes: B rows, S context positions, N anchors, K block size; queries are N*K, keys are S + N*K.
 
+import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dflash_offline.schemas.draft.config import AttentionRule
 from dflash_offline.stages.draft.anchors import document_starts
 
+ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention")
 TILE_QUERIES = 128
 """Queries of one tile, about: enough to keep a matmul busy, few enough that neighbours see nearly the same context."""
 _FLEX_TILE = 128
@@ -90,6 +94,9 @@ class TiledMask:
 
     seq_len: int
     tiles: tuple[Tile, ...]
+
+
+Mask = Tensor | BlockMask | TiledMask | None
 
 
 def tiled_mask(blocks: Blocks, rule: AttentionRule) -> TiledMask:
@@ -173,3 +180,72 @@ def served_mask(num_context: int, num_slots: int, rule: AttentionRule, device: t
         return None
     start = torch.full((1, 1), num_context, device=device)
     return dense_mask(Blocks(start, torch.ones_like(start, dtype=torch.bool), None, num_context, num_slots), rule)
+
+
+def default_backend(device: torch.device) -> str:
+    """Return the attention backend that training takes on a device unless told otherwise."""
+    return "flex_attention" if device.type == "cuda" else "sdpa"
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    enable_gqa = q.shape[1] != k.shape[1]
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+    if not q.is_cpu:
+        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+    with warnings.catch_warnings():
+        # Uncompiled, it holds all scores; on a CPU, where it has no backward, that is wanted: no compiler is needed.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+
+
+def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None and not q.is_cpu:
+        # A GPU's fused kernels take grouped heads or a mask, not both, and the plain one holds all scores.
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+@torch.compiler.disable  # tiles change from step to step
+def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask) -> Tensor:
+    sizes = [tile.num_queries for tile in mask.tiles]
+    context_k, *own_k = k.split([mask.seq_len, *sizes], dim=2)
+    context_v, *own_v = v.split([mask.seq_len, *sizes], dim=2)
+    attended = [
+        _attend_sdpa(
+            tile_q,
+            torch.cat((context_k[:, :, tile.context], tile_k), dim=2),
+            torch.cat((context_v[:, :, tile.context], tile_v), dim=2),
+            tile.mask,
+        )
+        for tile, tile_q, tile_k, tile_v in zip(mask.tiles, q.split(sizes, dim=2), own_k, own_v, strict=True)
+    ]
+    return torch.cat(attended, dim=2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tensor:
+    """Return attention [B, heads, Q, head_dim] of q over k, v [B, kv heads, keys, head_dim].
+
+    A `BlockMask` always runs flex attention and a `TiledMask` sdpa. Without them, "flex_attention" means `sdpa`:
+    there is nothing to skip.
+    """
+    if isinstance(mask, BlockMask):
+        return _attend_flex(q, k, v, mask)
+    if isinstance(mask, TiledMask):
+        return _attend_tiled(q, k, v, mask)
+    return (_attend_eager if backend == "eager" else _attend_sdpa)(q, k, v, mask)

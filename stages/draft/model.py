@@ -6,34 +6,20 @@ context (the target's features, projected once for all layers) and the block. Qu
 
 # Axes: B rows, C context positions, Q block tokens, P cached positions, H hidden size, L captured target layers.
 
-import functools
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.draft.weights import expected_shapes, shape_faults
-from dflash_offline.schemas.errors import DflashError, MismatchError
-from dflash_offline.stages.draft.attention import TiledMask, served_mask
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.draft.attention import ATTENTION_BACKENDS, Mask, attend, served_mask
 
-ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention")
-Mask = Tensor | BlockMask | TiledMask | None
 Masks = Mask | Mapping[str, Mask]
 """One for all layers, or one for every kind of layer."""
 Rotary = tuple[Tensor, Tensor]
-
-
-def default_backend(device: torch.device) -> str:
-    """Return the attention backend that training takes on a device unless told otherwise."""
-    return "flex_attention" if device.type == "cuda" else "sdpa"
 
 
 class DraftCache:
@@ -110,70 +96,6 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
-
-
-def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    enable_gqa = q.shape[1] != k.shape[1]
-    if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
-    if not q.is_cpu:
-        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
-    with warnings.catch_warnings():
-        # Uncompiled, it holds all scores; on a CPU, where it has no backward, that is wanted: no compiler is needed.
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
-
-
-def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and mask is not None and not q.is_cpu:
-        # A GPU's fused kernels take grouped heads or a mask, not both, and the plain one holds all scores.
-        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
-
-
-@torch.compiler.disable  # tiles change from step to step
-def _attend_tiled(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask) -> Tensor:
-    sizes = [tile.num_queries for tile in mask.tiles]
-    context_k, *own_k = k.split([mask.seq_len, *sizes], dim=2)
-    context_v, *own_v = v.split([mask.seq_len, *sizes], dim=2)
-    attended = [
-        _attend_sdpa(
-            tile_q,
-            torch.cat((context_k[:, :, tile.context], tile_k), dim=2),
-            torch.cat((context_v[:, :, tile.context], tile_v), dim=2),
-            tile.mask,
-        )
-        for tile, tile_q, tile_k, tile_v in zip(mask.tiles, q.split(sizes, dim=2), own_k, own_v, strict=True)
-    ]
-    return torch.cat(attended, dim=2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tensor:
-    """Return attention [B, heads, Q, head_dim] of q over k, v [B, kv heads, keys, head_dim].
-
-    A `BlockMask` always runs flex attention and a `TiledMask` sdpa. Without them, "flex_attention" means `sdpa`:
-    there is nothing to skip.
-    """
-    if isinstance(mask, BlockMask):
-        return _attend_flex(q, k, v, mask)
-    if isinstance(mask, TiledMask):
-        return _attend_tiled(q, k, v, mask)
-    return (_attend_eager if backend == "eager" else _attend_sdpa)(q, k, v, mask)
 
 
 class DraftAttention(nn.Module):
@@ -311,52 +233,3 @@ def init_weights(draft: nn.Module) -> None:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-
-
-def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
-    """Raise `MismatchError` naming every missing key, unexpected key and wrong shape; `where` names the file."""
-    shapes = {name: tuple(w.shape) for name, w in weights.items()}
-    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, expected_shapes(config))]
-    if problems:
-        raise MismatchError(
-            f"{where} does not hold the weights its config.json describes:\n  "
-            + "\n  ".join(problems)
-            + "\nExport the draft again, or name the folder of an unmodified one."
-        )
-
-
-def draft_state_dict(draft: nn.Module, config: DraftConfig, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return the draft's weights as contiguous CPU tensors, checked against `expected_shapes`; cast if asked."""
-    weights = {
-        name: w.detach().to(device="cpu", dtype=dtype or w.dtype).contiguous() for name, w in draft.state_dict().items()
-    }
-    check_draft_weights(weights, config, "The draft in memory")
-    return weights
-
-
-def load_draft(
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    attention_backend: str = "sdpa",
-) -> DraftModel:
-    """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode."""
-    config = DraftConfig.read(folder)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise DflashError(f"{path} does not exist, so {folder} holds no draft weights. Export the draft again.")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise DflashError(f"{path} is not a readable safetensors file: {error}. Export the draft again.") from error
-    check_draft_weights(weights, config, str(path))
-    if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise DflashError(
-            f"{path} holds values that are not finite in {', '.join(damaged)}. Name another draft, or export an "
-            f"earlier checkpoint."
-        )
-    with torch.device("meta"):
-        draft = DraftModel(config, attention_backend)
-    weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
-    draft.load_state_dict(weights, assign=True)
-    return draft.eval()

@@ -17,7 +17,7 @@ from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, differences, wherever_placed
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.draft.model import load_draft
+from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.training.corpus import Corpus
 

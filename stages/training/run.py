@@ -18,7 +18,8 @@ from torch import nn
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.run import settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
-from dflash_offline.stages.draft.model import DraftModel, default_backend
+from dflash_offline.stages.draft.attention import default_backend
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import (
     TrainState,

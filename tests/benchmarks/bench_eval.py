@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from dflash_offline.pipeline.demo import PROMPTS, TARGET
 from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
-from dflash_offline.stages.draft.model import load_draft
+from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.evaluate import stop_ids
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import load_model

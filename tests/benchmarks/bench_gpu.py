@@ -19,8 +19,8 @@ from steps import packed_row, step_flops, target_ends
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import AttentionRule, DraftConfig
-from dflash_offline.stages.draft.attention import Blocks, flex_mask, tiled_mask
-from dflash_offline.stages.draft.model import DraftModel, attend
+from dflash_offline.stages.draft.attention import Blocks, attend, flex_mask, tiled_mask
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.objective import head_cross_entropy
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.optimizer import make_optimizers

@@ -15,7 +15,7 @@ from serving import MISTAKES, Row, Served, check_training_equals_serving, short_
 from tiny import ATTENTION, tiny_batch, tiny_draft, tiny_trainer
 from torch import Tensor
 
-from dflash_offline.stages.draft.model import draft_state_dict
+from dflash_offline.stages.draft.weights import draft_state_dict
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
 pytestmark = pytest.mark.clients

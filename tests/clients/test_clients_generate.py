@@ -21,7 +21,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import SpeculativeDecoding, plain_decode, speculative_decode
-from dflash_offline.stages.draft.model import draft_state_dict, load_draft
+from dflash_offline.stages.draft.weights import draft_state_dict, load_draft
 from dflash_offline.stages.evaluate import stop_ids
 from dflash_offline.stages.export import choose_checkpoint, export
 from dflash_offline.stages.extract import extract

@@ -12,8 +12,15 @@ from torch.nn.attention.flex_attention import create_mask
 from dflash_offline.schemas.draft.config import FULL, SLIDING, AttentionRule
 from dflash_offline.stages.draft import attention
 from dflash_offline.stages.draft.anchors import sample_document_anchors
-from dflash_offline.stages.draft.attention import Blocks, TiledMask, dense_mask, flex_mask, served_mask, tiled_mask
-from dflash_offline.stages.draft.model import attend
+from dflash_offline.stages.draft.attention import (
+    Blocks,
+    TiledMask,
+    attend,
+    dense_mask,
+    flex_mask,
+    served_mask,
+    tiled_mask,
+)
 
 
 def cases() -> dict[str, TinyBatch]:

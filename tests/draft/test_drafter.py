@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from dflash_offline.schemas.draft.weights import expected_shapes
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.stages.draft import model as drafter
-from dflash_offline.stages.draft.model import (
-    DraftCache,
-    DraftModel,
-    RMSNorm,
-    draft_state_dict,
-    load_draft,
-    rotary_inv_freq,
-    rotary_table,
-)
+from dflash_offline.stages.draft.model import DraftCache, DraftModel, RMSNorm, rotary_inv_freq, rotary_table
+from dflash_offline.stages.draft.weights import draft_state_dict, load_draft
 
 
 def inputs(draft: DraftModel, context: int, seed: int = 3) -> dict[str, Tensor]:

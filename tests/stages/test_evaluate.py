@@ -22,8 +22,8 @@ from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import plain_decode
 from dflash_offline.stages.draft.losslessness import compare_answers
-from dflash_offline.stages.draft.model import draft_state_dict
 from dflash_offline.stages.draft.pairing import check_draft_fits
+from dflash_offline.stages.draft.weights import draft_state_dict
 from dflash_offline.stages.evaluate import evaluate, evaluate_folder, stop_ids
 
 LIMIT = 20

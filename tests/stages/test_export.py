@@ -17,7 +17,7 @@ from dflash_offline.schemas.draft.formats import FORMATS, config_json
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.draft.model import load_draft
+from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.export import choose_checkpoint, export, training_record
 from dflash_offline.stages.export_card import card
 from dflash_offline.stages.progress import Silent

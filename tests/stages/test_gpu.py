@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.draft.attention import Blocks, flex_mask, tiled_mask
-from dflash_offline.stages.draft.model import DraftModel, attend
+from dflash_offline.stages.draft.attention import Blocks, attend, flex_mask, tiled_mask
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train

@@ -28,7 +28,7 @@ from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.shard import Captured, Capturer
-from dflash_offline.stages.draft import model as drafter
+from dflash_offline.stages.draft import attention as drafter
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 from dflash_offline.stages.draft.pairing import check_rewindable
 from dflash_offline.stages.extract import extract

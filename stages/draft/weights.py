@@ -1,0 +1,63 @@
+"""The weights of a draft: gathered from a module, checked against its config, loaded from its folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.weights import expected_shapes, shape_faults
+from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.stages.draft.model import DraftModel
+
+
+def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
+    """Raise `MismatchError` naming every missing key, unexpected key and wrong shape; `where` names the file."""
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, expected_shapes(config))]
+    if problems:
+        raise MismatchError(
+            f"{where} does not hold the weights its config.json describes:\n  "
+            + "\n  ".join(problems)
+            + "\nExport the draft again, or name the folder of an unmodified one."
+        )
+
+
+def draft_state_dict(draft: nn.Module, config: DraftConfig, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the draft's weights as contiguous CPU tensors, checked against `expected_shapes`; cast if asked."""
+    weights = {
+        name: w.detach().to(device="cpu", dtype=dtype or w.dtype).contiguous() for name, w in draft.state_dict().items()
+    }
+    check_draft_weights(weights, config, "The draft in memory")
+    return weights
+
+
+def load_draft(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention_backend: str = "sdpa",
+) -> DraftModel:
+    """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode."""
+    config = DraftConfig.read(folder)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise DflashError(f"{path} does not exist, so {folder} holds no draft weights. Export the draft again.")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise DflashError(f"{path} is not a readable safetensors file: {error}. Export the draft again.") from error
+    check_draft_weights(weights, config, str(path))
+    if damaged := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise DflashError(
+            f"{path} holds values that are not finite in {', '.join(damaged)}. Name another draft, or export an "
+            f"earlier checkpoint."
+        )
+    with torch.device("meta"):
+        draft = DraftModel(config, attention_backend)
+    weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
+    draft.load_state_dict(weights, assign=True)
+    return draft.eval()
