@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import read_sealed, sealed_bytes
 from dflash_offline.schemas.manifest import COMMITS
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,19 +27,6 @@ class NoValidAnchorsError(DflashError):
     """No row has a supervised position with a whole block after it."""
 
 
-ABSENT = "(absent)"
-"""What a mismatch table says of a field that one side does not have."""
-
-
-def mismatch_table(rows: list[tuple[str, object, object]], found: str, asked: str) -> str:
-    """Return lines naming each differing field with both values, for the text of a `MismatchError`."""
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"  {name:<{width}}  {found}: {have}  {asked}: {want}" for name, have, want in rows]
-    if any(ABSENT in (have, want) for _, have, want in rows):
-        lines.append(f"What is {ABSENT} was not set, was not there, or was not recorded by an older version.")
-    return "\n".join(lines)
-
-
 def dflash_line(*arguments: object) -> str:
     """Return a command line that runs as it stands."""
     return shlex.join(["dflash", *map(str, arguments)])

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.errors import ABSENT, CacheError, MismatchError, mismatch_table
-from dflash_offline.schemas.files import NOT_THE_FILES, read_sealed, sha256_file
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import NOT_THE_FILES, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
+from dflash_offline.schemas.sealed import read_sealed
 
 FORMAT_VERSION = 2
 CAPTURE_RULE = "output of decoder layer i, before any final norm"
@@ -162,46 +163,3 @@ def file_fault(path: Path, size: int, sha256: str | None) -> str:
             raise
         return f"cannot be read: {error.strerror or error}"
     return ""
-
-
-def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[str, object, object]]:
-    """Return (dotted field, value in `have`, value in `want`) wherever two documents differ."""
-    left, right = flatten(have), flatten(want)
-    names = [*left, *(name for name in right if name not in left)]
-    return [
-        (name, left.get(name, ABSENT), right.get(name, ABSENT))
-        for name in names
-        if left.get(name, ABSENT) != right.get(name, ABSENT)
-    ]
-
-
-def wherever_placed(target: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity of a target without its `device_map`: the same weights are one target on any devices."""
-    return {name: value for name, value in target.items() if name != "device_map"}
-
-
-def refuse_other_identity(
-    made: Path,
-    have: dict[str, Any],
-    want: dict[str, Any],
-    found: str = "cache",
-    what_to_do: str = "Repeat the command that made it to go on with it, or name a new --out.",
-) -> None:
-    """Raise `MismatchError` with a table of fields if what is there was made from something else than is asked for."""
-    rows = differences(have, want)
-    if rows:
-        raise MismatchError(
-            f"The settings and the input that are on record of {made} differ from this command's:\n"
-            f"{mismatch_table(rows, found=found, asked='now')}\n{what_to_do}"
-        )

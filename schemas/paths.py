@@ -1,4 +1,4 @@
-"""File names: free ones, and those that are not UTF-8.
+"""Paths: output folders, free names, and names that are not UTF-8.
 
 Linux allows any bytes in a name; the libraries that read and write tables and models do not.
 """
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.locks import LOCK
 
 
 def utf8_name(path: str | Path) -> str:
@@ -27,3 +28,25 @@ def free_name(beside: Path, name: str) -> Path:
     """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on."""
     paths = (beside.parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     return next(path for path in paths if not path.exists())
+
+
+def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
+    """Return the real path of an output folder; `DflashError` if it cannot become one.
+
+    It may be absent, hold nothing but what a stopped command leaves, or hold `marker`: then it is a `kind` already. A
+    folder that will be put in place by a rename can be neither a mount point nor the working directory.
+    """
+    folder = path.resolve()
+    parent = next(p for p in folder.parents if p.exists())
+    if not parent.is_dir():
+        raise DflashError(f"{path} lies inside {parent}, which is not a folder. Name another --out.")
+    if not folder.exists() or (folder / marker).is_file():
+        return folder
+    if not folder.is_dir() or any(renamed or entry.name not in (f".{marker}", LOCK) for entry in folder.iterdir()):
+        raise DflashError(f"{path} exists and is not a {kind}. Name a new folder, or empty it.")
+    if renamed and (os.path.ismount(folder) or folder == Path.cwd()):
+        raise DflashError(
+            f"{path} is a mount point or the working directory, and a {kind} is put in place by a rename. Name a "
+            f"folder inside it, as in --out {path / 'new'}."
+        )
+    return folder

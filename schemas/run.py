@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
-from dflash_offline.schemas.files import read_sealed
-from dflash_offline.schemas.manifest import differences
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.identity import differences, refuse_differences
+from dflash_offline.schemas.sealed import read_sealed
 from dflash_offline.schemas.settings.option import Role, options
 from dflash_offline.schemas.settings.train import TrainConfig
 
@@ -72,13 +72,12 @@ def refuse_other_run(run: Path, identity: dict[str, Any], total_steps: int) -> N
     """
     record = RunRecord.read(run)
     elsewhere = {*_of_roles("recorded"), *(STEPS if record.origin.get("total_steps") == total_steps else ())}
-    rows = differences(*(_without_settings(one, elsewhere) for one in (record.identity, identity)))
-    if rows:
-        raise MismatchError(
-            f"{run} was started with other settings or from other caches:\n"
-            f"{mismatch_table(rows, found='run', asked='now')}\n"
-            f"Repeat the command that started it to go on with it, or name a new --out."
-        )
+    refuse_differences(
+        f"{run} was started with other settings or from other caches",
+        differences(_without_settings(record.identity, elsewhere), _without_settings(identity, elsewhere)),
+        ("run", "now"),
+        "Repeat the command that started it to go on with it, or name a new --out.",
+    )
 
 
 def _without_settings(identity: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.draft.lint import RECORD
 from dflash_offline.schemas.draft.weights import read_header
-from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.identity import FieldDifference, refuse_differences
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.conversations.prompts import Prompt
 from dflash_offline.stages.draft.model import DraftModel
@@ -105,7 +106,7 @@ def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:
 def check_cache_fits(chosen: EvalSamples, draft: DraftModel, cache: Path) -> None:
     """Raise `MismatchError` naming each field in which a cache is of another target than the draft, or too little."""
     decoder, config = chosen.reader.manifest.decoder, draft.config
-    rows: list[tuple[str, object, object]] = [
+    rows: list[FieldDifference] = [
         (name, getattr(config, ours), decoder[name])
         for name, ours in (
             ("hidden_size", "hidden_size"),
@@ -116,11 +117,12 @@ def check_cache_fits(chosen: EvalSamples, draft: DraftModel, cache: Path) -> Non
     ]
     if not set(config.target_layer_ids) <= set(chosen.reader.layer_ids):
         rows.append(("layer_ids", list(config.target_layer_ids), list(chosen.reader.layer_ids)))
-    if rows:
-        raise MismatchError(
-            f"{cache} cannot be walked with this draft:\n{mismatch_table(rows, 'draft', 'cache')}\n"
-            f"Name a cache of the draft's target that holds its layers."
-        )
+    refuse_differences(
+        f"{cache} cannot be walked with this draft",
+        rows,
+        ("draft", "cache"),
+        "Name a cache of the draft's target that holds its layers.",
+    )
 
 
 def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> list[WalkedTurn]:

@@ -15,9 +15,12 @@ from dflash_offline.schemas.draft.lint import RECORD, lint_draft
 from dflash_offline.schemas.draft.rules import DraftFault
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
-from dflash_offline.schemas.files import building_folder, output_folder, publish, read_sealed, sha256_file, sync_folder
+from dflash_offline.schemas.files import publish, sha256_file, sync_folder
+from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.run import RUN, RunRecord
+from dflash_offline.schemas.sealed import read_sealed
 from dflash_offline.schemas.settings.option import choice_problem
 from dflash_offline.stages.draft.weights import check_draft_weights
 from dflash_offline.stages.export_card import card

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dflash_offline.schemas.commits import Commit, read_commits
-from dflash_offline.schemas.errors import MismatchError, mismatch_table
-from dflash_offline.schemas.files import building_folder, output_folder, remove_unfinished
+from dflash_offline.schemas.identity import differences, refuse_differences, refuse_other_identity
+from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
     EMBEDDINGS,
@@ -36,10 +36,8 @@ from dflash_offline.schemas.manifest import (
     TMP,
     Layout,
     Manifest,
-    differences,
-    refuse_other_identity,
 )
-from dflash_offline.schemas.paths import refuse_other_than_utf8, utf8_name
+from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8, utf8_name
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
@@ -171,13 +169,12 @@ class Extraction:
 
     def _refuse_changed_target(self, before: dict[str, Any]) -> None:
         """Raise `MismatchError` if the target's files are no longer those that were hashed before they were loaded."""
-        changed = differences(before, self._target_identity_now())
-        if changed:
-            raise MismatchError(
-                f"{self.files.folder} changed while the target was loaded from it:\n"
-                f"{mismatch_table(changed, found='before', asked='now')}\n"
-                f"Repeat the command when nobody writes there any more."
-            )
+        refuse_differences(
+            f"{self.files.folder} changed while the target was loaded from it",
+            differences(before, self._target_identity_now()),
+            ("before", "now"),
+            "Repeat the command when nobody writes there any more.",
+        )
 
     def unload(self) -> None:
         """Drop the model, so that worker processes have its memory."""
@@ -287,9 +284,8 @@ class Extraction:
             cache.path, {"target": cache.manifest.identity["target"]}, {"target": self.target_identity}
         )
         if self.device.type == "cpu":
-            torch.set_num_threads(
-                cache.manifest.plan["cpu_threads"]
-            )  # the last bits of a product depend on their number
+            num_threads = cache.manifest.plan["cpu_threads"]
+            torch.set_num_threads(num_threads)  # the last bits of a product depend on their number
         writer = ShardWriter(cache)
         return Work(
             writer=writer,

@@ -16,17 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dflash_offline.schemas.errors import BadInputError, DflashError
-from dflash_offline.schemas.files import (
-    locked,
-    move_synced,
-    output_folder,
-    publish,
-    read_sealed,
-    sealed_bytes,
-    sha256_file,
-    write_synced,
-)
-from dflash_offline.schemas.manifest import refuse_other_identity
+from dflash_offline.schemas.files import move_synced, publish, sha256_file, write_synced
+from dflash_offline.schemas.identity import refuse_other_identity
+from dflash_offline.schemas.locks import locked_folder
+from dflash_offline.schemas.paths import output_folder
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages.answers.dialogues import BAD_ROW, Answer, Dialogue, read_dialogues
@@ -178,7 +172,7 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """
     folder = output_folder(_beside(out, "partial"), marker=IDENTITY, kind="begun regeneration", renamed=False)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=False) as held:
+    with locked_folder(folder) as held:
         if not held:
             raise DflashError(f"{folder} is being worked on by another command. Wait for it, or name another --out.")
         path = folder / IDENTITY

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import locked, output_folder, publish, sealed_bytes
+from dflash_offline.schemas.files import publish
+from dflash_offline.schemas.locks import locked_folder
 from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run
+from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.schemas.settings.toml import to_toml
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
@@ -152,7 +155,7 @@ def _claim_folder(training: Training, stack: ExitStack) -> None:
     """Lock the run folder against other processes, and make sure that it is a run of these settings."""
     run, identity = training.config.out, training.identity()
     run.mkdir(parents=True, exist_ok=True)
-    if not stack.enter_context(locked(run, wait=False)):
+    if not stack.enter_context(locked_folder(run)):
         raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
     if (run / RUN).exists():
         refuse_other_run(run, identity, training.total_steps)

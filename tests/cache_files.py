@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.files import read_sealed, sealed_bytes
 from dflash_offline.schemas.manifest import MANIFEST
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
 
 def content(cache: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.files import building_folder
+from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
 from dflash_offline.schemas.samples import SampleTable, write_rejects, write_samples
 from dflash_offline.stages.store.cache import Cache

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.files import read_sealed, sealed_bytes
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
 STEPS, EVERY, VAL_EVERY, SLOTS = 1000, 10, 100, 7
 

@@ -7,9 +7,11 @@ That a fresh interpreter does the same is seen by the tests that start one.
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -72,3 +74,23 @@ def _run(arguments: list[str], stderr: str, most_file_bytes: int | None) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
     sys.argv = ["dflash", *arguments]
     main()
+
+
+_HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "r+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another_process(file: Path) -> Iterator[None]:
+    """Hold the lock of a file, which must be a regular one, in a process that knows nothing of this project."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield

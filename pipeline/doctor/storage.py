@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.locks import locked
 
 TRIAL_BYTES = 128 << 20
 """Written and read; less on a disk that is nearly full."""
@@ -22,7 +22,7 @@ _CHUNKS = (2, 128, 1, 4096)
 _TRY_LOCK = """
 import sys
 from pathlib import Path
-from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.locks import locked
 with locked(Path(sys.argv[1]), wait=False) as held:
     print(held)
 """

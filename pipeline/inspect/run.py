@@ -14,9 +14,10 @@ from dflash_offline.pipeline.inspect.run_view import Comparison, Rows, RunCache,
 from dflash_offline.pipeline.inspect.run_warnings import run_warnings
 from dflash_offline.schemas.draft.weights import expected_shapes
 from dflash_offline.schemas.errors import CacheError, DflashError
-from dflash_offline.schemas.files import read_sealed
-from dflash_offline.schemas.manifest import Manifest, flatten
+from dflash_offline.schemas.identity import flatten
+from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.run import CONFIG, METRICS, RUN, RunRecord
+from dflash_offline.schemas.sealed import read_sealed
 
 EVALUATION = "eval.json"
 """Where `dflash export` looks for a result of `dflash eval --save`, and so does this."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.pipeline.terminal import named
 from dflash_offline.schemas.commits import Commit
+from dflash_offline.schemas.locks import is_running
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, Layout
 from dflash_offline.stages.store.leftovers import half_written
 
@@ -133,7 +134,7 @@ def shard_states(cache: Path, layout: Layout, commits: dict[int, Commit]) -> dic
         if part.host != socket.gethostname():
             states[part.shard] = "unknown"
         else:
-            states[part.shard] = "being written" if _runs(part.process) else "half-written"
+            states[part.shard] = "being written" if is_running(part.process) else "half-written"
     states |= dict.fromkeys(_numbers(cache / COMMITS, ".json"), "damaged")
     states |= dict.fromkeys(commits, "done")
     return {shard: state for shard, state in states.items() if shard < layout.num_shards}
@@ -152,16 +153,6 @@ def _numbers(folder: Path, suffix: str) -> set[int]:
     except OSError:
         return set()
     return {int(name.removesuffix(suffix)) for name in names if name.removesuffix(suffix).isdecimal()}
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def bytes_by_array(commits: dict[int, Commit], layout: Layout) -> dict[str, ArrayBytes]:

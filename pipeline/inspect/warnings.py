@@ -16,7 +16,7 @@ from dflash_offline.pipeline.inspect.feature_statistics import FeatureStatistics
 from dflash_offline.pipeline.inspect.plan_statistics import MaskTokenUse
 from dflash_offline.pipeline.inspect.shard_statistics import PooledLayer, ShardStatistics
 from dflash_offline.schemas.errors import dflash_line
-from dflash_offline.schemas.files import ABANDONED_S
+from dflash_offline.schemas.locks import ABANDONED_S
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.store.leftovers import told
 

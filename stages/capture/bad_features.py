@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from dflash_offline.schemas.commits import SkippedSample, commit_path
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.locks import locked
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK
 from dflash_offline.stages.store.writer import ShardWriter

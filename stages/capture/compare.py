@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import refuse_other_identity
+from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache

@@ -6,14 +6,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.errors import MismatchError, UnsupportedTargetError, mismatch_table
+from dflash_offline.schemas.errors import UnsupportedTargetError
+from dflash_offline.schemas.identity import FieldDifference, refuse_differences
 
 
 def check_draft_fits(draft: DraftConfig, target: Any) -> None:
     """Raise `MismatchError` naming each field in which the draft was made for another target."""
     model = target.config.get_text_config(decoder=True)
     num_rows = target.get_input_embeddings().weight.shape[0]
-    rows: list[tuple[str, object, object]] = []
+    rows: list[FieldDifference] = []
     if draft.hidden_size != model.hidden_size:
         rows.append(("hidden_size", draft.hidden_size, model.hidden_size))
     if draft.vocab_size != num_rows:
@@ -22,11 +23,12 @@ def check_draft_fits(draft: DraftConfig, target: Any) -> None:
         rows.append(("num_target_layers", draft.num_target_layers, model.num_hidden_layers))
     if draft.mask_token_id >= num_rows:
         rows.append(("mask_token_id", draft.mask_token_id, f"0 to {num_rows - 1}"))
-    if rows:
-        raise MismatchError(
-            f"The draft was not made for this target:\n{mismatch_table(rows, 'draft', 'target')}\n"
-            f"Name the target it was trained for, or train a draft for this one."
-        )
+    refuse_differences(
+        "The draft was not made for this target",
+        rows,
+        ("draft", "target"),
+        "Name the target it was trained for, or train a draft for this one.",
+    )
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from dflash_offline.schemas.files import sealed_bytes, sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.files import sha256_file, sync_folder, write_synced
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
     COMMITS,
@@ -21,6 +21,7 @@ from dflash_offline.schemas.manifest import (
     Layout,
     Manifest,
 )
+from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
 from dflash_offline.stages.store.shard_file import BLOSC
 

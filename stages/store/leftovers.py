@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.files import nobody_at
+from dflash_offline.schemas.locks import owner_is_dead
 from dflash_offline.schemas.manifest import TMP
 from dflash_offline.stages.progress import readable_bytes
 
@@ -78,7 +78,7 @@ def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWr
         lock.touch()
         untouched_s = lock.stat().st_mtime - one.changed
         untouched_s = math.inf if is_done(one.shard) else untouched_s
-        with nobody_at(lock, host=one.host, process=one.process, untouched_s=untouched_s) as gone:
+        with owner_is_dead(lock, host=one.host, process=one.process, untouched_s=untouched_s) as gone:
             if gone:
                 one.path.unlink(missing_ok=True)
                 removed.append(one)

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import being_built
+from dflash_offline.schemas.locks import being_built
 from dflash_offline.schemas.manifest import MANIFEST
 from dflash_offline.stages.progress import Progress
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import NOT_THE_FILES, locked
+from dflash_offline.schemas.files import NOT_THE_FILES
+from dflash_offline.schemas.locks import locked
 from dflash_offline.schemas.manifest import (
     FEATURES,
     HIDDEN,

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import Piece, locked, move_synced, publish, write_synced
+from dflash_offline.schemas.files import Piece, move_synced, publish, write_synced
+from dflash_offline.schemas.locks import locked
 from dflash_offline.schemas.manifest import FEATURES, IDS, MASK, hidden_file
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
-from dflash_offline.schemas.files import canonical_json, sha256_bytes, sha256_file
+from dflash_offline.schemas.files import sha256_bytes, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
+from dflash_offline.schemas.sealed import canonical_json
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import read_sealed, sealed_bytes, sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.files import sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import draft_state_dict
 from dflash_offline.stages.training.optimizer import WeightAverage

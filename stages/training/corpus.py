@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.errors import DflashError, MismatchError, mismatch_table
-from dflash_offline.schemas.manifest import differences, wherever_placed
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
 from dflash_offline.schemas.samples import Tokens, count_anchors
 from dflash_offline.stages.store.cache import Cache
 
@@ -112,10 +112,9 @@ def _made_by(reader: Cache) -> dict[str, object]:
 
 
 def _refuse_other_target(first: Cache, other: Cache) -> None:
-    rows = differences(_made_by(first), _made_by(other))
-    if rows:
-        raise MismatchError(
-            f"{other.path} does not go with {first.path}; one draft cannot learn from both:\n"
-            f"{mismatch_table(rows, found='first', asked='other')}\n"
-            f"Extract one of them again with the other's target and settings, or train on one."
-        )
+    refuse_differences(
+        f"{other.path} does not go with {first.path}; one draft cannot learn from both",
+        differences(_made_by(first), _made_by(other)),
+        ("first", "other"),
+        "Extract one of them again with the other's target and settings, or train on one.",
+    )

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.lint import RECORD
 from dflash_offline.schemas.draft.weights import read_header
-from dflash_offline.schemas.errors import MismatchError, mismatch_table
+from dflash_offline.schemas.errors import MismatchError
 from dflash_offline.schemas.files import sha256_file
-from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET, differences, wherever_placed
+from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
+from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.weights import load_draft
@@ -57,25 +58,23 @@ class StartDraft:
             return
         identity = reader.manifest.identity
         cached = {"target": wherever_placed(identity["target"]), "capture": identity["capture"]}
-        rows = differences({"target": wherever_placed(self.target), "capture": CAPTURE_RULE}, cached)
-        if rows:
-            raise MismatchError(
-                f"{self.folder} was trained for another target than that of {reader.path}:\n"
-                f"{mismatch_table(rows, found='draft', asked='cache')}\n"
-                f"Train from a cache of the draft's own target, extracted in the same way, or without --init-from."
-            )
+        refuse_differences(
+            f"{self.folder} was trained for another target than that of {reader.path}",
+            differences({"target": wherever_placed(self.target), "capture": CAPTURE_RULE}, cached),
+            ("draft", "cache"),
+            "Train from a cache of the draft's own target, extracted in the same way, or without --init-from.",
+        )
 
     def refuse_other_config(self, config: DraftConfig) -> None:
         """Raise `MismatchError` with a table of fields if the run's draft is not this one's continuation."""
         have, want = ({k: v for k, v in asdict(c).items() if k not in MAY_DIFFER} for c in (self.config, config))
-        rows = differences(have, want)
-        if rows:
-            raise MismatchError(
-                f"{self.folder} is not a draft that this run can start from:\n"
-                f"{mismatch_table(rows, found='draft', asked='run')}\n"
-                f"Leave out the settings that ask for another shape, train from a cache of the draft's own target and "
-                f"layers, or train without --init-from."
-            )
+        refuse_differences(
+            f"{self.folder} is not a draft that this run can start from",
+            differences(have, want),
+            ("draft", "run"),
+            "Leave out the settings that ask for another shape, train from a cache of the draft's own target and "
+            "layers, or train without --init-from.",
+        )
 
 
 def _target_of(folder: Path) -> dict[str, Any] | None:

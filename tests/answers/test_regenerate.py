@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from processes import held_by_another_process
 from running import dflash, refused
 from tiny_target import conversations, save_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflash_offline.pipeline.demo import PROMPTS, TARGET
 from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
-from dflash_offline.schemas.files import locked
+from dflash_offline.schemas.locks import LOCK
 from dflash_offline.schemas.settings.option import options
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages import regenerate as stage
@@ -237,8 +238,8 @@ def test_only_a_free_setting_may_be_another_when_the_command_is_repeated(
 def test_a_folder_that_another_command_works_on_is_left_alone(talker: Path, chats: Path, tmp_path: Path) -> None:
     partial = tmp_path / "new.jsonl.partial"
     partial.mkdir()
-    with locked(partial, wait=False) as held, pytest.raises(DflashError, match="by another command"):
-        assert held
+    (partial / LOCK).touch()
+    with held_by_another_process(partial / LOCK), pytest.raises(DflashError, match="by another command"):
         run(talker, chats, tmp_path / "new.jsonl")
 
 

@@ -24,9 +24,9 @@ from dflash_offline.pipeline.app import app
 from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
 from dflash_offline.schemas.commits import read_commits
 from dflash_offline.schemas.errors import DflashError, MismatchError
-from dflash_offline.schemas.files import read_sealed, sealed_bytes
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages import extract as extracting

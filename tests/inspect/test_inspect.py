@@ -57,6 +57,13 @@ def made(tmp_path: Path, change: Callable[[Values], Values] | None = None, **set
     return out
 
 
+def test_a_file_in_tmp_of_a_process_number_that_none_can_have_is_shown_as_half_written(tmp_path: Path) -> None:
+    create(tmp_path / "cache", num_shards=2)
+    (tmp_path / f"cache/tmp/000001.{socket.gethostname()}-99999999999999999999.part").write_bytes(b"some of a shard")
+    assert "1 half-written file" in shown(tmp_path / "cache")
+    assert document(tmp_path / "cache")["shard_states"] == {"left": 1, "half-written": 1}
+
+
 def dead_layer(values: Values) -> Values:
     values[:, 1] = 0
     return values

@@ -145,7 +145,7 @@ def test_a_cut_off_line_a_missing_cache_and_a_changed_one_are_said(run: Path, ca
     assert read_run(folder).warnings == ["1 lines of metrics.jsonl cannot be read and are left out."]
     text = (folder / "run.json").read_text()
     assert str(cache.resolve()) in text
-    from dflash_offline.schemas.files import read_sealed, sealed_bytes
+    from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
     record = read_sealed(folder / "run.json")
     del record["checksum"]

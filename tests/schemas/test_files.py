@@ -16,7 +16,8 @@ from feature_writer import create, fill_cache
 from dflash_offline.schemas import files
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import _holds, read_sealed, sealed_bytes, write_synced
+from dflash_offline.schemas.files import write_synced
+from dflash_offline.schemas.sealed import _holds, read_sealed, sealed_bytes
 
 
 def test_a_record_is_accepted_from_its_text(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
-from dflash_offline.schemas.files import ABANDONED_S
+from dflash_offline.schemas.locks import ABANDONED_S
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.shard import micro_batches
 from dflash_offline.stages.extract import Extraction, extract

@@ -15,7 +15,8 @@ from tiny_target import WITH_TAGS, save_tokenizer
 from transformers import AutoTokenizer
 
 from dflash_offline.schemas.errors import MismatchError
-from dflash_offline.schemas.manifest import Manifest, differences
+from dflash_offline.schemas.identity import differences
+from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.option import options
 from dflash_offline.stages.extract import Extraction, extract

@@ -21,11 +21,13 @@ import pytest
 import torch
 from cache_files import made_otherwise, set_field
 from numpy.typing import NDArray
+from processes import held_by_another_process
 from safetensors.torch import load_file, save_file
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
-from dflash_offline.schemas.files import sealed_bytes
-from dflash_offline.schemas.run import RunRecord
+from dflash_offline.schemas.locks import LOCK
+from dflash_offline.schemas.run import RUN, RunRecord
+from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.schemas.settings.option import options
 from dflash_offline.schemas.settings.toml import read_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
@@ -320,6 +322,13 @@ def test_an_incomplete_or_damaged_cache_is_refused(cache: Path, tmp_path: Path) 
 def test_a_folder_with_something_else_is_refused(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DflashError, match="is not a training run"):
+        train(config(cache, tmp_path), Silent())
+
+
+def test_a_run_that_another_process_trains_is_left_alone(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / RUN).touch()
+    (tmp_path / LOCK).touch()
+    with held_by_another_process(tmp_path / LOCK), pytest.raises(DflashError, match="trained by another process"):
         train(config(cache, tmp_path), Silent())
 
 

@@ -13,8 +13,8 @@ from feature_writer import create, fill_cache
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import read_sealed
 from dflash_offline.schemas.manifest import FeatureLayout, Manifest
+from dflash_offline.schemas.sealed import read_sealed
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache

@@ -11,7 +11,7 @@ from feature_writer import create, fill_cache
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
-from dflash_offline.schemas.files import ABANDONED_S, remove_unfinished
+from dflash_offline.schemas.locks import ABANDONED_S, remove_unfinished
 from dflash_offline.stages.store.leftovers import figures, half_written, remove_abandoned
 
 HERE = socket.gethostname()

@@ -17,7 +17,7 @@ from feature_writer import create, fill_cache
 from processes import FORKING
 
 from dflash_offline.schemas import files
-from dflash_offline.schemas.files import building_folder
+from dflash_offline.schemas.locks import building_folder
 from dflash_offline.stages.store import writer
 from dflash_offline.stages.store.leftovers import half_written, remove_abandoned
 

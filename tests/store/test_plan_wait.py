@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import building_folder
+from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.manifest import MANIFEST
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store import plan_wait

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.files import read_sealed, sealed_bytes
 from dflash_offline.schemas.manifest import MANIFEST
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
