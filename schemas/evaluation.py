@@ -164,6 +164,13 @@ class EvalResult:
     threads: int
     versions: dict[str, str]
 
+    def slot_shares(self) -> list[tuple[float, float]]:
+        """Return the share of each slot's tokens that are in an answer: of all drafted, and of those with no rejected
+        token before them in their block, which alone the target looks at."""
+        reached = [*self.drafted_by_slot[:1], *self.accepted_by_slot[:-1]]
+        slots = zip(self.accepted_by_slot, self.drafted_by_slot, reached, strict=True)
+        return [(accepted / max(drafted, 1), accepted / max(alone, 1)) for accepted, drafted, alone in slots]
+
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))

@@ -146,11 +146,8 @@ def _histogram(result: EvalResult) -> list[str]:
 def _slots(result: EvalResult) -> list[str]:
     """How often each slot's token is in the answer, and how often when those before it are."""
     lines = ["slot  in the answer  if those before are"]
-    reached = result.drafted_by_slot[:1]
-    for slot, (drafted, accepted) in enumerate(zip(result.drafted_by_slot, result.accepted_by_slot, strict=True), 1):
-        share, alone = accepted / max(drafted, 1), accepted / max(reached[-1], 1)
+    for slot, (share, alone) in enumerate(result.slot_shares(), start=1):
         lines.append(f"  {slot:>2}  {share:>13.1%}  {alone:>19.1%}")
-        reached += (accepted,)
     return [*lines, ""]
 
 

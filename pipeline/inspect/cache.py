@@ -107,10 +107,10 @@ def print_warnings(console: Console, warnings: list[CacheWarning], otherwise: st
     things = "1 thing looks" if len(warnings) == 1 else f"{len(warnings)} things look"
     console.print(Text(f"{things} wrong", style="bold red"))
     table = Table.grid(padding=(0, 1, 0, 0))
-    for one in warnings[:_WARNINGS_SHOWN]:
-        text = Text(f"{one.kind}: ", style="bold").append(safe(f"{one.where} {one.what}"), "not bold")
+    for warning in warnings[:_WARNINGS_SHOWN]:
+        text = Text(f"{warning.kind}: ", style="bold").append(safe(f"{warning.where} {warning.what}"), "not bold")
         table.add_row(Text("!", style="bold red"), text)
-        table.add_row("", Text(f"Next: {one.next}"))
+        table.add_row("", Text(f"Next: {warning.next}"))
     console.print(table)
     if len(warnings) > _WARNINGS_SHOWN:
         console.print(f"  and {len(warnings) - _WARNINGS_SHOWN:,} more; all with --json")
@@ -136,8 +136,8 @@ def _plan(view: Overview) -> list[tuple[str, str]]:
         rows.append(("", f"{plan.not_drawn:,} rows not drawn, by weight"))
     for reason, count in plan.rejects.items():
         rows.append(("Left out", f"{count:,} rows: {reason}"))
-        for one in plan.reject_examples.get(reason, [])[:1]:
-            rows.append(("", f"e.g. {one.source}:{one.row} {one.detail[:_DETAIL]}"))
+        for row in plan.reject_examples.get(reason, [])[:1]:
+            rows.append(("", f"e.g. {row.source}:{row.row} {row.detail[:_DETAIL]}"))
     cut = f"; {plan.truncated:,} cut at the maximum length" if plan.truncated else ""
     shares = f"supervised {plan.supervised_share:.0%}, of a sample {share.least:.0%} to {share.most:.0%}"
     anchors = f"{_spread_text(plan.anchors_per_sample)} for blocks of {view.provenance.block_size}"
@@ -190,7 +190,7 @@ def print_layers(console: Console, layers: list[PooledLayer], ratios: list[float
         row = layer_cells(layer)
         if ratios:
             row["of raw"] = f"{ratios[index]:.3f}"
-        if any(one.warnings for one in layers):
+        if any(other.warnings for other in layers):
             row["looks wrong"] = "! " + ", ".join(dict.fromkeys(layer.warnings)) if layer.warnings else ""
         table.append(row)
     console.print(columns(table, left=("looks wrong",)))
@@ -239,7 +239,7 @@ def _print_features(console: Console, features: FeatureStatistics) -> None:
     for layer in features.layers:
         norm, first = layer.norm, layer.first_token_ratio
         numbers = {"median norm": norm.median, "95 %": norm.p95, "most": norm.most}
-        largest = [f"{one.channel} x{one.ratio:,.1f}" for one in layer.channels.largest[:3] if one.ratio]
+        largest = [f"{x.channel} x{x.ratio:,.1f}" for x in layer.channels.largest[:3] if x.ratio]
         texts = {"first token": "" if first is None else f"x{first:,.1f}", "largest channels": ", ".join(largest)}
         table.append({"layer": str(layer.layer_id)} | {name: f"{x:.4g}" for name, x in numbers.items()} | texts)
     console.print(columns(table, left=("largest channels",)))

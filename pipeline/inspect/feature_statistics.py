@@ -98,7 +98,7 @@ def feature_statistics(cache: Cache, num_samples: int) -> FeatureStatistics:
         np.nan_to_num(part, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     norms = [token_norms(part) for part in parts]
     rest = np.concatenate([part[1:] for part in parts])
-    first, later = np.array([one[0] for one in norms]), np.concatenate([one[1:] for one in norms])
+    first, later = np.array([part[0] for part in norms]), np.concatenate([part[1:] for part in norms])
     layers = []
     for column, layer_id in enumerate(cache.layer_ids):
         middle = float(np.median(later[:, column]))
@@ -153,16 +153,16 @@ def _similarity(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
     scale = values.std(axis=0, dtype=np.float64)  # [L, H]
     live = scale > 0
     correlation, difference = np.eye(num_layers), np.zeros((num_layers, num_layers))
-    for one, other in combinations(range(num_layers), 2):
-        both = live[one] & live[other]
+    for first, other in combinations(range(num_layers), 2):
+        both = live[first] & live[other]
         if not both.any():
             continue
-        a, b = ((values[:, i][:, both] - center[i, both]) for i in (one, other))
-        product = (a * b).mean(axis=0) / (scale[one, both] * scale[other, both])
-        gap = (values[:, one] - values[:, other])[:, both].astype(np.float64)
-        relative = np.sqrt(np.square(gap).mean(axis=0)) / scale[one, both]
-        correlation[one, other] = correlation[other, one] = float(np.nanmean(product))
-        difference[one, other] = difference[other, one] = float(np.nanmedian(relative))
+        a, b = ((values[:, i][:, both] - center[i, both]) for i in (first, other))
+        product = (a * b).mean(axis=0) / (scale[first, both] * scale[other, both])
+        gap = (values[:, first] - values[:, other])[:, both].astype(np.float64)
+        relative = np.sqrt(np.square(gap).mean(axis=0)) / scale[first, both]
+        correlation[first, other] = correlation[other, first] = float(np.nanmean(product))
+        difference[first, other] = difference[other, first] = float(np.nanmedian(relative))
     return correlation, difference
 
 

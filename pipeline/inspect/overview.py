@@ -237,7 +237,7 @@ def _plan_statistics(cache: Cache) -> PlanStatistics:
 
 
 def _progress(num_shards: int, commits: dict[int, Commit], states: dict[int, str]) -> Progress:
-    skipped = [SkippedOfShard(sample=one, shard=commit.shard) for commit in commits.values() for one in commit.skipped]
+    skipped = [SkippedOfShard(sample=x, shard=commit.shard) for commit in commits.values() for x in commit.skipped]
     return Progress(
         shards=num_shards,
         shards_done=len(commits),

@@ -162,11 +162,11 @@ def layer_cells(layer: LayerStatistics | PooledLayer) -> dict[str, str]:
 def _print_samples(console: Console, samples: list[SampleRow], cache: str) -> None:
     """Print the first of some samples as a table, and how to see one."""
     table = []
-    for one in samples[:_SHOWN]:
-        numbers = {"tokens": one.num_tokens, "superv.": one.num_supervised, "anchors": one.num_anchors}
-        bits = {} if one.bits is None else {"bits": f"{one.bits:.2f}"}
-        row = {"sample": str(one.sample), **{name: f"{number:,}" for name, number in numbers.items()}}
-        table.append(row | {"shard": str(one.shard), **bits, "from": f"{one.source}:{one.row}"})
+    for sample in samples[:_SHOWN]:
+        numbers = {"tokens": sample.num_tokens, "superv.": sample.num_supervised, "anchors": sample.num_anchors}
+        bits = {} if sample.bits is None else {"bits": f"{sample.bits:.2f}"}
+        row = {"sample": str(sample.sample), **{name: f"{number:,}" for name, number in numbers.items()}}
+        table.append(row | {"shard": str(sample.shard), **bits, "from": f"{sample.source}:{sample.row}"})
     console.print(columns(table, left=("from",)))
     if len(samples) > _SHOWN:
         console.print(f"and {len(samples) - _SHOWN:,} more; all with --json")

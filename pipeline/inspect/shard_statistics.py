@@ -87,7 +87,7 @@ class ShardStatistics:
     def of(cls, commits: dict[int, Commit]) -> "ShardStatistics":
         """Return the statistics of the finished shards' records."""
         filled = [commit for commit in commits.values() if commit.num_tokens]
-        values = [[(one.mean, one.std, one.max_abs, one.zeros) for one in commit.layers] for commit in filled]
+        values = [[(layer.mean, layer.std, layer.max_abs, layer.zeros) for layer in commit.layers] for commit in filled]
         return cls(
             [layer.layer_id for layer in filled[0].layers] if filled else [],
             [commit.shard for commit in filled],

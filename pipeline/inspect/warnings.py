@@ -61,7 +61,7 @@ class CacheWarning:
 
 def with_warnings(layers: list[PooledLayer], warnings: list[CacheWarning]) -> list[PooledLayer]:
     """Return the layers, each with the kinds of its own warnings."""
-    return [replace(x, warnings=[one.kind for one in warnings if one.layer_id == x.layer_id]) for x in layers]
+    return [replace(layer, warnings=[x.kind for x in warnings if x.layer_id == layer.layer_id]) for layer in layers]
 
 
 def layer_warnings(statistics: ShardStatistics, layers: list[PooledLayer], cache: str) -> Iterator[CacheWarning]:
@@ -70,11 +70,11 @@ def layer_warnings(statistics: ShardStatistics, layers: list[PooledLayer], cache
         others = [other.std for other in layers if other is not layer]
         yield from _one_layer(layer, float(np.median(others)) if others else None, cache)
         yield from _odd_shards(layer.layer_id, statistics.values[:, column], statistics.shards, cache)
-    for (first, one), (second, other) in combinations(enumerate(statistics.layer_ids), 2):
+    for (first, layer_id), (second, other) in combinations(enumerate(statistics.layer_ids), 2):
         if np.array_equal(statistics.values[:, first], statistics.values[:, second]):
             yield CacheWarning(
                 "layers too alike",
-                f"layers {one} and {other}",
+                f"layers {layer_id} and {other}",
                 "have the same mean, deviation and largest value in every shard: one was stored twice",
                 f"{dflash_line('verify', cache, '--target', 'MODEL')} says which is which; then extract again",
                 layer_id=other,
@@ -143,7 +143,7 @@ def shard_warnings(states: dict[int, str], faults: list[str], cache: str) -> Ite
         ("half-finished", stopped, again),
         ("half-written", "was being written when its worker ended, and counts for nothing", again),
     ):
-        if shards := sorted(shard for shard, one in states.items() if one == state):
+        if shards := sorted(shard for shard, found in states.items() if found == state):
             yield CacheWarning(f"{state} shard", _name_shards(shards), what, todo, shards=tuple(shards))
 
 
@@ -188,8 +188,8 @@ def feature_warnings(features: FeatureStatistics, cache: str) -> Iterator[CacheW
         ):
             if count:
                 yield CacheWarning(kind, where, what, again, layer.layer_id)
-    for (i, one), (j, other) in combinations(enumerate(features.layers), 2):
+    for (i, layer), (j, other) in combinations(enumerate(features.layers), 2):
         if features.difference[i][j] < ALIKE:
             what = f"differ by {features.difference[i][j]:.2%} of a deviation, as rounding does"
-            where = f"layers {one.layer_id} and {other.layer_id}"
+            where = f"layers {layer.layer_id} and {other.layer_id}"
             yield CacheWarning("layers too alike", where, what, again, other.layer_id)

@@ -138,7 +138,7 @@ def _layer_rows(view: Overview, features: FeatureStatistics | None, by_layer: By
     for i, layer in enumerate(view.layers):
         norm = features.layers[i].norm.median if features else None
         largest = features.layers[i].channels.largest[:1] if features else []
-        channel = "".join(f"{one.channel} ({one.ratio or 0:,.1f} times)" for one in largest) or None
+        channel = "".join(f"{x.channel} ({x.ratio or 0:,.1f} times)" for x in largest) or None
         statistics = [layer.layer_id, layer.mean, layer.std, layer.max_abs, layer.zeros]
         ratio = by_layer.ratio[i] if by_layer.ratio else None
         rows.append([*statistics, norm, channel, ratio, ", ".join(layer.warnings) or None])
@@ -149,13 +149,13 @@ def _features_note(features: FeatureStatistics) -> str:
     return (
         f"Norms, channels and similarity are of the {features.tokens:,} tokens of {len(features.samples)} samples "
         f"whose features were read, spread over the finished shards (samples {', '.join(map(str, features.samples))}). "
-        f"The other figures are of all shards' records."
+        f"The other numbers are of all shards' records."
     )
 
 
 def _samples_note(samples: int, listed: int, shown: list[dict[str, Any]]) -> str:
     part = f"all {samples:,} samples" if listed == samples else f"{listed:,} of {samples:,} samples, drawn with seed 0"
-    cut = sum(one["tokens"] > len(one["ids"]) for one in shown)
+    cut = sum(sample["tokens"] > len(sample["ids"]) for sample in shown)
     text = f"The table lists {part}. {len(shown)} of them, drawn with seed 0, open below token by token"
     text += f", {cut} of them only their first {TOKENS_SHOWN:,} tokens." if cut else "."
     return f"{text} Any other: dflash inspect CACHE --sample I."
@@ -184,11 +184,11 @@ def _shown_samples(cache: Cache, listed: NDArray[np.int64]) -> list[dict[str, An
     shown: list[dict[str, Any]] = []
     spent = 0
     for sample in _drawn(usable if len(usable) else listed, NUM_SHOWN).tolist():
-        one = _shown_sample(cache, sample, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
-        spent += page_bytes(one)
+        view = _shown_sample(cache, sample, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+        spent += page_bytes(view)
         if spent > MOST_BYTES and shown:
             break
-        shown.append(one)
+        shown.append(view)
     return shown
 
 

@@ -77,7 +77,7 @@ def _channels(features: FeatureStatistics, names: dict[float, str]) -> Plot:
     largest = [layer.channels.largest for layer in features.layers]
     series = []
     for rank, name in enumerate(("largest", "second", "third")[: min(map(len, largest))]):
-        ratios = {x: one[rank].ratio for x, one in zip(names, largest, strict=True)}
+        ratios = {x: channels[rank].ratio for x, channels in zip(names, largest, strict=True)}
         shown = {x: ratio for x, ratio in ratios.items() if ratio}
         series.append(Series(name=name, x=list(shown), y=list(shown.values()), colour=rank, points=True))
     return Plot(

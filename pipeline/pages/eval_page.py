@@ -20,7 +20,7 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
     """Write the page; `decode` makes text of token ids, and is needed where prompts were decoded."""
     require_matplotlib()
     config, decoded = result.config, result.decoded or ()
-    shown = _fitting([_prompt(one, decode) for one in decoded] if decode else [])
+    shown = _fitting([_prompt(prompt, decode) for prompt in decoded] if decode else [])
     note = f"{len(shown):,} prompts."
     if len(shown) < len(decoded):
         note = f"The first {len(shown):,} of {len(decoded):,} prompts; the others would make the page too large."
@@ -46,9 +46,9 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
 
 
 def _kinds(result: EvalResult) -> list[list[Any]]:
-    """Return the figures of each kind of prompts, the worst first."""
+    """Return the acceptance of each kind of prompts, the worst first."""
     kinds = sorted(result.acceptance_by_kind.items(), key=lambda pair: pair[1].pooled or 0)
-    return [[visible(kind), one.prompts, one.rounds, one.pooled, one.mean] for kind, one in kinds]
+    return [[visible(kind), group.prompts, group.rounds, group.pooled, group.mean] for kind, group in kinds]
 
 
 def _listed(number: int) -> str:
@@ -89,11 +89,9 @@ def _facts(result: EvalResult) -> list[tuple[str, Any]]:
 
 def _plots(result: EvalResult) -> list[Plot]:
     slots = list(range(1, result.block_size))
-    in_answer = [a / max(d, 1) for a, d in zip(result.accepted_by_slot, result.drafted_by_slot, strict=True)]
-    # A slot is looked at only where all before it were accepted; the first always is.
-    reached = [*result.drafted_by_slot[:1], *result.accepted_by_slot[:-1]]
-    alone = [a / max(r, 1) for a, r in zip(result.accepted_by_slot, reached, strict=True)]
+    shares = result.slot_shares()
     rounds = max(result.acceptance.rounds, 1)
+    by_tokens = [number / rounds for number in result.rounds_by_tokens]
     return [
         Plot(
             title="Acceptance by slot",
@@ -103,8 +101,8 @@ def _plots(result: EvalResult) -> list[Plot]:
             kind="bar",
             y_range=(0, 1),
             series=[
-                Series(name="in the answer", x=slots, y=in_answer),
-                Series(name="if those before are", x=slots, y=alone, colour=1),
+                Series(name="in the answer", x=slots, y=[share for share, _ in shares]),
+                Series(name="if those before are", x=slots, y=[alone for _, alone in shares], colour=1),
             ],
         ),
         Plot(
@@ -113,24 +111,17 @@ def _plots(result: EvalResult) -> list[Plot]:
             x_label="tokens",
             y_label="share of rounds",
             kind="bar",
-            series=[
-                Series(
-                    name="rounds",
-                    x=range(1, result.block_size + 1),
-                    y=[n / rounds for n in result.rounds_by_tokens],
-                    colour=2,
-                )
-            ],
+            series=[Series(name="rounds", x=range(1, result.block_size + 1), y=by_tokens, colour=2)],
         ),
     ]
 
 
-def _prompt(one: DecodedPrompt, decode: Decode) -> dict[str, Any]:
+def _prompt(prompt: DecodedPrompt, decode: Decode) -> dict[str, Any]:
     """Return a prompt as the page's script reads it; every text is what its token adds where it stands."""
-    texts = [visible(text) for text in token_texts(one.answer, decode, one.prompt_ids)]
+    texts = [visible(text) for text in token_texts(prompt.answer, decode, prompt.prompt_ids)]
     rounds, at = [], 1
-    for drafted, accepted, produced in zip(one.drafted, one.accepted, one.produced, strict=True):
-        before = [*one.prompt_ids[-4:], *one.answer[:at], *drafted[:accepted]]
+    for drafted, accepted, produced in zip(prompt.drafted, prompt.accepted, prompt.produced, strict=True):
+        before = [*prompt.prompt_ids[-4:], *prompt.answer[:at], *drafted[:accepted]]
         lost = [visible(text) for text in token_texts(drafted[accepted:], decode, before)]
         own = at + accepted if produced > accepted else None
         rounds.append(
@@ -139,22 +130,22 @@ def _prompt(one: DecodedPrompt, decode: Decode) -> dict[str, Any]:
                 "ids": drafted,
                 "accepted": accepted,
                 "own": None if own is None else texts[own],
-                "own_id": None if own is None else one.answer[own],
+                "own_id": None if own is None else prompt.answer[own],
             }
         )
         at += produced
-    proposed, kept = sum(map(len, one.drafted)), sum(one.accepted)
+    proposed, kept = sum(map(len, prompt.drafted)), sum(prompt.accepted)
     return {
-        "place": visible(one.prompt.rsplit("/", 1)[-1]),
-        "kind": None if one.kind is None else visible(one.kind),
-        "text": visible(decode(list(one.prompt_ids))[-PROMPT_CHARACTERS:]),
+        "place": visible(prompt.prompt.rsplit("/", 1)[-1]),
+        "kind": None if prompt.kind is None else visible(prompt.kind),
+        "text": visible(decode(list(prompt.prompt_ids))[-PROMPT_CHARACTERS:]),
         "first": texts[0] if texts else "",
-        "first_id": one.answer[0] if one.answer else None,
-        "tokens": len(one.answer),
+        "first_id": prompt.answer[0] if prompt.answer else None,
+        "tokens": len(prompt.answer),
         "rounds": rounds,
-        "acceptance": sum(one.produced) / len(one.produced) if one.produced else None,
+        "acceptance": sum(prompt.produced) / len(prompt.produced) if prompt.produced else None,
         "accepted_share": kept / proposed if proposed else None,
-        "identical": one.identical,
+        "identical": prompt.identical,
     }
 
 
@@ -172,11 +163,11 @@ def _fitting(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _confusions(decoded: tuple[DecodedPrompt, ...], decode: Decode) -> list[list[Any]]:
     """Return (first rejected token, the target's own instead, times), the most frequent first."""
     pairs: Counter[tuple[int, int]] = Counter()
-    for one in decoded:
+    for prompt in decoded:
         at = 1
-        for drafted, accepted, produced in zip(one.drafted, one.accepted, one.produced, strict=True):
+        for drafted, accepted, produced in zip(prompt.drafted, prompt.accepted, prompt.produced, strict=True):
             if accepted < len(drafted) and produced > accepted:
-                pairs[drafted[accepted], one.answer[at + accepted]] += 1
+                pairs[drafted[accepted], prompt.answer[at + accepted]] += 1
             at += produced
     return [[_quoted(a, decode), _quoted(b, decode), times] for (a, b), times in pairs.most_common()]
 

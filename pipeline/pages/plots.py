@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,51 +126,52 @@ def draw(plot: Plot) -> dict[str, Any]:
             "x_label": plot.x_label,
             "x_names": plot.x_ticks,
             "series": [
-                {"name": one.name, "x": [_short(x) for x in one.x], "y": [_short(y) for y in one.y]}
-                for one in plot.series
+                {"name": series.name, "x": [_short(x) for x in series.x], "y": [_short(y) for y in series.y]}
+                for series in plot.series
             ],
         },
     }
 
 
-def _colour(one: Series) -> str | tuple[float, float, float]:
-    if one.shade is None:
-        return _SERIES[one.colour % NUM_COLOURS]
-    # From blue over violet to red: no hue on the way is too light for a white page or too dark for a black one.
-    return colorsys.hls_to_rgb((220 + 140 * one.shade) % 360 / 360, 0.55, 0.75)
+def _colour(series: Series) -> str | tuple[float, float, float]:
+    if series.shade is None:
+        return _SERIES[series.colour % NUM_COLOURS]
+    # From blue over violet to red: no hue on the way is too light for a white page or too dark for a black series.
+    return colorsys.hls_to_rgb((220 + 140 * series.shade) % 360 / 360, 0.55, 0.75)
 
 
-def _label(one: Series) -> str:
+def _label(series: Series) -> str:
     """Return the name as the legend has it, which leaves out names that begin with an underscore."""
-    return f" {one.name}" if one.name.startswith("_") else one.name
+    return f" {series.name}" if series.name.startswith("_") else series.name
 
 
 def _columns(plot: Plot) -> int:
     """Return how many names of the longest kind fit side by side above the plot."""
-    longest = max(len(one.name) for one in plot.series)
+    longest = max(len(series.name) for series in plot.series)
     return max(1, min(len(plot.series), int(plot.size[0] * 11 / (longest + 5))))
 
 
 def _draw_lines(axes: Any, plot: Plot) -> None:
-    for one in plot.series:
-        dash = one.dash + one.colour // NUM_COLOURS
+    for series in plot.series:
+        dash = series.dash + series.colour // NUM_COLOURS
         axes.plot(
-            one.x,
-            one.y,
-            color=_colour(one),
+            series.x,
+            series.y,
+            color=_colour(series),
             linestyle=_DASHES[dash % len(_DASHES)],
-            marker="o" if one.points or len(one.x) == 1 else None,
+            marker="o" if series.points or len(series.x) == 1 else None,
             markersize=3.5,
-            label=_label(one),
+            label=_label(series),
         )
 
 
 def _draw_bars(axes: Any, plot: Plot) -> None:
-    width = 0.85 * min((b - a for one in plot.series for a, b in zip(one.x, one.x[1:], strict=False)), default=1.0)
+    gaps = (b - a for series in plot.series for a, b in itertools.pairwise(series.x))
+    width = 0.85 * min(gaps, default=1.0)
     share = width / len(plot.series)
-    for i, one in enumerate(plot.series):
-        places = [x - width / 2 + share * (i + 0.5) for x in one.x]
-        axes.bar(places, one.y, share, color=_colour(one), label=_label(one))
+    for i, series in enumerate(plot.series):
+        places = [x - width / 2 + share * (i + 0.5) for x in series.x]
+        axes.bar(places, series.y, share, color=_colour(series), label=_label(series))
     axes.grid(visible=False, axis="x")
 
 

@@ -45,21 +45,21 @@ ANCHORS_NOTE = "From every drawn anchor alike, so not what serving sees, where r
 def write_run_page(views: list[RunView], path: Path) -> None:
     """Write the page of one or more runs."""
     require_matplotlib()
-    names, one = _names(views), len(views) == 1
+    names, alone = _names(views), len(views) == 1
     rows = [
-        ([] if one else [name]) + [row.get(column) for column in VALIDATION_COLUMNS]
+        ([] if alone else [name]) + [row.get(column) for column in VALIDATION_COLUMNS]
         for name, view in zip(names, views, strict=True)
         for row in view.validation[-MOST_VALIDATIONS:]
     ]
     write_page(
         path,
         "run.html",
-        title=f"Run {names[0]}" if one else f"{len(views)} runs compared",
+        title=f"Run {names[0]}" if alone else f"{len(views)} runs compared",
         lead=", ".join(view.run for view in views),
-        one=one,
-        names=names if not one else ["value"],
+        alone=alone,
+        names=names if not alone else ["value"],
         warnings=[
-            line if one else f"{name}: {line}"
+            line if alone else f"{name}: {line}"
             for name, view in zip(names, views, strict=True)
             for line in view.warnings
         ],
@@ -69,7 +69,7 @@ def write_run_page(views: list[RunView], path: Path) -> None:
         curves_note=_curves_note(views),
         plots=[draw(plot) for plot in _plots(views, names)],
         evaluation_plot=_evaluation_plot(views, names),
-        validation_columns=([] if one else ["run"]) + list(VALIDATION_COLUMNS.values()),
+        validation_columns=([] if alone else ["run"]) + list(VALIDATION_COLUMNS.values()),
         validations=rows,
         settings=_rows(settings_table([{**view.settings, "draft": view.draft} for view in views])),
     )
