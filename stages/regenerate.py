@@ -62,10 +62,10 @@ class Answerer(Protocol):
     """What gives the answers: the target itself, or servers."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the answers."""
+        """Return what decides the answers, and is compared."""
 
     def origin(self) -> dict[str, Any]:
-        """Return what is worth recording beside it."""
+        """Return what is recorded of it and never compared."""
 
     def answer(
         self, dialogues: Iterable[Dialogue], note: Callable[[list[tuple[Dialogue, Answer]]], None], num_open: int

@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 
 class UnanswerableError(Exception):
-    """This row cannot be answered anew; the arguments are a reason to count by, and the detail."""
+    """A row cannot be answered anew; the arguments are a reason to count by, and the detail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class Answer:
 
     content: str = ""
     reasoning: str | None = None
-    """Where it was given apart from the content."""
+    """The reasoning, where it was given apart from the content."""
     fault: str = ""
-    """Short and countable; the whole row is left out then."""
+    """Why there is no answer, short and countable; the whole row is left out then."""
     detail: str = ""
 
     def message(self) -> Message:
         """Return the answer as a turn of a conversation."""
-        said = {"role": "assistant", "content": self.content}
-        return said if self.reasoning is None else {**said, "reasoning_content": self.reasoning}
+        message = {"role": "assistant", "content": self.content}
+        return message if self.reasoning is None else {**message, "reasoning_content": self.reasoning}
 
 
 @dataclass(kw_only=True)
@@ -51,8 +51,8 @@ class Dialogue:
     """Number of the row, from 0, in the order in which the data is read."""
     source: str
     line: int
-    said: list[list[Message]] = field(default_factory=list)
-    """Turns of system, user and developer before the first answer, before the second, and so on."""
+    questions: list[list[Message]] = field(default_factory=list)
+    """The turns of system, user and developer before the first answer, before the second, and so on."""
     tools: list[dict[str, Any]] | None = None
     kind: str | None = None
     """The row's group, which is kept."""
@@ -62,8 +62,8 @@ class Dialogue:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a turn to be answered yet."""
-        return self.fault is None and len(self.answers) < len(self.said)
+        """Whether a turn is still to be answered."""
+        return self.fault is None and len(self.answers) < len(self.questions)
 
     def add(self, answer: Answer) -> None:
         """Take the answer to the first turn that has none."""
@@ -74,34 +74,34 @@ class Dialogue:
     def reaches(self, turn: int) -> bool:
         """Say whether the turn is one that was, or is to be, asked."""
         whole = self.fault is None or bool(self.answers)
-        return whole and turn < len(self.said) and not any(answer.fault for answer in self.answers[:turn])
+        return whole and turn < len(self.questions) and not any(answer.fault for answer in self.answers[:turn])
 
     def prompt(self, turn: int) -> list[Message]:
         """Return the conversation up to the answer of a turn, that answer left out."""
-        messages = list(self.said[0])
-        for answer, said in zip(self.answers[:turn], self.said[1 : turn + 1], strict=True):
-            messages += [answer.message(), *said]
+        messages = list(self.questions[0])
+        for answer, question in zip(self.answers[:turn], self.questions[1 : turn + 1], strict=True):
+            messages += [answer.message(), *question]
         return messages
 
     def record(self) -> dict[str, Any]:
         """Return the row of the new file."""
-        messages = [*self.prompt(len(self.said) - 1), self.answers[-1].message()]
+        messages = [*self.prompt(len(self.questions) - 1), self.answers[-1].message()]
         more = {"tools": self.tools, "kind": self.kind, "source": f"{self.source}:{self.line}"}
         return {"messages": messages, **{name: value for name, value in more.items() if value is not None}}
 
 
 def own_seed(seed: int, row: int, turn: int) -> int:
-    """Return the seed of one answer's draws, 0 to 2**31 - 1: a function of nothing else."""
+    """Return the seed of one answer's draws, 0 to 2**31 - 1: a function of the arguments alone."""
     return int(np.random.SeedSequence((seed, row, turn)).generate_state(1)[0]) >> 1
 
 
 def read_dialogues(data: Data) -> Iterator[Dialogue]:
-    """Yield every row of the data in order, without answers; what cannot be answered anew says why."""
+    """Yield every row of the data in order, without answers; a row that cannot be answered anew says why."""
     for index, row in enumerate(data.rows()):
         dialogue = Dialogue(index=index, source=row.source.name, line=row.line)
         try:
             content = _content(row, data.format.row_format)
-            dialogue.said, dialogue.tools = _turns(content)
+            dialogue.questions, dialogue.tools = _turns(content)
         except RowFaultError as fault:
             dialogue.fault = (BAD_ROW, f"{row.place} {fault}")
         except UnanswerableError as unanswerable:
@@ -136,7 +136,7 @@ def _turns(content: Content) -> tuple[list[list[Message]], list[dict[str, Any]] 
     if isinstance(content, Text):
         raise UnanswerableError("plain text", "has no turns to answer")
     assert isinstance(content, Chat)
-    said: list[list[Message]] = [[]]
+    questions: list[list[Message]] = [[]]
     answered = False
     for index, message in enumerate(content.messages):
         if message["role"] == "tool" or message.get("tool_calls"):
@@ -144,14 +144,18 @@ def _turns(content: Content) -> tuple[list[list[Message]], list[dict[str, Any]] 
                 "tool calls", f"messages[{index}]: a tool's result belongs to the old call, and a new one has none"
             )
         if message["role"] == "assistant":
-            if not any(one["role"] == "user" for one in said[0]):
+            if not _has_user_turn(questions[0]):
                 raise UnanswerableError("no user turn before the first answer", f"messages[{index}]")
             answered = True
             continue
         if answered:
-            said.append([])
+            questions.append([])
             answered = False
-        said[-1].append({key: value for key, value in message.items() if key not in REASONING_KEYS})
-    if not any(one["role"] == "user" for one in said[0]):
+        questions[-1].append({key: value for key, value in message.items() if key not in REASONING_KEYS})
+    if not _has_user_turn(questions[0]):
         raise UnanswerableError("no user turn before the first answer", "the row has no user turn")
-    return said, content.tools
+    return questions, content.tools
+
+
+def _has_user_turn(messages: list[Message]) -> bool:
+    return any(message["role"] == "user" for message in messages)

@@ -71,7 +71,7 @@ class LocalAnswerer:
         }
 
     def origin(self) -> dict[str, Any]:
-        """Return what is worth recording beside it."""
+        """Return what is recorded of the target and never compared."""
         return {"target": self.files.name, "revision": self.config.revision}
 
     def answer(self, dialogues: Iterable[Dialogue], note: Note, num_open: int) -> None:
@@ -91,7 +91,7 @@ class LocalAnswerer:
                 self._answer_window(window, note)
 
     def _answer_window(self, window: list[Dialogue], note: Note) -> None:
-        for turn in range(max(len(dialogue.said) for dialogue in window)):
+        for turn in range(max(len(dialogue.questions) for dialogue in window)):
             prompts: list[tuple[Dialogue, list[int]]] = []
             for dialogue in window:
                 if dialogue.reaches(turn):
@@ -101,7 +101,7 @@ class LocalAnswerer:
                     elif len(dialogue.answers) == turn:
                         dialogue.add(ids)
                         note([(dialogue, ids)])
-            prompts.sort(key=lambda one: (len(one[1]), one[0].index))
+            prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0].index))
             for begin in range(0, len(prompts), self.config.batch_rows):
                 batch = prompts[begin : begin + self.config.batch_rows]
                 if any(len(dialogue.answers) == turn for dialogue, _ in batch):
@@ -123,8 +123,8 @@ class LocalAnswerer:
             return Answer(fault="prompt too long", detail=f"turn {turn}: {len(text):,} characters")
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not 0 < len(ids) < self.positions:
-            said = f"turn {turn}: {len(ids):,} tokens; the target has {self.positions:,} positions"
-            return Answer(fault="prompt too long", detail=said)
+            detail = f"turn {turn}: {len(ids):,} tokens; the target has {self.positions:,} positions"
+            return Answer(fault="prompt too long", detail=detail)
         return ids
 
     def _answer_batch(self, batch: list[tuple[Dialogue, list[int]]], turn: int) -> Iterator[tuple[Dialogue, Answer]]:
@@ -177,16 +177,16 @@ class LocalAnswerer:
 
 
 class OwnDraws:
-    """Leaves each row one token: the one that the row's own chance draws, whichever rows are beside it."""
+    """Leaves each row one token, drawn by a random generator of the row's own, whichever rows are beside it."""
 
     def __init__(self, rule: SamplingRule, seeds: list[int]) -> None:
         self._rule = rule
-        self._chances = [np.random.default_rng(seed) for seed in seeds]
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores [B, V] of which the drawn token's alone is finite."""
         cumulative = self._rule.probabilities(scores).double().cumsum(dim=-1)
-        shares = torch.tensor([[chance.random()] for chance in self._chances], dtype=torch.float64)
+        shares = torch.tensor([[generator.random()] for generator in self._generators], dtype=torch.float64)
         drawn = torch.searchsorted(cumulative, shares.to(scores.device) * cumulative[:, -1:], right=True)
         drawn.clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

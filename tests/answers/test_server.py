@@ -18,7 +18,8 @@ from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchEr
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages import regenerate as stage
 from dflash_offline.stages.answers import servers as server_module
-from dflash_offline.stages.answers.server_choice import ServersGoneError
+from dflash_offline.stages.answers.chat_completions import retry_after_s
+from dflash_offline.stages.answers.server_retries import PROBE, ServersGoneError
 from dflash_offline.stages.regenerate import Regenerated, regenerate
 
 Rows = list[dict[str, Any]]
@@ -120,10 +121,10 @@ def test_a_row_that_always_fails_is_left_out_while_the_others_are_answered(tmp_p
 
 def test_a_row_that_always_fails_is_left_out_where_it_is_the_only_one(tmp_path: Path) -> None:
     data, out = save(tmp_path / "chats.jsonl", chats(5)), tmp_path / "new.jsonl"
-    dead = {"row 4 turn 0", server_module.PROBE.said[0][0]["content"]}
+    dead = {"row 4 turn 0", PROBE.questions[0][0]["content"]}
     with ChatServer(lambda content, _tries: "500" if content in dead else None) as server:
         with pytest.raises(ServersGoneError):  # not the row's fault, for nothing else is answered either
-            run(data, out, server, rests=2)
+            run(data, out, server, rests=2, row_tries=1000)  # however long the others take
         assert server.probes == 2
         dead.remove("Say yes.")
         done = run(data, out, server)
@@ -237,7 +238,7 @@ def test_retry_after_is_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_an_instant(text: str, low: float, high: float) -> None:
-    assert low <= server_module._retry_after({"retry-after": text}) <= high
+    assert low <= retry_after_s({"retry-after": text}) <= high
 
 
 def test_requests_on_their_way_are_bounded_and_busy_servers_spared(tmp_path: Path) -> None:
