@@ -19,7 +19,7 @@ from dflash_offline.schemas.settings.option import ARGUMENTS, Option
 from dflash_offline.schemas.settings.shared import TARGET
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.store.leftovers import figures, told
+from dflash_offline.stages.store.leftovers import summarize
 from dflash_offline.stages.store.unexpected_files import Surplus, surplus
 
 if TYPE_CHECKING:  # a draft is verified without torch
@@ -136,7 +136,7 @@ def _surplus_of(folder: Path) -> Surplus:
 def _notes(cache: Path, beside: Surplus) -> dict[str, Any]:
     """Return what is in a cache's folder that is no fault."""
     return {
-        "half_written": figures(cache),
+        "half_written": summarize(cache),
         "unrecorded_shards": beside.unrecorded_shards,
         "other_files": beside.harmless,
     }
@@ -156,7 +156,7 @@ def _print_json(
         "forgotten_shards": forgotten or [],
         **_notes(cache, beside),
     }
-    print(json.dumps(document, indent=1, allow_nan=False))
+    print(json.dumps(document, indent=1, allow_nan=False, default=asdict))
 
 
 def _print_report(
@@ -185,8 +185,8 @@ def _print_report(
 
 
 def _print_notes(found: dict[str, Any]) -> None:
-    if half_written := told(found["half_written"]):
-        print(f"tmp/ holds {half_written}, which is no fault; `dflash extract` removes what nobody can be at.")
+    if found["half_written"].files:
+        print(f"tmp/ holds {found['half_written']}, which is no fault; `dflash extract` removes what nobody can be at.")
     if unrecorded := found["unrecorded_shards"]:
         shards = "1 shard has" if len(unrecorded) == 1 else f"{len(unrecorded):,} shards have"
         print(f"{shards} files but no record yet, {unrecorded[0]} first: a worker may be at it, no reader is.")

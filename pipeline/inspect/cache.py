@@ -32,7 +32,6 @@ from dflash_offline.pipeline.terminal import columns, facts, named, open_console
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.store.leftovers import told
 
 _WARNINGS_SHOWN = 6
 _RUNS_SHOWN = 6
@@ -162,8 +161,8 @@ def _shards(view: Overview) -> list[tuple[str, str]]:
     rows = [("Shards", f"{done.shards_done:,} of {done.shards:,} done" + (f"; {listed}" if listed else ""))]
     if 1 < len(done.progress) <= _RUNS_SHOWN:
         rows.append(("", "; ".join(map(_run_text, done.progress))))
-    if view.half_written["files"]:
-        rows.append(("In tmp/", told(view.half_written)))
+    if view.half_written.files:
+        rows.append(("In tmp/", str(view.half_written)))
     if done.skipped:
         first = done.skipped_samples[0].sample
         rows.append(("Left out", f"{done.skipped:,} samples whose features were bad"))

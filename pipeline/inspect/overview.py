@@ -43,7 +43,7 @@ from dflash_offline.schemas.commits import Commit, SkippedSample
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.store.leftovers import figures
+from dflash_offline.stages.store.leftovers import Leftovers, summarize
 
 _TOKENS_SEARCHED = 1 << 22
 """Tokens of the plan that are looked through for the mask token; a quarter of a second."""
@@ -132,7 +132,7 @@ class Overview:
     plan: PlanStatistics = field(metadata=FLATTENED)
     progress: Progress = field(metadata=FLATTENED)
     damaged_records: list[str]
-    half_written: dict[str, Any]
+    half_written: Leftovers
     arrays: dict[str, ArrayBytes]
     bytes: dict[str, int]
     """Stored bytes of each array."""
@@ -155,7 +155,7 @@ def overview(cache: Cache) -> Overview:
     mask_token = int(manifest.plan["mask_token_id"])
     name, problem = describe_token(path, manifest, mask_token)
     use = mask_token_use(path, mask_token, _TOKENS_SEARCHED)
-    half_written = figures(path)
+    half_written = summarize(path)
     warnings = [
         *shard_warnings(states, cache.faults, str(path)),
         *layer_warnings(statistics, layers, str(path)),

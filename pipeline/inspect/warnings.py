@@ -7,7 +7,6 @@ finished shards with features, L captured layers.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from dflash_offline.pipeline.inspect.shard_statistics import PooledLayer, ShardS
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.locks import ABANDONED_S
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.store.leftovers import told
+from dflash_offline.stages.store.leftovers import Leftovers
 
 ZEROS = 0.01
 """Share of exact zeros. A residual stream is a sum; two summands in bfloat16, with 128 values between a number and its
@@ -125,10 +124,10 @@ def _name_shards(shards: list[int]) -> str:
     return f"{'shard' if len(shards) == 1 else 'shards'} {listed}"
 
 
-def half_written_warnings(half_written: dict[str, Any]) -> Iterator[CacheWarning]:
+def half_written_warnings(half_written: Leftovers) -> Iterator[CacheWarning]:
     """Yield whether workers left half-written files; those at work touch theirs all the time."""
-    if half_written["untouched_s"] >= ABANDONED_S:
-        what = f"holds {told(half_written)}: of workers that died"
+    if half_written.untouched_s >= ABANDONED_S:
+        what = f"holds {half_written}: of workers that died"
         again = "repeat the `dflash extract` that made it, which removes what nobody can be at"
         yield CacheWarning("abandoned files", "tmp/", what, again)
 

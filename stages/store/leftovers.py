@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dflash_offline.schemas.locks import owner_is_dead
 from dflash_offline.schemas.manifest import TMP
@@ -48,6 +47,23 @@ class HalfWritten:
     num_bytes: int
     changed: float
     """When it was last written to, in seconds of the file system's clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftovers:
+    """The half-written files of a cache together."""
+
+    files: int
+    bytes: int
+    hosts: list[str]
+    untouched_s: float
+    """How long the oldest is untouched."""
+
+    def __str__(self) -> str:
+        files = "1 half-written file" if self.files == 1 else f"{self.files:,} half-written files"
+        hosts = ", ".join(self.hosts[:_HOSTS_SHOWN]) + (", ..." if len(self.hosts) > _HOSTS_SHOWN else "")
+        size, minutes = readable_bytes(self.bytes), self.untouched_s / 60
+        return f"{files}, {size}, of {hosts}, untouched for up to {minutes:,.0f} min"
 
 
 def half_written(cache: Path) -> list[HalfWritten]:
@@ -85,24 +101,12 @@ def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWr
     return removed
 
 
-def figures(cache: Path) -> dict[str, Any]:
-    """Return how many half-written files there are, their bytes and machines, and how long the oldest is untouched."""
-    found = half_written(cache)
-    return {
-        "files": len(found),
-        "bytes": sum(one.num_bytes for one in found),
-        "hosts": sorted({one.host for one in found}),
-        "untouched_s": max((max(0.0, time.time() - one.changed) for one in found), default=0.0),
-    }
-
-
-def told(found: dict[str, Any]) -> str:
-    """Return those figures as a clause; empty where there is no such file."""
-    if not found["files"]:
-        return ""
-    files = "1 half-written file" if found["files"] == 1 else f"{found['files']:,} half-written files"
-    hosts = ", ".join(found["hosts"][:_HOSTS_SHOWN]) + (", ..." if len(found["hosts"]) > _HOSTS_SHOWN else "")
-    return (
-        f"{files}, {readable_bytes(found['bytes'])}, of {hosts}, untouched for up to "
-        f"{found['untouched_s'] / 60:,.0f} min"
+def summarize(cache: Path) -> Leftovers:
+    """Return what is half written in a cache's tmp/."""
+    files = half_written(cache)
+    return Leftovers(
+        files=len(files),
+        bytes=sum(file.num_bytes for file in files),
+        hosts=sorted({file.host for file in files}),
+        untouched_s=max((max(0.0, time.time() - file.changed) for file in files), default=0.0),
     )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.schemas.locks import ABANDONED_S, remove_unfinished
-from dflash_offline.stages.store.leftovers import figures, half_written, remove_abandoned
+from dflash_offline.stages.store.leftovers import half_written, remove_abandoned, summarize
 
 HERE = socket.gethostname()
 
@@ -89,7 +89,7 @@ def test_inspect_and_verify_count_them_and_call_old_ones_abandoned(cache: Path) 
     fill_cache(cache)
     leave(cache, 2, "elsewhere")
     leave(cache, 3, "elsewhere")
-    assert figures(cache)["files"] == 2 and figures(cache)["bytes"] == 2000
+    assert (summarize(cache).files, summarize(cache).bytes) == (2, 2000)
     run = CliRunner()
     shown = run.invoke(app, ["inspect", str(cache)])
     assert "2 half-written files" in shown.stdout and "elsewhere" in shown.stdout
