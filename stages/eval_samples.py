@@ -40,8 +40,8 @@ class EvalSamples:
     """False where the draft was not trained from this cache, or does not say; then these are all its samples."""
 
     @property
-    def reader(self) -> Cache:
-        """The cache."""
+    def cache(self) -> Cache:
+        """The cache that holds them, opened."""
         return self.corpus.readers[0]
 
 
@@ -91,7 +91,7 @@ def choose_samples(cache: Path, trained: dict[str, Any] | None, limit: int | Non
 
 def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:
     """Return a prompt and its tokens for each assistant turn that a round could follow."""
-    table = chosen.reader.samples
+    table = chosen.cache.samples
     prompts = [
         (Prompt(place=f"{table.place(i)}, position {first}", text=""), table.input_ids(i)[:first].tolist())
         for i in chosen.samples.tolist()
@@ -99,13 +99,13 @@ def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:
         if 0 < first < last
     ]
     if not prompts:
-        raise DflashError(f"{chosen.reader.path} holds no answer of two tokens or more that follows a prompt.")
+        raise DflashError(f"{chosen.cache.path} holds no answer of two tokens or more that follows a prompt.")
     return prompts
 
 
-def check_cache_fits(chosen: EvalSamples, draft: DraftModel, cache: Path) -> None:
-    """Raise `MismatchError` naming each field in which a cache is of another target than the draft, or too little."""
-    decoder, config = chosen.reader.manifest.decoder, draft.config
+def check_cache_fits(chosen: EvalSamples, draft: DraftModel) -> None:
+    """Raise `MismatchError` naming each field in which the cache is of another target, or lacks a layer to read."""
+    decoder, config = chosen.cache.manifest.decoder, draft.config
     rows: list[FieldDifference] = [
         (name, getattr(config, ours), decoder[name])
         for name, ours in (
@@ -115,10 +115,10 @@ def check_cache_fits(chosen: EvalSamples, draft: DraftModel, cache: Path) -> Non
         )
         if getattr(config, ours) != decoder[name]
     ]
-    if not set(config.target_layer_ids) <= set(chosen.reader.layer_ids):
-        rows.append(("layer_ids", list(config.target_layer_ids), list(chosen.reader.layer_ids)))
+    if not set(config.target_layer_ids) <= set(chosen.cache.layer_ids):
+        rows.append(("layer_ids", list(config.target_layer_ids), list(chosen.cache.layer_ids)))
     refuse_differences(
-        f"{cache} cannot be walked with this draft",
+        f"{chosen.cache.path} cannot be walked with this draft",
         rows,
         ("draft", "cache"),
         "Name a cache of the draft's target that holds its layers.",
@@ -127,8 +127,8 @@ def check_cache_fits(chosen: EvalSamples, draft: DraftModel, cache: Path) -> Non
 
 def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> list[WalkedTurn]:
     """Return the serving walk of every assistant turn, with the draft on its own device and in its own dtype."""
-    config, reader, device = draft.config, chosen.reader, next(draft.parameters()).device
-    head, table = borrowed_parts(reader, device)
+    config, cache, device = draft.config, chosen.cache, next(draft.parameters()).device
+    head, table = borrowed_parts(cache, device)
     module = DFlashTrainerModule(
         draft, head, table, config.mask_token_id, block_size=config.block_size, attention_backend="sdpa"
     )
@@ -141,7 +141,7 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
         shape=None,
         device=device,
     )
-    order = chosen.samples[np.argsort(reader.samples.num_tokens[chosen.samples], kind="stable")]
+    order = chosen.samples[np.argsort(cache.samples.num_tokens[chosen.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
     walked: list[WalkedTurn] = []
     progress.start("Walking", len(order), "samples")
@@ -150,7 +150,7 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
             for batch in loader.stream(parts, threads=1):
                 prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
                 for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
-                    source = reader.samples.source(sample)
+                    source = cache.samples.source(sample)
                     walked += [_walked(source, *turn, prefix) for turn in turns(mask) if turn[0] < turn[1]]
                 progress.advance(len(batch.samples))
     finally:

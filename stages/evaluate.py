@@ -82,7 +82,7 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     draft = load_draft(folder, dtype, device)
     samples = choose_samples(config.cache, trained, config.limit)
-    check_cache_fits(samples, draft, config.cache)
+    check_cache_fits(samples, draft)
     with _torch_threads(config.threads):
         walked = walk_samples(samples, draft, progress or Silent())
         size = draft.config.block_size
@@ -176,7 +176,7 @@ def _read_cases(
     held_out = None
     if config.cache is not None:
         samples = choose_samples(config.cache, trained, config.limit)
-        check_cache_fits(samples, draft, config.cache)
+        check_cache_fits(samples, draft)
         cases, held_out = [_Case(*pair) for pair in as_prompts(samples)], samples.held_out
     else:
         assert config.prompts is not None, "the settings were checked"

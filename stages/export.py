@@ -81,7 +81,7 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     weights = load_file(checkpoint / WEIGHTS)
     check_draft_weights(weights, config, str(checkpoint))
     trained = training_record(run, record, state.step)
-    found = _evaluation(run, evaluation, trained)
+    result = _evaluation(run, evaluation, trained)
     target = _target_config(record)
     architectures = record.origin.get("target_architectures") or (target or {}).get("architectures") or []
     with building_folder(out) as temporary:
@@ -91,7 +91,7 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
         document = config_json(config, kind, record.origin["target"], architectures)
         (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
         limits = _refuse_faulty(lint_draft(temporary, target), checkpoint)
-        (temporary / CARD).write_text(card(record, config, state, kind, found, limits))
+        (temporary / CARD).write_text(card(record, config, state, kind, result, limits))
         _publish(temporary, out)
     return Exported(
         draft=out,
@@ -138,8 +138,8 @@ def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[s
     if path is None and not given.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(given.read_text())
-        measured = found["acceptance"], found["trained"]
+        result: dict[str, Any] = json.loads(given.read_text())
+        measured = result["acceptance"], result["trained"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DflashError(f"{given} is not a result of `dflash eval --save` ({error!r}). Name one.") from error
     if any((measured[1] or {}).get(name) != trained[name] for name in ("run", "step")):
@@ -149,7 +149,7 @@ def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[s
             f"{given} was measured with another draft: {measured[1]}; expected run {trained['run']}, step "
             f"{trained['step']}. Evaluate this checkpoint, or leave --eval out."
         )
-    return found
+    return result
 
 
 def _target_config(record: RunRecord) -> dict[str, Any] | None:

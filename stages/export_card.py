@@ -50,10 +50,10 @@ def card(
     config: DraftConfig,
     state: TrainState,
     kind: str,
-    found: dict[str, Any] | None,
+    result: dict[str, Any] | None,
     limits: list[str],
 ) -> str:
-    """Return the model card; `found` is the result of `dflash eval` for this draft, if there is one.
+    """Return the model card; `result` is the result of `dflash eval` for this draft, if there is one.
 
     `limits` names clients that cannot serve what this draft was trained to do.
     """
@@ -89,29 +89,29 @@ mask token {config.mask_token_id}. Trained by `dflash-offline` from cached featu
 | software | {", ".join(f"{name} {version}" for name, version in sorted(origin["software"].items()))} |
 
 ## Acceptance
-{_measured(state, found)}
+{_measured(state, result)}
 ## Serving
 {serving}{limited}"""
 
 
-def _measured(state: TrainState, found: dict[str, Any] | None) -> str:
+def _measured(state: TrainState, result: dict[str, Any] | None) -> str:
     lines = []
     if state.best_step:
         lines.append(
             f"In training, the serving walk over held-out samples gave at best {state.best_walk:.2f} tokens a round "
             f"(step {state.best_step})."
         )
-    if found is not None:
-        pooled, mean = _figure(found["acceptance"]["pooled"]), _figure(found["acceptance"]["mean"])
-        config, prompts = found["config"], found["acceptance"]["prompts"]
+    if result is not None:
+        pooled, mean = _figure(result["acceptance"]["pooled"]), _figure(result["acceptance"]["mean"])
+        config, prompts = result["config"], result["acceptance"]["prompts"]
         way = f"temperature {config['temperature']}" if config.get("temperature") else "greedy"
-        what = "cached turns, without the target" if found.get("offline") else "prompts"
-        speed = f", {found['speedup']:.2f} times the target alone" if found.get("speedup") else ""
+        what = "cached turns, without the target" if result.get("offline") else "prompts"
+        speed = f", {result['speedup']:.2f} times the target alone" if result.get("speedup") else ""
         lines.append(
-            f"`dflash eval` on {prompts} {what} ({way}, {found['dtype']} on {found['device']}): {pooled} tokens a "
-            f"round (mean of prompts {mean}) of at most {found['block_size']}{speed}."
+            f"`dflash eval` on {prompts} {what} ({way}, {result['dtype']} on {result['device']}): {pooled} tokens a "
+            f"round (mean of prompts {mean}) of at most {result['block_size']}{speed}."
         )
-        for name, group in found.get("acceptance_by_kind", {}).items():
+        for name, group in result.get("acceptance_by_kind", {}).items():
             lines.append(f"- {name}: {_figure(group['pooled'])} over {group['prompts']} prompts")
     return "\n".join(lines or ["Not measured."]) + "\n"
 

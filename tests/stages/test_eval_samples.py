@@ -84,7 +84,7 @@ def test_a_cache_of_another_target_is_refused(draft: Path, data: Path, tmp_path:
 def test_cached_prompts_end_where_their_answers_begin(draft: Path, cache: Path) -> None:
     chosen = choose_samples(cache, draft_folder(draft)[1], None)
     prompts = as_prompts(chosen)
-    table = chosen.reader.samples
+    table = chosen.cache.samples
     starts = {
         (int(i), first)
         for i in chosen.samples
