@@ -42,7 +42,7 @@ class EvalSamples:
     @property
     def cache(self) -> Cache:
         """The cache that holds them, opened."""
-        return self.corpus.readers[0]
+        return self.corpus.caches[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
 def choose_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> EvalSamples:
     """Return the first `limit` samples that the draft's training held out, or, of another cache, of all samples."""
     corpus = Corpus.open((cache,))
-    same = trained is not None and corpus.readers[0].manifest.checksum in trained["caches"]
+    same = trained is not None and corpus.caches[0].manifest.checksum in trained["caches"]
     if trained is None or not same:
         return EvalSamples(corpus=corpus, samples=corpus.usable[:limit], held_out=False)
     if len(trained["caches"]) > 1:

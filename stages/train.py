@@ -1,38 +1,30 @@
 """Stage two: train a draft from cached features. The target is not loaded."""
 
-import json
-import platform
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import publish
-from dflash_offline.schemas.locks import locked_folder
-from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.paths import output_folder
-from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run
-from dflash_offline.schemas.sealed import sealed_bytes
-from dflash_offline.schemas.settings.toml import to_toml
+from dflash_offline.schemas.run import RUN
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.metrics import MetricsLog, check_reporter, peak_memory
 from dflash_offline.stages.training.ranks import joined_ranks
+from dflash_offline.stages.training.record import claim_folder
 from dflash_offline.stages.training.run import Training
 
 LOG_EVERY = 10
 """Steps between two rows of metrics."""
 Log = Callable[[int, dict[str, Any]], None]
-"""Adds a step's row to metrics.jsonl and what else shows metrics."""
+"""Adds a step's row to metrics.jsonl and wherever else metrics are shown."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What `train` left."""
+    """Where a run stands after a call of `train`."""
 
     run: Path
     state: TrainState
@@ -52,18 +44,18 @@ class Trained:
     """Validation samples, which are held out of training."""
     parameters: int
     seconds: float
-    """Spent by this call."""
+    """Time that this call took."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a run would take."""
+    """What a run would take, by two steps of it."""
 
     parameters: int
     weight_bytes: int
-    """Masters, gradients and optimizer, of each rank."""
+    """Bytes of float32 weights, gradients and optimizer, on each rank."""
     peak_bytes: int
-    """The most held in a step: by tensors on a GPU, by the process on a CPU."""
+    """Most memory held in a step: by tensors on a GPU, by the process on a CPU."""
     num_train: int
     num_val: int
     total_steps: int
@@ -71,7 +63,7 @@ class DryRun:
     batch_shape: tuple[int, ...]
     """[B, S, N] of the last micro-batch: rows, tokens of a row, blocks of a row; all are alike when packed."""
     tokens_per_step: float
-    """Real tokens, padding left out."""
+    """Tokens of a step, padding left out."""
     filled: float
     """Share of the step's positions that hold real tokens."""
     seconds_per_step: float
@@ -85,7 +77,7 @@ class DryRun:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Note the first SIGINT or SIGTERM in the list, so that a step is never cut in half; a second one acts at once."""
+    """Append the first SIGINT or SIGTERM to the list, so that no step is cut in half; a second one acts at once."""
     noted: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -116,7 +108,7 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
     with ExitStack() as stack:
         training = _set_up(config, stack)
         if training.ranks.is_first:
-            _claim_folder(training, stack)
+            claim_folder(training, stack)
         else:
             progress = Silent()
         if not training.start_is_compared:
@@ -151,36 +143,6 @@ def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
     return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 
 
-def _claim_folder(training: Training, stack: ExitStack) -> None:
-    """Lock the run folder against other processes, and make sure that it is a run of these settings."""
-    run, identity = training.config.out, training.identity()
-    run.mkdir(parents=True, exist_ok=True)
-    if not stack.enter_context(locked_folder(run)):
-        raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
-    if (run / RUN).exists():
-        refuse_other_run(run, identity, training.total_steps)
-    else:
-        _write_record(training, identity)
-    publish([to_toml(training.config).encode()], temporary=run / f".{CONFIG}", path=run / CONFIG)
-
-
-def _write_record(training: Training, identity: dict[str, Any]) -> None:
-    run, cache = training.config.out, training.corpus.readers[0]
-    origin = {
-        "caches": [str(cache.resolve()) for cache in training.config.caches],
-        "target": cache.manifest.origin["target"],
-        "target_identity": cache.manifest.identity["target"],
-        "total_steps": training.total_steps,
-        "target_architectures": json.loads((cache.path / TARGET / "config.json").read_text()).get("architectures"),
-        "software": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("dflash-offline", "torch", "transformers")},
-        },
-    }
-    record = RunRecord(identity=identity, origin=origin)
-    publish([sealed_bytes(record.to_json())], temporary=run / f".{RUN}", path=run / RUN)
-
-
 def _open_log(training: Training, stack: ExitStack) -> Log:
     """Return what adds a row to the run's log; on ranks other than the first, what does nothing."""
     if not training.ranks.is_first:
@@ -189,7 +151,7 @@ def _open_log(training: Training, stack: ExitStack) -> Log:
 
 
 def _train_steps(training: Training, signals: list[int], progress: Progress, log: Log) -> None:
-    """Step, log, validate and save until the last step, a signal, or validations that no longer get better."""
+    """Step, log, validate and save until the last step, a signal, or too many validations without a better one."""
     config = training.config
     with closing(training.stream()) as stream:
         while not (training.is_at_last_step or training.is_stale):

@@ -26,8 +26,8 @@ from dflash_offline.stages.draft.objective import (
 
 logger = logging.getLogger(__name__)
 _FLEX_VARIANTS = 64
-"""Of flex attention, more than are ever compiled: for padded rows of any number and length, or of one row, with and
-without gradients, for both kinds of layers. Beyond its limit torch runs it uncompiled, which holds all scores."""
+"""More variants of flex attention than are ever compiled: for padded rows of any number and length, or of one row, with
+and without gradients, for both kinds of layers. Beyond its limit torch runs it uncompiled, which holds all scores."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DFlashTrainerModule(nn.Module):
     place. On a CPU, where flex attention has no backward, a step with gradients uses sdpa. The cross-entropy forms
     at most `head_chunk_slots` rows of logits at a time; None leaves the number to the vocabulary and the device.
     `compiled` runs the layers of a `DraftModel` and the softmax through `torch.compile`, which fuses the norms, rotary
-    turns and gates that otherwise go through a GPU's memory one by one; it pays where the shapes stay the same.
+    embeddings and gates that otherwise go through a GPU's memory one by one; it pays where shapes stay the same.
     """
 
     def __init__(

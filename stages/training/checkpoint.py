@@ -22,7 +22,7 @@ from dflash_offline.stages.training.optimizer import WeightAverage
 from dflash_offline.stages.training.sums import Window
 
 WEIGHTS, MASTERS, OPTIMIZER, STATE = "model.safetensors", "masters.safetensors", "optimizer.safetensors", "state.json"
-"""`WEIGHTS` are what is validated and exported; with a running average they are it, and `MASTERS` are beside them."""
+"""`WEIGHTS` is validated and exported. With `--ema` it holds the averaged weights, and `MASTERS` the trained ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class TrainState:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 

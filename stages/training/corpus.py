@@ -1,4 +1,4 @@
-"""The samples of one or more caches of the same target, numbered through."""
+"""The samples of one or more caches of the same target, numbered consecutively."""
 
 import hashlib
 from bisect import bisect_right
@@ -14,29 +14,29 @@ from dflash_offline.stages.store.cache import Cache
 
 
 class Corpus:
-    """Samples of several caches. A sample's number counts through them in the order they are given."""
+    """Samples of several caches, numbered consecutively in the order in which the caches are given."""
 
-    def __init__(self, readers: list[Cache]) -> None:
-        self.readers = readers
-        for reader in readers:
-            reader.samples.tokens.load()  # samples are asked for in any order, all of them
-        self.starts = np.cumsum([0, *(len(reader.samples) for reader in readers)])
+    def __init__(self, caches: list[Cache]) -> None:
+        self.caches = caches
+        for cache in caches:
+            cache.samples.tokens.load()  # samples are asked for in any order, all of them
+        self.starts = np.cumsum([0, *(len(cache.samples) for cache in caches)])
         self._firsts: list[int] = self.starts.tolist()
-        self.num_tokens = np.concatenate([reader.samples.num_tokens for reader in readers])
-        usable = [reader.usable() + start for reader, start in zip(readers, self.starts[:-1], strict=True)]
+        self.num_tokens = np.concatenate([cache.samples.num_tokens for cache in caches])
+        usable = [cache.usable() + start for cache, start in zip(caches, self.starts[:-1], strict=True)]
         self.usable: NDArray[np.int64] = np.concatenate(usable)
         """Samples that have features, ascending."""
 
     @classmethod
-    def open(cls, caches: tuple[Path, ...]) -> "Corpus":
+    def open(cls, paths: tuple[Path, ...]) -> "Corpus":
         """Return the corpus of complete caches; `MismatchError` if they were not made alike."""
-        readers = [Cache.open(cache) for cache in caches]
-        for number, reader in enumerate(readers):
-            reader.require_complete()
-            if reader.manifest.checksum in {other.manifest.checksum for other in readers[:number]}:
-                raise DflashError(f"{reader.path} is the same cache as one named before it. Name each cache once.")
-            _refuse_other_target(readers[0], reader)
-        return cls(readers)
+        caches = [Cache.open(path) for path in paths]
+        for number, cache in enumerate(caches):
+            cache.require_complete()
+            if cache.manifest.checksum in {other.manifest.checksum for other in caches[:number]}:
+                raise DflashError(f"{cache.path} is the same cache as one named before it. Name each cache once.")
+            _refuse_other_target(caches[0], cache)
+        return cls(caches)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -49,27 +49,28 @@ class Corpus:
     def tokens(self, sample: int) -> Tokens:
         """Return the sample's tokens, uint32 [num_tokens], and which are supervised, bool [num_tokens]."""
         cache, number = self.locate(sample)
-        return self.readers[cache].samples.tokens.of(number)
+        return self.caches[cache].samples.tokens.of(number)
 
     def anchor_id(self, sample: int) -> int:
-        """Return what the sample's anchors are drawn by: no other cache's size changes it."""
+        """Return the id by which the sample's anchors are drawn, which does not depend on other caches' sizes."""
         cache, number = self.locate(sample)
         return (cache << 32) | number
 
     def num_anchors(self, block_size: int, at_most: int) -> NDArray[np.int64]:
         """Return how many anchors an epoch draws from each sample."""
-        counts = [_anchor_counts(reader, block_size) for reader in self.readers]
+        counts = [_anchor_counts(cache, block_size) for cache in self.caches]
         return np.minimum(np.concatenate(counts), at_most)
 
-    def split(self, num_held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (training, held-out) samples: at most `num_held_out`, and at most a tenth, are held out.
+    def split(self, val_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (training, validation) samples: at most `val_samples`, and at most a tenth, are held out of training.
 
-        A function of content: the same tokens always fall on the same side, so repeated conversations do not leak.
+        The split is a function of content: the same tokens always fall on the same side, so that no conversation that
+        is repeated leaks from one side to the other.
         """
         texts = (self.tokens(sample)[0].tobytes() for sample in self.usable.tolist())
         digests = np.array([hashlib.sha256(text).digest() for text in texts])
-        room = min(num_held_out, len(self.usable) // 10)
-        held_out = []
+        room = min(val_samples, len(self.usable) // 10)
+        held_out: list[bytes] = []
         for digest, copies in zip(*np.unique(digests, return_counts=True), strict=True):
             if copies <= room:
                 held_out.append(digest)
@@ -82,28 +83,28 @@ class Corpus:
         return np.split(samples, np.searchsorted(samples, self.starts[1:-1]))
 
     def describe(self, samples: list[int], at_most: int = 20) -> str:
-        """Return where samples lie, as messages name them: a list for each cache, long ones cut."""
+        """Return the samples as messages name them: for each cache a list of numbers, cut where it is long."""
         texts = []
         for cache, members in enumerate(self.by_cache(np.unique(samples))):
             numbers = (members - self.starts[cache]).tolist()
             more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
             if numbers:
-                texts.append(f"{numbers[:at_most]}{more} of {self.readers[cache].path}")
+                texts.append(f"{numbers[:at_most]}{more} of {self.caches[cache].path}")
         return ", ".join(texts)
 
 
-def _anchor_counts(reader: Cache, block_size: int) -> NDArray[np.int64]:
+def _anchor_counts(cache: Cache, block_size: int) -> NDArray[np.int64]:
     """Return how many candidates each sample has; the plan counted those of its own block size."""
-    samples = reader.samples
-    if block_size == int(reader.manifest.plan["block_size"]):
+    samples = cache.samples
+    if block_size == int(cache.manifest.plan["block_size"]):
         return samples.num_anchors
     counts = [count_anchors(samples.loss_mask(number), block_size) for number in range(len(samples))]
     return np.array(counts, np.int64)
 
 
-def _made_by(reader: Cache) -> dict[str, object]:
-    """Return what caches of one draft must have in common; which layers they hold is compared with the draft's."""
-    identity, plan = reader.manifest.identity, reader.manifest.plan
+def _made_by(cache: Cache) -> dict[str, object]:
+    """Return what all caches of a run must have in common; the layers that they hold are compared with the draft's."""
+    identity, plan = cache.manifest.identity, cache.manifest.plan
     return {
         "target": wherever_placed(identity["target"]),
         "capture": identity["capture"],

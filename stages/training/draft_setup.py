@@ -23,7 +23,7 @@ from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.training.corpus import Corpus
 
 MAY_DIFFER = ("block_size", "max_position_embeddings")
-"""What may change from the draft a run starts from: no weight and no position of a block depends on it."""
+"""Fields in which a run's draft may differ from the draft it starts from: no weight and no position depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class StartDraft:
     weights: dict[str, Tensor]
     """float32."""
     sha256: str
-    """Of its weight file."""
+    """Digest of its weight file."""
     target: dict[str, Any] | None
-    """Identity of the target that it was trained for; None where it does not say, as drafts of others' do not."""
+    """Identity of the target that it was trained for; None where it does not say, as in other projects' drafts."""
 
     @classmethod
     def read(cls, folder: Path) -> "StartDraft":
@@ -52,14 +52,14 @@ class StartDraft:
             target=_target_of(folder.resolve()),
         )
 
-    def refuse_other_target(self, reader: Cache) -> None:
+    def refuse_other_target(self, cache: Cache) -> None:
         """Raise `MismatchError` with a table of fields if the draft says that it is of another target than a cache."""
         if self.target is None:
             return
-        identity = reader.manifest.identity
+        identity = cache.manifest.identity
         cached = {"target": wherever_placed(identity["target"]), "capture": identity["capture"]}
         refuse_differences(
-            f"{self.folder} was trained for another target than that of {reader.path}",
+            f"{self.folder} was trained for another target than that of {cache.path}",
             differences({"target": wherever_placed(self.target), "capture": CAPTURE_RULE}, cached),
             ("draft", "cache"),
             "Train from a cache of the draft's own target, extracted in the same way, or without --init-from.",
@@ -93,15 +93,15 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
     Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the target
     or the shape is not that of the draft it starts from.
     """
-    manifest = corpus.readers[0].manifest
+    manifest = corpus.caches[0].manifest
     if start:
-        start.refuse_other_target(corpus.readers[0])
-    planned = min(int(reader.manifest.plan["block_size"]) for reader in corpus.readers)
+        start.refuse_other_target(corpus.caches[0])
+    planned = min(int(cache.manifest.plan["block_size"]) for cache in corpus.caches)
     block_size = planned if config.block_size is None else config.block_size
-    layers = config.layers or (start.config.target_layer_ids if start else corpus.readers[0].layer_ids)
-    for reader in corpus.readers:
-        _refuse_unfit_cache(reader, block_size, layers)
-    usual = asdict(start.config) if start else {**manifest.decoder, "num_hidden_layers": len(layers)}
+    layers = config.layers or (start.config.target_layer_ids if start else corpus.caches[0].layer_ids)
+    for cache in corpus.caches:
+        _refuse_unfit_cache(cache, block_size, layers)
+    defaults = asdict(start.config) if start else {**manifest.decoder, "num_hidden_layers": len(layers)}
     asked: dict[str, Any] = {
         "num_hidden_layers": config.draft_layers,
         "num_attention_heads": config.draft_heads,
@@ -112,7 +112,7 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
         "rms_norm_eps": config.draft_rms_norm_eps,
         "max_position_embeddings": config.draft_max_position_embeddings,
     }
-    sizes = {name: usual[name] if value is None else value for name, value in asked.items()}
+    sizes = {name: defaults[name] if value is None else value for name, value in asked.items()}
     draft_config = DraftConfig(
         hidden_size=manifest.decoder["hidden_size"],
         vocab_size=manifest.decoder["vocab_size"],
@@ -140,23 +140,23 @@ def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -
     return {"sliding_window": window, "sliding_layers": sliding, "causal_layers": causal}
 
 
-def _refuse_unfit_cache(reader: Cache, block_size: int, layers: tuple[int, ...]) -> None:
-    planned = int(reader.manifest.plan["block_size"])
+def _refuse_unfit_cache(cache: Cache, block_size: int, layers: tuple[int, ...]) -> None:
+    planned = int(cache.manifest.plan["block_size"])
     if block_size > planned:
         raise MismatchError(
-            f"{reader.path} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
+            f"{cache.path} was planned for blocks of {planned}, and this draft has blocks of {block_size}. Train "
             f"with --block-size {planned} or less, or extract again with --block-size {block_size}."
         )
-    if not set(layers) <= set(reader.layer_ids):
+    if not set(layers) <= set(cache.layer_ids):
         raise MismatchError(
-            f"{reader.path} holds layers {list(reader.layer_ids)}, but this draft reads {list(layers)}. Extract "
+            f"{cache.path} holds layers {list(cache.layer_ids)}, but this draft reads {list(layers)}. Extract "
             f"again with --layers {','.join(map(str, layers))} into a new folder, or train with layers it holds."
         )
 
 
-def borrowed_parts(reader: Cache, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
+def borrowed_parts(cache: Cache, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
     """Return the target's head and embedding table from the cache; float32 on the CPU, as stored on a GPU."""
-    tensors = load_file(reader.path / TARGET / EMBEDDINGS, device=str(device))
+    tensors = load_file(cache.path / TARGET / EMBEDDINGS, device=str(device))
     if device.type == "cpu":
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
     table = tensors["embed_tokens.weight"]

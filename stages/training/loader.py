@@ -1,4 +1,4 @@
-"""Micro-batches streamed from the caches: read and decoded ahead of the step by threads of the loader's own.
+"""Micro-batches streamed from the caches, read and decoded ahead of the step by the loader's threads.
 
 Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
 """
@@ -22,7 +22,7 @@ from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.schedule import Rows, RowShape
 
 AHEAD = 2
-"""Micro-batches that wait ready, beside those that the threads are at."""
+"""Micro-batches kept ready beyond those that the threads are loading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Batch:
     input_ids: Tensor
     """[B, S] int64."""
     hidden_states: Tensor
-    """[B, S, L*H] bfloat16; as it was loaded, before `BatchLoader.widen`, stored codes [B, S, L, H] int16."""
+    """[B, S, L*H] bfloat16; before `BatchLoader.widen`, the stored codes, [B, S, L, H] int16."""
     loss_mask: Tensor
     """[B, S] bool."""
     document_ids: Tensor
@@ -54,15 +54,15 @@ class Batch:
         return sum(stop - start for _, start, stop in self.spans)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; on a GPU once its stream gets there."""
+        """Return the batch on a device; a GPU's current stream makes the copy."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """Return the batch in page-locked memory, from which copies to a GPU run beside the computation."""
+        """Return the batch in page-locked memory, from which copies to a GPU overlap with the computation."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def used_by(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory from being given to another batch before a stream is done with it."""
+        """Keep the tensors' memory from being reused before a stream is done with them."""
         for tensor in self._tensors().values():
             tensor.record_stream(stream)
 
@@ -88,10 +88,10 @@ class BatchLoader:
         shape: RowShape | None,
         device: torch.device,
     ) -> None:
-        """`shape` is that of every micro-batch; None for one as small as its documents allow."""
+        """`shape` is the shape of every micro-batch; None for the smallest that its documents fit."""
         self.corpus = corpus
-        self.encoders = [FeatureEncoder(reader.codec) for reader in corpus.readers]
-        self.columns = [[reader.layer_ids.index(layer) for layer in layer_ids] for reader in corpus.readers]
+        self.encoders = [FeatureEncoder(cache.codec) for cache in corpus.caches]
+        self.columns = [[cache.layer_ids.index(layer) for layer in layer_ids] for cache in corpus.caches]
         self.block_size = block_size
         self.num_anchors = num_anchors
         self.seed = seed
@@ -108,7 +108,7 @@ class BatchLoader:
         ends = [np.cumsum(corpus.num_tokens[row]) for row in rows]
         num_rows = self.shape.rows if self.shape else len(rows)
         seq_len = self.shape.tokens if self.shape else int(max(end[-1] for end in ends))
-        width = corpus.readers[0].manifest.layout.hidden_size
+        width = corpus.caches[0].manifest.layout.hidden_size
         pinned = self._copies is not None
         codes = torch.zeros((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=pinned)
         ids = np.zeros((num_rows, seq_len), np.int64)
@@ -145,12 +145,12 @@ class BatchLoader:
         return batch.pinned() if pinned else batch
 
     def _read_codes(self, sample: int, out: Tensor) -> None:
-        """Read one document's features as they are stored into `out`, int16 [tokens, L, H]."""
+        """Read one document's stored codes into `out`, int16 [tokens, L, H]."""
         cache, number = self.corpus.locate(sample)
-        self.corpus.readers[cache].codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
+        self.corpus.caches[cache].codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
 
     def _fetch(self, rows: Rows, epoch: int) -> Batch:
-        """Return a loaded micro-batch on the device. To a GPU it is copied beside the computation, and waited for."""
+        """Return a loaded micro-batch on the device; a copy to a GPU overlaps with the computation and is complete."""
         if self._copies is None:
             return self.load(rows, epoch).to(self.device)
         with torch.cuda.stream(self._copies):  # which also makes its GPU the one that this thread pins memory for
@@ -160,7 +160,7 @@ class BatchLoader:
         return placed
 
     def widen(self, batch: Batch) -> Batch:
-        """Return a micro-batch whose codes are bfloat16 features, made on the device where they are."""
+        """Return the micro-batch with bfloat16 features in place of codes, computed on the device that holds it."""
         codes = batch.hidden_states
         if len(self.encoders) == 1:
             features = self.encoders[0].widen(codes, self.columns[0])

@@ -26,7 +26,7 @@ def check_reporter(name: str | None) -> None:
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of one run, and wandb or trackio if asked for.
 
-    Rows after the resumed step are dropped from the first two; a tracker goes on with the run of the same name.
+    Rows after the resumed step are dropped from metrics.jsonl and the events; a tracker resumes the run of that name.
     """
 
     def __init__(self, config: TrainConfig, step: int) -> None:

@@ -1,4 +1,4 @@
-"""AdamW or Muon over float32 masters, the learning-rate schedule, and the running average of the weights."""
+"""AdamW or Muon over float32 weights, the learning-rate schedule, and averaged weights."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -50,14 +50,14 @@ class WeightAverage:
         self.weights = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
 
     def update(self, draft: nn.Module, step: int) -> None:
-        """Take in the weights after a step (from 0); the decay starts low, so that the first weights are forgotten."""
+        """Average in the weights after a step (from 0); the decay starts low, so that the first ones are forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in draft.named_parameters():
             self.weights[name].lerp_(parameter.detach(), 1 - decay)
 
     @contextmanager
     def served(self, draft: nn.Module) -> Iterator[None]:
-        """Put the average in the weights' place while the block runs."""
+        """Exchange the draft's weights for the average while the block runs."""
         self._exchange(draft)
         try:
             yield

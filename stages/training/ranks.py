@@ -1,4 +1,4 @@
-"""Data parallel ranks under torchrun: what they add up. One process alone is rank 0 of 1."""
+"""Data-parallel ranks under torchrun, and their sums. A process alone is rank 0 of 1."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.target.model import choose_device
 
 _LARGE = 1 << 20
-"""Numbers of a gradient that is worth a reduction of its own."""
+"""Elements from which on a gradient is reduced by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Ranks:
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make every gradient the sum of all ranks'; a rank without one adds zero, so that none waits for it.
 
-        Large gradients are summed where they are, all small ones as one: a reduction of few bytes costs as much.
+        Large gradients are reduced in place, all small ones in one flat tensor: a reduction of few bytes costs as much.
         """
         if self.count == 1:
             return
@@ -57,7 +57,7 @@ class Ranks:
             gradient.copy_(part.view_as(gradient))
 
     def meet(self) -> None:
-        """Return when every rank is here."""
+        """Return once every rank has called this."""
         self.add(torch.zeros(1, device=self.device)).item()  # on a GPU, only reading the value waits for it
 
 

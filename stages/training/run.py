@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from dflash_offline.schemas.errors import DflashError, dflash_line
-from dflash_offline.schemas.run import settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.draft.attention import default_backend
 from dflash_offline.stages.draft.model import DraftModel
@@ -40,10 +39,6 @@ from dflash_offline.stages.training.sums import StepResult, Window, means_of, no
 
 VAL_SEED = 0
 """Seed of the validation's anchors, which stay the same from one validation to the next."""
-
-WEIGHTED_DRAW = "a stream for each cache"
-"""How an epoch's share of a cache is drawn; recorded where `weights` ask for shares, so that a run which was begun
-when cache 0 was drawn by the stream of the shuffle does not go on in another order."""
 
 
 class Training:
@@ -83,7 +78,7 @@ class Training:
 
     def _module(self) -> DFlashTrainerModule:
         config = self.config
-        head, table = borrowed_parts(self.corpus.readers[0], self.device)
+        head, table = borrowed_parts(self.corpus.caches[0], self.device)
         backend = default_backend(self.device) if config.attention_backend == "auto" else config.attention_backend
         self.draft.gradient_checkpointing = config.gradient_checkpointing
         return DFlashTrainerModule(
@@ -94,13 +89,14 @@ class Training:
             block_size=self.draft_config.block_size,
             attention_backend=backend,
             num_anchors=config.num_anchors,
-            loss_decay_gamma=self._gamma(),
+            loss_decay_gamma=self.gamma,
             loss_type=config.loss,
             compiled=self.device.type == "cuda" if config.compile is None else config.compile,
         )
 
-    def _gamma(self) -> float | None:
-        """Return the decay of the dflash loss; None for dpace, which has none."""
+    @property
+    def gamma(self) -> float | None:
+        """Decay of the dflash loss; None for dpace, which has none."""
         if self.config.loss != "dflash":
             return None
         return recommended_gamma(self.draft_config.block_size) if self.config.gamma is None else self.config.gamma
@@ -108,9 +104,9 @@ class Training:
     def _plan(self) -> tuple[Batching, Schedule]:
         config, corpus = self.config, self.corpus
         members = corpus.by_cache(self.train_samples)
-        for reader, samples in zip(corpus.readers, members, strict=True):
+        for cache, samples in zip(corpus.caches, members, strict=True):
             if not len(samples):
-                raise DflashError(f"{reader.path} leaves no sample to train on. Extract more conversations.")
+                raise DflashError(f"{cache.path} leaves no sample to train on. Extract more conversations.")
         num_anchors = corpus.num_anchors(self.draft_config.block_size, config.num_anchors)
         shape = None
         if config.packing:
@@ -122,23 +118,6 @@ class Training:
         )
         weights = list(config.weights or [1.0] * len(members))
         return batching, Schedule(batching, members, weights, config.seed)
-
-    def identity(self) -> dict[str, Any]:
-        """Return every field that decides what the run computes."""
-        draft = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.draft_config).items()}
-        settings = settings_identity(self.config)
-        settings["dtype"] = "bfloat16" if self.bfloat16 else "float32"
-        settings["gamma"] = self._gamma()
-        settings["accumulation_times_ranks"] = self.per_step
-        del settings["accumulation"]
-        if any(weight < 1 for weight in settings["weights"]):
-            settings["weighted_draw"] = WEIGHTED_DRAW
-        packed = self.batching.shape
-        settings["row_tokens"] = packed.tokens if packed else None
-        for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
-            del settings[name]
-        caches = [reader.manifest.checksum for reader in self.corpus.readers]
-        return {"settings": settings, "caches": caches, "draft": draft, "init_from": self.start_sha256}
 
     def loader(self, seed: int) -> BatchLoader:
         """Return the loader of this draft's layers and blocks."""
@@ -257,7 +236,7 @@ class Training:
         samples = sorted({int(sample) for batch in rows for row in batch for sample in row})
         cache, number = self.corpus.locate(samples[0])
         saved = list_checkpoints(self.config.out)
-        look = dflash_line("inspect", self.corpus.readers[cache].path, "--sample", number)
+        look = dflash_line("inspect", self.corpus.caches[cache].path, "--sample", number)
         raise DflashError(
             f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
             f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "

@@ -1,6 +1,6 @@
-"""Which samples every micro-batch holds: a function of the plans' lengths, the settings, the seed and the epoch alone.
+"""The samples of every micro-batch: a function of the samples' lengths, the settings, the seed and the epoch alone.
 
-No feature is opened for it, and neither ranks nor threads nor an interruption change it.
+No feature is read for it, and neither ranks nor threads nor an interruption change it.
 """
 
 import math
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 
 POOL = 64
-"""Documents looked at for the next place in a row."""
+"""Documents among which the next one of a row is chosen."""
 STRETCH = 16_384
-"""Documents packed by themselves, at most; the last row of each stretch is seldom full."""
-NOBODY = -1
+"""Most documents that are packed apart from the others; the last row of each stretch is seldom full."""
+NO_DOCUMENT = -1
 BUCKET = 32
-"""Padded batches whose samples are sorted by length together, so that rows of a batch are padded little."""
+"""Padded micro-batches whose samples are sorted by length together, so that rows need little padding."""
 ALIGNMENT = 64
-"""Rows that are as long as the longest document are rounded up to a multiple of this."""
+"""The length of a row that takes the longest document is rounded up to a multiple of this."""
 
 Samples = NDArray[np.int64]
 Rows = list[Samples]
@@ -29,7 +29,7 @@ Rows = list[Samples]
 
 @dataclass(frozen=True, kw_only=True)
 class RowShape:
-    """The one shape of all packed micro-batches, so that nothing is compiled twice."""
+    """The shape of all packed micro-batches, one for all, so that nothing is compiled twice."""
 
     rows: int
     """B."""
@@ -60,19 +60,20 @@ def row_shape(num_tokens: Samples, num_anchors: Samples, batch_tokens: int, row_
 def pack(num_tokens: Samples, num_anchors: Samples, order: Samples, shape: RowShape) -> Rows:
     """Return rows of whole documents, none with more tokens or anchors than the shape has; every sample once.
 
-    Rows are filled one after the other. The next document is the one, of the first `POOL` in `order` that are left,
-    which fits and takes most of what the row has most of (the largest inner product of its needs and what is free).
-    Stretches of `order` are packed each by itself, in lockstep: all of them take hardly longer than one.
+    Rows are filled one after the other. The next document is chosen among the first `POOL` that are left in `order`: of
+    those that fit, the one that takes most of what the row has most of (the largest inner product of the document's
+    needs and the row's free shares). Stretches of `order` are packed independently and in lockstep, so that all of
+    them take hardly longer than one.
     """
     # Axes: two needs (tokens, anchors), G stretches, POOL documents to choose from.
     if not len(order):
         return []
     parts = np.array_split(order, math.ceil(len(order) / STRETCH))
-    queue = np.full((len(parts), len(parts[0]) + POOL), NOBODY)
+    queue = np.full((len(parts), len(parts[0]) + POOL), NO_DOCUMENT)
     for stretch, part in enumerate(parts):
         queue[stretch, : len(part)] = part
     needs = np.stack([num_tokens[queue] / shape.tokens, num_anchors[queue] / shape.anchors])
-    needs[:, queue == NOBODY] = 2.0  # more than any row has
+    needs[:, queue == NO_DOCUMENT] = 2.0  # more than any row has
     pool, wanted, following = queue[:, :POOL].copy(), needs[:, :, :POOL].copy(), np.full(len(parts), POOL)
     row, free = np.arange(len(parts)) * len(order), np.ones((2, len(parts), 1))
     documents, rows, num_left = [], [], len(order)
@@ -82,14 +83,14 @@ def pack(num_tokens: Samples, num_anchors: Samples, order: Samples, shape: RowSh
         takes = np.take_along_axis(fits, place[:, None], axis=1)[:, 0]
         row[~takes] += 1
         free[:, ~takes] = 1.0
-        (one,) = takes.nonzero()
-        place, then = place[one], following[one]
-        documents.append(pool[one, place])
-        rows.append(row[one])
-        free[:, one, 0] -= wanted[:, one, place]
-        pool[one, place], wanted[:, one, place] = queue[one, then], needs[:, one, then]
-        following[one] += 1
-        num_left -= len(one)
+        (taking,) = takes.nonzero()
+        place, then = place[taking], following[taking]
+        documents.append(pool[taking, place])
+        rows.append(row[taking])
+        free[:, taking, 0] -= wanted[:, taking, place]
+        pool[taking, place], wanted[:, taking, place] = queue[taking, then], needs[:, taking, then]
+        following[taking] += 1
+        num_left -= len(taking)
     number = np.concatenate(rows)
     by_row = number.argsort(kind="stable")
     return np.split(np.concatenate(documents)[by_row], np.flatnonzero(np.diff(number[by_row])) + 1)

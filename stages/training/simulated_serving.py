@@ -27,7 +27,7 @@ class ServingSums:
 
     @property
     def totals(self) -> tuple[float, ...]:
-        """What ranks add up."""
+        """The sums, for ranks to add up."""
         return (self.tokens, self.rounds, self.samples, self.mean_sum)
 
     def add(self, turns: list[list[int]]) -> None:
@@ -92,7 +92,7 @@ def accepted_prefixes(module: DFlashTrainerModule, batch: Batch, anchors_at_once
 
 
 def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every supervised position, `at_once` a row; `alike` pads the last ones, so that nothing compiles anew."""
+    """Yield every supervised position, `at_once` a row; `alike` pads the last chunk, so that nothing recompiles."""
     counts = loss_mask.sum(dim=1)
     most = int(counts.max())
     order = torch.argsort((~loss_mask).to(torch.int8), dim=1, stable=True)[:, :most]

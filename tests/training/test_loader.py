@@ -210,7 +210,7 @@ def test_anchors_depend_on_sample_and_epoch_not_on_the_batch_or_other_caches(cac
 @pytest.mark.parametrize("block_size", [8, 5])
 def test_anchors_are_counted_as_they_are_drawn_whatever_the_plan_counted(cache: Path, block_size: int) -> None:
     corpus = Corpus.open((cache,))
-    assert corpus.readers[0].manifest.plan["block_size"] == 8
+    assert corpus.caches[0].manifest.plan["block_size"] == 8
     drawn = [len(document_anchors(corpus.tokens(sample)[1], block_size)) for sample in range(len(corpus))]
     assert corpus.num_anchors(block_size, 10**6).tolist() == drawn
     assert corpus.num_anchors(block_size, 3).tolist() == [min(count, 3) for count in drawn]

@@ -1,0 +1,72 @@
+"""What a run folder says of the run: run.json, which identifies it, and the settings of the newest call."""
+
+import json
+import platform
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.files import publish
+from dflash_offline.schemas.locks import locked_folder
+from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run, settings_identity
+from dflash_offline.schemas.sealed import sealed_bytes
+from dflash_offline.schemas.settings.toml import to_toml
+from dflash_offline.stages.training.run import Training
+
+WEIGHTED_DRAW = "a stream for each cache"
+"""How an epoch's share of a cache is drawn; recorded where `weights` ask for shares, so that a run which was begun
+when cache 0 was drawn by the stream of the shuffle does not go on in another order."""
+
+
+def claim_folder(training: Training, stack: ExitStack) -> None:
+    """Lock the run folder until the stack closes, and make sure that it is a run of these settings.
+
+    Raises `DflashError` if another process trains in it, and `MismatchError` if it is of something else.
+    """
+    run, identity = training.config.out, _identity(training)
+    run.mkdir(parents=True, exist_ok=True)
+    if not stack.enter_context(locked_folder(run)):
+        raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
+    if (run / RUN).exists():
+        refuse_other_run(run, identity, training.total_steps)
+    else:
+        record = RunRecord(identity=identity, origin=_origin(training))
+        publish([sealed_bytes(record.to_json())], temporary=run / f".{RUN}", path=run / RUN)
+    publish([to_toml(training.config).encode()], temporary=run / f".{CONFIG}", path=run / CONFIG)
+
+
+def _identity(training: Training) -> dict[str, Any]:
+    """Return every field that decides what the run computes."""
+    settings = settings_identity(training.config)
+    settings["dtype"] = "bfloat16" if training.bfloat16 else "float32"
+    settings["gamma"] = training.gamma
+    settings["accumulation_times_ranks"] = training.per_step
+    del settings["accumulation"]
+    if any(weight < 1 for weight in settings["weights"]):
+        settings["weighted_draw"] = WEIGHTED_DRAW
+    packed = training.batching.shape
+    settings["row_tokens"] = packed.tokens if packed else None
+    for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
+        del settings[name]
+    draft = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training.draft_config).items()}
+    caches = [cache.manifest.checksum for cache in training.corpus.caches]
+    return {"settings": settings, "caches": caches, "draft": draft, "init_from": training.start_sha256}
+
+
+def _origin(training: Training) -> dict[str, Any]:
+    """Return paths, names and versions, which are shown and never compared."""
+    cache = training.corpus.caches[0]
+    return {
+        "caches": [str(path.resolve()) for path in training.config.caches],
+        "target": cache.manifest.origin["target"],
+        "target_identity": cache.manifest.identity["target"],
+        "total_steps": training.total_steps,
+        "target_architectures": json.loads((cache.path / TARGET / "config.json").read_text()).get("architectures"),
+        "software": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("dflash-offline", "torch", "transformers")},
+        },
+    }
