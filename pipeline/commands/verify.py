@@ -20,7 +20,7 @@ from dflash_offline.schemas.settings.shared import TARGET
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.leftovers import summarize
-from dflash_offline.stages.store.unexpected_files import Surplus, surplus
+from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
 
 if TYPE_CHECKING:  # a draft is verified without torch
     from dflash_offline.stages.capture.compare import LayerFit
@@ -75,8 +75,8 @@ def _verify_cache(folder: Path, rerun: RerunConfig | None, repair: bool, as_json
     from dflash_offline.stages.store.verify import repair as forget
     from dflash_offline.stages.store.verify import verify_cache
 
-    beside = _surplus_of(folder)  # before any shard is forgotten, whose files then have no record
-    faults = verify_cache(folder, progress, beside)
+    unexpected = _unexpected_files_of(folder)  # before any shard is forgotten, whose files then have no record
+    faults = verify_cache(folder, progress, unexpected)
     forgotten = forget(folder, faults) if repair else None
     fits = []
     if rerun and not faults:  # of a damaged cache the faults are the news
@@ -88,7 +88,7 @@ def _verify_cache(folder: Path, rerun: RerunConfig | None, repair: bool, as_json
     elif rerun:
         progress.say("The target is not run: it is compared with a cache that has no other fault.")
     show = _print_json if as_json else _print_report
-    show(folder, beside, faults, fits, forgotten)
+    show(folder, unexpected, faults, fits, forgotten)
     return not faults and not any(fit.fault for fit in fits)
 
 
@@ -119,7 +119,7 @@ def _verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
     return is_sound
 
 
-def _surplus_of(folder: Path) -> Surplus:
+def _unexpected_files_of(folder: Path) -> UnexpectedFiles:
     """Return what lies in a cache beside its own files; `CacheError` if the folder is no cache, however damaged."""
     if not (folder / MANIFEST).exists():
         found = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
@@ -128,22 +128,22 @@ def _surplus_of(folder: Path) -> Surplus:
             f"`dflash export`."
         )
     try:
-        return surplus(folder, Manifest.read(folder))
+        return unexpected_files(folder, Manifest.read(folder))
     except CacheError:  # is the fault that is told
-        return Surplus()
+        return UnexpectedFiles()
 
 
-def _notes(cache: Path, beside: Surplus) -> dict[str, Any]:
+def _notes(cache: Path, unexpected: UnexpectedFiles) -> dict[str, Any]:
     """Return what is in a cache's folder that is no fault."""
     return {
         "half_written": summarize(cache),
-        "unrecorded_shards": beside.unrecorded_shards,
-        "other_files": beside.harmless,
+        "unrecorded_shards": unexpected.unrecorded_shards,
+        "other_files": unexpected.harmless,
     }
 
 
 def _print_json(
-    cache: Path, beside: Surplus, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
+    cache: Path, unexpected: UnexpectedFiles, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
 ) -> None:
     """Print the result for a script; a number that is not finite is null."""
     layers = [(asdict(fit) | {"fault": fit.fault}).items() for fit in fits]
@@ -154,13 +154,13 @@ def _print_json(
             for one in layers
         ],
         "forgotten_shards": forgotten or [],
-        **_notes(cache, beside),
+        **_notes(cache, unexpected),
     }
     print(json.dumps(document, indent=1, allow_nan=False, default=asdict))
 
 
 def _print_report(
-    cache: Path, beside: Surplus, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
+    cache: Path, unexpected: UnexpectedFiles, faults: "list[Fault]", fits: "list[LayerFit]", forgotten: list[int] | None
 ) -> None:
     """Print the result for a person, one line a fault. `forgotten` is None if nothing was to be repaired."""
     for fault in faults:
@@ -173,7 +173,7 @@ def _print_report(
     for fit in fits:
         if fit.fault:
             print(fit.fault)
-    _print_notes(_notes(cache, beside))
+    _print_notes(_notes(cache, unexpected))
     if any(fit.fault and fit.is_finite for fit in fits):
         print("Next: do not train from it; extract again into a new --out, with the target in the dtype that serves.")
     elif faults:
@@ -186,7 +186,7 @@ def _print_report(
 
 def _print_notes(found: dict[str, Any]) -> None:
     if found["half_written"].files:
-        print(f"tmp/ holds {found['half_written']}, which is no fault; `dflash extract` removes what nobody can be at.")
+        print(f"tmp/ holds {found['half_written']}, which is no fault; `dflash extract` removes those of dead workers.")
     if unrecorded := found["unrecorded_shards"]:
         shards = "1 shard has" if len(unrecorded) == 1 else f"{len(unrecorded):,} shards have"
         print(f"{shards} files but no record yet, {unrecorded[0]} first: a worker may be at it, no reader is.")

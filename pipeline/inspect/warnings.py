@@ -128,7 +128,7 @@ def half_written_warnings(half_written: Leftovers) -> Iterator[CacheWarning]:
     """Yield whether workers left half-written files; those at work touch theirs all the time."""
     if half_written.untouched_s >= ABANDONED_S:
         what = f"holds {half_written}: of workers that died"
-        again = "repeat the `dflash extract` that made it, which removes what nobody can be at"
+        again = "repeat the `dflash extract` that made it, which removes those of dead workers"
         yield CacheWarning("abandoned files", "tmp/", what, again)
 
 

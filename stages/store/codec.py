@@ -74,7 +74,7 @@ class FeatureCodec:
         return out
 
     def holds_fill(self, codes: NDArray[np.uint16]) -> bool:
-        """Say whether fill is among some codes, one at least, or a bfloat16 like it: a NaN or infinity with no sign."""
+        """Say whether at least one code holds the fill value, or a bfloat16 like it: a positive NaN or infinity."""
         if self.layout.kind == "scaled":
             return int(codes.max()) == ABSENT
         return int(codes.view(np.int16).max()) >= _EXPONENT

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import LayerStatistics
-from dflash_offline.stages.store.scratch import scratch
+from dflash_offline.stages.store.shard_file import scratch
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Of some features of one layer; adds up with those of others."""
+    """Sums over some features of one layer; adding two gives those over the features of both."""
 
     count: int = 0
     total: float = 0.0
@@ -65,20 +65,20 @@ class Sums:
 
 def layer_statistics(sums: Sequence[Sums], layer_ids: Sequence[int]) -> list[LayerStatistics]:
     """Return each layer's statistics from its sums; all zero where every sample of a shard was left out."""
-    found = []
-    for one, layer_id in zip(sums, layer_ids, strict=True):
-        count = max(one.count, 1)
-        mean = one.total / count
-        found.append(
+    statistics = []
+    for layer, layer_id in zip(sums, layer_ids, strict=True):
+        count = max(layer.count, 1)
+        mean = layer.total / count
+        statistics.append(
             LayerStatistics(
                 layer_id=layer_id,
                 mean=mean,
-                std=max(one.squares / count - mean**2, 0.0) ** 0.5,
-                max_abs=one.max_abs,
-                zeros=one.zeros / count,
+                std=max(layer.squares / count - mean**2, 0.0) ** 0.5,
+                max_abs=layer.max_abs,
+                zeros=layer.zeros / count,
             )
         )
-    return found
+    return statistics
 
 
 def agree(one: LayerStatistics, other: LayerStatistics) -> bool:

@@ -1,4 +1,4 @@
-"""Half-written shard files that workers left in a cache's tmp/: counted by anyone, removed where nobody can be at them.
+"""Half-written shard files in a cache's tmp/: counted by anyone, removed where the worker is known to be dead.
 
 A worker's lock keeps others of its file system from its shard. Where locks do not reach, a file may be in use though
 its lock is free: one of this machine goes when its process has ended; one of another machine only when its shard is
@@ -21,7 +21,7 @@ from dflash_offline.schemas.manifest import TMP
 from dflash_offline.stages.progress import readable_bytes
 
 SKIPPED_LOCK = f"{TMP}/skipped.lock"
-"""Whose lock a worker holds while it counts and records a shard with skipped samples."""
+"""The file whose lock a worker holds while it counts and records a shard with skipped samples."""
 _HOSTS_SHOWN = 3
 _NAME = re.compile(r"(\d{6,})\.(.+)-(\d+)\.part")
 
@@ -87,15 +87,15 @@ def half_written(cache: Path) -> list[HalfWritten]:
 
 
 def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWritten]:
-    """Remove the half-written files that nobody can be at; returns them."""
+    """Remove the half-written files whose workers are known to be dead; returns them."""
     removed = []
     for one in half_written(cache):
         lock = lock_path(cache, one.shard)
         lock.touch()
         untouched_s = lock.stat().st_mtime - one.changed
         untouched_s = math.inf if is_done(one.shard) else untouched_s
-        with owner_is_dead(lock, host=one.host, process=one.process, untouched_s=untouched_s) as gone:
-            if gone:
+        with owner_is_dead(lock, host=one.host, process=one.process, untouched_s=untouched_s) as is_dead:
+            if is_dead:
                 one.path.unlink(missing_ok=True)
                 removed.append(one)
     return removed

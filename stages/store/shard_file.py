@@ -12,6 +12,7 @@ and time than the letters they stand for.
 """
 
 import errno
+import math
 import os
 import struct
 import threading
@@ -25,12 +26,11 @@ import numpy as np
 import zstandard
 from crc32c import crc32c
 from numcodecs import blosc
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import Layout
-from dflash_offline.stages.store.scratch import scratch
 
 BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 1 << 19}
 """What the arrays' metadata says, and what zarr-python would write with."""
@@ -44,11 +44,11 @@ _LARGEST_PLANE = 1 << 16
 _PARALLEL_BYTES = 1 << 20
 """Raw bytes from which a sample's chunks are decoded side by side."""
 _PART_BYTES = 3 << 19
-"""Raw bytes from which it pays to wake another thread: about what one decodes in a go."""
+"""Raw bytes from which it pays to wake another thread: about what one decodes at a time."""
 REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
 
 _SOUND = 0x48674BC7
-"""The crc32c of anything that is followed by its own crc32c."""
+"""The crc32c of any bytes followed by their own crc32c."""
 
 _local = threading.local()
 _start = struct.Struct(f"<{_HEADER_BYTES}sI").unpack_from
@@ -60,6 +60,20 @@ class Encoded(NamedTuple):
     data: NDArray[np.uint8]
     sizes: list[int]
     """Bytes of each chunk."""
+
+
+def scratch(use: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Return an array of undefined content, this thread's own until it asks again for the same use.
+
+    A fresh array of megabytes costs more than what is computed in it: the system hands out its pages one by one, and
+    for all threads of a process in turn.
+    """
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer: NDArray[np.uint8] | None = getattr(_local, f"{use} scratch", None)
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = np.empty(num_bytes, np.uint8)
+        setattr(_local, f"{use} scratch", buffer)
+    return buffer[:num_bytes].view(dtype).reshape(shape)
 
 
 def _literals() -> zstandard.ZstdCompressor:

@@ -16,8 +16,8 @@ metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surplus:
-    """What lies in a cache beside its own files, each by its path within."""
+class UnexpectedFiles:
+    """What lies in a cache unexpected its own files, each by its path within."""
 
     misleading: list[str] = field(default_factory=list)
     """Where readers look: a chat template in target/, a shard beyond the plan."""
@@ -27,14 +27,14 @@ class Surplus:
     """Shards with files and no record. For readers they do not exist; a worker may be at one."""
 
 
-def surplus(cache: Path, manifest: Manifest) -> Surplus:
+def unexpected_files(cache: Path, manifest: Manifest) -> UnexpectedFiles:
     """Return the files of a cache that its manifest, its plan and its workers do not account for."""
     shards = range(manifest.layout.num_shards)
     records = {f"{commit_path(Path(), shard)}" for shard in shards}
-    in_work = {str(one.path.relative_to(cache)) for one in half_written(cache)}
+    in_work = {str(part.path.relative_to(cache)) for part in half_written(cache)}
     locks = {str(lock_path(Path(), shard)) for shard in shards}
     known = {MANIFEST, *manifest.files, *records, *in_work, *locks, SKIPPED_LOCK}
-    found, with_files = Surplus(), set[int]()
+    unexpected, with_files = UnexpectedFiles(), set[int]()
     for name in sorted(_files(cache)):
         numbers = _SHARD_FILE.fullmatch(name)
         number = numbers and (numbers[1] or numbers[2])
@@ -43,13 +43,13 @@ def surplus(cache: Path, manifest: Manifest) -> Surplus:
         elif name not in known:
             folder, _, rest = name.partition("/")
             is_read = folder in (TARGET, COMMITS, FEATURES) and not any(map(_UNREAD.fullmatch, rest.split("/")))
-            (found.misleading if is_read else found.harmless).append(name)
-    found.unrecorded_shards.extend(shard for shard in sorted(with_files) if not commit_path(cache, shard).exists())
-    return found
+            (unexpected.misleading if is_read else unexpected.harmless).append(name)
+    unexpected.unrecorded_shards.extend(shard for shard in sorted(with_files) if not commit_path(cache, shard).exists())
+    return unexpected
 
 
 def _files(cache: Path) -> list[str]:
-    """Return the files in the cache's own folders, and what else lies beside those without looking into it."""
+    """Return the files in the cache's own folders, and what else lies unexpected those without looking into it."""
     found = []
     for entry in os.scandir(cache):
         if entry.name not in (TARGET, COMMITS, FEATURES, TMP):

@@ -1,4 +1,4 @@
-"""Is a cache what its manifest and its records say?
+"""A cache checked against its manifest, its plan and its records; faulty shards are forgotten.
 
 Axes: T tokens, L captured layers, H hidden size.
 """
@@ -34,7 +34,7 @@ from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, agree, layer_statistics
 from dflash_offline.stages.store.leftovers import lock_path
 from dflash_offline.stages.store.shard_file import ShardFile
-from dflash_offline.stages.store.unexpected_files import Surplus, surplus
+from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
 
 _AT_ONCE = 8
 """Shards verified side by side; each holds one sample's features in float32."""
@@ -54,11 +54,11 @@ class Fault:
     """Whether the shard has no record: it is yet to be extracted, and nothing of it is to be forgotten."""
 
 
-def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None) -> list[Fault]:
+def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | None = None) -> list[Fault]:
     """Return every fault of a cache: files against their records, chunks against their checksums, tokens against the
     plan, features against the recorded statistics, files that nobody knows. A shard that is not extracted is a fault
-    too. Shards are judged unless the plan or the arrays' metadata are damaged. `beside` is the cache's surplus, where
-    it is known."""
+    too. Shards are judged unless the plan or the arrays' metadata are damaged. `unexpected` is what `unexpected_files`
+    found, where it is known."""
     try:
         manifest = Manifest.read(cache)
     except CacheError as error:
@@ -68,7 +68,7 @@ def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None)
     faults = [Fault(place=name, what=f"{what}; {_mend(name in needed)}") for name, what in damaged]
     faults += [
         Fault(place=name, what="is no file of this cache, and a reader may take it for one; move it elsewhere")
-        for name in (beside or surplus(cache, manifest)).misleading
+        for name in (unexpected or unexpected_files(cache, manifest)).misleading
     ]
     if needed:
         return faults
@@ -76,8 +76,8 @@ def verify_cache(cache: Path, progress: Progress, beside: Surplus | None = None)
     faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
     progress.start("Verifying", manifest.layout.num_shards, "shards")
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
-        for found in pool.map(shards.faults, range(manifest.layout.num_shards)):
-            faults += found
+        for of_shard in pool.map(shards.faults, range(manifest.layout.num_shards)):
+            faults += of_shard
             progress.advance(1, faults=len(faults))
     progress.finish()
     return faults
@@ -123,9 +123,9 @@ def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
         "holding": f"hold the mask token {mask_token}, which stands for what is to be drafted; extract anew without "
         f"--mask-token-id",
     }
-    for kind, found in wrong.items():
-        if found:
-            yield f"{len(found):,} of {len(samples):,} samples, the first {found[0]}, {said[kind]}"
+    for kind, numbers in wrong.items():
+        if numbers:
+            yield f"{len(numbers):,} of {len(samples):,} samples, the first {numbers[0]}, {said[kind]}"
     totals = {
         "samples": len(samples),
         "tokens": samples.num_tokens.sum(),
@@ -158,12 +158,12 @@ class _Shards:
         if commit is None:
             return [Fault(place=place, what="is missing: the shard is not extracted", shard=shard, missing=True)]
         try:
-            found = list(self._file_faults(commit)) or list(self._content_faults(commit))
+            faults = list(self._file_faults(commit)) or list(self._content_faults(commit))
         except OSError as error:  # of a disk that gave the same file whole a moment before
             if error.errno in NOT_THE_FILES:
                 raise
-            found = [(f"shard {shard}", f"cannot be read: {error}")]
-        return [Fault(place=place, what=what, shard=shard) for place, what in found]
+            faults = [(f"shard {shard}", f"cannot be read: {error}")]
+        return [Fault(place=place, what=what, shard=shard) for place, what in faults]
 
     def forget(self, shard: int) -> bool:
         """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
@@ -247,7 +247,7 @@ class _Shards:
             strays += int((rest != self.cache.codec.fill).any(axis=(1, 2)).sum())
             is_free[slots.start : slots.start + len(codes)] = False
             values = self.cache.codec.values(own, self._columns)
-            sums = [one + Sums.of(values[:, column]) for column, one in enumerate(sums)]
+            sums = [layer + Sums.of(values[:, column]) for column, layer in enumerate(sums)]
         for begin in np.flatnonzero(is_free[:: layout.chunk_tokens]) * layout.chunk_tokens:
             codes = self._read(file, int(begin), layout.chunk_tokens)
             strays += int((codes != self.cache.codec.fill).any(axis=(1, 2)).sum())

@@ -28,17 +28,23 @@ from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
 from dflash_offline.stages.store.leftovers import lock_path, part_path
-from dflash_offline.stages.store.scratch import scratch
-from dflash_offline.stages.store.shard_file import Encoded, ShardSummary, encode_chunk, encode_chunks, encoded_room
+from dflash_offline.stages.store.shard_file import (
+    Encoded,
+    ShardSummary,
+    encode_chunk,
+    encode_chunks,
+    encoded_room,
+    scratch,
+)
 
 _JOB_BYTES = 1 << 20
-"""Raw bytes, at least, that one thread encodes in a go."""
+"""Raw bytes, at least, that one thread encodes at a time."""
 _AHEAD = 16
 """Encoded pieces that may lie ready, or be written, beside those being encoded."""
 _NICENESS = 10
-"""How far encoding stands back behind other threads."""
+"""Added to the niceness of threads that encode."""
 _GONE = {errno.ENOENT, errno.ESTALE}
-"""Of a file that was removed while it was written, on a disk and over NFS."""
+"""Error numbers of a file that was removed while it was written, on a disk and over NFS."""
 
 
 class ShardWriter:
@@ -46,11 +52,11 @@ class ShardWriter:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_stand_back)
+        self._encoders = ThreadPoolExecutor(usable_cores(), "encode", initializer=_lower_priority)
         layout = cache.layout
         row_bytes = layout.chunk_tokens * layout.slot_bytes
         self._rows = -(-_JOB_BYTES // row_bytes)
-        """Rows of chunks that one thread encodes in a go."""
+        """Rows of chunks that one thread encodes at a time."""
         room = self._rows * encoded_room(layout.num_layers, row_bytes // layout.num_layers)
         self._memory = [np.empty(room, np.uint8) for _ in range(usable_cores() + _AHEAD)]
         self._encoding = threading.Lock()
@@ -203,10 +209,10 @@ class ShardWriter:
         """Return the sums of each layer's features, of codes [T, L, H]; `CacheError` if one is not finite."""
         values = scratch("values", (codes.shape[1], codes.shape[0], codes.shape[2]), np.float32)
         self.cache.codec.values(codes, range(len(values)), out=values.transpose(1, 0, 2))
-        found = Sums.of_layers(values)
-        if not np.isfinite([sums.max_abs for sums in found]).all():
+        by_layer = Sums.of_layers(values)
+        if not np.isfinite([sums.max_abs for sums in by_layer]).all():
             raise self._not_finite(slot)
-        return found
+        return by_layer
 
     def _not_finite(self, slot: int) -> CacheError:
         return CacheError(
@@ -215,8 +221,8 @@ class ShardWriter:
         )
 
 
-def _stand_back() -> None:
-    """Let what feeds this thread go first, and what writes down its work: forwards on these cores, hashing, writing."""
+def _lower_priority() -> None:
+    """Lower this thread's priority below the forward, the hashing and the writing."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
 
