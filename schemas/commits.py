@@ -12,20 +12,20 @@ from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFileRecord:
-    """What a reader compares before it trusts one shard file."""
+    """What a reader compares with one shard file before it trusts it."""
 
     size: int
     """Bytes."""
     sha256: str
     index_crc32c: int
-    """Of the trailing shard index; ties the file to its record when it is opened."""
+    """Checksum of the trailing shard index; ties the file to its record when it is opened."""
     first_chunk_crc32c: int
-    """Of the first inner chunk; shards of equal-sized chunks have equal indexes."""
+    """Checksum of the first inner chunk; shards of equal-sized chunks have equal indexes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
-    """Of one captured layer over the tokens of one shard."""
+    """Statistics of one captured layer over the tokens of one shard."""
 
     layer_id: int
     mean: float
@@ -53,7 +53,7 @@ class Commit:
     manifest: str
     """Checksum of the manifest it belongs to."""
     num_samples: int
-    """With features; the skipped ones are not counted."""
+    """Samples with features; skipped ones are not counted."""
     num_tokens: int
     skipped: list[SkippedSample]
     files: dict[str, ShardFileRecord]

@@ -16,7 +16,7 @@ SAMPLES = "samples.parquet"
 REJECTS = "rejects.parquet"
 FEATURES = "features.zarr"
 HIDDEN, IDS, MASK = "hidden_states", "input_ids", "loss_mask"
-"""The arrays in it."""
+"""The arrays of features.zarr."""
 COMMITS = "commits"
 TARGET = "target"
 EMBEDDINGS = "embeddings.safetensors"
@@ -98,7 +98,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Size and sha256 of every static file, by path within the cache."""
     checksum: str = ""
-    """Of the canonical content; commit records name it."""
+    """Checksum of the canonical content; commit records name it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document without its checksum."""

@@ -31,9 +31,9 @@ SAMPLE_SCHEMA = pa.schema(
 NUMBERS = ("row", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
 _GROUP_ROWS = 65_536
 _GROUP_TOKENS = 1 << 20
-"""Of one row group, which is what is read at once for the tokens of a sample in it."""
+"""Tokens of one row group, all of which are read for the tokens of any sample in it."""
 _HELD_TOKENS = 1 << 24
-"""Of the row groups that are kept after reading; 5 bytes a token."""
+"""Tokens of the row groups that are kept after reading; 5 bytes a token."""
 _ENCODINGS = {"use_dictionary": ["source"], "use_byte_stream_split": ["input_ids.list.element"]}
 """Ids are mostly zero in their upper bytes; the usual dictionary takes twice the time for more bytes."""
 _REJECTS_AT_ONCE = 8_192
@@ -69,7 +69,7 @@ class RejectWriter:
         self._waiting: list[Reject] = []
 
     def add(self, reject: Reject) -> None:
-        """Take one more."""
+        """Add one reject."""
         self._waiting.append(reject)
         if len(self._waiting) == _REJECTS_AT_ONCE:
             self._write()
@@ -181,7 +181,7 @@ class StoredTokens:
         return group.ids[one], group.mask[one]
 
     def load(self) -> None:
-        """Have all tokens in memory, 5 bytes each, for a reader that takes samples in any order."""
+        """Read all tokens into memory, 5 bytes each, for a reader that takes samples in any order."""
         with self._lock:
             self._most_held = None
             for number in range(len(self._firsts) - 1):
@@ -189,8 +189,7 @@ class StoredTokens:
                     self._held[number] = self._read(number)
 
     def _forget(self) -> None:
-        """Let go of what was not asked for longest; two are kept at least, for a shard may begin in one and end in
-        the next."""
+        """Drop the row groups used longest ago; at least two stay, for a shard may begin in one and end in the next."""
         while self._most_held is not None and len(self._held) > 2:
             if sum(len(group.ids) for group in self._held.values()) <= self._most_held:
                 return
@@ -221,7 +220,7 @@ class SampleTable:
     sources: tuple[str, ...]
     """Names of the input files."""
     source_index: NDArray[np.int32]
-    """Of each sample's file among them."""
+    """Place of each sample's file among them."""
     row: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
     num_supervised: NDArray[np.int64]

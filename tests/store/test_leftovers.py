@@ -1,4 +1,4 @@
-"""Half-written files of workers: counted by everyone, removed where nobody can be at them."""
+"""Half-written files of workers: counted by everyone, removed where the worker is known to be dead."""
 
 import fcntl
 import json
