@@ -20,6 +20,8 @@ from dflash_offline.schemas.locks import is_running
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, Layout
 from dflash_offline.stages.store.leftovers import half_written
 
+STATES = ("damaged", "half-finished", "half-written", "unknown", "being written", "left", "done")
+"""What a shard may be, the gravest first."""
 _ARRAYS = ("hidden_states", "input_ids", "loss_mask")
 
 

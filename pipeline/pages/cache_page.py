@@ -18,7 +18,7 @@ from dflash_offline.pipeline.inspect.feature_statistics import (
 )
 from dflash_offline.pipeline.inspect.overview import Overview, PlanStatistics, overview
 from dflash_offline.pipeline.inspect.sample import open_tokenizer
-from dflash_offline.pipeline.inspect.shard_statistics import ShardRun
+from dflash_offline.pipeline.inspect.shard_statistics import STATES, ShardRun
 from dflash_offline.pipeline.inspect.warnings import feature_warnings
 from dflash_offline.pipeline.pages.cache_plots import cache_plots
 from dflash_offline.pipeline.pages.page import page_bytes, write_page
@@ -40,8 +40,6 @@ MOST_BYTES = 5 << 20
 """Of the samples shown token by token, all together."""
 NUM_CELLS = 1000
 """Cells of the shard map; of more shards, a cell stands for several."""
-_GRAVEST = ("damaged", "half-finished", "unknown", "being written", "left", "done")
-"""States of shards: a cell that stands for several shows the first of these among them."""
 
 
 def write_cache_page(folder: Path, path: Path) -> tuple[int, int]:
@@ -122,12 +120,12 @@ def _cells(progress: list[ShardRun], shards: int) -> list[dict[str, str]]:
     """Return the cells of the shard map in order, each with the gravest state of its shards."""
     states = np.empty(shards, np.int64)
     for run in progress:
-        states[run.first : run.last + 1] = _GRAVEST.index(run.state)
+        states[run.first : run.last + 1] = STATES.index(run.state)
     each = -(-shards // NUM_CELLS)
     cells = []
     for first in range(0, shards, each):
         last = min(first + each, shards) - 1
-        state = _GRAVEST[int(states[first : last + 1].min())]
+        state = STATES[int(states[first : last + 1].min())]
         cells.append({"state": state, "shards": f"{first}" if first == last else f"{first} to {last}"})
     return cells
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from dflash_offline.pipeline.app import app
 from dflash_offline.pipeline.inspect.shard_statistics import ShardRun
 from dflash_offline.pipeline.pages import cache_page
-from dflash_offline.schemas.manifest import COMMITS
+from dflash_offline.schemas.manifest import COMMITS, FEATURES
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_inspect
@@ -72,6 +73,18 @@ def test_a_half_finished_cache_has_a_page_of_what_there_is(cache: Path, tmp_path
     shown = data_of(page, "shown-data")
     assert len(shown) == cache_page.NUM_SHOWN and {one["norms"] for one in shown} == {None}
     assert "is not extracted" in shown[0]["no_features"]
+
+
+def test_a_shard_whose_worker_died_while_writing_is_on_the_map(cache: Path, tmp_path: Path) -> None:
+    half, page = tmp_path / "half", tmp_path / "page.html"
+    shutil.copytree(cache, half)
+    (half / COMMITS / "000001.json").unlink()
+    for path in half.glob(f"{FEATURES}/*/c/1"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (half / f"tmp/000001.{socket.gethostname()}-999999999.part").write_bytes(b"half of a shard")
+    result = dflash("inspect", half, "--html", page)
+    assert result.exit_code == 0, result.exception
+    assert '<span class="cell half-written" title="shard 1: half-written">' in page.read_text()
 
 
 @pytest.mark.parametrize(
