@@ -12,41 +12,41 @@ from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import FeatureLayout
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.stages.capture.bad_features import SKIP_HINT, listed
+from dflash_offline.stages.capture.bad_features import SKIP_HINT, find_bad, listed
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
-from dflash_offline.stages.capture.shard import Capture, Capturer, micro_batches, spread_out
+from dflash_offline.stages.capture.runner import TargetRunner, micro_batches, spread_out
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.codec import FeatureCodec
 
 CALIBRATION_TOKENS = 16_384
-"""Tokens, of samples spread over the plan, whose features decide the steps of scaled features."""
+"""Tokens, of samples spread over the plan, whose features decide centers and steps."""
 _LEAST_SOUND = 0.5
-"""Share of those tokens; below it something is wrong with the target, not with samples."""
+"""Share of those tokens that must be sound; below it something is wrong with the target, not with samples."""
 
 
 def calibrated_scales(
-    capturer: Capturer, samples: SampleTable, step: float, *, skip_bad: bool, progress: Progress
+    runner: TargetRunner, samples: SampleTable, step: float, *, skip_bad: bool, progress: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return center and step of each layer and channel, float32 [L, H]; a function of plan and target alone.
 
-    Samples with bad features refuse it, or with `skip_bad` do not count. Raises `CacheError` naming them, also where
-    too few are left or a scale is no number above zero.
+    Raises `CacheError` naming the samples with bad features, or with `skip_bad` leaves them out and raises it only
+    where too few tokens remain. A step that is no finite number above zero raises it too.
     """
     members = spread_out(samples, np.arange(len(samples)), CALIBRATION_TOKENS)
-    states, bad = _states(capturer, samples, members, progress)
+    states, bad = _lossless_states(runner, samples, members, progress)
     if bad:
         num_tokens = int(samples.num_tokens[members].sum())
-        told = f"The target gives bad features for {len(bad)} of the {len(members)} samples that are to calibrate steps"
+        fault = f"The target gives bad features for {len(bad)} of the {len(members)} samples that calibrate the steps"
         if not skip_bad:
-            raise CacheError(f"{told}; no cache was made:{listed(bad, samples)}\n{SKIP_HINT}")
+            raise CacheError(f"{fault}; no cache was made:{listed(bad, samples)}\n{SKIP_HINT}")
         if len(states) < _LEAST_SOUND * num_tokens:
             raise CacheError(
-                f"{told}; {len(states):,} of their {num_tokens:,} tokens are left, and no cache was made:"
+                f"{fault}; {len(states):,} of their {num_tokens:,} tokens are left, and no cache was made:"
                 f"{listed(bad, samples)}\nThat is the target's fault, not the samples': check its dtype and attention "
                 f"implementation."
             )
     scales = [calibrate(states[:, layer], step) for layer in range(states.shape[1])]
-    for layer_id, (center, size) in zip(capturer.layer_ids, scales, strict=True):
+    for layer_id, (center, size) in zip(runner.layer_ids, scales, strict=True):
         unusable = np.flatnonzero(~(np.isfinite(center) & np.isfinite(size) & (size > 0)))
         if len(unusable):
             channel = int(unusable[0])
@@ -59,20 +59,20 @@ def calibrated_scales(
     return np.stack(centers), np.stack(sizes)
 
 
-def _states(
-    capturer: Capturer, samples: SampleTable, members: NDArray[np.int64], progress: Progress
+def _lossless_states(
+    runner: TargetRunner, samples: SampleTable, members: NDArray[np.int64], progress: Progress
 ) -> tuple[Tensor, list[SkippedSample]]:
-    """Return the members' features, bfloat16 [tokens, L, H], without the bad ones, and what is wrong with those."""
+    """Return the features of the sound members, bfloat16 [tokens, L, H], and the members with bad features."""
     lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
     parts, bad = [], list[SkippedSample]()
     progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
-    for batch in micro_batches(samples, members, capturer.batch_tokens):
-        codes, marks = capturer.run(samples, batch, lossless)
+    for batch in micro_batches(samples, members, runner.batch_tokens):
+        codes, statistics = runner.run_batch(samples, batch, lossless)
         lengths = samples.num_tokens[batch]
-        faults = list(Capture.faults(batch, lengths, marks.cpu().numpy(), capturer.layer_ids))
-        sound = ~np.isin(batch, [fault.sample for fault in faults])
+        bad_here = find_bad(batch, lengths, statistics.cpu().numpy(), runner.layer_ids)
+        sound = ~np.isin(batch, [sample.sample for sample in bad_here])
         parts.append(codes if sound.all() else codes[torch.from_numpy(np.repeat(sound, lengths))])
-        bad += faults
+        bad += bad_here
         progress.advance(int(lengths.sum()))
     progress.finish()
-    return torch.cat(parts).view(torch.bfloat16), sorted(bad, key=lambda fault: fault.sample)
+    return torch.cat(parts).view(torch.bfloat16), sorted(bad, key=lambda sample: sample.sample)

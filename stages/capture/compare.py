@@ -1,4 +1,4 @@
-"""Are the features of a cache its target's? The target is run again on some samples.
+"""The features of a cache compared with those of its target, which is run again on some samples.
 
 Axes: T tokens, L captured layers, H hidden size.
 """
@@ -17,22 +17,22 @@ from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.files import TargetFiles, open_target
-from dflash_offline.stages.target.model import choose_device, load_model, run_captured
+from dflash_offline.stages.target.model import choose_device, layer_states, load_model
 
 LARGEST_ERROR, LARGEST_CHANNEL_ERROR = 0.02, 0.05
-"""Of one layer, of all tokens together and of the median channel, that rounding to bfloat16 and another machine's
-arithmetic may explain. Rounding gives 0.002 of either. Another attention kernel in bfloat16 gave the median channel
-0.005 after one layer and 0.008 after eight, and this grows with the layers."""
+"""Errors of one layer, over all tokens together and of the median channel, that rounding to bfloat16 and another
+machine's arithmetic may explain. Rounding alone gives 0.002 of either. Another attention kernel in bfloat16 gave the
+median channel 0.005 after one layer and 0.008 after eight, and the error grows with the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFit:
     """How one stored layer compares with the target run again on the samples drawn.
 
-    The error of all tokens together is that of the largest: a first token a thousand times the rest hides whatever
-    the rest is. So a layer is judged by its channels as well, over the tokens that are no sample's first, each in
-    standard deviations of its own. Of the channels the median counts and the worst is only told: a channel that
-    hardly varies around a large mean is rounded by much of its deviation.
+    The error of all tokens together is that of the largest tokens: a first token a thousand times the rest hides any
+    error of the rest. So a layer is also judged by its channels, over all tokens but each sample's first, each channel
+    in its own standard deviations. The median channel counts and the worst is only reported: rounding alone moves a
+    channel that hardly varies around a large mean by much of its deviation.
     """
 
     layer_id: int
@@ -43,12 +43,12 @@ class LayerFit:
     over the tokens drawn: then the plain error alone judges."""
     worst_channel_error: float
     best_layer_id: int
-    """The one of this layer and its neighbours whose channels fit best."""
+    """Which of this layer and its neighbours has the channels that fit best."""
     best_channel_error: float
     is_finite: bool
     """Whether the target run again gave features that the layer can be compared with."""
     largest_error: float = LARGEST_ERROR
-    """What arithmetic and the feature layout may explain."""
+    """What arithmetic and the feature layout may explain of `error`."""
     largest_channel_error: float = LARGEST_CHANNEL_ERROR
 
     @property
@@ -78,7 +78,7 @@ class LayerFit:
 
 
 class _Difference:
-    """Of a stored layer from one of the target's, added up sample by sample."""
+    """Difference of a stored layer from one of the target's layers, added up sample by sample."""
 
     def __init__(self, hidden_size: int) -> None:
         self._squares = self._norm = 0.0
@@ -86,7 +86,7 @@ class _Difference:
         self._by_channel, self._total, self._total_squares = np.zeros((3, hidden_size))
 
     def add(self, stored: NDArray[np.float32], state: NDArray[np.float32]) -> None:
-        """Take a sample's features, [T, H] each; what is not finite makes both figures NaN or infinite."""
+        """Add a sample's features, [T, H] each; one that is not finite makes both errors NaN or infinite."""
         with np.errstate(over="ignore", invalid="ignore"):
             difference, squares = np.square(stored - state), np.square(state, dtype=np.float64)
             self._squares += float(difference.sum(dtype=np.float64))
@@ -97,7 +97,7 @@ class _Difference:
             self._total_squares += squares[1:].sum(axis=0)
 
     def is_finite(self) -> bool:
-        """Say whether all of the target's states were."""
+        """Say whether all of the target's states were finite."""
         return math.isfinite(self._norm)
 
     def error(self) -> float:
@@ -106,8 +106,10 @@ class _Difference:
             return float(np.sqrt(np.float64(self._squares) / self._norm))
 
     def channel_errors(self) -> NDArray[np.float64]:
-        """Return each channel's error over its standard deviation, [H]; a channel that never varies has none or
-        infinitely much, and all are NaN where none varies, as over a single token."""
+        """Return each channel's error over its standard deviation, [H].
+
+        Of a channel that never varies it is 0 or infinite. All are NaN where no channel varies, as over one token.
+        """
         count = max(self._count, 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             variance = np.maximum(self._total_squares / count - np.square(self._total / count), 0)
@@ -117,47 +119,47 @@ class _Difference:
         return np.where(self._by_channel == 0, 0.0, errors)
 
 
-def compare_with_target(cache: Path, rerun: RerunConfig, progress: Progress) -> list[LayerFit]:
+def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> list[LayerFit]:
     """Run the target again on samples drawn by seed and return how each stored layer compares.
 
-    Each layer is also compared with the target's layers before and after it: an id off by one trains without a sign
-    and is served badly. Raises `MismatchError` if the target is not the one the cache names.
+    Each layer is also compared with the target's layers before and after it: a draft trained on layers that are off by
+    one shows no fault in training and is served badly. Raises `MismatchError` if the target is not the cache's.
     """
-    reader = Cache.open(cache)
-    finished = reader.usable()
+    cache = Cache.open(path)
+    finished = cache.usable()
     if not len(finished):
-        raise CacheError(f"{cache} has no finished shard to compare with the target. Let `dflash extract` finish one.")
+        raise CacheError(f"{path} has no finished shard to compare with the target. Let `dflash extract` finish one.")
     device = choose_device(rerun.device)
-    files, model = _open_recorded(reader, rerun, device)
-    hidden_size, last = reader.manifest.layout.hidden_size, files.num_layers - 1
-    found = {
+    files, model = _open_recorded(cache, rerun, device)
+    hidden_size, last = cache.layout.hidden_size, files.num_layers - 1
+    by_layer = {
         layer: {near: _Difference(hidden_size) for near in range(max(layer - 1, 0), min(layer + 1, last) + 1)}
-        for layer in reader.layer_ids
+        for layer in cache.layer_ids
     }
-    around = sorted({near for differences in found.values() for near in differences})
+    around = sorted({near for differences in by_layer.values() for near in differences})
     drawn = np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
     progress.start("Running the target", len(drawn), "samples")
     for sample in np.sort(drawn).tolist():
-        ids = torch.from_numpy(reader.samples.input_ids(sample).astype(np.int64))[None].to(device)
-        states = [state[0].float().cpu().numpy() for state in run_captured(model, ids, around)]
-        stored = reader.values(sample)
-        for column, differences in enumerate(found.values()):
+        ids = torch.from_numpy(cache.samples.input_ids(sample).astype(np.int64))[None].to(device)
+        states = [state[0].float().cpu().numpy() for state in layer_states(model, ids, around)]
+        stored = cache.values(sample)
+        for column, differences in enumerate(by_layer.values()):
             for near, difference in differences.items():
                 difference.add(stored[:, column], states[around.index(near)])
         progress.advance(1)
     progress.finish()
-    expected_error = reader.manifest.layout.features.expected_error
-    return [_fit(layer, differences, expected_error) for layer, differences in found.items()]
+    expected_error = cache.layout.features.expected_error
+    return [_fit(layer, differences, expected_error) for layer, differences in by_layer.items()]
 
 
-def _open_recorded(reader: Cache, rerun: RerunConfig, device: torch.device) -> tuple[TargetFiles, torch.nn.Module]:
-    """Return the target's files and its model, as it was extracted; `MismatchError` if it is not the cache's."""
-    recorded, origin = reader.manifest.identity["target"], reader.manifest.origin
+def _open_recorded(cache: Cache, rerun: RerunConfig, device: torch.device) -> tuple[TargetFiles, torch.nn.Module]:
+    """Return the target's files and its model, loaded as for extraction; `MismatchError` if it is not the cache's."""
+    recorded, origin = cache.manifest.identity["target"], cache.manifest.origin
     revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
     files = open_target(rerun.target, revision=revision, trust_remote_code=rerun.trust_remote_code)
     own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
     refuse_other_identity(
-        reader.path,
+        cache.path,
         {"target": recorded},
         {"target": {**files.identity(), **own}},
         what_to_do="Name the target that it was made from, or extract again from this one into a new folder.",
@@ -174,7 +176,7 @@ def _open_recorded(reader: Cache, rerun: RerunConfig, device: torch.device) -> t
 
 
 def _fit(layer_id: int, differences: dict[int, _Difference], expected_error: float) -> LayerFit:
-    """Return how a stored layer compares, by its differences from the target's layers around it."""
+    """Return how a stored layer compares, from its differences to the target's layers around it."""
     channels = {near: difference.channel_errors() for near, difference in differences.items()}
     medians = {near: float(np.median(errors)) for near, errors in channels.items()}
     best = min(

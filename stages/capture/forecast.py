@@ -1,8 +1,7 @@
-"""What an extraction will cost on this machine, measured on a few of its own micro-batches."""
+"""Time and disk that an extraction will take on this machine, measured on a few of its own micro-batches."""
 
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,49 +10,50 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout, Manifest
+from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
-from dflash_offline.stages.capture.shard import Capturer, micro_batches, spread_out
+from dflash_offline.stages.capture.inputs import Inputs
+from dflash_offline.stages.capture.runner import TargetRunner, micro_batches, spread_out
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.cores import usable_cores
-from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import FeatureCodec
 from dflash_offline.stages.store.shard_file import encode_chunk
+from dflash_offline.stages.target.model import embedding_tensors
 
 _TIMED_BATCHES = 4
 _TIMED_S = 2.0
 """Seconds after which no further batch is timed."""
-_PACKED_TOKENS = 2048
-"""Tokens whose features are compressed to learn the ratio."""
+_COMPRESSED_TOKENS = 2048
+"""Tokens whose features are compressed to measure the ratio."""
 _RECORD_BYTES, _LAYER_RECORD_BYTES = 1400, 180
-"""Of a commit record, and of each layer in it."""
+"""Bytes of a commit record, and of each layer in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Time and disk that a plan's features will take."""
+    """Time and disk that a plan's cache will take."""
 
     features: FeatureLayout
     tokens_per_s: float
-    """Of one process, measured."""
+    """Measured, of one process."""
     seconds: float
     """For the shards that are left, with the workers and ranks that were asked for."""
     ratios: dict[str, float]
     """Bytes on disk over raw bfloat16, for each feature layout."""
     bytes_by_kind: dict[str, int]
-    """Of the shards and their records on disk, for each feature layout."""
+    """Bytes of the shards and their records on disk, for each feature layout."""
     plan_bytes: int
     target_bytes: int
-    """Of the embeddings that a draft borrows, and of the tokenizer."""
+    """Bytes of the embeddings that a draft borrows, and of the tokenizer."""
     free_bytes: int
-    """On the disk of the cache, without the plan."""
+    """Free on the disk of the cache, as if the plan were not written yet."""
     shards_done: int = 0
     rest_bytes: int | None = None
-    """That a cache which was begun still needs, about; None for a new one."""
+    """Bytes that a cache which was begun still needs, about; None for a new one."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,14 +65,13 @@ class Forecast:
         """Bytes that are still to be written."""
         return self.num_bytes if self.rest_bytes is None else self.rest_bytes
 
-    def of_rest(self, manifest: Manifest, samples: SampleTable, finished: dict[int, Commit]) -> "Forecast":
+    def of_rest(self, cache: Cache) -> "Forecast":
         """Return the forecast for what is left of a cache that was begun."""
-        left = manifest.plan["tokens"] - _planned_tokens(samples, finished)
-        rest = rest_bytes(manifest, samples, finished)
+        left, rest = cache.manifest.plan["tokens"] - _tokens_done(cache), rest_bytes(cache)
         return replace(
             self,
-            seconds=self.seconds * left / manifest.plan["tokens"],
-            shards_done=len(finished),
+            seconds=self.seconds * left / cache.manifest.plan["tokens"],
+            shards_done=len(cache.commits),
             rest_bytes=self.bytes_by_kind[self.features.kind] if rest is None else rest,
         )
 
@@ -85,47 +84,44 @@ class Forecast:
         )
 
 
-def measure(
-    config: ExtractConfig,
-    capturer: Capturer,
-    plan: Plan,
-    layout: Layout,
-    target_bytes: int,
-    progress: Callable[[int], None],
-) -> Forecast:
-    """Run a few micro-batches spread over the plan, and compress some of their features in each layout.
-
-    `target_bytes` is what the cache will keep of the target; `progress` is called after each batch.
-    """
-    samples, lossless = plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
+def forecast_cost(inputs: Inputs, runner: TargetRunner, plan: Plan, layout: Layout, progress: Progress) -> Forecast:
+    """Return the forecast, from a few micro-batches spread over the plan that are run and compressed in each layout."""
+    config, samples, lossless = inputs.config, plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
+    progress.start("Measuring", None, "batches")
     members = spread_out(samples, np.arange(len(samples)), _TIMED_BATCHES * config.batch_tokens)
-    capturer.run(samples, members[:1], lossless)[0].cpu()  # warms up
+    runner.run_batch(samples, members[:1], lossless)[0].cpu()  # warms up
     batches = list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]
     tokens, codes, began = 0, torch.empty(0), time.perf_counter()
     for batch in batches:
-        found = capturer.run(samples, batch, lossless)[0].cpu()
+        batch_codes = runner.run_batch(samples, batch, lossless)[0].cpu()
         if not tokens:  # so that the sizes, which the manifest keeps, do not depend on how many batches are timed
-            codes = found
-        tokens += len(found)
+            codes = batch_codes
+        tokens += len(batch_codes)
         seconds = time.perf_counter() - began
-        progress(1)
+        progress.advance(1)
         if seconds > _TIMED_S:
             break
-    ratios = {kind: _ratio(codes[:_PACKED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS}
+    ratios = {
+        kind: _ratio(codes[:_COMPRESSED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS
+    }
+    progress.finish()
     num_tokens = int(samples.num_tokens.sum())
-    besides = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
+    same_bytes = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
     rate = tokens / seconds
-    processes = config.world_size * (config.workers if capturer.device.type == "cuda" else 1)
+    processes = config.world_size * (config.workers if runner.device.type == "cuda" else 1)
     plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
     return Forecast(
         features=config.feature_layout,
         tokens_per_s=rate,
         seconds=num_tokens / rate / processes,
         ratios=ratios,
-        bytes_by_kind={kind: int(ratio * num_tokens * layout.slot_bytes) + besides for kind, ratio in ratios.items()},
+        bytes_by_kind={
+            kind: int(ratio * num_tokens * layout.slot_bytes) + same_bytes for kind, ratio in ratios.items()
+        },
         plan_bytes=plan_bytes,
-        target_bytes=target_bytes,
-        free_bytes=free_bytes(config.out) + plan_bytes,  # it lies beside the cache already
+        target_bytes=sum(tensor.nbytes for tensor in embedding_tensors(runner.model).values())
+        + len(inputs.target.files.tokenizer.backend_tokenizer.to_str(pretty=True)),
+        free_bytes=free_bytes(config.out) + plan_bytes,  # the plan lies on that disk already
     )
 
 
@@ -137,7 +133,7 @@ def _token_bytes(samples: SampleTable, batch: NDArray[np.int64]) -> float:
 
 
 def _index_bytes(layout: Layout) -> int:
-    """Return the bytes of what stands beside the compressed values: shard indexes and records."""
+    """Return the bytes of the shard indexes and the commit records."""
     chunks = layout.num_slots // layout.chunk_tokens * layout.num_layers
     return 16 * chunks + layout.num_shards * (_RECORD_BYTES + _LAYER_RECORD_BYTES * layout.num_layers)
 
@@ -161,22 +157,22 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
 
 
-def rest_bytes(manifest: Manifest, samples: SampleTable, finished: dict[int, Commit]) -> int | None:
-    """Return about how many bytes the shards that are not finished will take: a token as many as in those that are.
+def rest_bytes(cache: Cache) -> int | None:
+    """Return about how many bytes the other shards will take, at the finished shards' bytes per token.
 
-    Before the first one, as many as the plan expected; None where it says nothing, as of older caches.
+    Without a finished shard it is what the plan expected; None where the plan does not say, as in older caches.
     """
-    done = _planned_tokens(samples, finished)
+    done = _tokens_done(cache)
     if not done:
-        expected: int | None = manifest.plan.get("feature_bytes")
+        expected: int | None = cache.manifest.plan.get("feature_bytes")
         return expected
-    written = sum(file.size for commit in finished.values() for file in commit.files.values())
-    return int(written * (manifest.plan["tokens"] - done) // done)
+    written = sum(file.size for commit in cache.commits.values() for file in commit.files.values())
+    return int(written * (cache.manifest.plan["tokens"] - done) // done)
 
 
-def _planned_tokens(samples: SampleTable, finished: dict[int, Commit]) -> int:
-    """Return the tokens of the shards that are finished, those of samples that were left out included."""
-    return int(samples.num_tokens[np.isin(samples.shard, list(finished))].sum())
+def _tokens_done(cache: Cache) -> int:
+    """Return the tokens of the finished shards, those of samples that were left out included."""
+    return int(cache.samples.num_tokens[np.isin(cache.samples.shard, list(cache.commits))].sum())
 
 
 def refuse_too_large(out: Path, needed: int, free: int, *, is_begun: bool) -> None:
@@ -190,14 +186,14 @@ def refuse_too_large(out: Path, needed: int, free: int, *, is_begun: bool) -> No
 
 
 def more_room(*, is_begun: bool) -> str:
-    """Return what to do where a cache does not fit its disk; one that was begun can have no other settings."""
+    """Return the advice for a cache that does not fit its disk; a begun cache cannot take other settings."""
     if is_begun:
         return "make room there, or move the cache to a larger disk and name its new place with --out"
     return "name an --out elsewhere, take fewer samples, or a compact layout by --features rounded or --features scaled"
 
 
 def readable_seconds(seconds: float) -> str:
-    """Return a duration as people say it."""
+    """Return a duration as people write it."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -1,7 +1,7 @@
-"""Doing the shards that are left: in this process, or in several that share them.
+"""Running the shards that are left: in this process, or in several worker processes that share them.
 
-Memory of one process: a shard being filled and, with a GPU, one being encoded; and a few encoded chunks. Never more
-than three shards.
+A worker claims a shard by its lock (`ShardWriter.claim`) and tries the shards that others hold again at the end. Memory
+of one process: a shard being filled and, with a GPU, one being encoded; and a few encoded chunks.
 """
 
 import multiprocessing
@@ -17,6 +17,7 @@ from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from dflash_offline.schemas.errors import DflashError
@@ -24,8 +25,10 @@ from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture.encode import FeatureEncoder
-from dflash_offline.stages.capture.shard import Capture, Capturer, ShardBuffer
+from dflash_offline.stages.capture.runner import TargetRunner
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
 from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.writer import ShardWriter
 from dflash_offline.stages.target.model import quiet_libraries
 
@@ -35,30 +38,30 @@ _FAULT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What it takes to do a cache's shards in one process."""
+    """What one process needs to run a cache's shards."""
 
     writer: ShardWriter
-    capturer: Callable[[], Capturer]
-    """Loads the target when the first shard is begun."""
+    runner: TargetRunner
     encoder: FeatureEncoder
     bad_features: BadFeatures
 
 
 class Report:
-    """Shows tokens, shards and bytes as they are finished, whichever process they come from."""
+    """Shows the tokens, shards and bytes that this process or its workers have finished."""
 
-    def __init__(self, progress: Progress, samples: SampleTable, num_shards: int, done_tokens: int) -> None:
+    def __init__(self, progress: Progress, samples: SampleTable, left: Sequence[int]) -> None:
         self.progress = progress
-        self.num_shards = num_shards
+        self.num_shards = len(left)
         self.written: list[int] = []
-        progress.start("Extracting", int(samples.num_tokens.sum()), "tokens", done=done_tokens)
+        total, left_tokens = samples.num_tokens.sum(), samples.num_tokens[np.isin(samples.shard, left)].sum()
+        progress.start("Extracting", int(total), "tokens", done=int(total - left_tokens))
 
     def tokens(self, count: int) -> None:
-        """Note tokens whose forward is done."""
+        """Add tokens whose forward is done."""
         self.progress.advance(count)
 
     def shard(self, num_bytes: int) -> None:
-        """Note a finished shard."""
+        """Add a finished shard."""
         self.written.append(num_bytes)
         self.progress.advance(
             0, shards=f"{len(self.written)}/{self.num_shards}", written=readable_bytes(sum(self.written))
@@ -69,36 +72,35 @@ class Report:
         self.progress.say(text)
 
 
-def run_shards(work: Work, left: Sequence[int], samples: SampleTable, progress: Progress, done: int) -> list[int]:
-    """Do the shards in this process; returns the bytes of each shard that this call wrote."""
-    capturer = work.capturer()  # loading is not part of the rate shown
-    report = Report(progress, samples, len(left), done)
-    _do_shards(work, capturer, left, report)
+def run_shards(work: Work, left: Sequence[int], progress: Progress) -> list[int]:
+    """Run the shards in this process; returns the bytes of each shard that this call wrote."""
+    report = Report(progress, work.writer.cache.samples, left)
+    _run_shards(work, left, report)
     progress.finish()
     return report.written
 
 
-def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any) -> None:
-    """Fill a buffer while another's shard is encoded and written; on a CPU, while the last one's is written.
+def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> None:
+    """Fill a buffer with one shard while the one before it is encoded and written.
 
-    A target on the CPU needs the cores that encode: its threads would wait for the slowest of them, so it waits whole.
-    Shards that another worker holds are waited for at the end, and done here if that worker died.
+    On a CPU forward and encoder share cores, so they take turns: only the last encoded chunks are written meanwhile.
+    Shards that another worker holds are waited for at the end, and run here if that worker died.
     """
-    writer = work.writer
+    writer, runner = work.writer, work.runner
     free: SimpleQueue[ShardBuffer] = SimpleQueue()
-    for _ in range(1 if capturer.device.type == "cpu" else 2):
-        free.put(capturer.buffer(writer.cache.layout, work.encoder.codec.fill))
+    for _ in range(1 if runner.device.type == "cpu" else 2):
+        free.put(runner.buffer(writer.cache.layout, work.encoder.codec.fill))
 
-    def write(shard: int, capture: Capture, started: float, claim: ExitStack) -> None:
+    def write(shard: int, queued: QueuedShard, started: float, claim: ExitStack) -> None:
         with claim, ExitStack() as held:
-            held.callback(free.put, capture.buffer)
-            captured = capture.wait()
-            bad, codes = captured.bad, capture.buffer.array
+            held.callback(free.put, queued.buffer)
+            filled = queued.wait()
+            bad, codes = filled.bad, queued.buffer.array
             size = work.bad_features.commit(
-                shard, bad, lambda: writer.commit(shard, codes, bad, started, captured.sums, encoded=held.close)
+                shard, bad, lambda: writer.commit(shard, codes, bad, started, filled.sums, encoded=held.close)
             )
-            for one in bad:
-                report.say(f"Left out: {skipped_place(one, writer.cache.samples)}")
+            for sample in bad:
+                report.say(f"Left out: {skipped_place(sample, writer.cache.samples)}")
             if size:  # else another worker's record won
                 report.shard(size)
 
@@ -115,10 +117,10 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
                     members, buffer = writer.cache.samples.samples_of_shard(shard), free.get()
                     if pending is not None and pending.done():
                         pending.result()  # before any more work, if it failed
-                    capture = capturer.capture(writer.cache.samples, members, work.encoder, buffer, report.tokens)
+                    queued = runner.run_shard(writer.cache.samples, members, work.encoder, buffer, report.tokens)
                     if pending is not None:
                         pending.result()
-                    pending = background.submit(write, shard, capture, started, claim.pop_all())
+                    pending = background.submit(write, shard, queued, started, claim.pop_all())
             if pending is not None:
                 pending.result()
 
@@ -126,20 +128,18 @@ def _do_shards(work: Work, capturer: Capturer, left: Sequence[int], report: Any)
 def run_workers(
     open_work: Callable[[ExtractConfig], Work],
     config: ExtractConfig,
+    cache: Cache,
     left: Sequence[int],
-    samples: SampleTable,
     progress: Progress,
-    done: int,
-    is_done: Callable[[int], bool],
 ) -> list[int]:
-    """Do the shards in `config.workers` processes, one a GPU or a group of cores; returns the bytes of each written.
+    """Run the shards in `config.workers` processes, one a GPU or a group of cores; returns the bytes of each shard.
 
-    Each process calls `open_work` with the settings for its own device. Raises what went wrong in any of them after
-    all have ended; what they finished is kept.
+    Each process calls `open_work` with the settings for its own device. Once all have ended, raises what went wrong in
+    any of them, unless the others did its shards as well; finished shards are kept.
     """
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}
-    report = Report(progress, samples, len(left), done)
+    report = Report(progress, cache.samples, left)
     faults: list[DflashError | OSError] = []
     try:
         for index in range(config.workers):
@@ -164,7 +164,7 @@ def run_workers(
                 faults.append(value) if kind == "fault" else getattr(report, kind)(value)
     except BaseException:
         for process in processes.values():
-            process.terminate()  # finished shards are whole; the rest is done again
+            process.terminate()  # finished shards are whole; the rest is run again
         raise
     finally:
         for process in processes.values():
@@ -173,16 +173,15 @@ def run_workers(
     for process in processes.values():
         if process.exitcode not in (0, _FAULT):
             faults.append(DflashError(f"{process.name} ended with exit code {process.exitcode}."))
-    left_over = [shard for shard in left if not is_done(shard)]
-    if faults and not left_over:  # the others did its shards as well
-        progress.say("\n".join(map(_told, faults)))
-    elif faults:
+    if faults and not all(map(cache.is_done, left)):
         raise _as_one(faults)
+    if faults:
+        progress.say("\n".join(map(_message, faults)))
     return report.written
 
 
 class _Sender:
-    """A worker's side of `Report`; safe in threads."""
+    """Sends a worker process's report to the process that started it; safe in threads."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -205,37 +204,36 @@ class _Sender:
 def _worker(
     open_work: Callable[[ExtractConfig], Work], config: ExtractConfig, left: list[int], connection: Connection
 ) -> None:
-    """Do shards in a process of its own, first those of its own share, then what others have not begun."""
+    """Run shards in a process of its own: those of its share first, then those that the others have not begun."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to handle
     quiet_libraries()
     sender = _Sender(connection)
     try:
-        work = open_work(config)
-        _do_shards(work, work.capturer(), left, sender)
+        _run_shards(open_work(config), left, sender)
     except BrokenPipeError:  # the command was killed; its workers must not live on unseen
         raise SystemExit(_FAULT) from None
     except (DflashError, OSError) as error:
-        known = isinstance(error, OSError) and error.errno is not None
-        sender.send("fault", error if known else DflashError(str(error)))
+        of_system = isinstance(error, OSError) and error.errno is not None
+        sender.send("fault", error if of_system else DflashError(str(error)))
         raise SystemExit(_FAULT) from None
 
 
 def _as_one(faults: list[DflashError | OSError]) -> DflashError | OSError:
-    """Return what to raise: a fault of the system that all have met as it is, for commands have advice for it."""
+    """Return what to raise: a system error that all have met as it is, for commands have advice for it."""
     numbers = {fault.errno if isinstance(fault, OSError) else None for fault in faults}
     if len(numbers) == 1 and None not in numbers:
         return faults[0]
-    return DflashError("\n".join(dict.fromkeys(map(_told, faults))))
+    return DflashError("\n".join(dict.fromkeys(map(_message, faults))))
 
 
-def _told(fault: DflashError | OSError) -> str:
+def _message(fault: DflashError | OSError) -> str:
     if isinstance(fault, OSError) and fault.filename:
         return f"{fault.filename}: {fault.strerror}"
     return str(fault)
 
 
 def _device(config: ExtractConfig, index: int) -> str:
-    """Return the worker's device: workers are dealt to the GPUs in turn."""
+    """Return the worker's device: the GPUs take workers in turn."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{index % torch.cuda.device_count()}"

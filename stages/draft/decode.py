@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from dflash_offline.stages.draft.model import DraftCache, DraftModel
 from dflash_offline.stages.draft.sampling import Chooser, Greedy
-from dflash_offline.stages.target.model import capture
+from dflash_offline.stages.target.model import capture_layers
 
 ROWS_SCORED_AT_ONCE = 64
 """Rows of logits that plain decoding holds before it turns them into log-probabilities, outside the measured time."""
@@ -206,7 +206,7 @@ def speculative_decode(
     kept: list[int] = []
     kept_blocks: list[list[int]] = []
     watch = Stopwatch(target.device)
-    with capture(target, draft.config.target_layer_ids) as features:
+    with capture_layers(target, draft.config.target_layer_ids) as features:
         tokens = [int(chooser.choose(_read_prompt(target, prompt_ids, cache)))]
         cache.crop(0)
         start, fresh = len(prompt_ids), len(prompt_ids)

@@ -1,6 +1,6 @@
-"""The frozen target: loading it, checking it, and catching the outputs of its layers.
+"""The frozen target: loading it, checking it, and capturing the outputs of its layers.
 
-Axes: B rows, S positions, L captured layers, H hidden size.
+Axes: B sequences, S positions, L captured layers, H hidden size.
 """
 
 import ctypes
@@ -141,50 +141,50 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-class _Captured(Exception):
+class _LastLayerReached(Exception):
     """Raised by the last hook: nothing after that layer is needed."""
 
 
 @contextmanager
-def capture(model: Any, layer_ids: Sequence[int], *, stop: bool = False) -> Iterator[list[Tensor]]:
-    """Catch the outputs of the chosen decoder layers, before any final norm.
+def capture_layers(model: Any, layer_ids: Sequence[int], *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """Capture the outputs of the chosen decoder layers, before any final norm.
 
     The list holds, after each forward, one [B, S, H] tensor for each id in order. With `stop`, a forward ends
-    after the last of them; call it through `run_captured`.
+    after the last of them; call it through `layer_states`.
     """
     layers = decoder_layers(model)
-    caught: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def hook(index: int, output: Any) -> None:
         if index == 0:
-            caught.clear()
-        caught.append(output[0] if isinstance(output, tuple) else output)
+            captured.clear()
+        captured.append(output[0] if isinstance(output, tuple) else output)
         if stop and index == len(layer_ids) - 1:
-            raise _Captured
+            raise _LastLayerReached
 
     handles = [
         layers[layer].register_forward_hook(lambda _m, _i, output, index=index: hook(index, output))
         for index, layer in enumerate(layer_ids)
     ]
     try:
-        yield caught
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 @torch.inference_mode()
-def run_captured(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> list[Tensor]:
-    """Return the outputs of the chosen layers for right-padded rows, L tensors of [B, S, H].
+def layer_states(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> list[Tensor]:
+    """Return the outputs of the chosen layers for right-padded sequences, L tensors of [B, S, H].
 
     No mask is passed: every position sees only what stands before it, so padding on the right changes no real one.
     The forward ends after the last chosen layer; no logits are computed.
     """
-    with capture(model, layer_ids, stop=True) as caught:
+    with capture_layers(model, layer_ids, stop=True) as captured:
         try:
             decoder_of(model)(input_ids=input_ids, use_cache=False)
-        except _Captured:
-            return list(caught)
+        except _LastLayerReached:
+            return list(captured)
     raise AssertionError("the forward ended before the last captured layer")
 
 

@@ -20,12 +20,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.shard import micro_batches, pad_rows
-from dflash_offline.stages.capture.workers import Work, run_shards
-from dflash_offline.stages.extract import Extraction
+from dflash_offline.stages.capture.create import create_cache
+from dflash_offline.stages.capture.inputs import open_inputs
+from dflash_offline.stages.capture.runner import micro_batches, pad_sequences
+from dflash_offline.stages.capture.workers import run_shards
+from dflash_offline.stages.extract import open_worker
 from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.target.model import run_captured
+from dflash_offline.stages.target.model import layer_states
 
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
 TARGET = EMBEDDED / "target"
@@ -66,45 +67,43 @@ class Sides:
     """A planned cache and its loaded target: forwards alone, and the extraction of all shards."""
 
     def __init__(self, config: ExtractConfig) -> None:
-        self.extraction = Extraction(config, Silent())
+        create_cache(open_inputs(config, Silent()), Silent())
         self.cache = config.out
-        self.extraction.create(self.extraction.identity())
-        cache = Cache(self.cache)
-        self.manifest, self.samples = cache.manifest, cache.samples
-        self.work: Work = self.extraction.open_work(cache)
-        self.capturer = self.work.capturer()
+        self.work = open_worker(config)
+        self.runner = self.work.runner
+        self.layout, self.samples = self.work.writer.cache.layout, self.work.writer.cache.samples
         self.num_tokens = int(self.samples.num_tokens.sum())
         self.bytes_written = 0
 
     def forward(self) -> None:
         """Run every micro-batch, from its tokens to its captured states, and keep nothing."""
-        capturer = self.capturer
-        for shard in range(self.manifest.layout.num_shards):
+        runner = self.runner
+        for shard in range(self.layout.num_shards):
             members = self.samples.samples_of_shard(shard)
-            for batch in micro_batches(self.samples, members, capturer.batch_tokens):
-                rows = torch.from_numpy(pad_rows(self.samples, batch)).to(capturer.device, non_blocking=True)
-                run_captured(capturer.model, rows, capturer.layer_ids)
-        if capturer.device.type == "cuda":
-            torch.cuda.synchronize(capturer.device)
+            for batch in micro_batches(self.samples, members, runner.batch_tokens):
+                padded = torch.from_numpy(pad_sequences(self.samples, batch)).to(runner.device, non_blocking=True)
+                layer_states(runner.model, padded, runner.layer_ids)
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
 
     def extract(self) -> None:
         """Extract every shard anew."""
-        shards = range(self.manifest.layout.num_shards)
+        shards = range(self.layout.num_shards)
         for shard in shards:
             commit_path(self.cache, shard).unlink(missing_ok=True)
-        self.bytes_written = sum(run_shards(self.work, shards, self.samples, Silent(), 0))
+        self.bytes_written = sum(run_shards(self.work, shards, Silent()))
 
 
 def compare(name: str, config: ExtractConfig) -> bool:
     """Print the two sides of one target; returns whether the bound holds."""
     sides = Sides(config)
-    layout = sides.manifest.layout
+    layout = sides.layout
     seconds = interleaved({"forward": sides.forward, "extraction": sides.extract}, ROUNDS)
     ratio = median_ratio(seconds, "extraction", "forward")
     print(
         f"{name}: {sides.num_tokens:,} tokens, {len(sides.samples)} samples, {layout.num_shards} shards of "
         f"{layout.shard_tokens} slots, {layout.num_layers} layers x {layout.hidden_size}, batches of "
-        f"{config.batch_tokens} tokens, {sides.extraction.dtype} on {sides.capturer.device}, "
+        f"{config.batch_tokens} tokens, {sides.runner.model.dtype} on {sides.runner.device}, "
         f"{torch.get_num_threads()} torch threads"
     )
     for side, values in seconds.items():

@@ -30,7 +30,7 @@ from dflash_offline.stages.capture import bad_features
 from dflash_offline.stages.capture.bad_features import ALWAYS_ALLOWED, BadFeatures
 from dflash_offline.stages.capture.calibrate import calibrated_scales
 from dflash_offline.stages.capture.encode import FeatureEncoder
-from dflash_offline.stages.capture.shard import MARKS, mark
+from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, token_statistics
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
@@ -159,12 +159,12 @@ class HugeChannel:
 
     layer_ids, batch_tokens = (4,), 64
 
-    def run(self, samples: SampleTable, batch: np.ndarray, encoder: FeatureEncoder) -> tuple[torch.Tensor, ...]:
+    def run_batch(self, samples: SampleTable, batch: np.ndarray, encoder: FeatureEncoder) -> tuple[torch.Tensor, ...]:
         states = torch.randn(int(samples.num_tokens[batch].sum()), 1, 8, generator=torch.Generator().manual_seed(0))
         states[:, 0, 5] = 3e38 * states[:, 0, 5].sign()
-        codes, marks = encoder.encode(states, 0), torch.empty(len(states), 1, len(MARKS))
-        mark(states[:, 0], codes[:, 0], encoder, 0, marks[:, 0])
-        return codes, marks
+        codes, statistics = encoder.encode(states, 0), torch.empty(len(states), 1, len(TOKEN_STATISTICS))
+        token_statistics(states[:, 0], codes[:, 0], encoder, 0, statistics[:, 0])
+        return codes, statistics
 
 
 def test_a_scale_that_is_no_number_above_zero_is_refused(tmp_path: Path) -> None:
@@ -196,15 +196,15 @@ class Plan:
 def test_samples_left_out_are_counted_over_all_shards_and_all_workers(tmp_path: Path) -> None:
     plan = Plan(tmp_path / "cache")
     share = 20 / len(plan.samples)
-    first, second = (BadFeatures(plan.writer, "skip", share) for _ in range(2))
+    first, second = (BadFeatures(plan.writer.cache, "skip", share) for _ in range(2))
     for shard in range(20):  # two workers, turn by turn
         (first, second)[shard % 2].check(shard, plan.bad(shard))
         plan.write(shard)
-    for decides in (first, second, BadFeatures(plan.writer, "skip", share)):
+    for decides in (first, second, BadFeatures(plan.writer.cache, "skip", share)):
         with pytest.raises(CacheError, match=rf"(?s)21 of {len(plan.samples)} samples so far.*--max-skipped") as error:
             decides.check(20, plan.bad(20))
         assert "21 samples: a feature is not finite, first at layer 2" in str(error.value)
-    BadFeatures(plan.writer, "skip", 21 / len(plan.samples)).check(20, plan.bad(20))
+    BadFeatures(plan.writer.cache, "skip", 21 / len(plan.samples)).check(20, plan.bad(20))
     first.check(21, [])
 
 
@@ -225,7 +225,7 @@ def test_two_workers_at_once_leave_out_no_more_than_one_may(
                 together.wait(0.3)
             return plan.write(shard)
 
-        return BadFeatures(plan.writer, "skip", 20.5 / len(plan.samples)).commit(shard, plan.bad(shard), write)
+        return BadFeatures(plan.writer.cache, "skip", 20.5 / len(plan.samples)).commit(shard, plan.bad(shard), write)
 
     with ThreadPoolExecutor(2) as pool:
         faults = [job.exception() for job in [pool.submit(commit, shard) for shard in (19, 20)]]
@@ -239,8 +239,8 @@ def test_two_workers_at_once_leave_out_no_more_than_one_may(
 def test_a_few_samples_of_a_small_plan_may_be_left_out_unless_none_may(tmp_path: Path) -> None:
     plan = Plan(tmp_path / "cache")
     with pytest.raises(CacheError, match=r"at most 0 \(0.0%\)"):
-        BadFeatures(plan.writer, "skip", 0.0).check(0, plan.bad(0))
-    decides = BadFeatures(plan.writer, "skip", 1e-6)
+        BadFeatures(plan.writer.cache, "skip", 0.0).check(0, plan.bad(0))
+    decides = BadFeatures(plan.writer.cache, "skip", 1e-6)
     for shard in range(ALWAYS_ALLOWED):
         decides.check(shard, plan.bad(shard))
         plan.write(shard)

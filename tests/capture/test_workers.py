@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,16 +23,14 @@ from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
 from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
-from dflash_offline.schemas.commits import read_commits
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.manifest import Manifest
-from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
-from dflash_offline.stages import extract as extracting
-from dflash_offline.stages.capture import forecast
+from dflash_offline.stages import extract as stage
 from dflash_offline.stages.capture.compare import compare_with_target
+from dflash_offline.stages.capture.forecast import Forecast
 from dflash_offline.stages.capture.workers import Work
 from dflash_offline.stages.extract import extract, open_worker, plan_only
 from dflash_offline.stages.progress import Silent
@@ -127,7 +126,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_the_work_unless_told(
 ) -> None:
     config = ExtractConfig(**extract_config, out=tmp_path / "cache")
     free = tmp_path / "free"
-    monkeypatch.setattr(forecast, "free_bytes", lambda _out: int(free.read_text()))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=int(free.read_text())))
     free.write_text("0")
     _, _, expected = plan_only(config, Silent())
     # Room for the features alone does not do: the target's embeddings, its tokenizer and the plan need some too.
@@ -167,15 +166,14 @@ def test_a_begun_cache_starts_where_all_that_is_left_fits_whichever_rank_asks(
 ) -> None:
     out, rest = begun(cache, tmp_path / "cache", num_done), rest_of(cache, num_done)
     config = ExtractConfig(**extract_config, out=out)
-    for module in (forecast, extracting):
-        monkeypatch.setattr(module, "free_bytes", lambda _out: rest // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=rest // 2))
     # Half of the rest would hold this rank's share, but the others' are written to the same disk.
     for shares in ({}, {"rank": 2, "world_size": 8}):
         # Other settings would be refused: only room helps.
         with pytest.raises(DflashError, match=r"more and its disk has .* free\. Make room .*--ignore-free-space"):
             extract(replace(config, **shares), Silent())
     assert len(list((out / "commits").iterdir())) == num_done
-    monkeypatch.setattr(extracting, "free_bytes", lambda _out: round(1.3 * rest))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=round(1.3 * rest)))
     extract(config, Silent())
     assert content(out) == content(cache)
 
@@ -192,11 +190,11 @@ def test_a_begun_cache_of_an_older_version_goes_on_although_its_plan_expects_no_
 
 
 def test_samples_that_were_left_out_of_finished_shards_are_not_still_to_be_written(cache: Path) -> None:
-    manifest, samples = Manifest.read(cache), SampleTable.read(cache / "samples.parquet")
-    finished, _ = read_commits(cache, manifest.layout.num_shards, manifest.checksum)
-    finished[0] = replace(finished[0], num_tokens=finished[0].num_tokens // 2)  # as if the other half were left out
-    whole = forecast.Forecast(
-        features=manifest.layout.features,
+    begun = Cache.open(cache)
+    commit = begun.commits[0]
+    begun.commits[0] = replace(commit, num_tokens=commit.num_tokens // 2)  # as if the other half were left out
+    whole = Forecast(
+        features=begun.layout.features,
         tokens_per_s=1.0,
         seconds=60.0,
         ratios={"lossless": 1.0},
@@ -205,7 +203,7 @@ def test_samples_that_were_left_out_of_finished_shards_are_not_still_to_be_writt
         target_bytes=0,
         free_bytes=0,
     )
-    rest = whole.of_rest(manifest, samples, finished)
+    rest = whole.of_rest(begun)
     assert (rest.seconds, rest.bytes_left) == (0.0, 0)
 
 
@@ -219,7 +217,7 @@ def test_the_plan_of_a_begun_cache_counts_what_is_left(
     assert whole.bytes_left == whole.num_bytes == left.num_bytes > 1.5 * left.bytes_left
     arguments = [*command(extract_config, out)[3:], "--plan", "--quiet"]
     for free, fits in ((1.3 * rest, True), (rest / 2, False)):
-        monkeypatch.setattr(forecast, "free_bytes", lambda _out, free=free: round(free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _folder, free=free: SimpleNamespace(free=round(free)))
         shown = CliRunner().invoke(app, arguments).stdout
         assert ("NOT ENOUGH" not in shown) == fits and "Done        2 of" in shown
         found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
@@ -290,8 +288,6 @@ def test_without_accelerate_a_spread_target_is_refused_with_what_to_install(
 def test_a_killed_worker_whose_shards_the_others_did_is_no_failure(
     cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dflash_offline.stages import extract as stage
-
     monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
     monkeypatch.setattr(stage, "open_worker", _die_as_worker_0)
     said: list[str] = []

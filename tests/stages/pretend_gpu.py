@@ -224,7 +224,7 @@ class PretendedGpu(TorchDispatchMode):
     def _wait(self) -> None:
         self.main.synchronize()
         self.current.synchronize()
-        stages = [frame.name for frame in traceback.extract_stack() if "/stages/" in frame.filename]
+        stages = [frame.name for frame in traceback.extract_stack() if "/dflash_offline/stages/" in frame.filename]
         self.waits.append(stages[-1] if stages else "")
 
 

@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from cache_files import content
 from running import Settings
 from tiny_target import save_conversations, save_target
 
 from dflash_offline.schemas.errors import BadInputError, MismatchError
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages import extract as stage
-from dflash_offline.stages.extract import Extraction, extract, open_worker
+from dflash_offline.stages.extract import extract, open_worker
 from dflash_offline.stages.progress import Silent
 
 
@@ -29,57 +27,52 @@ def _replace(data: Path) -> None:
     other.replace(data)
 
 
+class Meanwhile(Silent):
+    """Changes something at a moment: when a line that begins so is said, or a piece of work `is done`."""
+
+    def __init__(self, moment: str, change: Callable[[], object]) -> None:
+        self.moment, self.change = moment, change
+
+    def say(self, text: str) -> None:
+        if text.startswith(self.moment):
+            self.change()
+
+    def start(self, what: str, *_numbers: object, **_done: object) -> None:
+        self.what = what
+
+    def finish(self) -> None:
+        self.say(f"{self.what} is done")
+
+
 @pytest.mark.parametrize("change", [_append, _replace, Path.unlink])
 def test_data_that_changes_between_its_hash_and_its_rows_is_refused(
-    extract_config: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
+    extract_config: Settings, data: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     copy = Path(shutil.copy(data, tmp_path / "chats.jsonl"))
     config = ExtractConfig(**extract_config | {"data": (copy,)}, out=tmp_path / "cache")
-    right = stage.make_plan
-
-    def planned_while_it_changes(*arguments: object) -> object:
-        plan = right(*arguments)  # type: ignore[arg-type]
-        change(copy)
-        return plan
-
-    monkeypatch.setattr(stage, "make_plan", planned_while_it_changes)
     with pytest.raises(BadInputError, match=r"chats\.jsonl changed while being read.*Repeat the command"):
-        extract(config, Silent())
+        extract(config, Meanwhile("Tokenizing is done", lambda: change(copy)))
     assert sorted(path.name for path in tmp_path.iterdir()) in (["chats.jsonl"], [])
 
 
 def test_data_that_changes_after_the_plan_has_no_effect_on_what_is_extracted_and_is_refused_on_resume(
-    cache: Path, extract_config: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, extract_config: Settings, data: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copy(data, tmp_path / "chats.jsonl"))
     config = ExtractConfig(**extract_config | {"data": (copy,)}, out=tmp_path / "cache")
-    right = Extraction.create
-
-    def created(self: Extraction, identity: dict[str, object]) -> None:
-        right(self, identity)
-        _replace(copy)
-
-    monkeypatch.setattr(Extraction, "create", created)
-    extract(config, Silent())
+    extract(config, Meanwhile("Forecast", lambda: _replace(copy)))
     assert content(config.out) == content(cache)  # the tokens are the plan's own
     with pytest.raises(MismatchError, match=r"data\.file_0_sha256"):
         extract(config, Silent())
 
 
 def test_a_target_that_changes_while_it_is_loaded_is_refused(
-    extract_config: Settings, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extract_config: Settings, target: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(target, tmp_path / "target"))
     config = ExtractConfig(**extract_config | {"target": str(copy)}, out=tmp_path / "cache")
-    right = stage.load_as_configured
-
-    def loaded_while_it_changes(*arguments: object, **settings: object) -> torch.nn.Module:
-        save_target(copy, seed=9)
-        return right(*arguments, **settings)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "load_as_configured", loaded_while_it_changes)
     with pytest.raises(MismatchError, match=r"(?s)changed while the target was loaded.*weights_sha256"):
-        extract(config, Silent())
+        extract(config, Meanwhile("Loading", lambda: save_target(copy, seed=9)))
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 

@@ -11,13 +11,14 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from cache_files import content
-from processes import Command, run
+from processes import FORKING, Command, run
 from running import Settings, arguments, command
 from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
@@ -26,13 +27,14 @@ from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
 from dflash_offline.schemas.locks import ABANDONED_S
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.shard import micro_batches
-from dflash_offline.stages.extract import Extraction, extract
+from dflash_offline.stages.capture.runner import micro_batches
+from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
+from dflash_offline.stages.target import model as loading
 from dflash_offline.stages.target.files import open_target
-from dflash_offline.stages.target.model import capture, load_model
+from dflash_offline.stages.target.model import capture_layers, load_model
 
 ZARR_READER = """
 import sys, json
@@ -87,11 +89,11 @@ def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
     files = open_target(str(target))
     model = load_model(files, dtype=torch.float32, device=torch.device("cpu"))
     ids = torch.arange(20)[None]
-    with torch.no_grad(), capture(model, [0, 4, 5]) as caught:
+    with torch.no_grad(), capture_layers(model, [0, 4, 5]) as captured:
         states = model(ids, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(caught[0], states[1], rtol=0, atol=0)
-    torch.testing.assert_close(caught[1], states[5], rtol=0, atol=0)
-    torch.testing.assert_close(model.get_decoder().norm(caught[2]), states[6], rtol=0, atol=0)
+    torch.testing.assert_close(captured[0], states[1], rtol=0, atol=0)
+    torch.testing.assert_close(captured[1], states[5], rtol=0, atol=0)
+    torch.testing.assert_close(model.get_decoder().norm(captured[2]), states[6], rtol=0, atol=0)
 
 
 def test_micro_batches_hold_every_sample_once_and_keep_to_the_budget(cache: Path) -> None:
@@ -364,9 +366,22 @@ def test_other_devices_are_refused(extract_config: Settings, tmp_path: Path, dev
         extract(ExtractConfig(**extract_config | {"device": device}, out=tmp_path / "cache"), Silent())
 
 
-def test_an_unloaded_target_is_gone_though_its_hooks_hold_it(extract_config: dict[str, object], tmp_path: Path) -> None:
-    extraction = Extraction(ExtractConfig(**extract_config, out=tmp_path / "cache"), Silent())
-    extraction.model.apply(lambda module: add_hook_to_module(module, ModelHook()))
-    weights = weakref.ref(next(extraction.model.parameters()))
-    extraction.unload()
-    assert weights() is None
+def test_the_target_is_gone_before_workers_load_it_though_its_hooks_hold_it(
+    cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded, started = loading.load_model, list[weakref.ref[torch.nn.Parameter]](), list[bool]()
+
+    def with_hooks(*arguments: Any, **settings: Any) -> Any:
+        model = load(*arguments, **settings).apply(lambda module: add_hook_to_module(module, ModelHook()))
+        loaded.append(weakref.ref(next(model.parameters())))
+        return model
+
+    def workers_start(_method: str) -> Any:
+        started.append(all(weights() is None for weights in loaded))
+        return FORKING
+
+    monkeypatch.setattr(loading, "load_model", with_hooks)
+    monkeypatch.setattr("multiprocessing.get_context", workers_start)
+    done = extract(ExtractConfig(**extract_config, out=tmp_path / "cache", workers=2), Silent())
+    assert len(loaded) == 1 and started and all(started)
+    assert content(done.cache) == content(cache)

@@ -27,7 +27,8 @@ from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
-from dflash_offline.stages.capture.shard import Captured, Capturer
+from dflash_offline.stages.capture.runner import TargetRunner
+from dflash_offline.stages.capture.shard import FilledShard
 from dflash_offline.stages.draft import attention as drafter
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 from dflash_offline.stages.draft.pairing import check_rewindable
@@ -82,15 +83,15 @@ def test_a_shard_is_captured_as_on_the_cpu_without_waiting_behind_a_forward(
     )
     model = load_model(open_target(str(target)), dtype=torch.float32, device=CPU)
 
-    def captured(device: torch.device) -> tuple[Captured, NDArray[np.uint16], int]:
-        capturer, counts = Capturer(model.to(device), device, LAYERS, 200), list[int]()
-        buffer = capturer.buffer(places, codec.fill)
+    def filled(device: torch.device) -> tuple[FilledShard, NDArray[np.uint16], int]:
+        runner, counts = TargetRunner(model.to(device), device, LAYERS, 200), list[int]()
+        buffer = runner.buffer(places, codec.fill)
         gpu.waits.clear()
-        capture = capturer.capture(samples, members, FeatureEncoder(codec), buffer, counts.append)
-        return capture.wait(), buffer.array, len(counts)
+        queued = runner.run_shard(samples, members, FeatureEncoder(codec), buffer, counts.append)
+        return queued.wait(), buffer.array, len(counts)
 
-    expected, wanted, _ = captured(CPU)
-    found, codes, num_batches = captured(GPU)
+    expected, wanted, _ = filled(CPU)
+    found, codes, num_batches = filled(GPU)
     assert num_batches > 4 and not expected.bad and found == expected
     assert (codes == wanted).all()
     # In each batch for its tokens, for which of them are real, and where transformers looks at the positions; once for

@@ -19,7 +19,8 @@ from dflash_offline.schemas.identity import differences
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.option import options
-from dflash_offline.stages.extract import Extraction, extract
+from dflash_offline.stages.capture.inputs import open_inputs
+from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.training.corpus import Corpus
@@ -33,7 +34,7 @@ def copied(target: Path, tmp_path: Path) -> Path:
 
 def differing(cache: Path, config: Settings, **changes: object) -> list[str]:
     """Return the fields in which a cache differs from what a command with changed settings would make."""
-    asked = Extraction(ExtractConfig(**config | changes, out=cache), Silent()).identity()
+    asked = open_inputs(ExtractConfig(**config | changes, out=cache), Silent()).identity
     return [name for name, _, _ in differences(Manifest.read(cache).identity, asked)]
 
 
@@ -100,7 +101,7 @@ def test_the_role_of_a_setting_is_what_the_identity_makes_of_it() -> None:
 def test_the_numbers_of_a_feature_layout_count_where_it_uses_them(extract_config: Settings, tmp_path: Path) -> None:
     def layout(**changes: object) -> dict[str, Any]:
         config = ExtractConfig(**extract_config | changes, out=tmp_path)
-        return Extraction(config, Silent()).identity()["layout"]
+        return open_inputs(config, Silent()).identity["layout"]
 
     for kind, number in (("rounded", {"mantissa_bits": 3}), ("scaled", {"step": 0.25})):
         rows = differences(layout(features=kind), layout(features=kind, **number))

@@ -19,8 +19,7 @@ from dflash_offline.schemas.errors import MismatchError
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
-from dflash_offline.stages.capture import compare as rerun
-from dflash_offline.stages.capture import shard as capture
+from dflash_offline.stages.capture import compare, runner
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
@@ -37,8 +36,8 @@ def test_the_target_run_again_fits_every_layer(cache: Path, target: Path) -> Non
 def test_a_layer_that_is_off_by_one_is_said_to_be(
     target: Path, extract_config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = capture.run_captured
-    monkeypatch.setattr(capture, "run_captured", lambda model, ids, layers: right(model, ids, [i + 1 for i in layers]))
+    right = runner.layer_states
+    monkeypatch.setattr(runner, "layer_states", lambda model, ids, layers: right(model, ids, [i + 1 for i in layers]))
     out = tmp_path / "cache"
     extract(ExtractConfig(**extract_config, out=out), Silent())
     assert verify_cache(out, Silent()) == []
@@ -55,7 +54,7 @@ Run = Callable[[Any, Tensor, list[int]], list[Tensor]]
 
 def changed(change: Callable[[Tensor], Tensor]) -> Run:
     """Return what runs a target and then changes every layer's states, [B, S, H]."""
-    right = rerun.run_captured
+    right = compare.layer_states
     return lambda model, ids, layers: [change(state) for state in right(model, ids, layers)]
 
 
@@ -73,13 +72,13 @@ def test_tokens_that_are_wholly_wrong_are_found_behind_one_huge_token(
     features: str,
 ) -> None:
     settings, again = extract_config | {"features": features}, RerunConfig(target=str(target), samples=8)
-    monkeypatch.setattr(rerun, "run_captured", changed(huge_first))
-    monkeypatch.setattr(capture, "run_captured", rerun.run_captured)
+    monkeypatch.setattr(compare, "layer_states", changed(huge_first))
+    monkeypatch.setattr(runner, "layer_states", compare.layer_states)
     extract(ExtractConfig(**settings, out=tmp_path / "sound"), Silent())
     sound = compare_with_target(tmp_path / "sound", again, Silent())
     assert not any(fit.fault for fit in sound), sound
     monkeypatch.setattr(
-        capture, "run_captured", changed(lambda states: torch.cat([states[:, :1], states[:, 1:].flip(1)], dim=1))
+        runner, "layer_states", changed(lambda states: torch.cat([states[:, :1], states[:, 1:].flip(1)], dim=1))
     )
     extract(ExtractConfig(**settings, out=tmp_path / "wrong"), Silent())
     assert verify_cache(tmp_path / "wrong", Silent()) == []
@@ -109,11 +108,11 @@ def test_without_a_second_token_to_vary_the_plain_error_judges(
     monkeypatch.setattr(Cache, "values", lambda reader, sample: right(reader, sample)[:2])
     arguments = ["verify", str(cache), "--target", str(target), "--samples", "1", "--quiet"]
     pair = changed(lambda states: states[:, :2])
-    monkeypatch.setattr(rerun, "run_captured", pair)
+    monkeypatch.setattr(compare, "layer_states", pair)
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0 and "too few tokens to judge its channels" in said.stdout, said.stdout
     assert "is sound" in said.stdout and "nan" not in said.stdout and "inf" not in said.stdout
-    monkeypatch.setattr(rerun, "run_captured", lambda *inputs: [1.1 * state for state in pair(*inputs)])
+    monkeypatch.setattr(compare, "layer_states", lambda *inputs: [1.1 * state for state in pair(*inputs)])
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 1 and "layer 1 differs from the target's by 9." in said.stdout
     assert "Next: do not train" in said.stdout and "nan" not in said.stdout and "finite" not in said.stdout
@@ -123,17 +122,17 @@ def test_without_a_second_token_to_vary_the_plain_error_judges(
 def test_a_target_that_is_not_finite_when_run_again_is_a_fault(
     cache: Path, target: Path, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
-    right = rerun.run_captured
+    right = compare.layer_states
 
     def spoiled(model: Any, ids: Tensor, layers: list[int]) -> list[Tensor]:
         states = [state.clone() for state in right(model, ids, layers)]
         states[layers.index(2)][0, position, 5] = math.nan
         return states
 
-    monkeypatch.setattr(rerun, "run_captured", spoiled)
+    monkeypatch.setattr(compare, "layer_states", spoiled)
     fits = compare_with_target(cache, RerunConfig(target=str(target), samples=4), Silent())
     assert [fit.layer_id for fit in fits if fit.fault] == [2] and "not finite" in fits[1].fault
-    monkeypatch.setattr(rerun, "run_captured", changed(lambda states: states * math.inf))
+    monkeypatch.setattr(compare, "layer_states", changed(lambda states: states * math.inf))
     fits = compare_with_target(cache, RerunConfig(target=str(target), samples=4), Silent())
     assert all("not finite" in fit.fault for fit in fits)
     said = CliRunner().invoke(app, ["verify", str(cache), "--target", str(target), "--json", "--quiet"])

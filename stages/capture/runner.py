@@ -1,0 +1,166 @@
+"""The target's forwards over samples: micro-batches within the token budget, to codes in a shard's buffer.
+
+Axes: B sequences, S positions, N real tokens of a micro-batch, T token slots, L captured layers, H hidden size.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.identity import differences, refuse_differences
+from dflash_offline.schemas.manifest import Layout
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.encode import FeatureEncoder
+from dflash_offline.stages.capture.inputs import ChosenTarget, target_identity
+from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, ShardBuffer, token_statistics
+from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.target.model import layer_states, load_as_configured
+
+_CACHED_BYTES = 1 << 20
+"""Float32 features that a CPU encodes and measures at once: more of them leave its cache and take fresh memory."""
+
+
+def micro_batches(samples: SampleTable, members: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Yield samples in length-sorted groups within the token budget of a forward: `batch_tokens` padded tokens.
+
+    A sample that is longer than the budget makes a group of its own.
+    """
+    ordered = members[np.argsort(-samples.num_tokens[members], kind="stable")]
+    while len(ordered):
+        count = max(1, batch_tokens // int(samples.num_tokens[ordered[0]]))
+        yield ordered[:count]
+        ordered = ordered[count:]
+
+
+def pad_sequences(samples: SampleTable, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the samples' tokens, [B, S], padded on the right with zeros."""
+    padded = np.zeros((len(batch), int(samples.num_tokens[batch].max())), np.int64)
+    for sequence, sample in zip(padded, batch.tolist(), strict=True):
+        sequence[: samples.num_tokens[sample]] = samples.input_ids(sample)
+    return padded
+
+
+def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int) -> NDArray[np.int64]:
+    """Return members evenly spread over the plan that hold about `num_tokens` tokens, or all of them."""
+    count = int(np.ceil(num_tokens / max(samples.num_tokens[members].mean(), 1)))
+    return members[np.unique(np.linspace(0, len(members) - 1, min(count, len(members))).round().astype(np.int64))]
+
+
+class TargetRunner:
+    """Runs the target over samples; on a GPU the copies to the host go on a stream of their own."""
+
+    def __init__(self, model: Any, device: torch.device, layer_ids: list[int], batch_tokens: int) -> None:
+        self.model = model
+        self.device = device
+        self.layer_ids = layer_ids
+        self.batch_tokens = batch_tokens
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def buffer(self, layout: Layout, fill: int) -> ShardBuffer:
+        """Return a new shard buffer."""
+        return ShardBuffer.empty(layout, fill, pinned=self._stream is not None)
+
+    def run_shard(
+        self,
+        samples: SampleTable,
+        members: NDArray[np.int64],
+        encoder: FeatureEncoder,
+        buffer: ShardBuffer,
+        progress: Callable[[int], None],
+    ) -> QueuedShard:
+        """Queue the forwards of a shard's samples; the result depends on the plan and the target alone.
+
+        `progress` is called with the tokens of each micro-batch.
+        """
+        batches = []
+        for batch in micro_batches(samples, members, self.batch_tokens):
+            codes, statistics = self.run_batch(samples, batch, encoder)
+            batches.append((batch, self._copy(samples, batch, codes, statistics, buffer)))
+            progress(int(samples.num_tokens[batch].sum()))
+        copied = None if self._stream is None else self._stream.record_event()
+        return QueuedShard(buffer, samples, self.layer_ids, batches, copied)
+
+    @torch.inference_mode()
+    def run_batch(
+        self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of one micro-batch.
+
+        Both lie on the device and hold the real tokens of its samples, in order.
+        """
+        padded = torch.from_numpy(pad_sequences(samples, batch))
+        lengths = samples.num_tokens[batch]
+        index = torch.from_numpy(np.flatnonzero(np.arange(padded.shape[1]) < lengths[:, None]))
+        real = index.to(self.device)  # before the forward: behind it, the copy would wait for it
+        try:
+            return self._encode(layer_states(self.model, padded.to(self.device), self.layer_ids), real, encoder)
+        except torch.OutOfMemoryError as error:
+            raise DflashError(
+                f"{self.device} has too little memory for a forward of {list(padded.shape)} tokens. Lower "
+                f"--batch-tokens in a new --out, or spread the target with --device-map auto."
+            ) from error
+
+    def _encode(self, states: list[Tensor], real: Tensor, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
+        """Return codes and statistics of the real tokens, whose places in the states [B, S, H] are given."""
+        shape = (len(real), len(states), states[0].shape[-1])
+        codes = torch.empty(shape, dtype=torch.int16, device=self.device)
+        statistics = torch.empty((*shape[:2], len(TOKEN_STATISTICS)), dtype=torch.float32, device=self.device)
+        step = len(real) if self._stream is not None else max(1, _CACHED_BYTES // (4 * shape[-1]))
+        for layer, state in enumerate(states):
+            here = real.to(state.device)
+            for part in (slice(begin, begin + step) for begin in range(0, len(real), step)):
+                tokens = state.flatten(0, 1).index_select(0, here[part]).to(self.device)
+                codes[part, layer] = encoder.encode(tokens, layer)
+                token_statistics(tokens, codes[part, layer], encoder, layer, statistics[part, layer])
+        return codes, statistics
+
+    def _copy(
+        self, samples: SampleTable, batch: NDArray[np.int64], codes: Tensor, statistics: Tensor, buffer: ShardBuffer
+    ) -> Tensor:
+        """Copy each sample's codes to its slots; returns the statistics in host memory."""
+        begins = samples.start[batch] % len(buffer.codes)
+        parts = codes.split(samples.num_tokens[batch].tolist())
+        if self._stream is None:
+            for begin, part in zip(begins.tolist(), parts, strict=True):
+                buffer.codes[begin : begin + len(part)] = part
+            return statistics
+        kept = torch.empty(statistics.shape, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for begin, part in zip(begins.tolist(), parts, strict=True):
+                buffer.codes[begin : begin + len(part)].copy_(part, non_blocking=True)
+            kept.copy_(statistics, non_blocking=True)
+        for tensor in (codes, statistics):  # their memory is the copying stream's until it is done
+            tensor.record_stream(self._stream)
+        return kept
+
+
+def load_runner(
+    config: ExtractConfig, target: ChosenTarget, identity: dict[str, Any], progress: Progress
+) -> TargetRunner:
+    """Return the target, loaded and checked to be one that a draft can be served with.
+
+    Raises `MismatchError` if its files are no longer those of `identity`, which were hashed before.
+    """
+    model = load_as_configured(target.files, config, target.dtype, target.device, progress)
+    refuse_differences(
+        f"{target.files.folder} changed while the target was loaded from it",
+        differences(identity, target_identity(config, target)),
+        ("before", "now"),
+        "Repeat the command when nobody writes there any more.",
+    )
+    return TargetRunner(model, target.device, list(target.layer_ids), config.batch_tokens)
+
+
+def free_dropped_memory(device: torch.device) -> None:
+    """Give back the memory of a target that nothing refers to any more, so that other processes can have it."""
+    gc.collect()  # hooks of a quantized target hold their modules, which hold them
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
