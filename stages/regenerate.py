@@ -43,14 +43,14 @@ class Regenerated:
 
     out: Path
     num_rows: int
-    """Of the new file."""
+    """Rows of the new file."""
     num_answers: int
     left_out: dict[str, int]
-    """Rows by the reason for which they are not in it."""
+    """Number of rows that are not in it, by reason."""
     num_answers_now: int
     """Answers that this call got; the rest was there before."""
     seconds: float
-    """Spent on them."""
+    """Seconds that these answers took."""
 
     @property
     def rejects(self) -> Path:

@@ -70,8 +70,8 @@ class Journal:
 
 
 def _line(dialogue: Dialogue, answer: Answer) -> bytes:
-    said = {name: value for name, value in asdict(answer).items() if value}
-    content = json.dumps({"row": dialogue.index, **said}).encode()
+    fields = {name: value for name, value in asdict(answer).items() if value}
+    content = json.dumps({"row": dialogue.index, **fields}).encode()
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 

@@ -149,7 +149,7 @@ class LocalAnswerer:
             seeds = [own_seed(config.seed, dialogue.index, turn) for dialogue, _ in batch]
             processors.append(OwnDraws(SamplingRule(temperature=config.temperature, top_p=config.top_p), seeds))
         try:
-            made = self.model.generate(
+            generated = self.model.generate(
                 input_ids=ids_BS.to(self.model.device),
                 attention_mask=real_BS.to(self.model.device),
                 max_new_tokens=most,
@@ -160,7 +160,7 @@ class LocalAnswerer:
                 f"{len(batch)} rows of up to {width + most} tokens do not fit the device's memory. Start anew with a "
                 f"smaller --batch-rows or --max-new-tokens, into another --out."
             ) from error
-        new: list[list[int]] = made[:, width:].tolist()
+        new: list[list[int]] = generated[:, width:].tolist()
         return new
 
     def _read(self, ids: list[int], turn: int) -> Answer:

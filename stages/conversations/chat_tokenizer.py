@@ -38,10 +38,13 @@ class Encoded:
         return self._run((self.ends > begin) & (self.begins < end))
 
     def _run(self, chosen: NDArray[np.bool_]) -> slice:
-        """Return the tokens from the first chosen one to the last; those that stand for nothing choose no end: a
-        tokenizer that trims places leaves blanks without one, within an answer as well as around it."""
-        found = np.flatnonzero(chosen & (self.ends > self.begins))
-        return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0)
+        """Return the tokens from the first chosen one to the last.
+
+        Tokens that stand for no character are neither the first nor the last: a tokenizer that trims places gives
+        blanks none, within an answer as well as around it.
+        """
+        places = np.flatnonzero(chosen & (self.ends > self.begins))
+        return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0)
 
 
 class ChatTokenizer:
@@ -66,7 +69,7 @@ class ChatTokenizer:
 
     @property
     def portable(self) -> bool:
-        """Whether it can be sent to a process that has not loaded the tokenizer's own classes."""
+        """Whether this can be sent to a process that has not loaded the tokenizer's own classes."""
         return self._own is None
 
     def render(self, messages: Sequence[Any], tools: Any = None, *, prompt: bool = False, plain: bool = False) -> str:
@@ -84,8 +87,8 @@ class ChatTokenizer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation's text, and begin and end of what stands in the template's generation tags."""
         if not plain or not self._is_plain:
-            rendered, found = self._convert_and_render(messages, tools, return_assistant_tokens_mask=True)
-            return rendered[0], found[0]
+            texts, spans_of = self._convert_and_render(messages, tools, return_assistant_tokens_mask=True)
+            return texts[0], spans_of[0]
         template = _compiled(self._templates[tools is not None])
         blocks, spans = list[str](), list[tuple[int, int]]()
         with template.environment.activate_tracker(blocks, spans):
@@ -99,7 +102,7 @@ class ChatTokenizer:
 
     def _convert_and_render(self, messages: Sequence[Any], tools: Any, **settings: bool) -> tuple[list[str], Any]:
         tools = tools or self._tools
-        made: tuple[list[str], Any] = render_jinja_template(
+        rendered: tuple[list[str], Any] = render_jinja_template(
             [messages],
             tools=tools,
             documents=self._documents,
@@ -107,7 +110,7 @@ class ChatTokenizer:
             **settings,
             **self._variables,
         )
-        return made
+        return rendered
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens, special ones included."""
@@ -122,14 +125,16 @@ class ChatTokenizer:
             self.backend.encode_special_tokens = self._split_special
         if self._pieces is None or (add_special_tokens and not self._adds_none):
             whole = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-            return [_encoded(made.ids, made.offsets) for made in whole]
+            return [_encoded(encoding.ids, encoding.offsets) for encoding in whole]
         quick = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [self._placed(text, made.ids) for text, made in zip(texts, quick, strict=True)]
+        return [self._placed(text, encoding.ids) for text, encoding in zip(texts, quick, strict=True)]
 
     def _placed(self, text: str, tokens: list[int]) -> Encoded:
-        """Return the places of a text's tokens by the bytes that each spells: to have the library keep track of them
-        costs half as much again as the tokens themselves. Where the tokens together spell another text, as after a
-        normalizer that changes it, the library is asked after all."""
+        """Return a text's tokens and their places, by the bytes that each token spells.
+
+        To have the library keep track of places costs half as much again as the tokens themselves. Where the tokens
+        together spell another text, as after a normalizer that changes it, the library is asked after all.
+        """
         assert self._pieces is not None and self._num_bytes is not None
         content = text.encode()
         if b"".join([self._pieces[token] for token in tokens]) != content:
@@ -160,8 +165,8 @@ def _encoded(ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
 
 
 def _from_mapping(tokenizer: Any, text: str, add_special_tokens: bool) -> Encoded:
-    made = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    return _encoded(made["input_ids"], made["offset_mapping"])
+    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    return _encoded(encoding["input_ids"], encoding["offset_mapping"])
 
 
 def _encodes_its_own_way(tokenizer: Any) -> bool:
@@ -182,7 +187,7 @@ def _byte_pieces(backend: Tokenizer) -> list[bytes] | None:
     if model.get("type") != "BPE" or decoder.get("type") != "ByteLevel" or any(s.get("trim_offsets") for s in steps):
         return None
     vocabulary: dict[str, int] = model["vocab"]
-    added: dict[int, str] = {one["id"]: one["content"] for one in document["added_tokens"]}
+    added: dict[int, str] = {token["id"]: token["content"] for token in document["added_tokens"]}
     pieces = [_NO_TEXT] * (1 + max([*vocabulary.values(), *added], default=0))
     byte_of = {character: byte for byte, character in enumerate(_BYTE_CHARACTERS)}
     for token, index in vocabulary.items():
@@ -202,4 +207,4 @@ def _byte_characters() -> list[str]:
 
 _BYTE_CHARACTERS = _byte_characters()
 _NO_TEXT = b"\xff"
-"""Of tokens that spell none: no text holds this byte."""
+"""The bytes of a token that spells no text: no text holds this byte."""

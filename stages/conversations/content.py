@@ -156,23 +156,23 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise RowFaultError(f"has {place}.role {shown(role)}; expected one of {', '.join(ROLES)}")
-    made = {key: item for key, item in message.items() if item is not None}
-    calls = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(_list(made, "tool_calls", place))]
-    made.pop("tool_calls", None)
-    content = made.get("content", "" if calls and role == "assistant" else None)
+    turn = {key: item for key, item in message.items() if item is not None}
+    calls = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(_list(turn, "tool_calls", place))]
+    turn.pop("tool_calls", None)
+    content = turn.get("content", "" if calls and role == "assistant" else None)
     if isinstance(content, list):
         content = "".join(_part(part, f"{place}.content[{i}]") for i, part in enumerate(content))
-    content = made["content"] = _text(content, f"{place}.content")
+    content = turn["content"] = _text(content, f"{place}.content")
     if calls and role == "assistant":
-        made["tool_calls"] = calls
+        turn["tool_calls"] = calls
     elif calls:
         raise RowFaultError(f"has {place}.tool_calls on a message of role {role}; expected them on the assistant's")
     elif not content.strip():
         raise RowFaultError(f"has an empty {place}.content ({role})")
-    reasoning = next((made[key] for key in REASONING_KEYS if key in made), None)
+    reasoning = next((turn[key] for key in REASONING_KEYS if key in turn), None)
     if reasoning is not None:
-        made |= dict.fromkeys(REASONING_KEYS, _text(reasoning, f"{place}.{REASONING_KEYS[0]}"))
-    return made
+        turn |= dict.fromkeys(REASONING_KEYS, _text(reasoning, f"{place}.{REASONING_KEYS[0]}"))
+    return turn
 
 
 def _text(value: Any, place: str) -> str:
@@ -248,8 +248,8 @@ def _sharegpt(value: dict[str, Any]) -> Chat:
         speaker = turn["from"]
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowFaultError(f"has {place}.from {shown(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
-        said = {"content": turn.get("value"), **{key: turn.get(key) for key in REASONING_KEYS}}
-        messages.append(_message({"role": SHAREGPT_ROLES[speaker], **said}, place))
+        content = {"content": turn.get("value"), **{key: turn.get(key) for key in REASONING_KEYS}}
+        messages.append(_message({"role": SHAREGPT_ROLES[speaker], **content}, place))
     return Chat(messages, _tools(value))
 
 

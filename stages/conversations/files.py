@@ -115,7 +115,7 @@ def identify(path: Path, *, name: str = "", container: str | None = None) -> Dat
     try:
         container = container or _container(path)
     except _STREAM_FAULTS as error:
-        raise BadInputError(f"{path} cannot be read: {_said(error)}. Name a file of conversations.") from error
+        raise BadInputError(f"{path} cannot be read: {first_line(error)}. Name a file of conversations.") from error
     return DataFile(path, utf8_name(name or path.name), container)
 
 
@@ -134,14 +134,15 @@ def read_raw_rows(file: DataFile) -> Iterator[RawRow]:
             yield RawRow(file, line, content, fault)
     except (*_STREAM_FAULTS, ValueError, RecursionError) as error:
         raise BadInputError(
-            f"{file.path} cannot be read as {file.container} after row {line}: {_said(error)}. "
+            f"{file.path} cannot be read as {file.container} after row {line}: {first_line(error)}. "
             f"Get the whole file, or name its kind with --input-format."
         ) from error
 
 
-def _said(error: BaseException) -> str:
-    said = str(getattr(error, "strerror", None) or error).splitlines()
-    return said[0][:200].rstrip(".") if said else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line without a full stop."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0][:200].rstrip(".!") if lines else type(error).__name__
 
 
 def _open(path: Path) -> BinaryIO:
@@ -195,11 +196,11 @@ class _Decoder:
         self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
+        value = dict(pairs)
+        if len(value) < len(pairs):
             names = [name for name, _ in pairs]
             self.doubled.append(next(name for name in names if names.count(name) > 1))
-        return made
+        return value
 
     def decode(self, text: str, at: int = 0) -> tuple[Any, int, str]:
         """Return the value that begins at `at`, where it ends, and its fault."""
@@ -234,7 +235,7 @@ def _line(content: bytes) -> tuple[Any, str]:
     except RecursionError:
         return None, _TOO_DEEP
     except ValueError as error:
-        return None, f"is not JSON ({_said(error)})"
+        return None, f"is not JSON ({first_line(error)})"
     return value, fault
 
 
@@ -278,9 +279,9 @@ def _json(path: Path) -> NumberedRows:
 
 
 def _end_of_blanks(text: str, at: int) -> int:
-    found = _BLANKS.match(text, at)
-    assert found is not None
-    return found.end()
+    blanks = _BLANKS.match(text, at)
+    assert blanks is not None
+    return blanks.end()
 
 
 def _refuse_more(text: str, end: int) -> None:
@@ -337,7 +338,7 @@ def _value(batch: pa.RecordBatch) -> tuple[Any, str]:
         batch.validate(full=True)
         return batch.to_pylist()[0], ""
     except (UnicodeDecodeError, pa.ArrowInvalid) as error:
-        return None, f"is damaged ({_said(error)})"
+        return None, f"is damaged ({first_line(error)})"
 
 
 def _without_nulls(value: Any) -> Any:

@@ -252,12 +252,13 @@ def _rewritten(turn: int, when: str) -> UnmaskableError:
 
 def _reasoning(content: Chat | Text, text: str, mask: NDArray[np.bool_], encoded: Encoded) -> Iterator[tuple[int, int]]:
     """Yield where, in characters, the supervised part of a text is reasoning."""
-    said = [] if isinstance(content, Text) else [message.get("reasoning_content", "") for message in content.messages]
+    messages = [] if isinstance(content, Text) else content.messages
+    apart = [message.get("reasoning_content", "").strip() for message in messages]
     for first, last in supervised_runs(mask):
         begin, end = int(encoded.begins[first]), int(encoded.ends[last - 1])
         for match in _REASONING.finditer(text[begin:end]):
             yield begin + match.start(), begin + match.end()
-        for reasoning in filter(None, map(str.strip, said)):
+        for reasoning in filter(None, apart):
             at = text.find(reasoning, begin, end)
             if at >= 0:
                 yield at, at + len(reasoning)

@@ -29,7 +29,7 @@ class Prompt:
     """Functions that the conversation's target may call."""
     text: str | None = None
     kind: str | None = None
-    """Group for the figures."""
+    """Group that statistics are given for."""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:

@@ -21,6 +21,7 @@ from dflash_offline.stages.conversations.files import (
     DataFile,
     RawRow,
     Row,
+    first_line,
     identify,
     num_arrow_rows,
     read_raw_rows,
@@ -39,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How rows are written, where it is not to be found out."""
+    """The format of the data as the user names it; None where it is found out."""
 
     container: str | None = None
     row_format: str | None = None
@@ -81,9 +82,8 @@ class Data:
     ) -> None:
         """Raise `BadInputError`, with the advice, if a file is another than when it was looked up: its hash and its
         rows, read one after the other, may then be of different content."""
-        changed = [
-            file.path for file, before in zip(self._files, self._states, strict=True) if _state(file.path) != before
-        ]
+        before = zip(self._files, self._states, strict=True)
+        changed = [file.path for file, state in before if _state(file.path) != state]
         if changed:
             raise BadInputError(f"{', '.join(map(str, changed))} changed while being read. {advice}")
 
@@ -117,12 +117,12 @@ class Data:
 
     def _mixed(self, readers: list[Iterator[RawRow]], weights: Sequence[float]) -> Iterator[RawRow]:
         chance = random.Random(f"{self.config.seed} mix")
-        open_ones = list(range(len(readers)))
-        while open_ones:
-            chosen = chance.choices(open_ones, [weights[i] for i in open_ones])[0]
+        unread = list(range(len(readers)))
+        while unread:
+            chosen = chance.choices(unread, [weights[i] for i in unread])[0]
             row = next(readers[chosen], None)
             if row is None:
-                open_ones.remove(chosen)
+                unread.remove(chosen)
             else:
                 yield row
 
@@ -249,8 +249,9 @@ def _hub(place: str) -> list[DataFile]:
         if sum(len(file.rows or ()) for file in files) != len(dataset):
             raise ValueError("its Arrow files hold other rows than the slice")
     except Exception as error:  # whatever the library and the dataset provoke
-        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
-        raise BadInputError(f"The dataset {place} cannot be loaded: {said}. Check the id, or give files.") from error
+        raise BadInputError(
+            f"The dataset {place} cannot be loaded: {first_line(error)}. Check the id, or give files."
+        ) from error
     return files
 
 

@@ -114,11 +114,11 @@ class TargetFiles:
             settings = json.loads(path.read_text()) if path.is_file() else {}
         except ValueError as error:
             raise DflashError(f"{path} is not JSON: {error}. Restore it, or remove it.") from error
-        found: set[int] = set()
+        ids: set[int] = set()
         declared = getattr(self.text_config, "eos_token_id", None)
-        for ids in (settings.get("eos_token_id"), declared, self.tokenizer.eos_token_id):
-            found |= set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
-        return found
+        for named in (settings.get("eos_token_id"), declared, self.tokenizer.eos_token_id):
+            ids |= set(named) if isinstance(named, list) else set() if named is None else {named}
+        return ids
 
     def identity(self) -> dict[str, Any]:
         """Return the hashes that say which target this is: config, weights, tokenizer and chat template."""

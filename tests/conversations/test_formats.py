@@ -22,7 +22,9 @@ from tiny_target import conversations
 
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.files import Row, identify, read_rows
+from dflash_offline.schemas.settings.option import options
+from dflash_offline.stages.conversations import content
+from dflash_offline.stages.conversations.files import CONTAINERS, Row, identify, read_rows
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan
 from dflash_offline.stages.conversations.sources import Data
@@ -206,6 +208,12 @@ def test_a_format_can_be_forced(tmp_path: Path, encoders: dict[str, Conversation
         planned(encoders["assistant"], path, input_format="parquet")
     with pytest.raises(BadInputError, match=r"xml.*expected one of json, jsonl"):
         planned(encoders["assistant"], path, input_format="xml")
+
+
+def test_help_and_completion_of_the_option_name_every_format() -> None:
+    option = options(ExtractConfig)["input_format"]
+    assert sorted(option.completions) == sorted((*CONTAINERS, *content.ROW_FORMATS))
+    assert all(re.search(rf"\b{name}\b", option.help) for name in option.completions)
 
 
 def test_columns_without_rows_are_not_read_and_nulls_are_no_keys(tmp_path: Path) -> None:
