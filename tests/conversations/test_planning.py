@@ -282,7 +282,7 @@ _ENDLESS = """
 import sys
 from itertools import cycle
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:] = {path!r}
 from test_planning import *
 folder = Path({folder!r})
 config = settings(folder, write_hostile(folder / "a.jsonl", 200))
@@ -298,7 +298,7 @@ for count, _ in enumerate(tokenize_rows(cycle(rows), worker, 2)):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, end: signal.Signals) -> None:
-    script = _ENDLESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = _ENDLESS.format(path=sys.path, folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         started = [int(pid) for pid in process.stdout.readline().split()]
