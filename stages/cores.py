@@ -17,5 +17,5 @@ def usable_cores() -> int:
 
 
 def limit_threads() -> None:
-    """Have numeric libraries that are loaded from now on use no more threads than that, unless the user says."""
+    """Limit numeric libraries that are loaded from now on to one thread a usable core, unless the user set a number."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))

@@ -1,1 +1,1 @@
-"""Batches of the plan through the target, to the codes of a shard; by one process or several workers."""
+"""Filling a cache: its inputs and creation, the target's forwards over its samples, their encoding, the workers."""
