@@ -20,7 +20,7 @@ writes nonsense.
 - Weights: bfloat16.
 
 ## Data
-Generated conversations, see `conversations.py` beside this folder: fourteen kinds, several wordings each, closed
+Generated conversations (`tests/embedded_target/conversations.py`): fourteen kinds, several wordings each, closed
 vocabularies, no text from anywhere else. One in twenty contents is held out by a hash of what the prompt says, whatever
 its wording. All kinds but `letter` and `story` have one right answer.
 
@@ -40,10 +40,11 @@ turns follow the target's own earlier answers. NLL is that of the target's own a
 $table
 
 ## How to make it again
+From the repository's own folder, with its environment on the path:
 ```bash
-cd pipeline/embedded
+export PYTHONPATH=tests
 $commands
-python -m embedded_target.measure --num $num --seed $measure_seed --card
+python -m embedded_target.measure --target target --num $num --seed $measure_seed --card
 ```
 Another machine, or another number of processes, rounds sums in another order and so gives slightly other weights, and
 some other answers.

@@ -7,17 +7,25 @@
 
 import argparse
 import json
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from embedded_target.answer import Answered, answer, load
+import torch
 from embedded_target.card import CARD, recipe_text
-from embedded_target.conversations import check, generate
+from embedded_target.conversations import Conversation, Message, check, generate
+from embedded_target.train_target import encode
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflash_offline.pipeline.demo import TARGET
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.stages.regenerate import regenerate
+
+MAX_NEW_TOKENS = 256
 
 
 @dataclass(kw_only=True)
@@ -38,24 +46,50 @@ class Tally:
         )
 
 
-def tally(everything: Iterable[Answered]) -> dict[str, Tally]:
-    """Return the counts by kind, and over all kinds under "all". An unfinished answer is neither well formed nor right.
+def answer(target: Path, conversations: list[Conversation]) -> list[list[Message] | None]:
+    """Return the conversations' messages with the target's greedy answers; None where one of them does not end."""
+    with tempfile.TemporaryDirectory() as name:
+        asked, answered = Path(name) / "references.jsonl", Path(name) / "answers.jsonl"
+        asked.write_text("".join(json.dumps(one.record()) + "\n" for one in conversations))
+        settings = {"data": (asked,), "out": answered, "target": str(target), "device": "cpu"}
+        regenerate(RegenerateConfig(**settings, max_new_tokens=MAX_NEW_TOKENS))
+        rows = [json.loads(line) for line in answered.read_text().splitlines()]
+    by_line = {int(row["source"].rpartition(":")[2]): row["messages"] for row in rows}
+    return [by_line.get(line) for line, _ in enumerate(conversations, 1)]
 
-    The turns that follow an unfinished answer are not asked and not counted.
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Return the target in float32 and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def likelihood(model: Any, tokenizer: Any, messages: list[Message]) -> list[float]:
+    """Return the negative log-likelihood of each token of the answers, ends of turn included, in nats."""
+    ids, said = encode(tokenizer, tuple(messages))
+    logits_SV = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    losses: list[float] = cross_entropy(logits_SV, torch.tensor(ids[1:]), reduction="none").tolist()
+    return [loss for loss, mine in zip(losses, said[1:], strict=True) if mine]
+
+
+def tally(target: Path, conversations: list[Conversation]) -> dict[str, Tally]:
+    """Return the counts by kind, and over all kinds under "all".
+
+    Where an answer does not end, no answer of its conversation is well formed or right, nor are its tokens counted.
     """
     counts: defaultdict[str, Tally] = defaultdict(Tally)
-    for one in everything:
-        indices = [i for i, message in enumerate(one.messages) if message["role"] == "assistant"]
-        for name in (one.conversation.kind, "all"):
-            count = counts[name]
-            count.tokens += len(one.nll)
-            count.nll += sum(one.nll)
-            for i in indices:
-                unfinished = one.failure is not None and i == indices[-1]
-                good, right = check(one.conversation, i, one.messages[i]["content"])
-                count.answers += 1
-                count.well_formed += good and not unfinished
-                count.correct += right and not unfinished
+    model, tokenizer = load(target)
+    for one, messages in zip(conversations, answer(target, conversations), strict=True):
+        losses = [] if messages is None else likelihood(model, tokenizer, messages)
+        answers = [i for i, message in enumerate(one.messages) if message["role"] == "assistant"]
+        checked = [(False, False) if messages is None else check(one, i, messages[i]["content"]) for i in answers]
+        for count in (counts[one.kind], counts["all"]):
+            count.tokens += len(losses)
+            count.nll += sum(losses)
+            count.answers += len(checked)
+            count.well_formed += sum(good for good, _ in checked)
+            count.correct += sum(right for _, right in checked)
     return dict(counts)
 
 
@@ -73,8 +107,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--card", action="store_true", help="write the model card into the target folder")
     args = parser.parse_args()
-    model, tokenizer = load(args.target)
-    counts = tally(answer(model, tokenizer, islice(generate("heldout", args.seed), args.num)))
+    counts = tally(args.target, list(islice(generate("heldout", args.seed), args.num)))
     print(table(counts))
     if args.card:
         recipe = json.loads((args.target / "recipe.json").read_text())

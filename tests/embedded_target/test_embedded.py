@@ -1,6 +1,9 @@
 """The embedded target: its folder, its template, the conversations it ships with, and their generator."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -8,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from embedded_target.answer import answer, greedy, load
 from embedded_target.conversations import KINDS, Conversation, Split, check, generate
-from embedded_target.measure import table, tally
+from embedded_target.measure import answer, likelihood, load, table, tally
 from embedded_target.target_tokenizer import MASK, SPECIAL, TURN_END, VOCAB_SIZE, train_tokenizer
 from embedded_target.train_target import Recipe, batches, rate, weighted_loss, work
 
@@ -151,16 +153,20 @@ def test_reference_answers_pass_their_own_check_and_mutations_do_not() -> None:
                 assert check(one, i, "I do not know.") == (False, False), one
 
 
-def test_shipped_answers_are_the_greedy_ones(loaded: tuple[Any, Any], shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_shipped_answers_are_the_greedy_ones_and_likely(
+    loaded: tuple[Any, Any], shipped: dict[str, list[dict[str, Any]]]
+) -> None:
     model, tokenizer = loaded
     free = ("letter", "story")  # where two words may all but tie, and another machine may prefer the other
-    chosen = [one for one in shipped["heldout"] if one["kind"] not in free][:6]
-    together = greedy(model, tokenizer, [one["messages"][:-1] for one in chosen])
-    for one, (ids, nll) in zip(chosen, together, strict=True):
-        [(alone, alone_nll)] = greedy(model, tokenizer, [one["messages"][:-1]])
-        assert alone == ids
-        assert alone_nll == pytest.approx(nll, abs=1e-3)
-        assert tokenizer.decode(ids) == one["messages"][-1]["content"] + TURN_END
+    for one in [one for one in shipped["heldout"] if one["kind"] not in free][:6]:
+        prompt = tokenizer.apply_chat_template(
+            one["messages"][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        made = model.generate(**prompt, max_new_tokens=256, output_logits=True, return_dict_in_generate=True)
+        new = made.sequences[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(new) == one["messages"][-1]["content"] + TURN_END
+        chosen = [-step[0].log_softmax(-1)[token].item() for step, token in zip(made.logits, new, strict=True)]
+        assert likelihood(model, tokenizer, one["messages"])[-len(new) :] == pytest.approx(chosen, abs=1e-3)
 
 
 @pytest.mark.parametrize(("file", "split", "seed"), [(CONVERSATIONS, "train", 1), (PROMPTS, "heldout", 2)])
@@ -186,21 +192,37 @@ def test_shipped_files_are_what_regenerating_the_generated_ones_made(
     assert len(new) == 12 and all(a["messages"] == b["messages"] or a["kind"] in free for a, b in pairs)
 
 
-def test_target_answers_held_out_prompts_in_form_and_often_right(loaded: tuple[Any, Any]) -> None:
-    counts = tally(answer(*loaded, drawn("heldout", 56)))
+def test_target_answers_held_out_prompts_in_form_and_often_right() -> None:
+    counts = tally(TARGET, drawn("heldout", 56))
     total = counts["all"]
     assert total.well_formed >= 0.9 * total.answers and total.correct >= 0.7 * total.answers, table(counts)
     assert sum(counts[kind].answers for kind in counts if kind != "all") == total.answers
 
 
-def test_an_answer_that_does_not_end_is_counted_as_wrong_and_ends_the_conversation(
-    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("embedded_target.answer.MAX_NEW_TOKENS", 3)
-    answered = answer(*loaded, drawn("heldout", 8))
-    assert {one.failure for one in answered} == {"length"}
-    counts = tally(answered)
-    assert counts["all"].answers == 8 and counts["all"].correct == counts["all"].well_formed == 0
+def test_a_conversation_with_an_answer_that_does_not_end_counts_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversations = drawn("heldout", 8)
+    monkeypatch.setattr("embedded_target.measure.MAX_NEW_TOKENS", 45)
+    ended = [messages is not None for messages in answer(TARGET, conversations)]
+    assert any(ended) and not all(ended)
+    total = tally(TARGET, conversations)["all"]
+    turns = [sum(message["role"] == "assistant" for message in one.messages) for one in conversations]
+    assert total.answers == sum(turns)
+    assert total.well_formed <= sum(num for num, whole in zip(turns, ended, strict=True) if whole) and total.tokens
+
+
+@pytest.mark.parametrize("module", ["conversations", "train_target"])
+def test_the_commands_of_the_makefile_start_and_write(module: str, tmp_path: Path) -> None:
+    flags = {"conversations": ["--num", "50", "--split", "train"], "train_target": ["--steps", "2", "--processes", "1"]}
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", f"embedded_target.{module}", "--out", str(out), "--seed", "1", *flags[module]]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run(command, check=True, env=environment)
+    if module == "train_target":
+        assert json.loads((out / "recipe.json").read_text())["steps_done"] == 2
+        assert len(load(out)[1]) == VOCAB_SIZE
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert rows == [one.record() for one in drawn("train", 50, 1)]
 
 
 def test_batches_weigh_answers_fully_prompts_a_little_and_padding_not_at_all(loaded: tuple[Any, Any]) -> None:
