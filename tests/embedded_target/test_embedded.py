@@ -210,7 +210,7 @@ def test_a_conversation_with_an_answer_that_does_not_end_counts_as_wrong(monkeyp
     assert total.well_formed <= sum(num for num, whole in zip(turns, ended, strict=True) if whole) and total.tokens
 
 
-@pytest.mark.parametrize("module", ["conversations", "train_target"])
+@pytest.mark.parametrize("module", ["conversations", pytest.param("train_target", marks=pytest.mark.slow)])
 def test_the_commands_of_the_makefile_start_and_write(module: str, tmp_path: Path) -> None:
     flags = {"conversations": ["--num", "50", "--split", "train"], "train_target": ["--steps", "2", "--processes", "1"]}
     out = tmp_path / "out"
