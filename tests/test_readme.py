@@ -35,3 +35,17 @@ def test_every_make_target_that_is_named_exists() -> None:
     made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in DOCUMENTS:
         assert set(re.findall(r"\bmake ([a-z-]+)", document.read_text())) - {"it"} <= made
+
+
+def test_the_readme_has_a_line_for_every_room_and_no_other() -> None:
+    listed, top = set(), ""
+    for line in (ROOT / "README.md").read_text().split("## The rooms")[1].split("```")[1].splitlines():
+        if folder := re.match(r"( *)(\w+)/ ", line):
+            top = top if folder[1] else folder[2]
+            listed.add(f"{top}/{folder[2]}" if folder[1] else top)
+    rooms = {
+        path.parent.relative_to(ROOT)
+        for top in "schemas stages pipeline".split()
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert listed == {*map(str, rooms), "pipeline/embedded", "tests"}
