@@ -238,7 +238,7 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
 
 
 def _broken(line: str) -> str:
-    """Return a command in lines of 80 columns at most that a shell reads as parameter."""
+    """Return a command in lines of 80 columns at most that a shell reads as one."""
     return " \\\n    ".join(textwrap.wrap(line, 74, break_long_words=False, break_on_hyphens=False))
 
 
@@ -271,4 +271,4 @@ def _grouped(headings: dict[str, str]) -> type[typer.core.TyperCommand]:
 def check_file(path: Path, flag: str) -> None:
     """Raise `DflashError` before any work if a file could not be written there."""
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name parameter.")
+        raise DflashError(f"{flag} {path} is not a file in an existing folder. Name one.")

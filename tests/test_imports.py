@@ -111,3 +111,13 @@ print(try_store().open_shards, not any(package.fault for package in find_package
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.endswith("True\n"), run.stderr
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_no_function_is_over_60_lines_and_no_file_over_400(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno + 1 <= 60, f"{path}: {node.name}"

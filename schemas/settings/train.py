@@ -173,6 +173,11 @@ class TrainConfig:
                 f"weights are {list(self.weights or ())}; expected more than 0 and at most 1: the share of a cache "
                 f"that an epoch takes. To see one cache more often, lower the others' and raise epochs."
             )
+        if self.sliding_layers and self.sliding_window is None:
+            found.append(
+                f"sliding_layers is {','.join(map(str, self.sliding_layers))}, and sliding_window is not given. Name "
+                f"the window of those layers with --sliding-window, or leave --sliding-layers out."
+            )
         refuse("train", found)
 
 

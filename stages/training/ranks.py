@@ -70,12 +70,13 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(rank=0, count=1, device=chosen)
         return
     on_gpu = chosen.type == "cuda"
+    if on_gpu and ":" in device:
+        raise DflashError(
+            f"device is {device!r}, but torchrun started {count} ranks, and each takes a GPU by its own number. "
+            f"Use --device cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    _refuse_other_launcher(["RANK", "MASTER_PORT", *(["LOCAL_RANK"] if on_gpu else [])], count)
     if on_gpu:
-        if ":" in device:
-            raise DflashError(
-                f"device is {device!r}, but torchrun started {count} ranks, and each takes a GPU by its own number. "
-                f"Use --device cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES."
-            )
         chosen, gpus = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
         if chosen.index >= gpus:
             raise DflashError(
@@ -88,3 +89,12 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(rank=dist.get_rank(), count=count, device=chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _refuse_other_launcher(needed: Iterable[str], count: int) -> None:
+    """Raise `DflashError` naming what torchrun sets for each rank and this rank does not have."""
+    if missing := [name for name in needed if name not in os.environ]:
+        raise DflashError(
+            f"WORLD_SIZE says that {count} ranks train together, but {', '.join(missing)} is not set; expected what "
+            f"torchrun sets for each rank. Start the ranks with torchrun, or set it as torchrun does."
+        )

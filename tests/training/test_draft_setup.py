@@ -23,5 +23,5 @@ def test_a_window_holds_for_every_draft_layer_unless_some_are_named(cache: Path)
 
 
 def test_sliding_layers_without_a_window_are_refused(cache: Path) -> None:
-    with pytest.raises(DflashError, match="sliding_window is absent"):
+    with pytest.raises(DflashError, match=r"sliding_layers is 0, and sliding_window is not given.*--sliding-window"):
         config_of(cache, sliding_layers=(0,))

@@ -153,3 +153,13 @@ def test_ranks_of_torchrun_refuse_the_number_of_one_gpu(monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined_ranks("cuda:1") as ranks:  # one rank alone may be sent anywhere
         assert ranks.device == torch.device("cuda", 1)
+
+
+def test_ranks_of_a_launcher_that_numbers_them_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(DflashError, match=r"LOCAL_RANK is not set.*torchrun"), joined_ranks("cuda"):
+        pass
