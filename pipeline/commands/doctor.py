@@ -40,6 +40,7 @@ def doctor(
             "MODEL",
         ),
     ] = None,
+    hub: Annotated[bool, Option("See whether the model hub answers as well.", "What is looked at", "free")] = False,
     json_: Json = False,
     log_format: LogFormatOption = LogFormat.text,
     quiet: Quiet = False,
@@ -48,7 +49,7 @@ def doctor(
     with reported(quiet=quiet, log_format=log_format) as progress:
         from dflash_offline.pipeline.doctor.examine import examine
 
-        found = examine(out, target, progress)
+        found = examine(out, target, hub, progress)
         print(found.to_json()) if json_ else _print(found, out)
         if not found.sound:
             raise typer.Exit(1)

@@ -1,7 +1,9 @@
 """`dflash doctor`: what this machine has and does, what is wrong with it, and what to do about that."""
 
 import json
+import os
 import platform
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress, readable_bytes
 
 _LITTLE_BYTES = 1 << 30
+_HUB_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,8 @@ class Examination:
         return json.dumps({**asdict(self), "sound": self.sound}, indent=1)
 
 
-def examine(out: Path, target: str | None, progress: Progress) -> Examination:
-    """Look at everything, and at a target if one is named; takes half a minute, and leaves nothing behind."""
+def examine(out: Path, target: str | None, hub: bool, progress: Progress) -> Examination:
+    """Look at everything, a target if one is named, and the hub if asked; takes half a minute, and leaves nothing behind."""
     if out.exists() and not out.is_dir():
         raise DflashError(f"--out {out} is not a folder. Name the folder in which caches and runs will be.")
     progress.start("Examining", 3, "parts")
@@ -79,7 +82,10 @@ def examine(out: Path, target: str | None, progress: Progress) -> Examination:
         disk=disk,
         store=store,
         trials=trials,
-        findings=[*_package_findings(packages), *_disk_findings(disk), *broken, *_trial_findings(trials)],
+        findings=[
+            *(*_package_findings(packages), *_disk_findings(disk), *broken, *_trial_findings(trials)),
+            *(_hub_findings() if hub else ()),
+        ],
     )
 
 
@@ -106,3 +112,12 @@ def _trial_findings(trials: list[Trial]) -> Iterator[Finding]:
     for trial in trials:
         if trial.error:
             yield Finding(needed=trial.needed, what=f"{trial.name}: {trial.error}.", do=trial.do)
+
+
+def _hub_findings() -> Iterator[Finding]:
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_HUB_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        what = f"{address} does not answer ({getattr(error, 'reason', None) or error})."
+        yield Finding(needed=False, what=what, do="Name folders instead of hub ids, or set HF_ENDPOINT.")

@@ -100,6 +100,13 @@ def test_locks_that_do_not_hold_are_noticed(tmp_path: Path, monkeypatch: pytest.
     assert code == 0 and "Locks do not hold" in found["findings"][0]["what"]
 
 
+def test_a_hub_that_does_not_answer_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    code, found = found_in(tmp_path, "--hub")
+    assert code == 0 and ["http://127.0.0.1:1 does not answer" in note["what"] for note in found["findings"]] == [True]
+    assert found_in(tmp_path)[1]["findings"] == []
+
+
 def read_under_a_limit(cache: Path, limit: int) -> None:
     """Read every sample, then compare the shard files that are open with what the doctor says and prints."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
