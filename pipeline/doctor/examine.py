@@ -58,7 +58,7 @@ class Examination:
 
 
 def examine(out: Path, target: str | None, hub: bool, progress: Progress) -> Examination:
-    """Look at everything, a target if one is named, and the hub if asked; takes half a minute, and leaves nothing behind."""
+    """Look at everything, a target if one is named and the hub if asked, for half a minute; leaves nothing behind."""
     if out.exists() and not out.is_dir():
         raise DflashError(f"--out {out} is not a folder. Name the folder in which caches and runs will be.")
     progress.start("Examining", 3, "parts")
