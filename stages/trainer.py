@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import FULL, AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
+from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS, LOSSES
 from dflash_offline.stages.draft.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
-from dflash_offline.stages.draft.attention import ATTENTION_BACKENDS, Blocks, dense_mask, flex_mask, tiled_mask
+from dflash_offline.stages.draft.attention import Blocks, dense_mask, flex_mask, tiled_mask
 from dflash_offline.stages.draft.model import DraftModel, Masks
 from dflash_offline.stages.draft.objective import (
-    LOSS_TYPES,
     accepted_prefix,
     default_chunk_slots,
     dpace_weights,
@@ -297,8 +297,8 @@ class DFlashTrainerModule(nn.Module):
             problems.append(f"head_chunk_slots is {self.head_chunk_slots}; expected at least 1.")
         if self.attention_backend not in ATTENTION_BACKENDS:
             problems.append(f"attention_backend is {self.attention_backend!r}; expected one of {ATTENTION_BACKENDS}.")
-        if self.loss_type not in LOSS_TYPES:
-            problems.append(f"loss_type is {self.loss_type!r}; expected one of {LOSS_TYPES}.")
+        if self.loss_type not in LOSSES:
+            problems.append(f"loss_type is {self.loss_type!r}; expected one of {LOSSES}.")
         if self.loss_decay_gamma is not None and not self.loss_decay_gamma > 0:
             problems.append(f"loss_decay_gamma is {self.loss_decay_gamma}; expected more than 0, or None for no decay.")
         if not 0 <= self.dpace_alpha <= 1:

@@ -20,6 +20,8 @@ from dflash_offline.schemas.settings.option import (
 )
 from dflash_offline.schemas.settings.shared import DEVICE
 
+LOSSES = ("dflash", "dpace")
+ATTENTION_BACKENDS = ("flex_attention", "sdpa", "eager")
 MAX_EPOCHS = 1_000_000
 """Passes over the samples; far above any run, and few enough to count the steps of."""
 _CHECKPOINTS = "Validation and checkpoints"
@@ -91,7 +93,7 @@ class TrainConfig:
         "Loss", "recorded", "TOKENS", unset="the cache's, which is the longest", bounds=AT_LEAST_2)] = None
     loss: Annotated[str, Option(
         "Loss: dflash, whose weights fall with the slot; or dpace, whose weights follow the draft's confidence.",
-        "Loss", "identity", "NAME", choices=("dflash", "dpace"))] = "dflash"
+        "Loss", "identity", "NAME", choices=LOSSES)] = "dflash"
     gamma: Annotated[float | None, Option(
         "Slots over which the loss weight of `--loss dflash` decays by e.",
         "Loss", "identity", "SLOTS", unset="7, 5, 4 for blocks of 16, 10, 8", bounds=POSITIVE)] = None
@@ -144,7 +146,7 @@ class TrainConfig:
         _CHECKPOINTS, "free", "CHECKPOINTS", bounds=AT_LEAST_1)] = 2
     attention_backend: Annotated[str, Option(
         "Attention of the draft: flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on a CPU.",
-        "Device", "free", "NAME", choices=("auto", "flex_attention", "sdpa", "eager"))] = "auto"
+        "Device", "free", "NAME", choices=("auto", *ATTENTION_BACKENDS))] = "auto"
     device: Annotated[str, replace(DEVICE, group="Device", role="free")] = "auto"
     dtype: Annotated[str, Option(
         "Autocast: bfloat16 or float32; auto is bfloat16 on a GPU. Weights and optimizer are always float32.",

@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from dflash_offline.schemas.draft.config import AttentionRule
 from dflash_offline.stages.draft.anchors import document_starts
 
-ATTENTION_BACKENDS = ("sdpa", "eager", "flex_attention")
 TILE_QUERIES = 128
 """Queries of one tile, about: enough to keep a matmul busy, few enough that neighbours see nearly the same context."""
 _FLEX_TILE = 128

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.stages.draft.attention import ATTENTION_BACKENDS, Mask, attend, served_mask
+from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS
+from dflash_offline.stages.draft.attention import Mask, attend, served_mask
 
 Masks = Mask | Mapping[str, Mask]
 """One for all layers, or one for every kind of layer."""

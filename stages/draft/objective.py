@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LOSS_TYPES = ("dflash", "dpace")
 HEAD_CHUNK_BYTES = {"cpu": 64 * 2**20, "gpu": 640 * 2**20}
 """Bytes of a chunk's logits, counted in float32. A GPU's share gives 1,024 slots at a vocabulary of 151,936."""
 
