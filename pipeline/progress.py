@@ -32,11 +32,11 @@ class LogFormat(StrEnum):
     json = "json"
 
 
-def open_progress(*, quiet: bool, log_format: LogFormat, stream: TextIO | None = None) -> Progress:
-    """Return what shows a command's progress: nothing, events, or text on `stream` (stderr if None)."""
+def open_progress(*, quiet: bool, log_format: LogFormat) -> Progress:
+    """Return what shows a command's progress on stderr: nothing, events, or text."""
     if quiet:
         return Silent()
-    return EventProgress(stream) if log_format is LogFormat.json else TerminalProgress(stream=stream)
+    return EventProgress() if log_format is LogFormat.json else TerminalProgress()
 
 
 @dataclass(kw_only=True)
@@ -99,10 +99,9 @@ class Work:
 class TerminalProgress:
     """Shows a stage's work as a bar on a terminal and as lines elsewhere; safe to use from several threads."""
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._quiet = quiet
-        self._live = not quiet and is_live(self._stream)
+        self._live = is_live(self._stream)
         self._lock = threading.Lock()
         self._work: Work | None = None
         self._bar: tqdm[None] | None = None
@@ -110,8 +109,6 @@ class TerminalProgress:
 
     def say(self, text: str) -> None:
         """Print a message above the bar; on a terminal as wide as that, in a log file in one line."""
-        if self._quiet:
-            return
         if self._live:
             lines = (textwrap.wrap(line, _width(self._stream), **_WRAPPING) or [""] for line in text.split("\n"))
             text = "\n".join(part for wrapped in lines for part in wrapped)
@@ -121,8 +118,6 @@ class TerminalProgress:
     def start(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
         """Begin a piece of work of `total` units, `done` of which were finished before."""
         self.finish()
-        if self._quiet:
-            return
         self._work = Work(what=what, unit=unit, total=total, first=done, done=done)
         self._shown = time.monotonic()
         if self._live:

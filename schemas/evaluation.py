@@ -8,6 +8,8 @@ from typing import Any
 
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 
+NOT_LOSSLESS = "NOT LOSSLESS: the draft changed an answer, which greedy verification never does."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:

@@ -125,9 +125,7 @@ class Manifest:
             identity=document["identity"],
             origin=document["origin"],
             decoder=document["decoder"],
-            layout=Layout(
-                **document["layout"] | {"features": FeatureLayout(**document["layout"]["features"])},
-            ),
+            layout=Layout(**document["layout"] | {"features": FeatureLayout(**document["layout"]["features"])}),
             plan=document["plan"],
             files=document["files"],
             checksum=document["checksum"],

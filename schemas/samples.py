@@ -3,7 +3,7 @@
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -86,13 +86,6 @@ class RejectWriter:
         with self._file:
             if self._waiting:
                 self._write()
-
-
-def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write rejects.parquet."""
-    with RejectWriter(path) as writer:
-        for reject in rejects:
-            writer.add(reject)
 
 
 def read_rejects(path: Path) -> list[Reject]:

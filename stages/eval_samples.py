@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.draft.lint import RECORD
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.identity import FieldDifference, refuse_differences
+from dflash_offline.schemas.evaluation import Rounds
+from dflash_offline.schemas.identity import differences, refuse_differences
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.conversations.prompts import Prompt
 from dflash_offline.stages.draft.model import DraftModel
@@ -43,17 +44,6 @@ class EvalSamples:
     def cache(self) -> Cache:
         """The cache that holds them, opened."""
         return self.corpus.caches[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WalkedTurn:
-    """One assistant turn of a cached sample, walked."""
-
-    source: str
-    produced: list[int]
-    """Tokens of each round."""
-    kept: list[int]
-    """Drafted tokens of each round that are in the answer."""
 
 
 def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
@@ -106,15 +96,9 @@ def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:
 def check_cache_fits(chosen: EvalSamples, draft: DraftModel) -> None:
     """Raise `MismatchError` naming each field in which the cache is of another target, or lacks a layer to read."""
     decoder, config = chosen.cache.manifest.decoder, draft.config
-    rows: list[FieldDifference] = [
-        (name, getattr(config, ours), decoder[name])
-        for name, ours in (
-            ("hidden_size", "hidden_size"),
-            ("vocab_size", "vocab_size"),
-            ("num_hidden_layers", "num_target_layers"),
-        )
-        if getattr(config, ours) != decoder[name]
-    ]
+    sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    sizes["num_hidden_layers"] = config.num_target_layers
+    rows = differences(sizes, {name: decoder[name] for name in sizes})
     if not set(config.target_layer_ids) <= set(chosen.cache.layer_ids):
         rows.append(("layer_ids", list(config.target_layer_ids), list(chosen.cache.layer_ids)))
     refuse_differences(
@@ -125,8 +109,11 @@ def check_cache_fits(chosen: EvalSamples, draft: DraftModel) -> None:
     )
 
 
-def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> list[WalkedTurn]:
-    """Return the serving walk of every assistant turn, with the draft on its own device and in its own dtype."""
+def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> list[Rounds]:
+    """Return the serving walk of every assistant turn, with the draft on its own device and in its own dtype.
+
+    The kind of a turn is the input file of its sample.
+    """
     config, cache, device = draft.config, chosen.cache, next(draft.parameters()).device
     head, table = borrowed_parts(cache, device)
     module = DFlashTrainerModule(
@@ -143,7 +130,7 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
     )
     order = chosen.samples[np.argsort(cache.samples.num_tokens[chosen.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
-    walked: list[WalkedTurn] = []
+    walked: list[Rounds] = []
     progress.start("Walking", len(order), "samples")
     try:
         with torch.inference_mode():
@@ -151,16 +138,17 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
                 prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
                 for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
                     source = cache.samples.source(sample)
-                    walked += [_walked(source, *turn, prefix) for turn in turns(mask) if turn[0] < turn[1]]
+                    several = [turn for turn in turns(mask) if turn[0] < turn[1]]
+                    walked += [_walked(source, *turn, prefix, config.block_size) for turn in several]
                 progress.advance(len(batch.samples))
     finally:
         progress.finish()
     return walked
 
 
-def _walked(source: str, first: int, last: int, prefix: NDArray[np.int64]) -> WalkedTurn:
+def _walked(source: str, first: int, last: int, prefix: NDArray[np.int64], block_size: int) -> Rounds:
     produced, kept, anchor = simulate_turn(first, last, prefix), [], first
     for tokens in produced:
         kept.append(min(int(prefix[anchor]), tokens))
         anchor += tokens
-    return WalkedTurn(source=source, produced=produced, kept=kept)
+    return Rounds(kind=source, produced=produced, proposed=[block_size - 1] * len(produced), kept=kept)

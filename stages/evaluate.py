@@ -84,24 +84,15 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
     samples = choose_samples(config.cache, trained, config.limit)
     check_cache_fits(samples, draft)
     with _torch_threads(config.threads):
-        walked = walk_samples(samples, draft, progress or Silent())
-        size = draft.config.block_size
-        several = len({turn.source for turn in walked}) > 1
-        rounds = [
-            Rounds(
-                kind=turn.source if several else None,
-                produced=turn.produced,
-                proposed=[size - 1] * len(turn.produced),
-                kept=turn.kept,
-            )
-            for turn in walked
-        ]
+        rounds = walk_samples(samples, draft, progress or Silent())
+        if len({turn.kind for turn in rounds}) == 1:  # one input file is no kind of its own
+            rounds = [replace(turn, kind=None) for turn in rounds]
         return EvalResult(
             config=config,
             trained=trained,
             offline=True,
             held_out=samples.held_out,
-            **round_figures(rounds, size),
+            **round_figures(rounds, draft.config.block_size),
             **_machine(device, dtype),
         )
 

@@ -22,6 +22,14 @@ class Progress(Protocol):
         """End the piece of work."""
 
 
+def readable_seconds(seconds: float) -> str:
+    """Return a duration as people write it."""
+    for unit, size, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def readable_bytes(count: float) -> str:
     """Return a number of bytes as people write it."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -205,7 +205,7 @@ def dry_run(config: TrainConfig) -> DryRun:
             total_steps=training.total_steps,
             steps_per_epoch=training.schedule.count(0) / training.per_step,
             batch_shape=(*batches[-1].input_ids.shape, batches[-1].anchors.shape[1]),
-            tokens_per_step=result.tokens,
-            filled=result.tokens / slots,
+            tokens_per_step=result.window.tokens,
+            filled=result.window.tokens / slots,
             seconds_per_step=seconds,
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
-from dflash_offline.schemas.samples import SampleTable, write_rejects, write_samples
+from dflash_offline.schemas.samples import RejectWriter, SampleTable, write_samples
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.create import create_arrays, publish_cache
 from dflash_offline.stages.store.writer import ShardWriter
@@ -72,7 +72,8 @@ def create(
             numbers=numbers,
             read=lambda begin, end: (ids[begin:end], mask[begin:end]),
         )
-        write_rejects(folder / REJECTS, [])
+        with RejectWriter(folder / REJECTS):
+            pass  # none
         create_arrays(folder / FEATURES, layout, [1, 2, 4], _scales(rng, layout))
         (folder / "target").mkdir()
         (folder / "target" / "config.json").write_text('{"model_type": "none"}')

@@ -12,7 +12,7 @@ from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, check_file, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import dflash_line
-from dflash_offline.schemas.evaluation import EvalResult
+from dflash_offline.schemas.evaluation import NOT_LOSSLESS, EvalResult
 from dflash_offline.schemas.files import write_output
 from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.run import RUN
@@ -159,7 +159,7 @@ def _lossless_lines(result: EvalResult) -> list[str]:
         reason = "an answer has ended" if d.gap is None else f"gap {d.gap:.2g}, rounding {d.tolerance:.2g}"
         lines.append(f"  {d.prompt}, token {d.position}: {'tie to rounding' if d.tie else 'NOT A TIE'} ({reason})")
     if result.lossless is False:
-        lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
+        lines.append(NOT_LOSSLESS)
     return lines
 
 

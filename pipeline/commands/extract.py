@@ -14,7 +14,7 @@ from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
 from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.option import Option
-from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.progress import readable_bytes, readable_seconds
 
 if TYPE_CHECKING:  # help is shown, and words are completed, without what takes long to import
     from dflash_offline.stages.capture.forecast import Forecast
@@ -78,24 +78,13 @@ def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
 
 def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "Forecast", *, as_json: bool) -> None:
     """Print what extracting would make and cost."""
-    from dflash_offline.stages.capture.forecast import more_room, readable_seconds
+    from dflash_offline.stages.capture.forecast import more_room
 
-    counts = plan.counts()
     if as_json:
         print(json.dumps(_document(plan, layout, forecast), indent=1))
         return
-    mean = counts["tokens"] / counts["samples"]
-    for kind, rows in counts["formats"].items():
-        print(f"Data        {rows:,} rows of {kind}")
-    if counts["not_drawn"]:
-        print(f"            not drawn: {counts['not_drawn']:,} rows, by weight")
-    print(f"Samples     {counts['samples']:,}, {mean:,.0f} tokens each on average")
-    if counts["truncated"]:
-        print(f"            cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens")
-    for reason, count in counts["rejects"].items():
-        print(f"            left out: {count:,} rows: {reason}")
-    supervised = counts["supervised"] / counts["tokens"]
-    print(f"Tokens      {counts['tokens']:,}; supervised {supervised:.0%}; {counts['anchors']:,} anchors")
+    for name, text in plan.facts():
+        print(f"{name:<12}{text}")
     shard_bytes = layout.shard_tokens * layout.slot_bytes
     why = ": the longest sample must fit" if shard_bytes > config.shard_mib << 20 else ""
     print(f"Shards      {plan.num_shards:,} of {readable_bytes(shard_bytes)} raw{why}")
@@ -119,19 +108,14 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
 
 
 def _document(plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, Any]:
+    found = asdict(forecast)
+    del found["rest_bytes"]
     return {
         **plan.counts(),
         "shards": plan.num_shards,
         "shard_bytes_raw": layout.shard_tokens * layout.slot_bytes,
-        "features": asdict(forecast.features),
-        "ratios": forecast.ratios,
-        "bytes": forecast.bytes_by_kind,
-        "plan_bytes": forecast.plan_bytes,
-        "target_bytes": forecast.target_bytes,
-        "free_bytes": forecast.free_bytes,
-        "shards_done": forecast.shards_done,
+        "bytes": found.pop("bytes_by_kind"),
+        **found,
         "bytes_left": forecast.bytes_left,
         "fits": forecast.bytes_left <= forecast.free_bytes,
-        "tokens_per_s": forecast.tokens_per_s,
-        "seconds": forecast.seconds,
     }

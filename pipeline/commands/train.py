@@ -14,7 +14,7 @@ from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.settings.option import Option
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.progress import readable_bytes
+from dflash_offline.stages.progress import readable_bytes, readable_seconds
 
 if TYPE_CHECKING:  # help is shown, and words are completed, without what takes long to import
     from dflash_offline.stages.train import DryRun, Trained
@@ -89,7 +89,6 @@ def dry_run_json(found: "DryRun") -> str:
 def print_dry_run(found: "DryRun") -> None:
     """Print what a run would take."""
     rows, tokens, blocks = found.batch_shape
-    minutes = found.seconds / 60
     lines = {
         "Samples": f"{found.num_train:,} to train on, {found.num_val:,} held out",
         "Parameters": f"{found.parameters:,}",
@@ -98,7 +97,7 @@ def print_dry_run(found: "DryRun") -> None:
         "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row",
         "Step": f"{found.tokens_per_step:,} tokens in {found.filled:.0%} of its places, {found.seconds_per_step:.2f} s",
         "Steps": f"{found.total_steps:,}; {found.steps_per_epoch:,.1f} an epoch",
-        "Time": f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours",
+        "Time": readable_seconds(found.seconds),
     }
     print("Two steps ran; nothing was written. Time is the second step's, without validations.")
     for name, text in lines.items():

@@ -94,17 +94,13 @@ def _verify_cache(folder: Path, rerun: RerunConfig | None, repair: bool, as_json
 
 def _verify_draft(draft: Path, target: str | None, *, as_json: bool) -> bool:
     """Print every fault of a draft folder with its reason and the clients it breaks; returns whether it breaks none."""
-    config = None
-    if target is not None:
-        path = Path(target).expanduser() / "config.json"
-        if not path.is_file():
-            raise DflashError(f"{path} does not exist. Name the target's folder to compare the draft with it.")
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise DflashError(f"{path} is not JSON ({error}). Name a complete model folder.") from error
+    from dflash_offline.schemas.draft.config_rules import read_document
     from dflash_offline.schemas.draft.lint import lint_draft
 
+    folder = None if target is None else Path(target).expanduser()
+    config = None if folder is None else read_document(folder)
+    if isinstance(config, str):
+        raise DflashError(f"{folder}/config.json {config}. Name the target's folder to compare the draft with it.")
     faults = lint_draft(draft, config)
     is_sound = not any(fault.breaks for fault in faults)
     if as_json:

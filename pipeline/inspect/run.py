@@ -7,7 +7,6 @@ import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dflash_offline.pipeline.inspect.run_view import Comparison, Rows, RunCache, RunView
@@ -51,7 +50,7 @@ def read_run(run: Path) -> RunView:
         last_training=training[-1] if training else None,
         last_validation=validation[-1] if validation else None,
         written_s_ago=_age_s(run / METRICS),
-        parameters=sum(math.prod(shape) for shape in expected_shapes(SimpleNamespace(**draft)).values()),
+        parameters=sum(math.prod(shape) for shape in expected_shapes(draft).values()),
         draft=draft,
         settings=settings,
         init_from=record.identity.get("init_from"),

@@ -8,6 +8,7 @@ from dflash_offline.pipeline.inspect.run import bucket_means, compare
 from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.terminal import open_console, safe, sparkline
 from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.stages.progress import readable_seconds
 
 _BESIDE_CURVE = 52
 """Columns of a curve's name and numbers; the curve has the rest of the line."""
@@ -120,14 +121,6 @@ def _setting(value: Any) -> str:
     if isinstance(value, list):
         return "[" + " ".join(map(_setting, value)) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def readable_seconds(seconds: float) -> str:
-    """Return a duration as people say it."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def number(value: float | None) -> str:

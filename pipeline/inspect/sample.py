@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from dflash_offline.pipeline.inspect.feature_statistics import token_norms
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
 from dflash_offline.pipeline.token_text import token_texts
-from dflash_offline.schemas.commits import read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.stages.store.cache import Cache
@@ -73,7 +72,7 @@ def sample_view(cache: Cache, sample: int) -> SampleView:
     texts = token_texts(ids.tolist(), lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
     shard = int(samples.shard[sample])
     block_size = cache.manifest.plan["block_size"]
-    norms, reason = _norms(cache, sample)
+    norms, reason = sample_norms(cache, sample)
     ends_shard = sample == samples.samples_of_shard(shard)[-1]
     return SampleView(
         cache=str(cache.path),
@@ -92,7 +91,7 @@ def sample_view(cache: Cache, sample: int) -> SampleView:
         token_texts=texts,
         loss_mask=mask.astype(int).tolist(),
         layer_ids=list(cache.layer_ids),
-        norms=norms,
+        norms=None if norms is None else norms.round(5).tolist(),
         no_features=reason,
     )
 
@@ -106,19 +105,12 @@ def open_tokenizer(cache: Path) -> Tokenizer:
         raise CacheError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
 
 
-def _norms(cache: Cache, sample: int) -> tuple[list[list[float]] | None, str]:
-    shard = int(cache.samples.shard[sample])
+def sample_norms(cache: Cache, sample: int) -> tuple[NDArray[np.float64] | None, str]:
+    """Return the norms of a sample's features, [L, T], infinite ones as 0; or None, and why there are none."""
     try:
-        commit = read_finished(cache.path, shard, cache.manifest.checksum)
-        if commit is None:
-            return None, f"shard {shard} is not extracted"
-        left_out = {skipped.sample: skipped.reason for skipped in commit.skipped}
-        if sample in left_out:
-            return None, f"left out: {left_out[sample]}"
-        values = cache.values(sample)
+        return np.nan_to_num(token_norms(cache.values(sample)).T, posinf=0.0), ""
     except CacheError as error:
         return None, str(error)
-    return np.nan_to_num(token_norms(values).T, posinf=0.0).round(5).tolist(), ""
 
 
 def text_runs(texts: list[str], mask: NDArray[np.bool_], block_size: int) -> list[TextRun]:

@@ -16,7 +16,7 @@ from dflash_offline.pipeline.inspect.shard_statistics import (
     shard_states,
 )
 from dflash_offline.pipeline.terminal import FLATTENED, OMITTED_IF_NONE, columns, facts, open_console
-from dflash_offline.schemas.commits import LayerStatistics, ShardFileRecord, SkippedSample, read_finished
+from dflash_offline.schemas.commits import Commit, LayerStatistics, SkippedSample, read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.samples import NUMBERS, SampleTable
 from dflash_offline.stages.progress import readable_bytes
@@ -49,16 +49,11 @@ class SampleRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedShard:
-    """What a finished shard's record says."""
+    """What a finished shard's record says, and how long it took and what it saved."""
 
-    worker: str
-    started: str
-    finished: str
+    commit: Commit = field(metadata=FLATTENED)
     seconds: float
-    skipped: list[SkippedSample]
     arrays: dict[str, ArrayBytes]
-    files: dict[str, ShardFileRecord]
-    layers: list[LayerStatistics]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +93,8 @@ def shard_view(cache: Cache, shard: int) -> ShardView:
     except CacheError as error:
         fault = str(error)
     if commit is not None:
-        record = FinishedShard(
-            worker=commit.worker,
-            started=commit.started,
-            finished=commit.finished,
-            seconds=commit_seconds(commit),
-            skipped=commit.skipped,
-            arrays=bytes_by_array({shard: commit}, layout),
-            files=commit.files,
-            layers=commit.layers,
-        )
+        arrays = bytes_by_array({shard: commit}, layout)
+        record = FinishedShard(commit=commit, seconds=commit_seconds(commit), arrays=arrays)
     return ShardView(
         cache=str(cache.path),
         shard=shard,
@@ -134,14 +121,14 @@ def print_shard(view: ShardView) -> None:
     rows.append(("Samples", f"{len(view.samples):,}, {view.tokens:,} tokens in {view.slots:,} slots"))
     if record is not None:
         rate = view.tokens / record.seconds if record.seconds else 0
-        rows.append(("Worker", f"{record.worker}, {record.seconds:.1f} s, {rate:,.0f} tokens/s"))
-        rows.append(("Times", f"{record.started} to {record.finished}"))
-        rows += [("Left out", skipped_text(sample)) for sample in record.skipped]
+        rows.append(("Worker", f"{record.commit.worker}, {record.seconds:.1f} s, {rate:,.0f} tokens/s"))
+        rows.append(("Times", f"{record.commit.started} to {record.commit.finished}"))
+        rows += [("Left out", skipped_text(sample)) for sample in record.commit.skipped]
         for name, size in record.arrays.items():
             rows.append(("Bytes", f"{name}: {readable_bytes(size.stored)}, {size.ratio or 0:.3f} of raw"))
     console.print(facts(rows))
-    if record is not None and record.layers:
-        console.print(columns(list(map(layer_cells, record.layers))))
+    if record is not None and record.commit.layers:
+        console.print(columns(list(map(layer_cells, record.commit.layers))))
     console.print()
     _print_samples(console, view.samples, view.cache)
 

@@ -14,14 +14,13 @@ from dflash_offline.pipeline.inspect.feature_statistics import (
     FeatureStatistics,
     bytes_by_layer,
     feature_statistics,
-    token_norms,
 )
 from dflash_offline.pipeline.inspect.overview import Overview, PlanStatistics, overview
-from dflash_offline.pipeline.inspect.sample import open_tokenizer
+from dflash_offline.pipeline.inspect.sample import open_tokenizer, sample_norms
 from dflash_offline.pipeline.inspect.shard_statistics import STATES, ShardRun
 from dflash_offline.pipeline.inspect.warnings import feature_warnings
 from dflash_offline.pipeline.pages.cache_plots import cache_plots
-from dflash_offline.pipeline.pages.page import page_bytes, write_page
+from dflash_offline.pipeline.pages.page import fitting, write_page
 from dflash_offline.pipeline.pages.plots import draw, require_matplotlib
 from dflash_offline.pipeline.token_text import Decode, token_texts, visible
 from dflash_offline.schemas.errors import CacheError
@@ -179,15 +178,12 @@ def _shown_samples(cache: Cache, listed: NDArray[np.int64]) -> list[dict[str, An
     """Return the samples that are shown token by token: of those with features, or where there are none of all."""
     tokenizer = open_tokenizer(cache.path)
     usable = np.intersect1d(cache.usable(), listed)
-    shown: list[dict[str, Any]] = []
-    spent = 0
-    for sample in _drawn(usable if len(usable) else listed, NUM_SHOWN).tolist():
-        view = _shown_sample(cache, sample, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
-        spent += page_bytes(view)
-        if spent > MOST_BYTES and shown:
-            break
-        shown.append(view)
-    return shown
+    drawn = _drawn(usable if len(usable) else listed, NUM_SHOWN).tolist()
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    return fitting((_shown_sample(cache, sample, decode) for sample in drawn), MOST_BYTES)
 
 
 def _shown_sample(cache: Cache, sample: int, decode: Decode) -> dict[str, Any]:
@@ -195,12 +191,8 @@ def _shown_sample(cache: Cache, sample: int, decode: Decode) -> dict[str, Any]:
     samples, block = cache.samples, cache.manifest.plan["block_size"]
     length = int(samples.num_tokens[sample])
     ids = samples.input_ids(sample)[:TOKENS_SHOWN].tolist()
-    norms, why = None, ""
-    try:
-        values = np.nan_to_num(token_norms(cache.values(sample)[: len(ids)]).T, posinf=0.0)
-        norms = [[float(f"{norm:.4g}") for norm in layer] for layer in values.tolist()]
-    except CacheError as error:
-        why = str(error)
+    norms, why = sample_norms(cache, sample)
+    shown = None if norms is None else norms[:, : len(ids)].tolist()
     return {
         "sample": sample,
         "tokens": length,
@@ -209,6 +201,6 @@ def _shown_sample(cache: Cache, sample: int, decode: Decode) -> dict[str, Any]:
         "ids": ids,
         "texts": [visible(text) for text in token_texts(ids, decode)],
         "mask": samples.loss_mask(sample)[:TOKENS_SHOWN].astype(int).tolist(),
-        "norms": norms,
+        "norms": shown and [[float(f"{norm:.4g}") for norm in layer] for layer in shown],
         "no_features": why,
     }

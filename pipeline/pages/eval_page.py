@@ -4,10 +4,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.pipeline.pages.page import page_bytes, write_page
+from dflash_offline.pipeline.pages.page import fitting, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.pipeline.token_text import Decode, token_texts, visible
-from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult
+from dflash_offline.schemas.evaluation import NOT_LOSSLESS, DecodedPrompt, EvalResult
 
 MOST_BYTES = 6 << 20
 """Of the prompts' rounds on a page; further prompts are left out, and the page says so."""
@@ -20,7 +20,7 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
     """Write the page; `decode` makes text of token ids, and is needed where prompts were decoded."""
     require_matplotlib()
     config, decoded = result.config, result.decoded or ()
-    shown = _fitting([_prompt(prompt, decode) for prompt in decoded] if decode else [])
+    shown = fitting((_prompt(prompt, decode) for prompt in decoded), MOST_BYTES) if decode else []
     note = f"{len(shown):,} prompts."
     if len(shown) < len(decoded):
         note = f"The first {len(shown):,} of {len(decoded):,} prompts; the others would make the page too large."
@@ -60,7 +60,7 @@ def _listed(number: int) -> str:
 def _warnings(result: EvalResult) -> list[str]:
     lines = []
     if result.lossless is False:
-        lines.append("NOT LOSSLESS: the draft changed an answer, which greedy verification never does.")
+        lines.append(NOT_LOSSLESS)
     if result.acceptance.pooled is not None and result.acceptance.pooled < 1.2:
         lines.append(f"acceptance length {result.acceptance.pooled:.2f}: nearly every drafted token is rejected.")
     return lines
@@ -147,17 +147,6 @@ def _prompt(prompt: DecodedPrompt, decode: Decode) -> dict[str, Any]:
         "accepted_share": kept / proposed if proposed else None,
         "identical": prompt.identical,
     }
-
-
-def _fitting(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return as many prompts as a page may hold."""
-    spent, fitting = 0, list[dict[str, Any]]()
-    for prompt in prompts:
-        spent += page_bytes(prompt)
-        if spent > MOST_BYTES and fitting:
-            break
-        fitting.append(prompt)
-    return fitting
 
 
 def _confusions(decoded: tuple[DecodedPrompt, ...], decode: Decode) -> list[list[Any]]:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,9 +30,15 @@ def write_page(path: Path, template: str, scripts: tuple[str, ...] = (), **value
     write_output(path, text.encode("utf-8", "replace"))
 
 
-def page_bytes(value: Any) -> int:
-    """Return how many bytes a value takes as data of a page, every character escaped that could end it."""
-    return len(htmlsafe_json_dumps(value, separators=(",", ":")))
+def fitting(values: Iterable[dict[str, Any]], most_bytes: int) -> list[dict[str, Any]]:
+    """Return the first values, one at least, that a page's data has room for, with what could end it escaped."""
+    spent, kept = 0, list[dict[str, Any]]()
+    for value in values:
+        spent += len(htmlsafe_json_dumps(value, separators=(",", ":")))
+        if spent > most_bytes and kept:
+            break
+        kept.append(value)
+    return kept
 
 
 def link(page: Path, to: Path) -> str | None:

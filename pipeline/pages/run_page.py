@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.pipeline.inspect.run import EVALUATION, bucket_means, compare, settings_table
-from dflash_offline.pipeline.inspect.run_report import best_text, evaluation_text, progress_text
+from dflash_offline.pipeline.inspect.run_report import CURVES, best_text, evaluation_text, progress_text
 from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.pages.page import link, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
@@ -26,18 +26,6 @@ VALIDATION_COLUMNS = {
 }
 MOST_VALIDATIONS = 1000
 """Rows of the table of validations; the newest."""
-LAST_VALUES = (
-    ("last_training", "loss", "training loss, last"),
-    ("last_validation", "val_loss", "held-out loss, last"),
-    ("last_training", "accept_len_over_anchors", "acceptance length, mean over all anchors, training"),
-    ("last_validation", "val_accept_len_over_anchors", "acceptance length, mean over all anchors, held-out"),
-    ("last_validation", "val_serving_walk", "acceptance length, serving walk, held-out"),
-    ("last_validation", "val_accuracy", "accuracy, held-out"),
-    ("last_training", "tokens_per_s", "tokens/s"),
-    ("last_training", "data_wait_share", "share of time waiting for data"),
-    ("last_training", "peak_memory_gib", "peak memory, GiB"),
-)
-"""Metrics whose last value the summary shows: of which row, which of its metrics, and what it is."""
 SERVING_NOTE = "Held-out samples walked as serving would: what a user of the draft sees."
 ANCHORS_NOTE = "From every drawn anchor alike, so not what serving sees, where rounds start after what was accepted."
 
@@ -94,13 +82,13 @@ def _plain(value: Any) -> Any:
 
 
 def _summary(views: list[RunView], page: Path) -> list[tuple[str, list[Any]]]:
-    def last(view: RunView, row: str, name: str) -> Any:
-        return ((view.last_training if row == "last_training" else view.last_validation) or {}).get(name)
+    def last(view: RunView, kind: str, name: str) -> Any:
+        return ((view.last_training if kind == "training" else view.last_validation) or {}).get(name)
 
     return [
         ("state", [progress_text(view) for view in views]),
         ("best checkpoint", [best_text(view) for view in views]),
-        *((label, [last(view, row, name) for view in views]) for row, name, label in LAST_VALUES),
+        *((f"{label}, last", [last(view, kind, name) for view in views]) for kind, name, label in CURVES),
         ("checkpoints", [", ".join(f"{step:,}" for step in view.checkpoints) or None for view in views]),
         ("parameters", [view.parameters for view in views]),
         ("target", [view.target for view in views]),

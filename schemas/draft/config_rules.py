@@ -125,6 +125,13 @@ def first(config: Mapping[str, Any], name: str) -> Any:
     return nested[name] if name in nested else config.get(name)
 
 
+def spread_layers(num_layers: int, count: int) -> list[int]:
+    """Return the layers that z-lab's reference client reads by default, `count` of them spread over a target."""
+    if count == 1:
+        return [num_layers // 2]
+    return [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]
+
+
 def block_and_mask(config: dict[str, Any]) -> Found:
     """Block size and mask token."""
     block, mask, rows = (first(config, name) for name in ("block_size", "mask_token_id", "vocab_size"))

@@ -6,7 +6,6 @@ Pure Python on config.json and the headers of the weight files, and numpy for va
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dflash_offline.schemas.draft.config_rules import (
@@ -19,6 +18,7 @@ from dflash_offline.schemas.draft.config_rules import (
     is_int,
     read_document,
     say,
+    spread_layers,
 )
 from dflash_offline.schemas.draft.formats import CONTEXT_KEYS
 from dflash_offline.schemas.draft.rules import SPECULATORS, TRANSFORMERS, DraftFault, make_fault
@@ -95,16 +95,9 @@ def _recorded(config: dict[str, Any], metadata: dict[str, str], name: str) -> Fo
             value = trained[field]
             if first(config, field) != value:
                 yield rule, field, f"is {say(first(config, field))}, but {name} was trained with {say(value)}"
-    elif isinstance(ids, list) and is_int(layers, 5) and ids == [i + 1 for i in _spread(layers, len(ids))]:
+    elif isinstance(ids, list) and is_int(layers, 5) and ids == [i + 1 for i in spread_layers(layers, len(ids))]:
         usual = [i - 1 for i in ids]
         yield "layer ids shifted", "target_layer_ids", f"is {ids}, each one more than the usual {usual}"
-
-
-def _spread(num_layers: int, count: int) -> list[int]:
-    """The reference client's default ids, which most drafts are trained with."""
-    if count == 1:
-        return [num_layers // 2]
-    return [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]
 
 
 def _tensors(config: dict[str, Any], tensors: dict[str, StoredTensor], kind: str) -> Found:
@@ -115,8 +108,7 @@ def _tensors(config: dict[str, Any], tensors: dict[str, StoredTensor], kind: str
         what = f"is {config['num_hidden_layers']}, and there are only {len(tensors)} tensors; expected 11 in each layer"
         yield "missing", "num_hidden_layers", what
         return
-    sizes = SimpleNamespace(**{name: config[name] for name in SIZES}, target_layer_ids=ids)
-    expected = expected_shapes(sizes)
+    expected = expected_shapes({**config, "target_layer_ids": ids})
     if config.get("attention_bias"):
         biased = {name: shape for name, shape in expected.items() if ".self_attn." in name and "_proj." in name}
         expected |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in biased.items()}

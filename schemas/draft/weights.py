@@ -1,10 +1,10 @@
 """The tensors of a draft: what they must be, and what a safetensors file says of its own."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -14,29 +14,13 @@ _EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (n
 CHUNK_BYTES = 64 << 20
 
 
-class DraftShape(Protocol):
-    """The numbers that decide the weights; a `DraftConfig` has them."""
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the exact key set of a draft's weights with every shape, as all clients read them.
 
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def target_layer_ids(self) -> Sequence[int]: ...
-
-
-def expected_shapes(config: DraftShape) -> dict[str, tuple[int, ...]]:
-    """Return the exact key set of a draft's weights with every shape, as all clients read them."""
-    hidden, head_dim, inner = config.hidden_size, config.head_dim, config.intermediate_size
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    `config` holds the sizes and the layer ids of a draft's config.json, or the fields of a `DraftConfig`.
+    """
+    hidden, head_dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
+    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -51,11 +35,11 @@ def expected_shapes(config: DraftShape) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (hidden, inner),
     }
     shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, len(config.target_layer_ids) * hidden),
+        "fc.weight": (hidden, len(config["target_layer_ids"]) * hidden),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
     }
-    for i in range(config.num_hidden_layers):
+    for i in range(config["num_hidden_layers"]):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
 

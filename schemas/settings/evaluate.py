@@ -4,19 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+from dflash_offline.schemas.settings import shared
 from dflash_offline.schemas.settings.option import ARGUMENTS, AT_LEAST_1, SEEDS, Option, problems, refuse
-from dflash_offline.schemas.settings.shared import (
-    TARGET,
-    AttnImplementation,
-    Device,
-    Revision,
-    TargetDtype,
-    Temperature,
-    TemplateKwargs,
-    TopP,
-    TrustRemoteCode,
-    template_problems,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +27,23 @@ class EvalConfig:
     limit: Annotated[int | None, Option(
         "Prompts, or held-out samples of the cache, to read at most, from the first.",
         "What is decoded", "identity", "PROMPTS", unset="all", bounds=AT_LEAST_1)] = None
-    target: Annotated[str | None, replace(TARGET, unset="none; a cache is walked without it")] = None
-    revision: Revision = None
+    target: Annotated[str | None, replace(shared.TARGET, unset="none; a cache is walked without it")] = None
+    revision: shared.Revision = None
     max_new_tokens: Annotated[int, Option(
         "Tokens of one answer, at most.", "Answers", "identity", "TOKENS", bounds=AT_LEAST_1)] = 256
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
+    temperature: shared.Temperature = 0.0
+    top_p: shared.TopP = 1.0
     seed: Annotated[int, Option("Seed of what is drawn.", "Answers", "identity", "SEED", bounds=SEEDS)] = 0
     repeats: Annotated[int, Option(
         "Times that each prompt is decoded each way, in turn; its seconds are the median.",
         "Answers", "free", "TIMES", bounds=AT_LEAST_1)] = 1
     prompt_lookup: Annotated[bool, Option(
         "Also decode with prompt lookup, the comparison that needs no draft.", "Answers", "free")] = False
-    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
-    device: Device = "auto"
-    dtype: TargetDtype = "auto"
-    attn_implementation: AttnImplementation = "sdpa"
-    trust_remote_code: TrustRemoteCode = False
+    chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
+    device: shared.Device = "auto"
+    dtype: shared.TargetDtype = "auto"
+    attn_implementation: shared.AttnImplementation = "sdpa"
+    trust_remote_code: shared.TrustRemoteCode = False
     threads: Annotated[int | None, Option(
         "CPU threads of torch.", "Target", "free", "THREADS", unset="one a core", bounds=AT_LEAST_1)] = None
     keep_rounds: Annotated[bool, Option(
@@ -64,7 +53,7 @@ class EvalConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
-        refuse("eval", problems(self) + self._source_problems() + template_problems(self.chat_template_kwargs))
+        refuse("eval", problems(self) + self._source_problems() + shared.template_problems(self.chat_template_kwargs))
 
     def _source_problems(self) -> list[str]:
         if (self.prompts is None) == (self.cache is None):

@@ -5,22 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
+from dflash_offline.schemas.settings import shared
 from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, Bounds, Option, problems, refuse
-from dflash_offline.schemas.settings.shared import (
-    TARGET,
-    AttnImplementation,
-    Data,
-    Device,
-    DeviceMap,
-    InputFormat,
-    Limit,
-    Revision,
-    SkipBadRows,
-    TargetDtype,
-    TemplateKwargs,
-    TrustRemoteCode,
-    template_problems,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +16,18 @@ class ExtractConfig:
     # The formatter would give every word of an option a line of its own.
     # fmt: off
 
-    data: Data
+    data: shared.Data
     out: Annotated[Path, Option(
         "Cache folder; continued if it already holds the same cache.", "Cache", "free", "FOLDER")]
     ignore_free_space: Annotated[bool, Option(
         "Start although the disk cannot hold the cache.", "Cache", "free")] = False
-    input_format: InputFormat = None
-    limit: Limit = None
+    input_format: shared.InputFormat = None
+    limit: shared.Limit = None
     seed: Annotated[int, Option(
         "Seed by which rows are drawn and mixed, where data has shares.", "Data", "identity", "SEED")] = 0
     drop_duplicates: Annotated[bool, Option(
         "Leave out rows that say exactly what an earlier one says, counted.", "Data", "identity")] = False
-    skip_bad_rows: SkipBadRows = False
+    skip_bad_rows: shared.SkipBadRows = False
     max_length: Annotated[int, Option(
         "Tokens kept of each conversation, from its start; by default as published.",
         "Data", "identity", "TOKENS", bounds=AT_LEAST_2)] = 3072
@@ -53,14 +39,14 @@ class ExtractConfig:
     keep_special_tokens: Annotated[bool, Option(
         "Keep rows whose text spells a special token, as the target would be served it, instead of rejecting them.",
         "Loss mask", "identity")] = False
-    target: Annotated[str, TARGET]
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    dtype: TargetDtype = "auto"
-    attn_implementation: AttnImplementation = "sdpa"
-    device: Device = "auto"
-    device_map: DeviceMap = None
-    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    target: Annotated[str, shared.TARGET]
+    revision: shared.Revision = None
+    trust_remote_code: shared.TrustRemoteCode = False
+    dtype: shared.TargetDtype = "auto"
+    attn_implementation: shared.AttnImplementation = "sdpa"
+    device: shared.Device = "auto"
+    device_map: shared.DeviceMap = None
+    chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
     batch_tokens: Annotated[int, Option(
         "Padded tokens of one forward; fewer take less memory.",
         "Target", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192
@@ -145,4 +131,4 @@ class ExtractConfig:
             found.append(f"device is {self.device!r} and workers are dealt to all GPUs; use CUDA_VISIBLE_DEVICES.")
         if self.workers > 1 and self.device_map is not None:
             found.append("device_map spreads one target over all devices; it cannot be used with several workers.")
-        refuse("extract", found + template_problems(self.chat_template_kwargs))
+        refuse("extract", found + shared.template_problems(self.chat_template_kwargs))

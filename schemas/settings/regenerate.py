@@ -6,24 +6,8 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from dflash_offline.schemas.settings import shared
 from dflash_offline.schemas.settings.option import AT_LEAST_1, SEEDS, Bounds, Option, problems, refuse
-from dflash_offline.schemas.settings.shared import (
-    TARGET,
-    AttnImplementation,
-    Data,
-    Device,
-    DeviceMap,
-    InputFormat,
-    Limit,
-    Revision,
-    SkipBadRows,
-    TargetDtype,
-    Temperature,
-    TemplateKwargs,
-    TopP,
-    TrustRemoteCode,
-    template_problems,
-)
 
 _SECONDS = Bounds("a number of seconds", lambda value: 0 <= value < math.inf)
 
@@ -35,33 +19,34 @@ class RegenerateConfig:
     # The formatter would give every word of an option a line of its own.
     # fmt: off
 
-    data: Data
+    data: shared.Data
     out: Annotated[Path, Option(
         "JSONL file of the conversations with the target's own answers; continued if it was begun.",
         "Data", "free", "FILE")]
-    input_format: InputFormat = None
-    limit: Limit = None
-    skip_bad_rows: SkipBadRows = False
+    input_format: shared.InputFormat = None
+    limit: shared.Limit = None
+    skip_bad_rows: shared.SkipBadRows = False
     target: Annotated[str | None, replace(
-        TARGET, help="Hugging Face model that answers: a folder, or a hub id. With --server only a name.")] = None
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    dtype: TargetDtype = "auto"
-    attn_implementation: AttnImplementation = "sdpa"
-    device: Device = "auto"
-    device_map: DeviceMap = None
+        shared.TARGET,
+        help="Hugging Face model that answers: a folder, or a hub id. With --server only a name.")] = None
+    revision: shared.Revision = None
+    trust_remote_code: shared.TrustRemoteCode = False
+    dtype: shared.TargetDtype = "auto"
+    attn_implementation: shared.AttnImplementation = "sdpa"
+    device: shared.Device = "auto"
+    device_map: shared.DeviceMap = None
     batch_rows: Annotated[int, Option(
         "Conversations that a target loaded here answers at once; another number may decide a near tie otherwise.",
         "Target", "identity", "ROWS", bounds=AT_LEAST_1)] = 32
     max_new_tokens: Annotated[int, Option(
         "Tokens of one answer, at most; a longer answer leaves its row out.",
         "Answers", "identity", "TOKENS", bounds=AT_LEAST_1)] = 2048
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
+    temperature: shared.Temperature = 0.0
+    top_p: shared.TopP = 1.0
     seed: Annotated[int, Option(
         "Seed of what is drawn, to which each row adds its number; and of rows, where data has shares.",
         "Answers", "identity", "SEED", bounds=SEEDS)] = 0
-    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
+    chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
     servers: Annotated[tuple[str, ...], Option(
         "OpenAI-compatible server that answers instead of a model loaded here; may be given several times.",
         "Servers", "resolved", "URL", flags=("--server",))] = ()
@@ -103,7 +88,7 @@ class RegenerateConfig:
             found.append(f"out is {self.out}; expected the name of a file that ends in .jsonl.")
         if not self.data:
             found.append("No data is given.")
-        refuse("regenerate", found + self._source_problems() + template_problems(self.chat_template_kwargs))
+        refuse("regenerate", found + self._source_problems() + shared.template_problems(self.chat_template_kwargs))
 
     def _source_problems(self) -> list[str]:
         found = []

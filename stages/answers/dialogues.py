@@ -13,6 +13,7 @@ from dflash_offline.stages.conversations.content import (
     RowFaultError,
     Text,
     Tokens,
+    checked_text,
     read_content,
     strings,
 )
@@ -119,10 +120,7 @@ def _content(row: Row, row_format: str | None) -> Content:
         raise RowFaultError(row.fault)
     _, content = read_content(row.value, row_format)
     for place, text in strings(vars(content)) if isinstance(content, Chat) else ():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowFaultError(f"has {place} with an unpaired surrogate at character {error.start}") from None
+        checked_text(text, place)
     return content
 
 

@@ -44,7 +44,8 @@ def create_cache(inputs: Inputs, progress: Progress) -> TargetRunner:
         # A target that cannot be drafted for is refused before any other work.
         runner = load_runner(config, target, inputs.identity["target"], progress)
         plan, mask_token_id = plan_samples(inputs, folder, progress)
-        _say_plan(plan, progress)
+        for name, text in [*plan.facts(), ("Shards", f"{plan.num_shards:,}")]:
+            progress.say(f"{name}: {text}." if name else f"  {text}.")
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)
         progress.say(f"Forecast: {forecast}.")
@@ -83,23 +84,6 @@ def plan_samples(inputs: Inputs, folder: Path, progress: Progress) -> tuple[Plan
     inputs.data.refuse_changed()
     refuse_ids_beyond_table(files, plan)
     return plan, choose_mask_token(files, plan.samples, plan.first_uses, config.mask_token_id)
-
-
-def _say_plan(plan: Plan, progress: Progress) -> None:
-    counts = plan.counts()
-    for kind, rows in counts["formats"].items():
-        progress.say(f"Data: {rows:,} rows of {kind}.")
-    if counts["not_drawn"]:
-        progress.say(f"  {counts['not_drawn']:,} rows were left out by weight.")
-    progress.say(
-        f"Plan: {counts['samples']:,} samples, {counts['tokens']:,} tokens ({counts['supervised']:,} supervised), "
-        f"{counts['anchors']:,} anchors, {plan.num_shards} shards."
-    )
-    if counts["truncated"]:
-        cut = f"{counts['truncated']:,} samples were cut at the maximum length"
-        progress.say(f"  {cut}, by {counts['truncated_supervised']:,} supervised tokens.")
-    for reason, count in counts["rejects"].items():
-        progress.say(f"  left out: {count:,} rows: {reason}.")
 
 
 def _write_target(folder: Path, files: TargetFiles, model: Any) -> None:

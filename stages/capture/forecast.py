@@ -18,7 +18,7 @@ from dflash_offline.stages.capture.inputs import Inputs
 from dflash_offline.stages.capture.runner import TargetRunner, micro_batches, spread_out
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.cores import usable_cores
-from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.progress import Progress, readable_bytes, readable_seconds
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import FeatureCodec
 from dflash_offline.stages.store.shard_file import encode_chunk
@@ -190,11 +190,3 @@ def more_room(*, is_begun: bool) -> str:
     if is_begun:
         return "make room there, or move the cache to a larger disk and name its new place with --out"
     return "name an --out elsewhere, take fewer samples, or a compact layout by --features rounded or --features scaled"
-
-
-def readable_seconds(seconds: float) -> str:
-    """Return a duration as people write it."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

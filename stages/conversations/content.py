@@ -162,7 +162,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     content = turn.get("content", "" if calls and role == "assistant" else None)
     if isinstance(content, list):
         content = "".join(_part(part, f"{place}.content[{i}]") for i, part in enumerate(content))
-    content = turn["content"] = _text(content, f"{place}.content")
+    content = turn["content"] = checked_text(content, f"{place}.content")
     if calls and role == "assistant":
         turn["tool_calls"] = calls
     elif calls:
@@ -171,11 +171,12 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         raise RowFaultError(f"has an empty {place}.content ({role})")
     reasoning = next((turn[key] for key in REASONING_KEYS if key in turn), None)
     if reasoning is not None:
-        turn |= dict.fromkeys(REASONING_KEYS, _text(reasoning, f"{place}.{REASONING_KEYS[0]}"))
+        turn |= dict.fromkeys(REASONING_KEYS, checked_text(reasoning, f"{place}.{REASONING_KEYS[0]}"))
     return turn
 
 
-def _text(value: Any, place: str) -> str:
+def checked_text(value: Any, place: str) -> str:
+    """Return a value that is a text and can be encoded; `RowFaultError` naming its place if it is not."""
     if not isinstance(value, str):
         raise RowFaultError(f"has {place} of type {type(value).__name__}; expected text")
     try:
@@ -195,7 +196,7 @@ def _list(value: dict[str, Any], key: str, place: str) -> list[Any]:
 
 def _part(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text":
-        return _text(part.get("text"), f"{place}.text")
+        return checked_text(part.get("text"), f"{place}.text")
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise RowFaultError(f"has {place} of type {shown(kind)}; expected parts of type 'text' alone")
 
@@ -262,7 +263,7 @@ def _prompt_response(value: dict[str, Any]) -> Chat:
 
 
 def _plain_text(value: dict[str, Any]) -> Text:
-    text = _text(value.get("text"), "text")
+    text = checked_text(value.get("text"), "text")
     if not text.strip():
         raise RowFaultError("has an empty text")
     return Text(text)

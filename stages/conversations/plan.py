@@ -75,6 +75,20 @@ class Plan:
             "rejects": dict(sorted(self.reasons.items())),
         }
 
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what became of the rows, a name and a text each; a text that goes on has no name."""
+        counts = self.counts()
+        samples, tokens = counts["samples"], counts["tokens"]
+        rows = [("Data", f"{number:,} rows of {kind}") for kind, number in counts["formats"].items()]
+        if counts["not_drawn"]:
+            rows.append(("", f"not drawn: {counts['not_drawn']:,} rows, by weight"))
+        rows.append(("Samples", f"{samples:,}, {tokens / samples:,.0f} tokens each on average"))
+        if counts["truncated"]:
+            rows.append(("", f"cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens"))
+        rows += [("", f"left out: {number:,} rows: {reason}") for reason, number in counts["rejects"].items()]
+        supervised = f"supervised {counts['supervised'] / tokens:.0%}"
+        return [*rows, ("Tokens", f"{tokens:,}; {supervised}; {counts['anchors']:,} anchors")]
+
 
 def make_plan(
     config: ExtractConfig,

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dflash_offline.schemas.errors import BadInputError
-from dflash_offline.stages.conversations.content import RowFaultError, read_messages, template_kwargs
+from dflash_offline.stages.conversations.content import RowFaultError, checked_text, read_messages, template_kwargs
 from dflash_offline.stages.conversations.files import Row, identify, read_rows, refuse_bad_rows
 
 WHAT_TO_DO = (
@@ -37,10 +37,10 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     prompts: list[Prompt] = []
     faults: list[str] = []
     for count, row in enumerate(read_rows(identify(path)), start=1):
-        if fault := row.fault or _fault(row.value):
-            faults.append(f"{row.place} {fault}")
-        else:
+        try:
             prompts.append(_prompt(row))
+        except RowFaultError as fault:
+            faults.append(f"{row.place} {fault}")
         if count == limit:
             break
     refuse_bad_rows(faults, WHAT_TO_DO)
@@ -73,11 +73,23 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[
 
 
 def _prompt(row: Row) -> Prompt:
-    kind = row.value.get("kind")
-    if "prompt" in row.value:
-        return Prompt(place=row.place, text=row.value["prompt"], kind=kind)
-    chat = read_messages(row.value)
-    return Prompt(place=row.place, messages=_open_turns(chat.messages), tools=chat.tools, kind=kind)
+    """Return the prompt that a line is; `RowFaultError` if it is none."""
+    value, kind = row.value, row.value.get("kind")
+    if row.fault:
+        raise RowFaultError(row.fault)
+    if kind is not None:
+        checked_text(kind, "a kind")
+    if ("prompt" in value) == ("messages" in value):
+        keys = ", ".join(sorted(value)[:8]) or "none"
+        raise RowFaultError(f"needs either 'messages' or 'prompt', and not both (its keys: {keys})")
+    if "prompt" in value:
+        if text := checked_text(value["prompt"], "a prompt"):
+            return Prompt(place=row.place, text=text, kind=kind)
+        raise RowFaultError("has an empty prompt")
+    chat = read_messages(value)
+    if messages := _open_turns(chat.messages):
+        return Prompt(place=row.place, messages=messages, tools=chat.tools, kind=kind)
+    raise RowFaultError("has only assistant turns; expected one to answer")
 
 
 def _open_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,27 +97,3 @@ def _open_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
     return messages[:end]
-
-
-def _fault(value: dict[str, Any]) -> str:
-    """Return what keeps a line from being a prompt, or an empty string."""
-    kind = value.get("kind")
-    if kind is not None and not isinstance(kind, str):
-        return f"has a kind of type {type(kind).__name__}; expected text"
-    if ("prompt" in value) == ("messages" in value):
-        keys = ", ".join(sorted(value)[:8]) or "none"
-        return f"needs either 'messages' or 'prompt', and not both (its keys: {keys})"
-    if "messages" in value:
-        try:
-            messages = read_messages(value).messages
-        except RowFaultError as fault:
-            return str(fault)
-        return "" if _open_turns(messages) else "has only assistant turns; expected one to answer"
-    text = value["prompt"]
-    if not isinstance(text, str):
-        return f"has a prompt of type {type(text).__name__}; expected text"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has a prompt with an unpaired surrogate at character {error.start}"
-    return "" if text else "has an empty prompt"

@@ -7,20 +7,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import UnsupportedTargetError
-from dflash_offline.schemas.identity import FieldDifference, refuse_differences
+from dflash_offline.schemas.identity import differences, refuse_differences
 
 
 def check_draft_fits(draft: DraftConfig, target: Any) -> None:
     """Raise `MismatchError` naming each field in which the draft was made for another target."""
     model = target.config.get_text_config(decoder=True)
     num_rows = target.get_input_embeddings().weight.shape[0]
-    rows: list[FieldDifference] = []
-    if draft.hidden_size != model.hidden_size:
-        rows.append(("hidden_size", draft.hidden_size, model.hidden_size))
-    if draft.vocab_size != num_rows:
-        rows.append(("vocab_size", draft.vocab_size, num_rows))
-    if draft.num_target_layers != model.num_hidden_layers:
-        rows.append(("num_target_layers", draft.num_target_layers, model.num_hidden_layers))
+    wanted = {"hidden_size": model.hidden_size, "vocab_size": num_rows, "num_target_layers": model.num_hidden_layers}
+    rows = differences({name: getattr(draft, name) for name in wanted}, wanted)
     if draft.mask_token_id >= num_rows:
         rows.append(("mask_token_id", draft.mask_token_id, f"0 to {num_rows - 1}"))
     refuse_differences(

@@ -17,7 +17,7 @@ from dflash_offline.stages.draft.model import DraftModel
 def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
     """Raise `MismatchError` naming every missing key, unexpected key and wrong shape; `where` names the file."""
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
-    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, expected_shapes(config))]
+    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, expected_shapes(vars(config)))]
     if problems:
         raise MismatchError(
             f"{where} does not hold the weights its config.json describes:\n  "
@@ -35,12 +35,7 @@ def draft_state_dict(draft: nn.Module, config: DraftConfig, dtype: torch.dtype |
     return weights
 
 
-def load_draft(
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    attention_backend: str = "sdpa",
-) -> DraftModel:
+def load_draft(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DraftModel:
     """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode."""
     config = DraftConfig.read(folder)
     path = folder / "model.safetensors"
@@ -57,7 +52,7 @@ def load_draft(
             f"earlier checkpoint."
         )
     with torch.device("meta"):
-        draft = DraftModel(config, attention_backend)
+        draft = DraftModel(config)
     weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
     draft.load_state_dict(weights, assign=True)
     return draft.eval()

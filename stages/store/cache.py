@@ -172,15 +172,15 @@ class Cache:
         if out is None:
             out = np.empty((int(self.samples.num_tokens[sample]), len(columns), self.layout.hidden_size), np.uint16)
         shard = int(self.samples.shard[sample])
-        if any(sample == skipped.sample for skipped in self._record(shard).skipped):
-            raise CacheError(f"{self.samples.place(sample)} was left out of {self.path}: its features were bad.")
+        for skipped in self._record(shard).skipped:
+            if skipped.sample == sample:
+                raise CacheError(f"{self.samples.place(sample)} was left out of {self.path}: {skipped.reason}.")
         self._shard(shard).read(self.slots(sample).start, columns, out, self._decoders, self._num_helpers)
         return out
 
-    def values(self, sample: int, columns: list[int] | None = None) -> NDArray[np.float32]:
+    def values(self, sample: int) -> NDArray[np.float32]:
         """Return a sample's features as float32, [num_tokens, L, H]."""
-        columns = list(range(self.layout.num_layers)) if columns is None else columns
-        return self.codec.values(self.codes(sample, columns), columns)
+        return self.codec.values(self.codes(sample), range(self.layout.num_layers))
 
 
 def most_open_shards() -> int:

@@ -38,13 +38,7 @@ def create_arrays(
     def create(
         name: str, dtype: str, item: tuple[int, ...], chunk: tuple[int, ...], fill: int, **attributes: Any
     ) -> None:
-        codec = BloscCodec(
-            cname=BLOSC["cname"],
-            clevel=BLOSC["clevel"],
-            shuffle=BLOSC["shuffle"],
-            blocksize=BLOSC["blocksize"],
-            typesize=np.dtype(dtype).itemsize,
-        )
+        codec = BloscCodec(**BLOSC, typesize=np.dtype(dtype).itemsize)
         group.create_array(
             name,
             shape=(layout.num_slots, *item),

@@ -17,7 +17,7 @@ metadata."""
 
 @dataclass(frozen=True, kw_only=True)
 class UnexpectedFiles:
-    """What lies in a cache unexpected its own files, each by its path within."""
+    """What lies in a cache beside its own files, each by its path within."""
 
     misleading: list[str] = field(default_factory=list)
     """Where readers look: a chat template in target/, a shard beyond the plan."""
@@ -49,7 +49,7 @@ def unexpected_files(cache: Path, manifest: Manifest) -> UnexpectedFiles:
 
 
 def _files(cache: Path) -> list[str]:
-    """Return the files in the cache's own folders, and what else lies unexpected those without looking into it."""
+    """Return the files in the cache's own folders, and what else lies beside those without looking into it."""
     found = []
     for entry in os.scandir(cache):
         if entry.name not in (TARGET, COMMITS, FEATURES, TMP):

@@ -2,22 +2,15 @@
 
 from collections.abc import Sequence
 
+from dflash_offline.schemas.draft.config_rules import spread_layers
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 
 
 def default_layer_ids(num_target_layers: int, num_layers: int | None) -> tuple[int, ...]:
-    """Return `num_layers` layer ids spread over the target, or as many as fit up to five if None.
-
-    One layer gives T // 2, more give round(1 + i (T - 4) / (n - 1)): the rule of z-lab's reference client.
-    """
-
-    def spread(n: int) -> list[int]:
-        if n == 1:
-            return [num_target_layers // 2]
-        return [round(1 + i * (num_target_layers - 4) / (n - 1)) for i in range(n)]
+    """Return `num_layers` layer ids spread over the target, or as many as fit up to five if None."""
 
     def usable(n: int) -> bool:
-        ids = spread(n)
+        ids = spread_layers(num_target_layers, n)
         return ids == sorted(set(ids)) and ids[-1] <= num_target_layers - 2
 
     largest = max((n for n in range(1, num_target_layers) if usable(n)), default=0)
@@ -32,7 +25,7 @@ def default_layer_ids(num_target_layers: int, num_layers: int | None) -> tuple[i
             f"{n} layers cannot be spread over a target of {num_target_layers} layers without repeating one. "
             f"The largest usable number is {largest}; or name them, as in --layers {some}."
         )
-    return tuple(spread(n))
+    return tuple(spread_layers(num_target_layers, n))
 
 
 def check_layer_ids(ids: Sequence[int], num_target_layers: int) -> tuple[int, ...]:

@@ -161,21 +161,18 @@ class Training:
         if not (math.isfinite(norm) and math.isfinite(sums[0])):
             self._refuse_non_finite()
         self._update()
-        result = StepResult(
+        window = Window(
             sums=tuple(sums),
             tokens=int(tokens),
             samples=int(samples),
             seconds=time.perf_counter() - began,
             wait_s=wait_s / self.ranks.count,
-            grad_norm=norm,
-            learning_rate=rate,
-            stop=bool(stop),
         )
         state = self.state
         self.state = replace(
-            state, step=state.step + 1, tokens=state.tokens + result.tokens, window=state.window.plus(result)
+            state, step=state.step + 1, tokens=state.tokens + window.tokens, window=state.window.plus(window)
         )
-        return result
+        return StepResult(window=window, grad_norm=norm, learning_rate=rate, stop=bool(stop))
 
     def close_window(self, last: StepResult) -> dict[str, Any]:
         """Return the log's row of the steps since the row before it, of which `last` is the last."""

@@ -44,40 +44,24 @@ def means_of(sums: Sequence[float]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimizer step did, over all ranks."""
-
-    sums: tuple[float, ...]
-    """As `sums_of` gives them."""
-    tokens: int
-    """Real tokens, padding left out."""
-    samples: int
-    seconds: float
-    """Spent by this rank, waiting for data included."""
-    wait_s: float
-    """Seconds that ranks waited for data, their mean."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    stop: bool
-    """Whether a signal asked one of the ranks to stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Window:
-    """The steps since the last row of the log, added up.
+    """One step's sums, or those of the steps since the last row of the log, over all ranks.
 
-    Checkpoints hold it, so that the first row after a resume covers the same steps as that of a run that went through.
+    Checkpoints hold these, so that the first row after a resume covers the same steps as that of a run that went
+    through.
     """
 
     sums: tuple[float, ...] = ()
     """As `sums_of` gives them; empty before the first step."""
     tokens: int = 0
+    """Real tokens, padding left out."""
     samples: int = 0
     seconds: float = 0.0
+    """Spent by this rank, waiting for data included."""
     wait_s: float = 0.0
+    """Seconds that ranks waited for data, their mean."""
 
-    def plus(self, step: StepResult) -> "Window":
+    def plus(self, step: "Window") -> "Window":
         """Return the window with one more step."""
         sums = self.sums or (0.0,) * len(step.sums)
         return Window(
@@ -98,3 +82,16 @@ class Window:
             "samples_per_s": self.samples / self.seconds,
             "data_wait_share": self.wait_s / self.seconds,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, over all ranks."""
+
+    window: Window
+    """This step alone."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    stop: bool
+    """Whether a signal asked one of the ranks to stop."""

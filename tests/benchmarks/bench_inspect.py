@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dflash_offline.pipeline.demo import TARGET as EMBEDDED
 from dflash_offline.schemas.commits import Commit, LayerStatistics, ShardFileRecord, commit_path
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, REJECTS, SAMPLES, TARGET, Layout, Manifest
-from dflash_offline.schemas.samples import Reject, write_rejects, write_samples
+from dflash_offline.schemas.samples import Reject, RejectWriter, write_samples
 from dflash_offline.stages.store.create import create_arrays, publish_cache
 
 NUM_SAMPLES, NUM_SHARDS = 1_000_000, 20_000
@@ -75,7 +75,9 @@ def make_plan(cache: Path) -> Manifest:
     )
     reasons = ("duplicate", "no supervised token")
     rejects = [Reject(source="part-000.jsonl", row=i, reason=reasons[i % 2], detail="x") for i in range(50_000)]
-    write_rejects(building / REJECTS, rejects)
+    with RejectWriter(building / REJECTS) as writer:
+        for reject in rejects:
+            writer.add(reject)
     create_arrays(building / FEATURES, layout, LAYER_IDS)
     publish_cache(
         building,

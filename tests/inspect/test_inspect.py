@@ -345,7 +345,7 @@ def test_a_sample_without_features_is_shown_with_the_reason(cache: Path, tmp_pat
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
     commit_path(copy, 0).unlink()
     assert document(copy, "--sample", 0)["norms"] is None
-    assert "No norms: shard 0 is not extracted" in shown(copy, "--sample", 0)
+    assert "No norms: Shard 0 of" in shown(copy, "--sample", 0)
 
 
 def test_a_shard_shows_its_record_and_its_samples(cache: Path) -> None:

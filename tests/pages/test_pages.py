@@ -70,10 +70,10 @@ def test_a_runs_page_shows_what_json_says(browser: Browser, run: Path, tmp_path:
     for label, kind, name in (
         ("training loss, last", "last_training", "loss"),
         ("held-out loss, last", "last_validation", "val_loss"),
-        ("acceptance length, serving walk, held-out", "last_validation", "val_serving_walk"),
-        ("acceptance length, mean over all anchors, held-out", "last_validation", "val_accept_len_over_anchors"),
-        ("tokens/s", "last_training", "tokens_per_s"),
-        ("peak memory, GiB", "last_training", "peak_memory_gib"),
+        ("acceptance, serving walk, held-out, last", "last_validation", "val_serving_walk"),
+        ("acceptance, all anchors, held-out, last", "last_validation", "val_accept_len_over_anchors"),
+        ("tokens/s, last", "last_training", "tokens_per_s"),
+        ("peak memory, GiB, last", "last_training", "peak_memory_gib"),
     ):
         assert shown(cells[label]) == pytest.approx(view[kind][name], rel=1e-3), label
     walks = [shown(text) for text in column(browser, "validations", 4)]

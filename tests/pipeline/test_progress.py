@@ -78,7 +78,7 @@ def test_without_a_known_total_no_time_left_is_told(clock: Clock) -> None:
 
 def test_lines_of_a_log_file_come_every_few_seconds_and_at_the_end(clock: Clock) -> None:
     stream = io.StringIO()
-    shown = TerminalProgress(stream=stream)
+    shown = TerminalProgress(stream)
     shown.start("Walking", 300, "steps", done=100)
     for _ in range(20):
         clock.now += 1
@@ -144,7 +144,7 @@ def test_a_bar_and_what_is_said_above_it_fit_the_terminal(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress, "_REDRAW_S", 0)
     with on_terminal(columns) as (stream, parts):
-        shown = TerminalProgress(stream=stream)
+        shown = TerminalProgress(stream)
         shown.start("Walking", total, "steps")
         for number in range(3):
             time.sleep(0.01)

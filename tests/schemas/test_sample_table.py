@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas import samples
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.samples import Reject, SampleTable, read_rejects, write_rejects, write_samples
+from dflash_offline.schemas.samples import Reject, RejectWriter, SampleTable, read_rejects, write_samples
 
 NUM_SAMPLES = 300
 
@@ -120,5 +120,7 @@ def test_rejects_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(samples, "_REJECTS_AT_ONCE", 4)
     rejects = [Reject(source="a", row=i, reason="bad row", detail=f"is {i}") for i in range(10)]
     for count in (0, 4, 10):
-        write_rejects(tmp_path / "r.parquet", iter(rejects[:count]))
+        with RejectWriter(tmp_path / "r.parquet") as writer:
+            for reject in rejects[:count]:
+                writer.add(reject)
         assert read_rejects(tmp_path / "r.parquet") == rejects[:count]

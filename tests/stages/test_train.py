@@ -374,7 +374,7 @@ def test_packed_rows_give_the_loss_gradient_and_validation_of_padded_ones(cache:
         results.append((one.step([placed(one, rows, 4)]), one.validate()))
     (first, row), (second, other) = results
     assert first.tokens == second.tokens and first.samples == second.samples == 4
-    torch.testing.assert_close(first.sums, second.sums, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first.window.sums, second.window.sums, rtol=1e-6, atol=1e-6)
     assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
     for (name, weight), other_weight in zip(packed.draft.named_parameters(), padded.draft.parameters(), strict=True):
         torch.testing.assert_close(weight, other_weight, rtol=1e-4, atol=1e-6, msg=name)
@@ -388,7 +388,7 @@ def test_accumulation_equals_one_large_batch(cache: Path, tmp_path: Path) -> Non
     rows = rows_of(*([sample] for sample in range(8)))
     first = small.step([placed(small, rows[:4]), placed(small, rows[4:])])
     second = large.step([placed(large, rows)])
-    torch.testing.assert_close(first.sums, second.sums, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first.window.sums, second.window.sums, rtol=1e-6, atol=1e-6)
     assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
 
 
@@ -397,7 +397,7 @@ def test_a_micro_batch_without_an_anchor_adds_nothing_and_stops_nobody(cache: Pa
     batch = placed(alone, rows_of([3, 5]))
     without = replace(batch, keep_mask=torch.zeros_like(batch.keep_mask))
     first, second = alone.step([batch]), both.step([without, batch])
-    torch.testing.assert_close(first.sums, second.sums, rtol=0, atol=0)
+    torch.testing.assert_close(first.window.sums, second.window.sums, rtol=0, atol=0)
     assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-6)
 
 
