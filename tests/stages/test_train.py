@@ -373,7 +373,7 @@ def test_packed_rows_give_the_loss_gradient_and_validation_of_padded_ones(cache:
     for one, rows in ((packed, rows_of([3, 0], [7, 5])), (padded, rows_of([0], [3], [5], [7]))):
         results.append((one.step([placed(one, rows, 4)]), one.validate()))
     (first, row), (second, other) = results
-    assert first.tokens == second.tokens and first.samples == second.samples == 4
+    assert first.window.tokens == second.window.tokens and first.window.samples == second.window.samples == 4
     torch.testing.assert_close(first.window.sums, second.window.sums, rtol=1e-6, atol=1e-6)
     assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
     for (name, weight), other_weight in zip(packed.draft.named_parameters(), padded.draft.parameters(), strict=True):
