@@ -65,6 +65,7 @@ def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> Eva
         device=device,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        progress=progress,
     )
     check_plain_embeddings(target, files.name)
     return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, trained=trained, progress=progress)
