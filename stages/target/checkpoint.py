@@ -94,7 +94,7 @@ def refuse_incomplete_load(folder: Path, model: Any, decoder: Any, loaded: Mappi
 
 
 def _some(names: list[str], between: str = ", ") -> str:
-    return between.join(names[:4]) + (f"{between}..." if len(names) > 4 else "")
+    return between.join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _methods() -> list[str]:
