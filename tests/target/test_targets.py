@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
         "gemma3n_text): {target}/config.json gives intermediate_size layer by layer",
     ),
     "mllama": (
-        lambda: make("MllamaTextConfig", cross_attention_layers=[1, 4], bos_token_id=1),
+        lambda: nested("MllamaConfig", {"cross_attention_layers": [1, 4], "bos_token_id": 1}),
         "its layers 1, 4 (cross_attention_layers) run for images alone",
     ),
     "gpt2": (
