@@ -64,6 +64,25 @@ def _refuse_parts_elsewhere(folder: Path, trust_remote_code: bool) -> None:
             )
 
 
+def _rotary_tables(text: Any) -> list[dict[str, Any]]:
+    """Return how each rotary table of a decoder is made; some families have one for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
+
+
+def steady_positions(text: Any) -> int | None:
+    """Return up to which length the states of a sequence do not depend on those beside it; None if nothing limits it.
+
+    Once one sequence of a batch exceeds the original positions, longrope turns all of them by another table, as dynamic
+    scaling does beyond the declared positions.
+    """
+    limits = [getattr(text, "max_position_embeddings", None)]
+    for rope in _rotary_tables(text):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetFiles:
     """A target on disk, before any weight is loaded."""
@@ -87,6 +106,16 @@ class TargetFiles:
         """Number of decoder layers."""
         return int(self.text_config.num_hidden_layers)
 
+    @property
+    def num_positions(self) -> int:
+        """Number of positions of a sequence that can be run beside any others, as `steady_positions` says."""
+        return steady_positions(self.text_config) or DraftConfig.max_position_embeddings
+
+    @property
+    def table_changes(self) -> bool:
+        """Whether the target can run longer sequences, though by another rotary table (longrope)."""
+        return self.num_positions < int(self._number("max_position_embeddings") or 0)
+
     def decoder(self) -> dict[str, Any]:
         """Return the numbers of the decoder that a draft's shape follows, as transformers resolves the config."""
         # A target without attention heads (Mamba) gives a draft no example; heads of about 128 are the usual width.
@@ -103,10 +132,21 @@ class TargetFiles:
             "vocab_size": int(self._number("vocab_size", needed=True)),
             "rms_norm_eps": float(self._number("rms_norm_eps") or DraftConfig.rms_norm_eps),
             "rope_theta": float(rope.get("rope_theta") or DraftConfig.rope_theta),
-            "max_position_embeddings": int(
-                self._number("max_position_embeddings") or DraftConfig.max_position_embeddings
-            ),
+            "max_position_embeddings": self._served_positions(),
         }
+
+    def _served_positions(self) -> int:
+        """Return how many positions servers give this target: more than its config declares, where that scales them.
+
+        A draft that declared fewer would end its server at the first longer request.
+        """
+        declared = int(self._number("max_position_embeddings") or DraftConfig.max_position_embeddings)
+        served = [declared]
+        for rope in _rotary_tables(self.text_config):
+            if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+                original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "yarn" else None
+                served.append(int((original or declared) * (rope.get("factor") or 1)))
+        return max(served)
 
     def _number(self, field: str, *, needed: bool = False) -> Any:
         """Return a number of the decoder, or None where its config has none; refuse one that differs by layer."""
