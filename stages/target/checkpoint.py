@@ -78,6 +78,12 @@ def refuse_incomplete_load(folder: Path, model: Any, decoder: Any, loaded: Mappi
             f"{folder} lacks {len(missing)} weights of {family}: {_some(missing)}.{instead} Name a complete model "
             f"folder whose config.json describes its weights."
         )
+    narrow = sorted(_left_narrow(model))
+    if narrow:
+        raise UnsupportedTargetError(
+            f"{folder} holds {len(narrow)} weights in few bits that the quantization of its config.json left as they "
+            f"are, without scales: {_some(narrow)}. Name the unquantized checkpoint, or a complete quantized one."
+        )
     if lost:
         why = (
             "Scales and zero points are of a quantization that transformers does not undo: name the unquantized "
@@ -91,6 +97,17 @@ def refuse_incomplete_load(folder: Path, model: Any, decoder: Any, loaded: Mappi
             f"that they would be left out: {_some(lost)}. {why}"
         )
     return unread
+
+
+def _left_narrow(model: Any) -> Iterator[str]:
+    """Yield the weights of plain linear layers and tables that are held in fewer than 16 bits or as integers."""
+    from torch import nn
+
+    for path, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            dtype = module.weight.dtype
+            if dtype.itemsize < 2 or not dtype.is_floating_point:
+                yield f"{path}.weight"
 
 
 def _some(names: list[str], between: str = ", ") -> str:

@@ -164,6 +164,48 @@ def test_no_command_takes_features_from_weights_without_their_scales(target: Pat
     assert not cache.exists() and not answers.exists()
 
 
+def as_blocks(tensors: Tensors) -> Tensors:
+    """Store projections as transformers' own float8 with a scale for each block."""
+
+    def change(name: str, weight: Tensor) -> Tensors:
+        scale = weight.abs().max() / 448
+        blocks = scale.expand(weight.shape[0] // 16, weight.shape[1] // 16)
+        return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": blocks}
+
+    return projections(tensors, change)
+
+
+def undone(tensors: Tensors) -> Tensors:
+    """Return plain weights of the values that `as_blocks` stores."""
+    stored = as_blocks(tensors)
+    scales = {name.removesuffix("_scale_inv"): scale[0, 0] for name, scale in stored.items() if "_scale_inv" in name}
+    return {name: stored[name].float() * scales.get(name, torch.tensor(1.0)) for name in tensors}
+
+
+def test_a_quantization_that_transformers_undoes_gives_the_logits_of_the_plain_weights(
+    target: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+
+    def logits(name: str, change: Callable[[Tensors], Tensors], **config: Any) -> Tensor:
+        files = open_target(str(checkpoint(target, tmp_path / name, change, **config)))
+        model = load_model(files, dtype=torch.float32, device=torch.device("cpu"))
+        with torch.inference_mode():
+            found: Tensor = model(torch.arange(1, 20)[None]).logits
+        return found
+
+    torch.testing.assert_close(logits("stored", as_blocks, quantization_config=fp8), logits("plain", undone))
+
+    def without_scales(tensors: Tensors) -> Tensors:
+        return {name: tensor for name, tensor in as_blocks(tensors).items() if "_scale_inv" not in name}
+
+    with pytest.raises(
+        DflashError, match=r"holds 42 weights in few bits .* without scales: model\.layers\.0\.mlp\.down"
+    ):
+        logits("without scales", without_scales, quantization_config=fp8)
+
+
 class Heard(Silent):
     """Keeps what is said."""
 
