@@ -30,7 +30,7 @@ from dflash_offline.stages.draft.sampling import Chooser, Sampler, SamplingRule
 from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.eval_samples import as_prompts, check_cache_fits, choose_samples, draft_folder, walk_samples
 from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.target.files import open_target
+from dflash_offline.stages.target.files import open_target, steady_positions
 from dflash_offline.stages.target.model import check_plain_embeddings, choose_device, load_model, resolve_dtype
 
 
@@ -65,6 +65,7 @@ def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> Eva
         device=device,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        progress=progress,
     )
     check_plain_embeddings(target, files.name)
     return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, trained=trained, progress=progress)
@@ -173,7 +174,7 @@ def _read_cases(
         assert config.prompts is not None, "the settings were checked"
         prompts = read_prompts(config.prompts, config.limit)
         cases = [_Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
-    most = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = steady_positions(target.config.get_text_config(decoder=True))
     for case in cases:
         if most is not None and len(case.ids) + config.max_new_tokens > most:
             raise BadInputError(

@@ -47,7 +47,7 @@ def save_tokenizer(
 
 
 def save_target(
-    folder: Path, *, template: str = WITH_TAGS, num_layers: int = 6, seed: int = 0, **overrides: int
+    folder: Path, *, template: str = WITH_TAGS, num_layers: int = 6, seed: int = 0, **overrides: object
 ) -> Path:
     """Save a random Qwen3 target with its tokenizer; returns the folder."""
     torch.manual_seed(seed)

@@ -52,7 +52,16 @@ class LocalAnswerer:
                 f"{self.files.folder} names no token at which an answer ends. Put eos_token_id into its "
                 f"generation_config.json."
             )
-        self.positions = self.files.decoder()["max_position_embeddings"]
+        self.positions = self.files.num_positions
+        # Where a longer row changes the rotary table of all rows beside it, every row must end before.
+        self._prompt_positions = self.positions - (config.max_new_tokens if self.files.table_changes else 0)
+        if self._prompt_positions < 1:
+            raise DflashError(
+                f"{self.files.folder} turns all rows of a batch by another rotary table (longrope) once one is longer "
+                f"than {self.positions} tokens, so that answers would depend on the rows beside them. "
+                f"--max-new-tokens is {config.max_new_tokens}; expected less than {self.positions}, with room for the "
+                f"prompts."
+            )
         added = self.files.tokenizer.added_tokens_decoder.items()
         self._special_ids = {i for i, token in added if token.special and str(token) not in REASONING_TAGS}
 
@@ -122,8 +131,9 @@ class LocalAnswerer:
         if len(text) > MOST_CHARACTERS:
             return Answer(fault="prompt too long", detail=f"turn {turn}: {len(text):,} characters")
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(ids) < self.positions:
-            detail = f"turn {turn}: {len(ids):,} tokens; the target has {self.positions:,} positions"
+        if not 0 < len(ids) < self._prompt_positions:
+            beside = f", {self.config.max_new_tokens:,} of them for the answer" if self.files.table_changes else ""
+            detail = f"turn {turn}: {len(ids):,} tokens; the target has {self.positions:,} positions{beside}"
             return Answer(fault="prompt too long", detail=detail)
         return ids
 

@@ -130,7 +130,7 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     if not len(finished):
         raise CacheError(f"{path} has no finished shard to compare with the target. Let `dflash extract` finish one.")
     device = choose_device(rerun.device)
-    files, model = _open_recorded(cache, rerun, device)
+    files, model = _open_recorded(cache, rerun, device, progress)
     hidden_size, last = cache.layout.hidden_size, files.num_layers - 1
     by_layer = {
         layer: {near: _Difference(hidden_size) for near in range(max(layer - 1, 0), min(layer + 1, last) + 1)}
@@ -152,7 +152,9 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     return [_fit(layer, differences, expected_error) for layer, differences in by_layer.items()]
 
 
-def _open_recorded(cache: Cache, rerun: RerunConfig, device: torch.device) -> tuple[TargetFiles, torch.nn.Module]:
+def _open_recorded(
+    cache: Cache, rerun: RerunConfig, device: torch.device, progress: Progress
+) -> tuple[TargetFiles, torch.nn.Module]:
     """Return the target's files and its model, loaded as for extraction; `MismatchError` if it is not the cache's."""
     recorded, origin = cache.manifest.identity["target"], cache.manifest.origin
     revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
@@ -171,6 +173,7 @@ def _open_recorded(cache: Cache, rerun: RerunConfig, device: torch.device) -> tu
         attn_implementation=rerun.attn_implementation or recorded["attn_implementation"],
         device_map=rerun.device_map or recorded["device_map"],
         trust_remote_code=rerun.trust_remote_code,
+        progress=progress,
     )
     return files, model
 

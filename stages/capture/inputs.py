@@ -56,9 +56,15 @@ def open_inputs(config: ExtractConfig, progress: Progress) -> Inputs:
     out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
     refuse_other_than_utf8(out, "a feature cache")
     target = choose_target(config)
-    num_positions = target.files.decoder()["max_position_embeddings"]
+    num_positions = target.files.num_positions
     if config.max_length > num_positions:
-        progress.say(f"The target has {num_positions} positions; longer conversations are cut there.")
+        why = (
+            f"Beyond {num_positions} positions the target turns all sequences of a batch by another rotary table "
+            f"(longrope)"
+            if target.files.table_changes
+            else f"The target has {num_positions} positions"
+        )
+        progress.say(f"{why}; longer conversations are cut there.")
     config = replace(config, out=out, max_length=min(config.max_length, num_positions))
     encoder = ConversationEncoder(target.files, config)
     data = Data(config)

@@ -16,6 +16,7 @@ from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import sha256_bytes, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
 from dflash_offline.schemas.sealed import canonical_json
+from dflash_offline.stages.target.checkpoint import refuse_unreadable_checkpoint
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin")
 
@@ -63,6 +64,25 @@ def _refuse_parts_elsewhere(folder: Path, trust_remote_code: bool) -> None:
             )
 
 
+def _rotary_tables(text: Any) -> list[dict[str, Any]]:
+    """Return how each rotary table of a decoder is made; some families have one for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
+
+
+def steady_positions(text: Any) -> int | None:
+    """Return up to which length the states of a sequence do not depend on those beside it; None if nothing limits it.
+
+    Once one sequence of a batch exceeds the original positions, longrope turns all of them by another table, as dynamic
+    scaling does beyond the declared positions.
+    """
+    limits = [getattr(text, "max_position_embeddings", None)]
+    for rope in _rotary_tables(text):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetFiles:
     """A target on disk, before any weight is loaded."""
@@ -86,26 +106,73 @@ class TargetFiles:
         """Number of decoder layers."""
         return int(self.text_config.num_hidden_layers)
 
+    @property
+    def num_positions(self) -> int:
+        """Number of positions of a sequence that can be run beside any others, as `steady_positions` says."""
+        return steady_positions(self.text_config) or DraftConfig.max_position_embeddings
+
+    @property
+    def table_changes(self) -> bool:
+        """Whether the target can run longer sequences, though by another rotary table (longrope)."""
+        return self.num_positions < int(self._number("max_position_embeddings") or 0)
+
     def decoder(self) -> dict[str, Any]:
         """Return the numbers of the decoder that a draft's shape follows, as transformers resolves the config."""
-        text = self.text_config
         # A target without attention heads (Mamba) gives a draft no example; heads of about 128 are the usual width.
-        heads = int(getattr(text, "num_attention_heads", None) or max(1, text.hidden_size // 128))
-        rope = getattr(text, "rope_parameters", None) or {}
+        hidden_size = int(self._number("hidden_size", needed=True))
+        heads = int(self._number("num_attention_heads") or max(1, hidden_size // 128))
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
         return {
-            "hidden_size": int(text.hidden_size),
-            "num_hidden_layers": self.num_layers,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": int(self._number("num_hidden_layers", needed=True)),
             "num_attention_heads": heads,
-            "num_key_value_heads": int(getattr(text, "num_key_value_heads", None) or heads),
-            "head_dim": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-            "intermediate_size": int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-            "vocab_size": int(text.vocab_size),
-            "rms_norm_eps": float(getattr(text, "rms_norm_eps", None) or DraftConfig.rms_norm_eps),
+            "num_key_value_heads": int(self._number("num_key_value_heads") or heads),
+            "head_dim": int(self._number("head_dim") or hidden_size // heads),
+            "intermediate_size": int(self._number("intermediate_size") or 4 * hidden_size),
+            "vocab_size": int(self._number("vocab_size", needed=True)),
+            "rms_norm_eps": float(self._number("rms_norm_eps") or DraftConfig.rms_norm_eps),
             "rope_theta": float(rope.get("rope_theta") or DraftConfig.rope_theta),
-            "max_position_embeddings": int(
-                getattr(text, "max_position_embeddings", None) or DraftConfig.max_position_embeddings
-            ),
+            "max_position_embeddings": self._served_positions(),
         }
+
+    def _served_positions(self) -> int:
+        """Return how many positions servers give this target: more than its config declares, where that scales them.
+
+        A draft that declared fewer would end its server at the first longer request.
+        """
+        declared = int(self._number("max_position_embeddings") or DraftConfig.max_position_embeddings)
+        served = [declared]
+        for rope in _rotary_tables(self.text_config):
+            if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+                original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "yarn" else None
+                served.append(int((original or declared) * (rope.get("factor") or 1)))
+        return max(served)
+
+    def _number(self, field: str, *, needed: bool = False) -> Any:
+        """Return a number of the decoder, or None where its config has none; refuse one that differs by layer."""
+        text = self.text_config
+        try:
+            value = getattr(text, field, None)
+        except RuntimeError:  # transformers' answer where layers differ
+            value = ()
+        if isinstance(value, (list, tuple, dict)) or (needed and value is None):
+            said = f"gives no {field}" if value is None else f"gives {field} layer by layer"
+            raise UnsupportedTargetError(
+                f"{self.name} ({text.model_type}): {self.folder / 'config.json'} {said}; a DFlash draft is shaped "
+                f"after decoder layers of one kind, with one number for all. Use another target."
+            )
+        return value
+
+    def refuse_layers_of_other_kinds(self) -> None:
+        """Refuse a decoder whose layers differ in what a draft follows, or run only for some inputs."""
+        self.decoder()
+        skipped = getattr(self.text_config, "cross_attention_layers", None)
+        if skipped:
+            raise UnsupportedTargetError(
+                f"{self.name} ({self.text_config.model_type}): its layers {', '.join(map(str, skipped))} "
+                f"(cross_attention_layers) run for images alone, so text has no hidden states there; a DFlash draft "
+                f"needs every layer. Use another target."
+            )
 
     def end_ids(self) -> set[int]:
         """Return the tokens at which serving ends an answer: generation settings', config's and tokenizer's."""
@@ -164,6 +231,7 @@ def open_target(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise DflashError(
             f"transformers cannot open the model in {folder}: {str(error).strip().splitlines()[0]}.{hint}"
         ) from error
+    refuse_unreadable_checkpoint(folder, config)
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedTargetError(
             f"The tokenizer of {folder} has no fast version (tokenizer.json), which the loss mask needs. "
@@ -178,7 +246,9 @@ def open_target(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise DflashError(
             f"The tokenizer of {folder} has no chat template. Put the model's chat_template.jinja beside it."
         ) from error
-    return TargetFiles(folder=folder, name=name, config=config, tokenizer=tokenizer, template=template)
+    files = TargetFiles(folder=folder, name=name, config=config, tokenizer=tokenizer, template=template)
+    files.refuse_layers_of_other_kinds()
+    return files
 
 
 def _plain(config: Any) -> Any:

@@ -4,10 +4,12 @@ Axes: B sequences, S positions, L captured layers, H hidden size.
 """
 
 import ctypes
+import logging as standard_logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from transformers.utils import logging
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
-from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.target.checkpoint import quantization_of, refuse_incomplete_load
 from dflash_offline.stages.target.files import TargetFiles
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 """Config fields of families that change their logits after the head; a cap shows only on large logits."""
+_LOAD_REPORT = "LOAD REPORT"
+"""Marks transformers' own table of missing, unexpected and other-shaped weights among its warnings."""
 _KEPT_BYTES = 1 << 30
 """Freed memory that the C library keeps for the next forward."""
 
@@ -74,14 +79,16 @@ def load_model(
     attn_implementation: str = "sdpa",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
-    """Return the target's weights as a frozen causal language model in evaluation mode.
+    """Return the target's weights as a frozen causal language model in evaluation mode, none of them left out.
 
     With a `device_map` (auto, balanced, ...) transformers spreads it over all devices; without one it goes to
     `device`. A quantized checkpoint is put in place as it loads, since it cannot be moved afterwards. A GPU becomes
     the current one, on which kernels that transformers brings are launched.
     """
-    quantized = getattr(files.config, "quantization_config", None) is not None
+    progress = progress or Silent()
+    quantized = quantization_of(files.config) is not None
     placement = device_map or ({"": device} if quantized else None)
     if placement is not None and find_spec("accelerate") is None:
         raise DflashError(
@@ -90,27 +97,25 @@ def load_model(
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+    with _collected_warnings() as told:
+        model, loaded = _read_weights(
             files.folder,
+            told,
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=placement,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().splitlines()[0]
-        hint = " Try --attn-implementation eager." if "scaled_dot_product_attention" in said else ""
-        raise DflashError(
-            f"transformers cannot load the model in {files.folder} as a causal language model: {said}{hint}"
-        ) from error
-    absent = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
-    if absent:
-        raise DflashError(
-            f"{files.folder} lacks {len(absent)} weights of {type(model).__name__}, or holds them in another shape: "
-            f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}. Name a complete model folder."
+    unread = refuse_incomplete_load(files.folder, model, decoder_of(model), loaded)
+    if unread:
+        parts = sorted({".".join(name.split(".")[:2]) for name in unread})
+        progress.say(
+            f"{len(unread)} weights of {files.folder} belong to no part of {type(model).__name__} and are not read: "
+            f"{', '.join(parts[:5])}{', ...' if len(parts) > 5 else ''}."
         )
+    for text in told:
+        if _LOAD_REPORT not in text:  # what it lists was judged above
+            progress.say(f"transformers says of {files.folder}: {text.strip().splitlines()[0]}")
     if placement is None:
         model.to(device)
     offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
@@ -120,6 +125,45 @@ def load_model(
             f"kept elsewhere and fetched for each forward. Use more or larger GPUs, or a quantized checkpoint."
         )
     return model.eval().requires_grad_(False)
+
+
+def _read_weights(folder: Path, told: list[str], **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model and transformers' account of the load, which names weights of other shapes instead of raising.
+
+    `told` holds what transformers has warned of so far.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        said = str(error).strip().splitlines()[0]
+        report = [text for text in told if _LOAD_REPORT in text]
+        if report and "above report" in said:
+            said = " ".join(line.strip() for line in report[-1].splitlines()[3:] if line.strip())[:500]
+        hint = " Try --attn-implementation eager." if "scaled_dot_product_attention" in said else ""
+        raise DflashError(
+            f"transformers cannot load the model in {folder} as a causal language model: {said}{hint}"
+        ) from error
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """Collect what transformers warns of, instead of showing it."""
+    told: list[str] = []
+    handler = standard_logging.Handler(standard_logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.get_logger("transformers")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(standard_logging.WARNING)
+    logger.propagate = False
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def decoder_of(model: Any) -> Any:
@@ -206,6 +250,7 @@ def load_as_configured(
         attn_implementation=config.attn_implementation,
         device_map=config.device_map,
         trust_remote_code=config.trust_remote_code,
+        progress=progress,
     )
     check_plain_embeddings(model, files.name)
     return model
@@ -229,7 +274,7 @@ def check_plain_embeddings(model: Any, name: str) -> None:
     """Refuse a target whose decoder does not start from raw embedding rows and end in a plain linear head.
 
     A draft borrows the raw table and the head, as the clients serve it; a scaled embedding (Gemma), learned
-    positions or capped logits would be lost silently.
+    positions or capped logits would be lost silently. Refuse one, too, that skips some of its layers.
     """
     ids = torch.arange(1, 9, device=model.device)[None]
     entered: list[Tensor] = []
@@ -237,11 +282,21 @@ def check_plain_embeddings(model: Any, name: str) -> None:
     def note_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(args[0] if args else kwargs["hidden_states"])
 
-    handle = decoder_layers(model)[0].register_forward_pre_hook(note_input, with_kwargs=True)
+    layers, ran = decoder_layers(model), set[int]()
+    handles = [layers[0].register_forward_pre_hook(note_input, with_kwargs=True)]
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_hook(lambda *_, index=index: ran.add(index)))
     try:
         output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    if len(ran) < len(layers):
+        skipped = ", ".join(str(index) for index in range(len(layers)) if index not in ran)
+        raise UnsupportedTargetError(
+            f"{name} ({type(model).__name__}) runs text through {len(ran)} of its {len(layers)} layers, not through "
+            f"{skipped}; a DFlash draft needs the hidden states of every layer. Use another target."
+        )
     raw = nn.functional.embedding(ids, model.get_input_embeddings().weight)
     if not torch.equal(entered[0], raw.to(entered[0].dtype)):
         raise UnsupportedTargetError(

@@ -20,11 +20,13 @@ from tiny_target import save_conversations, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from typer.testing import Result
 
+from dflash_offline.pipeline.doctor.torch_trials import _describe_target
 from dflash_offline.schemas.draft.lint import lint_draft
 from dflash_offline.schemas.errors import UnsupportedTargetError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.stages.target import files as target_files
 from dflash_offline.stages.target.files import open_target
+from dflash_offline.stages.target.model import check_plain_embeddings, load_model
 
 SHAPE = {
     "vocab_size": 304,
@@ -85,10 +87,33 @@ NOT_REWOUND: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": lambda: make("Qwen3NextConfig", **LINEAR, **EXPERTS, shared_expert_intermediate_size=32),
     "qwen3_5_nested": lambda: nested("Qwen3_5Config", LINEAR),
 }
+PER_LAYER = {"layer_types": ["sliding_attention", "full_attention"] * 3}
 REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "gemma3": (lambda: make("Gemma3TextConfig"), "does not feed raw embedding rows"),
     "gemma3_nested": (lambda: nested("Gemma3Config", {}), "does not feed raw embedding rows"),
     "granite": (lambda: make("GraniteConfig", logits_scaling=4.0), "scales or caps its logits"),
+    "gemma4": (
+        lambda: make("Gemma4TextConfig", **PER_LAYER, num_kv_shared_layers=0, hidden_size_per_layer_input=0),
+        "gemma4_text): {target}/config.json gives head_dim layer by layer",
+    ),
+    "gemma3n": (
+        lambda: make(
+            "Gemma3nTextConfig",
+            **PER_LAYER,
+            intermediate_size=[64] * 6,
+            num_kv_shared_layers=0,
+            vocab_size_per_layer_input=304,
+            hidden_size_per_layer_input=8,
+            activation_sparsity_pattern=[0.0] * 6,
+            laurel_rank=8,
+            altup_num_inputs=2,
+        ),
+        "gemma3n_text): {target}/config.json gives intermediate_size layer by layer",
+    ),
+    "mllama": (
+        lambda: nested("MllamaConfig", {"cross_attention_layers": [1, 4], "bos_token_id": 1}),
+        "its layers 1, 4 (cross_attention_layers) run for images alone",
+    ),
     "gpt2": (
         lambda: transformers.GPT2Config(
             vocab_size=304, n_embd=32, n_layer=6, n_head=4, n_positions=512, bos_token_id=2, eos_token_id=2
@@ -171,12 +196,42 @@ def test_a_target_without_sdpa_says_which_flag_helps_and_then_works(tmp_path: Pa
     assert found.exit_code == 0 and "identical answers: 2 of 2" in found.stdout, found.output
 
 
+def skip_at(layer: torch.nn.Module) -> Callable[..., Any]:
+    """Return a call that hands the hidden states past one layer."""
+
+    def call(self: torch.nn.Module, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return hidden_states if self is layer else torch.nn.Module.__call__(self, hidden_states, *rest, **named)
+
+    return call
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_target_that_no_draft_can_serve_is_refused_before_any_work(family: str, tmp_path: Path) -> None:
     config, why = REFUSED[family]
-    _, cache, refused = extracted(config(), tmp_path)
-    assert refused.exit_code == 1 and why in refused.stderr, refused.output
-    assert not cache.exists()
+    target, cache, refused = extracted(config(), tmp_path)
+    assert refused.exit_code == 1 and why.format(target=target) in refused.stderr, refused.output
+    assert refused.stderr.startswith("dflash: ") and not cache.exists()
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma3n", "mllama"])
+def test_the_doctor_refuses_layers_of_other_kinds_by_the_same_words(family: str, tmp_path: Path) -> None:
+    config, why = REFUSED[family]
+    target = tmp_path / "target"
+    config().save_pretrained(target)
+    save_tokenizer(target)
+    with pytest.raises(UnsupportedTargetError) as error:
+        _describe_target(str(target))
+    assert why.format(target=target) in str(error.value)
+
+
+def test_a_layer_that_text_does_not_run_through_is_refused_whatever_its_config_says(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(open_target(str(target)), dtype=torch.float32, device=torch.device("cpu"))
+    skipped = model.model.layers[3]
+    monkeypatch.setattr(type(skipped), "__call__", skip_at(skipped))
+    with pytest.raises(UnsupportedTargetError, match="runs text through 5 of its 6 layers, not through 3;"):
+        check_plain_embeddings(model, "target")
 
 
 ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
