@@ -79,6 +79,7 @@ def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
 def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "Forecast", *, as_json: bool) -> None:
     """Print what extracting would make and cost."""
     from dflash_offline.stages.capture.forecast import more_room, readable_seconds
+    from dflash_offline.stages.conversations.advice import left_out, not_in_text
 
     counts = plan.counts()
     if as_json:
@@ -93,7 +94,9 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
     if counts["truncated"]:
         print(f"            cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens")
     for reason, count in counts["rejects"].items():
-        print(f"            left out: {count:,} rows: {reason}")
+        print(f"            left out: {left_out(reason, count, config)}")
+    if plan.dropped:
+        print(f"            not in the text: {not_in_text(counts['dropped'])}")
     supervised = counts["supervised"] / counts["tokens"]
     print(f"Tokens      {counts['tokens']:,}; supervised {supervised:.0%}; {counts['anchors']:,} anchors")
     shard_bytes = layout.shard_tokens * layout.slot_bytes

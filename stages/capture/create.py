@@ -25,6 +25,7 @@ from dflash_offline.stages.capture.calibrate import calibrated_scales
 from dflash_offline.stages.capture.forecast import forecast_cost, refuse_too_large
 from dflash_offline.stages.capture.inputs import Inputs
 from dflash_offline.stages.capture.runner import TargetRunner, load_runner
+from dflash_offline.stages.conversations.advice import left_out, not_in_text
 from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.create import create_arrays, publish_cache
@@ -44,7 +45,7 @@ def create_cache(inputs: Inputs, progress: Progress) -> TargetRunner:
         # A target that cannot be drafted for is refused before any other work.
         runner = load_runner(config, target, inputs.identity["target"], progress)
         plan, mask_token_id = plan_samples(inputs, folder, progress)
-        _say_plan(plan, progress)
+        _say_plan(plan, config, progress)
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)
         progress.say(f"Forecast: {forecast}.")
@@ -85,7 +86,7 @@ def plan_samples(inputs: Inputs, folder: Path, progress: Progress) -> tuple[Plan
     return plan, choose_mask_token(files, plan.samples, plan.first_uses, config.mask_token_id)
 
 
-def _say_plan(plan: Plan, progress: Progress) -> None:
+def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
     counts = plan.counts()
     for kind, rows in counts["formats"].items():
         progress.say(f"Data: {rows:,} rows of {kind}.")
@@ -99,7 +100,9 @@ def _say_plan(plan: Plan, progress: Progress) -> None:
         cut = f"{counts['truncated']:,} samples were cut at the maximum length"
         progress.say(f"  {cut}, by {counts['truncated_supervised']:,} supervised tokens.")
     for reason, count in counts["rejects"].items():
-        progress.say(f"  left out: {count:,} rows: {reason}.")
+        progress.say(f"  left out: {left_out(reason, count, config)}.")
+    if plan.dropped:
+        progress.say(f"  not in the text: {not_in_text(counts['dropped'])}.")
 
 
 def _write_target(folder: Path, files: TargetFiles, model: Any) -> None:

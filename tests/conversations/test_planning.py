@@ -142,10 +142,11 @@ def compared(plan: Plan, config: ExtractConfig, files: TargetFiles) -> None:
     ]
     assert found == plain.samples != []
     assert [(one.source, one.row, one.reason, one.detail) for one in plan.rejects] == plain.rejects != []
-    assert (plan.formats, plan.num_truncated, plan.num_supervised_cut) == (
+    assert (plan.formats, plan.num_truncated, plan.num_supervised_cut, plan.dropped) == (
         plain.formats,
         plain.truncated,
         plain.supervised_cut,
+        plain.dropped,
     )
     assert table.num_tokens.tolist() == [len(ids) for _, _, ids, _, _ in plain.samples]
     assert table.num_supervised.tolist() == [sum(mask) for _, _, _, mask, _ in plain.samples]
