@@ -97,7 +97,7 @@ class ConversationEncoder:
         self.config = config
         self.vocab_size = int(target.text_config.vocab_size)
         """Rows of the target's embedding table."""
-        self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", target.template) is not None
+        self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", self.tokenizer.template) is not None
         """Whether the chat template has generation tags."""
         how = "from generation tags" if self.has_tags else "from rendering turn by turn"
         self.mask_rule = config.mask if config.mask == "all" else f"{config.mask}, {how}"

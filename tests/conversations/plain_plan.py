@@ -109,7 +109,8 @@ def plain_tokens(content: Content, config: ExtractConfig, files: TargetFiles) ->
         mask = [config.mask == "all"] * len(made["input_ids"])
         _mark(mask, [i for i, (begin, end) in enumerate(made["offset_mapping"]) if begin < end])
         return made["input_ids"], mask
-    mask_of = _from_tags if "{% generation %}" in files.template else _from_prefixes
+    template = config.chat_template_kwargs.get("chat_template", files.template)
+    mask_of = _from_tags if "{% generation %}" in template else _from_prefixes
     ids, mask, parts = mask_of(content, config, files)
     dropped = plain_dropped(content, render(content, config, files, len(content.messages)), config)
     for turn, part in parts if dropped & {"answers", "tool calls"} else []:
@@ -214,9 +215,8 @@ def _from_tags(chat: Chat, config: ExtractConfig, files: TargetFiles) -> tuple[l
     )
     [text], [spans] = render_jinja_template(
         [chat.messages],
-        chat_template=files.template,
         return_assistant_tokens_mask=True,
-        **template_kwargs(config.chat_template_kwargs, chat.tools),
+        **{"chat_template": files.template, **template_kwargs(config.chat_template_kwargs, chat.tools)},
         **files.tokenizer.special_tokens_map,
     )
     mask = [False] * len(made["input_ids"])

@@ -208,6 +208,16 @@ def test_a_template_of_the_users_own_and_tools_for_all_rows_are_rendered_as_plai
     compared(plan, config, files)
 
 
+@pytest.mark.parametrize(("own", "given"), [("none", "tags"), ("tags", "none"), ("qwen3", "words")])
+@pytest.mark.parametrize("mask", ["assistant", "last-turn"])
+def test_tags_of_a_given_template_are_followed_as_plainly(tmp_path: Path, own: str, given: str, mask: str) -> None:
+    kwargs = {"chat_template": SHAPES[given][0]}
+    data = write_hostile(tmp_path / "a.jsonl", 60)
+    config = settings(tmp_path, data, mask=mask, chat_template_kwargs=kwargs)
+    files = target(tmp_path / "target", own)
+    compared(planned(config, files, tmp_path / "plan"), config, files)
+
+
 def slowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have this process take its time over a batch, so that others get some; returns the sizes of its own."""
     own: list[int] = []
