@@ -83,7 +83,7 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
     if as_json:
         print(json.dumps(_document(plan, layout, forecast), indent=1))
         return
-    for name, text in plan.facts():
+    for name, text in plan.facts(config):
         print(f"{name:<12}{text}")
     shard_bytes = layout.shard_tokens * layout.slot_bytes
     why = ": the longest sample must fit" if shard_bytes > config.shard_mib << 20 else ""

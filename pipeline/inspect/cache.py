@@ -137,6 +137,7 @@ def _plan(view: Overview) -> list[tuple[str, str]]:
         rows.append(("Left out", f"{count:,} rows: {reason}"))
         for row in plan.reject_examples.get(reason, [])[:1]:
             rows.append(("", f"e.g. {row.source}:{row.row} {row.detail[:_DETAIL]}"))
+    rows += [("Not in text", f"{kind} of {count:,} samples") for kind, count in plan.dropped.items()]
     cut = f"; {plan.truncated:,} cut at the maximum length" if plan.truncated else ""
     shares = f"supervised {plan.supervised_share:.0%}, of a sample {share.least:.0%} to {share.most:.0%}"
     anchors = f"{_spread_text(plan.anchors_per_sample)} for blocks of {view.provenance.block_size}"

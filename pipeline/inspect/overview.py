@@ -89,6 +89,8 @@ class PlanStatistics:
     rejects: dict[str, int]
     """Input rows left out for each reason."""
     reject_examples: dict[str, list[RejectedRow]]
+    dropped: dict[str, int]
+    """Samples some part of which the chat template left out of the text, by its kind."""
     length: Spread
     supervised_per_sample: Spread
     """Of the share of a sample's tokens."""
@@ -230,6 +232,7 @@ def _plan_statistics(cache: Cache) -> PlanStatistics:
         not_drawn=plan.get("not_drawn", 0),
         rejects=plan["rejects"],
         reject_examples=reject_examples(cache.path, plan["rejects"]),
+        dropped=plan.get("dropped", {}),
         length=spread(tokens),
         supervised_per_sample=spread(supervised / np.maximum(tokens, 1)),
         anchors_per_sample=spread(samples.num_anchors),

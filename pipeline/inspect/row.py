@@ -8,6 +8,7 @@ from dflash_offline.pipeline.terminal import facts, has_colour, open_console
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.advice import advice
 from dflash_offline.stages.conversations.content import Chat, RowFaultError, read_content
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
@@ -34,6 +35,10 @@ class RowView:
     """Supervised tokens beyond the maximum length; None if the row is not longer."""
     left_out: str | None
     detail: str | None
+    advice: str | None
+    """What would keep the row."""
+    dropped: list[str]
+    """Kinds of its parts that the chat template left out of the text."""
     runs: list[TextRun]
 
 
@@ -68,6 +73,8 @@ def row_view(config: ExtractConfig, number: int) -> RowView:
         truncated_supervised=made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
         left_out=made.reason or None,
         detail=made.detail or None,
+        advice=advice(made.reason, config) or None,
+        dropped=list(made.dropped),
         runs=text_runs(texts, batch.mask, config.block_size) if texts else [],
     )
 
@@ -87,6 +94,9 @@ def print_row(view: RowView) -> None:
         rows.append(("", f"cut at the maximum length, by {view.truncated_supervised:,} supervised tokens"))
     if view.left_out:
         rows.append(("LEFT OUT", f"{view.left_out}: {view.detail}"))
+        rows += [("", view.advice)] if view.advice else []
+    if view.dropped:
+        rows.append(("NOT IN TEXT", f"{', '.join(view.dropped)}: the chat template drops them"))
     console.print(facts(rows))
     if view.runs:
         console.print()

@@ -8,6 +8,7 @@ import numpy as np
 
 from dflash_offline.stages.conversations.content import (
     REASONING_KEYS,
+    SHAREGPT_ROLES,
     Chat,
     Content,
     RowFaultError,
@@ -113,15 +114,39 @@ def read_dialogues(data: Data) -> Iterator[Dialogue]:
 
 
 BAD_ROW = "bad row"
+_ANY_ANSWER = "-"
 
 
 def _content(row: Row, row_format: str | None) -> Content:
     if row.fault:
         raise RowFaultError(row.fault)
-    _, content = read_content(row.value, row_format)
+    _, content = read_content(_without_answers(row.value), row_format)
     for place, text in strings(vars(content)) if isinstance(content, Chat) else ():
         checked_text(text, place)
     return content
+
+
+def _without_answers(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose old answers are any text, as they will be replaced and need not be good ones."""
+    changed = dict(value)
+    for key, speaker, said in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if isinstance(turns := value.get(key), list):
+            changed[key] = [_without_answer(turn, speaker, said) for turn in turns]
+    if value.get("prompt") is not None and not any(value.get(key) for key in ("messages", "conversations", "text")):
+        changed["response"] = _ANY_ANSWER
+    return changed
+
+
+def _without_answer(turn: Any, speaker: str, said: str) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    if speaker not in turn:
+        speaker, said = "role", "content"
+    name = turn.get(speaker)
+    if not isinstance(name, str) or SHAREGPT_ROLES.get(name) != "assistant":
+        return turn
+    kept = {speaker: name, said: _ANY_ANSWER}
+    return {**kept, "tool_calls": turn["tool_calls"]} if turn.get("tool_calls") else kept
 
 
 def _turns(content: Content) -> tuple[list[list[Message]], list[dict[str, Any]] | None]:

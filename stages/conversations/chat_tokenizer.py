@@ -68,6 +68,12 @@ class ChatTokenizer:
         self._adds_none = self.backend.num_special_tokens_to_add(False) == 0
 
     @property
+    def template(self) -> str:
+        """The text of the chat template in use: the target's own, unless the arguments name or give another."""
+        text: str = self._templates[0]
+        return text
+
+    @property
     def portable(self) -> bool:
         """Whether this can be sent to a process that has not loaded the tokenizer's own classes."""
         return self._own is None

@@ -69,9 +69,9 @@ class RowFormat:
 def read_content(value: dict[str, Any], row_format: str | None = None) -> tuple[str, Content]:
     """Return the format of a row, found by its keys unless it is given, and its content; `RowFaultError` if bad."""
     if row_format is None:
-        row_format = next(
-            (name for name, known in ROW_FORMATS.items() if all(key in value for key in known.keys)), None
-        )
+        given = [key for key, item in value.items() if item is not None]  # null where another row has the key
+        fitting = (name for keys in (given, value) for name, known in ROW_FORMATS.items() if {*known.keys} <= {*keys})
+        row_format = next(fitting, None)
     if row_format is None:
         expected = ", ".join(" + ".join(known.keys) for known in ROW_FORMATS.values())
         raise RowFaultError(
@@ -139,10 +139,29 @@ def gather_texts(value: Any, texts: list[str]) -> bool:
 
 def read_messages(value: dict[str, Any]) -> Chat:
     """Return a row's `messages` and `tools`, checked; content parts become one text, call arguments an object."""
-    messages = value.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RowFaultError(f"has no list 'messages' (its keys are {shown(sorted(value)[:8])})")
-    return Chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)], _tools(value))
+    messages = _turns(value, "messages")
+    return _chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)], _tools(value))
+
+
+def _chat(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Chat:
+    """Return a conversation without its empty system turns: none is meant where data writes an empty one."""
+    spoken = [one for one in messages if one["role"] not in ("system", "developer") or one["content"].strip()]
+    if not spoken:
+        raise RowFaultError("has only empty system turns; expected one of a user or the assistant")
+    return Chat(spoken, tools)
+
+
+def _turns(value: dict[str, Any], key: str) -> list[Any]:
+    """Return the list of turns under a key, which may also be written as a text of JSON."""
+    turns = value.get(key)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = _json(turns, list, key)
+    if isinstance(turns, list) and turns:
+        return turns
+    found = "nothing" if turns is None else "an empty one" if turns == [] else type(turns).__name__
+    if isinstance(turns, dict):
+        found = f"one object of the keys {shown(sorted(turns)[:8])}"
+    raise RowFaultError(f"has no list {key!r} but {found}; expected [{{...}}, ...], one object a turn")
 
 
 def template_kwargs(given: Mapping[str, Any], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -159,7 +178,8 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     turn = {key: item for key, item in message.items() if item is not None}
     calls = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(_list(turn, "tool_calls", place))]
     turn.pop("tool_calls", None)
-    content = turn.get("content", "" if calls and role == "assistant" else None)
+    may_be_empty = role in ("system", "developer", "tool")
+    content = turn.get("content", "" if may_be_empty or (calls and role == "assistant") else None)
     if isinstance(content, list):
         content = "".join(_part(part, f"{place}.content[{i}]") for i, part in enumerate(content))
     content = turn["content"] = checked_text(content, f"{place}.content")
@@ -167,7 +187,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         turn["tool_calls"] = calls
     elif calls:
         raise RowFaultError(f"has {place}.tool_calls on a message of role {role}; expected them on the assistant's")
-    elif not content.strip():
+    elif not content.strip() and not may_be_empty:
         raise RowFaultError(f"has an empty {place}.content ({role})")
     reasoning = next((turn[key] for key in REASONING_KEYS if key in turn), None)
     if reasoning is not None:
@@ -233,9 +253,7 @@ def _json(value: Any, kind: type, place: str) -> Any:
 
 
 def _sharegpt(value: dict[str, Any]) -> Chat:
-    turns = value.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RowFaultError("has no list 'conversations'")
+    turns = _turns(value, "conversations")
     messages = []
     if value.get("system"):
         messages.append(_message({"role": "system", "content": value["system"]}, "system"))
@@ -251,13 +269,16 @@ def _sharegpt(value: dict[str, Any]) -> Chat:
             raise RowFaultError(f"has {place}.from {shown(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
         content = {"content": turn.get("value"), **{key: turn.get(key) for key in REASONING_KEYS}}
         messages.append(_message({"role": SHAREGPT_ROLES[speaker], **content}, place))
-    return Chat(messages, _tools(value))
+    return _chat(messages, _tools(value))
 
 
 def _prompt_response(value: dict[str, Any]) -> Chat:
+    for key in ("prompt", "response"):
+        if isinstance(value.get(key), list) and any(isinstance(part, dict) and "role" in part for part in value[key]):
+            raise RowFaultError(f"has {key} that is a list of messages; expected a text, or all turns in 'messages'")
     turns = [{"role": "system", "content": value["system"]}] if value.get("system") else []
     turns += [{"role": "user", "content": value.get("prompt")}, {"role": "assistant", "content": value.get("response")}]
-    return Chat(
+    return _chat(
         [_message(turn, {"user": "prompt", "assistant": "response"}.get(turn["role"], "system")) for turn in turns]
     )
 

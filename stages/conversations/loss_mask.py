@@ -8,7 +8,7 @@ all of it is supervised, save what the tokenizer adds. Tokens made elsewhere com
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from dflash_offline.stages.conversations.content import (
     gather_texts,
     strings,
 )
+from dflash_offline.stages.conversations.dropped import CALLS, KIND_OF_ROLE, dropped_parts, is_written_empty
 
 if TYPE_CHECKING:  # its module loads torch, which a process that only tokenizes does without
     from dflash_offline.stages.target.files import TargetFiles
@@ -34,6 +35,13 @@ REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
 """Part of what a model says, even where its tokenizer flags them special."""
 MOST_CHARACTERS = 1 << 22
 """Characters of one row at most: about a million tokens, which take some 800 MiB while they are made."""
+ANSWER_FIRST = "begins with an assistant turn"
+EMPTY_ANSWER = "template writes nothing of an answer"
+OTHER_PROMPT = "answer does not follow its prompt"
+REWRITTEN = "template rewrites history"
+SPECIAL_TOKEN = "special token in content"
+TOKENS_REASON = "reasoning in tokens cannot be told"
+TOO_LONG = "far too long"
 _REASONING = re.compile(
     r"(?:<think>|\A)(?:(?!<think>).)*?</think>|<think>.*\Z"
     r"|(?:\[THINK\]|\A)(?:(?!\[THINK\]).)*?\[/THINK\]|\[THINK\].*\Z"
@@ -61,6 +69,8 @@ class Tokenized:
 
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.bool_]
+    dropped: tuple[str, ...] = ()
+    """Kinds of parts of the row that the chat template left out of the text."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ class _Rendered:
     """What rendering turn by turn shows to be the assistant's."""
     begin: int = 0
     """Where the first supervised token may begin."""
+    dropped: tuple[str, ...] = ()
+    """Kinds of parts that are not in the text."""
 
 
 class ConversationEncoder:
@@ -85,7 +97,7 @@ class ConversationEncoder:
         self.config = config
         self.vocab_size = int(target.text_config.vocab_size)
         """Rows of the target's embedding table."""
-        self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", target.template) is not None
+        self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", self.tokenizer.template) is not None
         """Whether the chat template has generation tags."""
         how = "from generation tags" if self.has_tags else "from rendering turn by turn"
         self.mask_rule = config.mask if config.mask == "all" else f"{config.mask}, {how}"
@@ -124,8 +136,25 @@ class ConversationEncoder:
             return _Rendered(content, content.text)
         plain = plain and not any(REASONING_KEYS[0] in message for message in content.messages)
         if self.config.mask == "all":
-            return _Rendered(content, self._render(content, plain=plain))
-        return self._from_tags(content, plain) if self.has_tags else self._from_prefixes(content, plain)
+            rendered = _Rendered(content, self._render(content, plain=plain))
+        else:
+            rendered = self._from_tags(content, plain) if self.has_tags else self._from_prefixes(content, plain)
+        return self._compared(content, rendered)
+
+    def _compared(self, chat: Chat, rendered: _Rendered) -> _Rendered:
+        """Return a conversation with what its text lacks; `UnmaskableError` if a supervised answer is empty in it."""
+        turns = _answers(chat)
+        supervised = turns[-1:] if self.config.mask == "last-turn" else turns
+        tools = chat.tools or self.config.chat_template_kwargs.get("tools") or ()
+        dropped = dropped_parts(chat, rendered.text, tools, min(supervised, default=0))
+        if not dropped:
+            return rendered
+        spans = rendered.turns or (rendered.tagged if len(rendered.tagged) == len(turns) else [])
+        for turn, (begin, end) in zip(supervised, spans[-len(supervised) :], strict=False):
+            lost = {CALLS, KIND_OF_ROLE["assistant"]}.intersection(dropped)
+            if lost and is_written_empty(chat.messages[turn], rendered.text[begin:end]):
+                raise UnmaskableError(EMPTY_ANSWER, f"of messages[{turn}] nothing is in the text")
+        return replace(rendered, dropped=dropped)
 
     def _encoded(self, rendered: list[_Rendered], *, add_special_tokens: bool = False) -> list[Encoded | Exception]:
         texts = [row.text for row in rendered]
@@ -141,7 +170,7 @@ class ConversationEncoder:
     def _masked(self, rendered: _Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
         if isinstance(encoded, Exception):
             return encoded
-        return Tokenized(encoded.ids, self._is_supervised(rendered, encoded))
+        return Tokenized(encoded.ids, self._is_supervised(rendered, encoded), rendered.dropped)
 
     def _is_supervised(self, rendered: _Rendered, encoded: Encoded) -> NDArray[np.bool_]:
         """Return for each token of a text whether the rule supervises it."""
@@ -169,7 +198,7 @@ class ConversationEncoder:
     def _tokens_made_elsewhere(self, tokens: Tokens) -> Tokenized:
         mask = np.array(tokens.loss_mask, np.bool_)
         if self.config.no_reasoning:
-            raise UnmaskableError("reasoning in tokens cannot be told", "the row holds tokens, not text")
+            raise UnmaskableError(TOKENS_REASON, "the row holds tokens, not text")
         if self.config.mask == "all":
             mask[:] = True
         elif self.config.mask == "last-turn":
@@ -184,7 +213,7 @@ class ConversationEncoder:
         plain = gather_texts(vars(content), texts)
         size = sum(map(len, texts))
         if size > MOST_CHARACTERS:
-            raise UnmaskableError("far too long", f"{size:,} characters; at most {MOST_CHARACTERS:,} are tokenized")
+            raise UnmaskableError(TOO_LONG, f"{size:,} characters; at most {MOST_CHARACTERS:,} are tokenized")
         if self._special is None or self.config.keep_special_tokens:
             return plain
         whole = "".join(texts)
@@ -193,7 +222,7 @@ class ConversationEncoder:
         for text in texts:
             if match := self._special.search(text):
                 place = next(place for place, value in strings(vars(content)) if value == text)
-                raise UnmaskableError("special token in content", f"{place} spells {match.group()!r}")
+                raise UnmaskableError(SPECIAL_TOKEN, f"{place} spells {match.group()!r}")
         return plain
 
     def _is_blank(self, ids: NDArray[np.uint32]) -> bool:
@@ -210,7 +239,7 @@ class ConversationEncoder:
         if self.config.mask == "last-turn" and turns:
             before = self._render(chat, turns[-1], plain=plain) if turns[-1] else ""
             if not text.startswith(before):
-                raise _rewritten(turns[-1], "once it is there")
+                raise _without_its_prompt(turns[-1])
         return _Rendered(chat, text, tagged=spans, begin=len(before))
 
     def _from_prefixes(self, chat: Chat, plain: bool) -> _Rendered:
@@ -219,17 +248,13 @@ class ConversationEncoder:
         spans = []
         for turn in turns[-1:] if self.config.mask == "last-turn" else turns:
             if turn == 0:
-                raise UnmaskableError(
-                    "begins with an assistant turn", "its first token cannot be told without a prompt"
-                )
+                raise UnmaskableError(ANSWER_FIRST, "its first token cannot be told without a prompt")
             before = self._render(chat, turn, prompt=True, plain=plain)
             through = text if turn + 1 == len(chat.messages) else self._render(chat, turn + 1, plain=plain)
             if not through.startswith(before):
-                raise _rewritten(turn, "once it is there")
+                raise _without_its_prompt(turn)
             if not text.startswith(through):
-                raise UnmaskableError(
-                    "template rewrites history", f"messages[{turn}] renders otherwise when more follows"
-                )
+                raise UnmaskableError(REWRITTEN, f"messages[{turn}] renders otherwise when more follows")
             spans.append((len(before), len(through)))
         return _Rendered(chat, text, turns=spans)
 
@@ -246,8 +271,8 @@ def _answers(chat: Chat) -> list[int]:
     return [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
 
 
-def _rewritten(turn: int, when: str) -> UnmaskableError:
-    return UnmaskableError("template rewrites history", f"what leads to messages[{turn}] renders otherwise {when}")
+def _without_its_prompt(turn: int) -> UnmaskableError:
+    return UnmaskableError(OTHER_PROMPT, f"what leads to messages[{turn}] renders otherwise once it is there")
 
 
 def _reasoning(content: Chat | Text, text: str, mask: NDArray[np.bool_], encoded: Encoded) -> Iterator[tuple[int, int]]:

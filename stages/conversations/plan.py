@@ -26,6 +26,7 @@ from dflash_offline.schemas.samples import (
     write_samples,
 )
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.conversations.advice import DUPLICATE, left_out, not_in_text
 from dflash_offline.stages.conversations.files import MOST_NAMED, RawRow, refuse_bad_rows
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
@@ -55,6 +56,8 @@ class Plan:
     num_not_drawn: int
     num_truncated: int
     num_supervised_cut: int
+    dropped: Counter[str]
+    """Samples some part of which the chat template left out of the text, by its kind."""
 
     @property
     def rejects(self) -> list[Reject]:
@@ -73,9 +76,10 @@ class Plan:
             "truncated": self.num_truncated,
             "truncated_supervised": self.num_supervised_cut,
             "rejects": dict(sorted(self.reasons.items())),
+            **({"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {}),
         }
 
-    def facts(self) -> list[tuple[str, str]]:
+    def facts(self, config: ExtractConfig) -> list[tuple[str, str]]:
         """Return what became of the rows, a name and a text each; a text that goes on has no name."""
         counts = self.counts()
         samples, tokens = counts["samples"], counts["tokens"]
@@ -85,7 +89,9 @@ class Plan:
         rows.append(("Samples", f"{samples:,}, {tokens / samples:,.0f} tokens each on average"))
         if counts["truncated"]:
             rows.append(("", f"cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens"))
-        rows += [("", f"left out: {number:,} rows: {reason}") for reason, number in counts["rejects"].items()]
+        rows += [("", f"left out: {left_out(reason, number, config)}") for reason, number in counts["rejects"].items()]
+        if self.dropped:
+            rows.append(("", f"not in the text: {not_in_text(counts['dropped'])}"))
         supervised = f"supervised {counts['supervised'] / tokens:.0%}"
         return [*rows, ("Tokens", f"{tokens:,}; {supervised}; {counts['anchors']:,} anchors")]
 
@@ -130,11 +136,12 @@ def make_plan(
         num_not_drawn=data.num_not_drawn,
         num_truncated=collected.num_truncated,
         num_supervised_cut=collected.num_supervised_cut,
+        dropped=collected.dropped,
     )
 
 
 def _nothing_left(config: ExtractConfig, reasons: Counter[str], rule: str) -> str:
-    listed = "".join(f"\n  {count} rows: {reason}" for reason, count in reasons.most_common()) or "\n  no rows"
+    listed = "".join(f"\n  {left_out(*one, config)}" for one in reasons.most_common()) or "\n  no rows"
     return (
         f"No row of {', '.join(map(str, config.data))} gives a sample to train on:{listed}\n"
         f"A sample needs a supervised token with {config.block_size - 1} more tokens after it, within its first "
@@ -149,6 +156,7 @@ class _Collected:
         self.folder = folder
         self.formats: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
         self.faults: list[str] = []
         """Of the first bad rows, with their places."""
         self.num_truncated = 0
@@ -193,7 +201,7 @@ class _Collected:
             self.formats[f"{row.source.container}, {outcome.row_format}"] += 1
         reason, detail = outcome.reason, outcome.detail
         if outcome.digest in self._seen:
-            reason, detail = "duplicate", "says exactly what an earlier row says"
+            reason, detail = DUPLICATE, "says exactly what an earlier row says"
         elif outcome.num_supervised_cut >= 0:
             self.num_truncated += 1
             self.num_supervised_cut += outcome.num_supervised_cut
@@ -205,6 +213,7 @@ class _Collected:
             if reason == BAD_ROW and len(self.faults) < MOST_NAMED:
                 self.faults.append(f"{row.source.path}:{row.line} {detail}")
             return False
+        self.dropped.update(outcome.dropped)
         self.source_index.append(self.sources.setdefault(row.source.name, len(self.sources)))
         self.row.append(row.line)
         self.num_tokens.append(outcome.num_tokens)

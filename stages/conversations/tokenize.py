@@ -40,6 +40,9 @@ BATCH_ROWS = 1024
 ALONE_BYTES = 2 << 20
 """Bytes of content that this process tokenizes before it starts others: some seconds of work."""
 BAD_ROW = "bad row"
+NO_SUPERVISED = "no supervised token"
+NOT_A_BLOCK = "shorter than one block"
+TOO_NEAR_END = "supervised part too near the end"
 _AHEAD = 2
 """Batches for each process that are under way or wait for an earlier one."""
 _COMMAND = "from dflash_offline.stages.conversations.tokenize import serve; serve()"
@@ -62,6 +65,8 @@ class RowOutcome:
     num_anchors: int = 0
     num_supervised_cut: int = -1
     """Supervised tokens beyond the maximum length; -1 if nothing was cut."""
+    dropped: tuple[str, ...] = ()
+    """Kinds of parts of the row that the chat template left out of the text."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class RowTokenizer:
         num_cut, most = -1, self.config.max_length
         num_supervised = int(np.count_nonzero(sample.loss_mask))
         if len(sample.input_ids) > most:
-            sample = Tokenized(sample.input_ids[:most], sample.loss_mask[:most])
+            sample = replace(sample, input_ids=sample.input_ids[:most], loss_mask=sample.loss_mask[:most])
             left = int(np.count_nonzero(sample.loss_mask))
             num_cut, num_supervised = num_supervised - left, left
         num_tokens, num_anchors = len(sample.input_ids), count_anchors(sample.loss_mask, self.config.block_size)
@@ -178,6 +183,7 @@ class RowTokenizer:
             num_supervised=num_supervised,
             num_anchors=num_anchors,
             num_supervised_cut=num_cut,
+            dropped=sample.dropped,
         )
         return outcome, sample
 
@@ -190,10 +196,10 @@ def _fault_text(error: Exception) -> str:
 
 def _why_no_anchor(sample: Tokenized, block_size: int) -> str:
     if not sample.loss_mask.any():
-        return "no supervised token"
+        return NO_SUPERVISED
     if len(sample.input_ids) < block_size:
-        return "shorter than one block"
-    return "supervised part too near the end"
+        return NOT_A_BLOCK
+    return TOO_NEAR_END
 
 
 def _tokenize_in_processes(

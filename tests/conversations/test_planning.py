@@ -142,10 +142,11 @@ def compared(plan: Plan, config: ExtractConfig, files: TargetFiles) -> None:
     ]
     assert found == plain.samples != []
     assert [(one.source, one.row, one.reason, one.detail) for one in plan.rejects] == plain.rejects != []
-    assert (plan.formats, plan.num_truncated, plan.num_supervised_cut) == (
+    assert (plan.formats, plan.num_truncated, plan.num_supervised_cut, plan.dropped) == (
         plain.formats,
         plain.truncated,
         plain.supervised_cut,
+        plain.dropped,
     )
     assert table.num_tokens.tolist() == [len(ids) for _, _, ids, _, _ in plain.samples]
     assert table.num_supervised.tolist() == [sum(mask) for _, _, _, mask, _ in plain.samples]
@@ -205,6 +206,16 @@ def test_a_template_of_the_users_own_and_tools_for_all_rows_are_rendered_as_plai
     files = target(tmp_path / "target", "none")
     plan = planned(config, files, tmp_path / "plan")
     compared(plan, config, files)
+
+
+@pytest.mark.parametrize(("own", "given"), [("none", "tags"), ("tags", "none"), ("qwen3", "words")])
+@pytest.mark.parametrize("mask", ["assistant", "last-turn"])
+def test_tags_of_a_given_template_are_followed_as_plainly(tmp_path: Path, own: str, given: str, mask: str) -> None:
+    kwargs = {"chat_template": SHAPES[given][0]}
+    data = write_hostile(tmp_path / "a.jsonl", 60)
+    config = settings(tmp_path, data, mask=mask, chat_template_kwargs=kwargs)
+    files = target(tmp_path / "target", own)
+    compared(planned(config, files, tmp_path / "plan"), config, files)
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
