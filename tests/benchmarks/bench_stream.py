@@ -115,7 +115,7 @@ def compare(cache: Path, arguments: argparse.Namespace) -> None:
     reader, waits = Reader(training), list[float]()
 
     def step(batches: Iterator[Batch]) -> float:
-        return sum(training.step([batch]).wait_s for batch in islice(batches, arguments.steps))
+        return sum(training.step([batch]).window.wait_s for batch in islice(batches, arguments.steps))
 
     def stream() -> None:
         waits.append(step(reader.batches))
