@@ -67,6 +67,7 @@ def test_a_rank_that_is_done_says_how_many_shards_others_have(extract_config: Se
     assert f" in {total} shards; {total - done} of the shards are left to other ranks." in shown
 
 
+@pytest.mark.slow
 def test_workers_and_ranks_mix_and_change_from_one_call_to_the_next(
     extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

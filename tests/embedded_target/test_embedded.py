@@ -192,6 +192,7 @@ def test_shipped_files_are_what_regenerating_the_generated_ones_made(
     assert len(new) == 12 and all(a["messages"] == b["messages"] or a["kind"] in free for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_target_answers_held_out_prompts_in_form_and_often_right() -> None:
     counts = tally(TARGET, drawn("heldout", 56))
     total = counts["all"]

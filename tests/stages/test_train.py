@@ -82,6 +82,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants_it_resumes_to_the_same_weights(cache: Path, run: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "run", random.Random(1)
     kills = 0

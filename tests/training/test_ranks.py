@@ -109,6 +109,7 @@ def test_gradients_large_small_and_absent_become_the_ranks_sums(tmp_path: Path) 
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(
     cache: Path, one: Path, tmp_path: Path
 ) -> None:
