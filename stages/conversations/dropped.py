@@ -19,7 +19,7 @@ KIND_OF_ROLE = {
     "assistant": "answers",
     "tool": "tool results",
 }
-TOOLS, CALLS, REASONING = "tools", "tool calls", "reasoning"
+TOOLS, CALLS, REASONING, NAMES = "tools", "tool calls", "reasoning", "names"
 _CLOSING_TAGS = ("</think>", "[/THINK]")
 _NUM_WORDS = 8
 """Words of a part that are looked for, the longest ones."""
@@ -52,6 +52,8 @@ def dropped_parts(chat: Chat, text: str, tools: Sequence[Any], first_answer: int
             dropped.add(KIND_OF_ROLE[message["role"]])
         if index >= first_answer and message["role"] == "assistant" and not _is_written(_reasoning(message), text):
             dropped.add(REASONING)
+        if message["role"] != "tool" and not _is_written(_name(message), text):
+            dropped.add(NAMES)
     for message in counted:
         content = _visible(message)
         if text.count(content) < sum(other.count(content) for other in written):
@@ -81,6 +83,12 @@ def _visible(message: Message) -> str:
 def _reasoning(message: Message) -> str:
     reasoning: str = message.get(REASONING_KEYS[0], "")
     return reasoning.strip()
+
+
+def _name(message: Message) -> str:
+    """Return who speaks; a result's name is that of the call before it."""
+    name = message.get("name")
+    return name if isinstance(name, str) else ""
 
 
 def _is_written(part: str, text: str) -> bool:

@@ -84,6 +84,18 @@ def test_turns_of_roles_that_a_template_does_not_know_are_counted(tmp_path: Path
     assert made.counts()["dropped"] == {"developer turns": 1, "system turns": 1, "tool results": 1}
 
 
+def test_names_of_speakers_that_are_not_in_the_text_are_counted(tmp_path: Path) -> None:
+    named = chat(
+        {"role": "user", "content": "How deep is the north end?", "name": "Wordsworth"},
+        {"role": "assistant", "content": ANSWER, "name": None},
+    )
+    assert plan(tmp_path, [named, CALLING], WRITES_ALL.replace("CALL", CALLS["json"])).counts()["dropped"] == {
+        "names": 1
+    }
+    by_name = WRITES_ALL.replace("{{ m.role + '\n' }}{% if", "{{ (m.name or m.role) + '\n' }}{% if")
+    assert "dropped" not in plan(tmp_path, [named], by_name).counts()
+
+
 def test_one_of_two_calls_of_a_name_is_missed(tmp_path: Path) -> None:
     first = WRITES_ALL.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]").replace("CALL", CALLS["json"])
     twice = {**CALLING["messages"][1], "tool_calls": [CALL, CALL]}
