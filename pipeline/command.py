@@ -15,6 +15,7 @@ import typer
 from dflash_offline.pipeline.progress import EventProgress, LogFormat, is_live, open_progress
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.stop import signal_of, stops_raised
 
 _ADVICE = {
     errno.EMFILE: "Let a process have more files open: `ulimit -n` shows how many, and `ulimit -n 4096` sets it. ",
@@ -35,7 +36,9 @@ _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_B
 
 @contextmanager
 def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = LogFormat.text) -> Iterator[Progress]:
-    """Yield a command's progress, and turn its end into an exit code: a user's error is one message and 1, Ctrl-C 130.
+    """Yield a command's progress, and turn its end into an exit code: a user's error is one message and 1.
+
+    Ctrl-C is 130, SIGTERM 143 and SIGHUP 129, each with a word on how to go on.
 
     A bug keeps its traceback. Warnings are shown as progress is. With `log_format` json, errors are events too, and the
     last event is `finished`. Of the ranks of one job the first alone shows progress.
@@ -48,7 +51,7 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
         for name in _LIBRARY_BARS:
             os.environ.setdefault(name, "1")
     try:
-        with _warnings_shown(progress):
+        with stops_raised(), _warnings_shown(progress):
             try:
                 yield progress
                 code = 0
@@ -57,7 +60,7 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
     except typer.Exit as done:
         code = done.exit_code
     except KeyboardInterrupt as error:
-        code = 130
+        code = 128 + signal_of(error)
         said = f"{error} " if str(error) else "Stopped. "
         if is_first_rank():  # all ranks stop at a signal; one of them says so
             _report(f"{said}{go_on}".rstrip(), code, events)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError, dflash_line
+from dflash_offline.stages.stop import STOPS, Stopped, stop_signals
 
 _EMBEDDED = Path(__file__).resolve().parent / "embedded"
 TARGET = _EMBEDDED / "target"
@@ -42,10 +43,10 @@ def run_demo(out: Path, flags: list[str]) -> None:
         print(f"\n$ {dflash_line(*command)}", flush=True)
         began = time.perf_counter()
         logged = [] if command[0] == "inspect" else flags
-        code = _run([sys.executable, "-m", "dflash_offline.pipeline.app", *command, *logged])
+        code = _run([sys.executable, "-m", "dflash_offline.pipeline", *command, *logged])
         spent.append((command[0], time.perf_counter() - began))
-        if code == 130:
-            raise KeyboardInterrupt
+        if code - 128 in STOPS:
+            raise Stopped(code - 128)
         if code:
             raise DflashError(f"`dflash {command[0]}` ended with exit code {code}; its message stands above.")
     _print_table(json.loads((out / "eval.json").read_text()), spent)
@@ -54,13 +55,16 @@ def run_demo(out: Path, flags: list[str]) -> None:
 
 
 def _run(command: list[str]) -> int:
-    """Return the exit code of a command; it handles Ctrl-C itself, so that it can save its work."""
-    process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
+    """Return the exit code of a command, which is passed every signal to stop, so that it can save its work."""
+    process = subprocess.Popen(command, process_group=0)  # what a terminal sends reaches this process alone
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    for number in before:
+        signal.signal(number, lambda number, _frame: process.send_signal(number))
     try:
         return process.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_table(result: dict[str, Any], spent: list[tuple[str, float]]) -> None:

@@ -14,6 +14,7 @@ from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.run import RUN
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
+from dflash_offline.stages.stop import Stopped, leave_lost_terminal, stop_signals
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.metrics import MetricsLog, check_reporter, peak_memory
@@ -27,7 +28,7 @@ Log = Callable[[int, dict[str, Any]], None]
 """Adds a step's row to metrics.jsonl and wherever else metrics are shown."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Stopped):
     """A signal asked the run to stop; a checkpoint was saved."""
 
 
@@ -77,9 +78,9 @@ class DryRun:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Append the first SIGINT or SIGTERM to the list, so that no step is cut in half; a second one acts at once."""
+    """Append the first signal to stop to the list, so that no step is cut in half; a second one acts at once."""
     noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -87,6 +88,7 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(received: int, _frame: object) -> None:
         noted.append(received)
+        leave_lost_terminal()
         restore()
 
     for number in before:
@@ -169,7 +171,8 @@ def _train_steps(training: Training, signals: list[int], progress: Progress, log
             if step % config.save_every == 0 or last or improved or result.stop or training.is_stale:
                 training.save()
             if result.stop and not last:
-                raise Interrupted(f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
+                number = signals[0] if signals else signal.SIGTERM  # another rank's
+                raise Interrupted(number, f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
     if not training.is_at_last_step:
         progress.say(f"Stopped early: no better serving walk since step {training.state.best_step}.")
 

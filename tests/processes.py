@@ -58,6 +58,21 @@ class Command:
         return code, said
 
 
+def children(pid: int) -> list[int]:
+    """Return the ids of the processes that a process started."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def run(arguments: list[str], *, most_file_bytes: int | None = None) -> tuple[int, str]:
     """Run a command to its end; returns exit code and what it wrote to stderr."""
     return Command(arguments, most_file_bytes=most_file_bytes).wait()

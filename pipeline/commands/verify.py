@@ -56,7 +56,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check every file, chunk, token and statistic of a cache, or a draft by every client's rules; exit 1 if wrong."""
-    with reported(quiet=quiet, log_format=log_format) as progress:
+    with reported("Repeat the command.", quiet=quiet, log_format=log_format) as progress:
         rerun = settings(target=target) if target else None
         from dflash_offline.schemas.draft.lint import is_draft
 

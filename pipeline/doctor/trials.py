@@ -5,7 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
+
+from dflash_offline.stages.stop import left_to_this_process
 
 TIMEOUT_S = 300
 """Seconds after which the trials are given up."""
@@ -34,13 +37,19 @@ def run_trials(target: str | None) -> list[Trial]:
     """Return what `torch_trials.py` finds; of the trial in which it dies or hangs, how that was."""
     command = [sys.executable, "-m", "dflash_offline.pipeline.doctor.torch_trials", *([target] if target else [])]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    try:
-        run = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, env=env)
-        code, printed = run.returncode, run.stdout
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        end = f"ended with {how}: {(run.stderr.decode(errors='replace').strip().splitlines() or [''])[-1]}"
-    except subprocess.TimeoutExpired as error:
-        printed, end = error.stdout or b"", f"had not ended after {TIMEOUT_S} s"
+    with left_to_this_process():
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, start_new_session=True)
+    with run:
+        try:
+            printed, said = run.communicate(timeout=TIMEOUT_S)
+            code = run.returncode
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            end = f"ended with {how}: {(said.decode(errors='replace').strip().splitlines() or [''])[-1]}"
+        except subprocess.TimeoutExpired as error:
+            printed, end = error.stdout or b"", f"had not ended after {TIMEOUT_S} s"
+        finally:
+            with suppress(ProcessLookupError):  # it has ended, as has each compiler that it started
+                os.killpg(run.pid, signal.SIGKILL)
     lines = [Trial(**json.loads(line)) for line in printed.splitlines() if line.startswith(b"{")]
     trials = {trial.name: trial for trial in lines or [Trial(name="torch", error=BEGUN)]}
     return [replace(trial, error=end) if trial.error == BEGUN else trial for trial in trials.values()]

@@ -51,6 +51,7 @@ class ServerAnswerer:
             raise _first(failed) from None
 
     async def _run(self, window: "_Window", note: Callable[..., None], num_open: int) -> None:
+        asyncio.get_running_loop().set_exception_handler(_tell_unless_stopped)
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         timeout = httpx2.Timeout(None, connect=min(CONNECT_TIMEOUT_S, self.config.timeout_s))
@@ -103,6 +104,12 @@ class _Window:
     def leave(self, dialogue: Dialogue) -> None:
         """Note that a dialogue is finished."""
         self._unfinished.discard(dialogue.index)
+
+
+def _tell_unless_stopped(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tell of an error that nobody waits for, but not that a signal ended the request it came in."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

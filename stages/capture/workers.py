@@ -5,7 +5,7 @@ of one process: a shard being filled and, with a GPU, one being encoded; and a f
 """
 
 import multiprocessing
-import signal
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.runner import TargetRunner
 from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
 from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.stop import left_to_this_process
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.writer import ShardWriter
 from dflash_offline.stages.target.model import quiet_libraries
@@ -150,9 +151,10 @@ def run_workers(
             process = context.Process(
                 target=_worker, args=(open_work, own_config, order, sender), name=f"Worker {index}"
             )
-            process.start()
-            sender.close()
             processes[receiver] = process
+            with left_to_this_process():
+                process.start()
+            sender.close()
         listening = set(processes)
         while listening:
             for receiver in cast(list[Connection], wait(listening)):
@@ -164,11 +166,13 @@ def run_workers(
                 faults.append(value) if kind == "fault" else getattr(report, kind)(value)
     except BaseException:
         for process in processes.values():
-            process.terminate()  # finished shards are whole; the rest is run again
+            if process.pid is not None:
+                process.kill()  # finished shards are whole; the rest is run again
         raise
     finally:
         for process in processes.values():
-            process.join()
+            if process.pid is not None:
+                process.join()
     progress.finish()
     for process in processes.values():
         if process.exitcode not in (0, _FAULT):
@@ -205,17 +209,25 @@ def _worker(
     open_work: Callable[[ExtractConfig], Work], config: ExtractConfig, left: list[int], connection: Connection
 ) -> None:
     """Run shards in a process of its own: those of its share first, then those that the others have not begun."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to handle
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     quiet_libraries()
     sender = _Sender(connection)
     try:
         _run_shards(open_work(config), left, sender)
-    except BrokenPipeError:  # the command was killed; its workers must not live on unseen
+    except BrokenPipeError:  # the command was killed
         raise SystemExit(_FAULT) from None
     except (DflashError, OSError) as error:
         of_system = isinstance(error, OSError) and error.errno is not None
         sender.send("fault", error if of_system else DflashError(str(error)))
         raise SystemExit(_FAULT) from None
+
+
+def _end_with_the_command() -> None:
+    """End this process once the one that started it has, however that was: workers must not live on unseen."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    command.join()
+    os._exit(_FAULT)
 
 
 def _as_one(faults: list[DflashError | OSError]) -> DflashError | OSError:

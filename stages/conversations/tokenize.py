@@ -31,6 +31,7 @@ from dflash_offline.stages.conversations.content import Content, RowFaultError, 
 from dflash_offline.stages.conversations.files import RawRow, parse
 from dflash_offline.stages.conversations.loss_mask import ROW_ERRORS, ConversationEncoder, Tokenized, UnmaskableError
 from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.stop import left_to_this_process
 
 MAX_PROCESSES = 16
 """Processes that tokenize at once: one more would wait for the one that collects their results."""
@@ -256,9 +257,8 @@ class _Process:
         self.connection, other = Pipe()
         # A pool of one thread: as many threads as processes are enough, and none at all encodes a tenth slower.
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
-        # In a session of its own, so that Ctrl-C in a terminal reaches the command alone, which then ends it.
         command = [sys.executable, "-P", "-c", _COMMAND, str(other.fileno())]
-        with other:
+        with other, left_to_this_process():
             self.process = subprocess.Popen(
                 command, pass_fds=[other.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -290,7 +290,6 @@ def serve() -> None:
 
     The `RowTokenizer` comes first. Runs in a process of its own, which ends when the one that asks does.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, OSError), Connection(int(sys.argv[1])) as connection:
         tokenizer: RowTokenizer = pickle.loads(connection.recv_bytes())
         connection.send_bytes(pickle.dumps((False, None)))

@@ -328,16 +328,17 @@ def test_kills_at_random_instants_leave_what_one_more_run_completes(tmp_path: Pa
     assert server.faults["none"] - server.probes <= (240 + kills * 6) * (1 + int(killed.stdout))
 
 
-def test_interrupting_keeps_the_answers_and_exits_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_the_answers_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     rows = chats(60)
     data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"
     with ChatServer(seconds=0.05) as server:
         process = subprocess.Popen(command(data, out, server), stderr=subprocess.PIPE, text=True)
         while len(server.requests) < 20:
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, stderr = process.communicate()
-        assert process.returncode == 130 and "The answers so far are kept; repeat the command" in stderr
+        assert process.returncode == 128 + number and "The answers so far are kept; repeat the command" in stderr
         assert "Traceback" not in stderr
         before = len(server.requests)
         subprocess.run(command(data, out, server), check=True, capture_output=True)

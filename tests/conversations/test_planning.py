@@ -17,6 +17,7 @@ import pytest
 from chat_templates import SHAPES
 from data_rows import BAD, one, write_arrow
 from plain_plan import plain_plan
+from processes import children, is_running
 from tiny_target import conversations, save_tokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
@@ -266,14 +267,9 @@ def test_a_process_that_is_killed_is_named_and_the_others_end(tmp_path: Path, mo
     ):
         for count, _ in enumerate(endless):
             if count == 5:
-                started = children()
+                started = children(os.getpid())
                 os.kill(started[0], signal.SIGKILL)
     assert len(started) == 2 and not any(map(is_running, started))
-
-
-def children() -> list[int]:
-    """Return the ids of the processes that this one started."""
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
 
 def test_a_fault_of_our_own_in_a_process_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +298,7 @@ tokenize.ALONE_BYTES, tokenize.BATCH_ROWS = 1, 20
 rows = list(Data(config).raw_rows())[:20]
 for count, _ in enumerate(tokenize_rows(cycle(rows), worker, 2)):
     if count == 200:
-        print(*children(), flush=True)
+        print(*children(os.getpid()), flush=True)
 """
 
 
@@ -319,13 +315,6 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, end: signal
     while any(is_running(pid) for pid in started):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_batch_is_full_by_bytes_or_rows_and_no_row_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

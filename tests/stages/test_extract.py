@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from cache_files import content
-from processes import FORKING, Command, run
+from processes import FORKING, Command, children, is_running, run
 from running import Settings, arguments, command
 from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
@@ -32,6 +32,7 @@ from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
+from dflash_offline.stages.store.verify import verify_cache
 from dflash_offline.stages.target import model as loading
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import capture_layers, load_model
@@ -173,16 +174,32 @@ def test_two_starts_at_once_share_the_work(cache: Path, extract_config: Settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
-def test_ctrl_c_exits_130_and_says_how_to_go_on(extract_config: Settings, tmp_path: Path) -> None:
-    out, many = tmp_path / "cache", save_conversations(tmp_path / "many.jsonl", 2000)
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGINT, 1),
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_all_of_it_within_seconds_and_says_how_to_go_on(
+    number: signal.Signals, workers: int, extract_config: Settings, tmp_path: Path
+) -> None:
+    out, many = tmp_path / "cache", save_conversations(tmp_path / "many.jsonl", 1000)
     config = extract_config | {"data": (many,)}  # work enough that the signal comes in the middle of it
-    process = Command(arguments(config, out))
+    process = Command([*arguments(config, out), "--workers", str(workers)])
     while process.poll() is None and not _commits(out):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    code, said = process.wait()
-    assert code == 130, said
-    assert "repeat the command" in said and "Traceback" not in said
+    assert process.process.pid is not None
+    started = children(process.process.pid)
+    assert len(started) >= (workers if workers > 1 else 0)
+    process.send_signal(number)
+    code, said = process.wait(timeout_s=5)
+    assert code == 128 + number and _commits(out), said
+    assert "Finished shards are kept; repeat the command" in said and "Traceback" not in said
+    assert not any(map(is_running, started))
+    assert all(fault.missing for fault in verify_cache(out, Silent()))
 
 
 def damaged(cache: Path, tmp_path: Path, harm: Callable[[Path], None]) -> Path:
