@@ -50,6 +50,15 @@ class RunRecord:
         return cls(identity=document["identity"], origin=document["origin"], checksum=document["checksum"])
 
 
+def begun_settings(run: Path) -> dict[str, Any] | None:
+    """Return the settings on a run folder's record; None without a record that can be read, which is refused later."""
+    try:
+        settings: dict[str, Any] = RunRecord.read(run).identity["settings"]
+    except DflashError:
+        return None
+    return settings
+
+
 def _of_roles(*roles: Role) -> set[str]:
     return {name for name, option in options(TrainConfig).items() if option.role in roles}
 

@@ -1,9 +1,11 @@
-"""How many cores this process may use; libraries that count the machine's instead crawl in a container."""
+"""How many cores and how much memory this process may use; libraries that count the machine's crawl in a container."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def usable_cores() -> int:
@@ -14,6 +16,15 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no control groups, or no quota ("max")
         return cores
+
+
+def usable_memory_bytes() -> int:
+    """Return the memory that this process may fill: the machine's, or what its control group allows."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+            most = min(most, int(path.read_text()))
+    return most
 
 
 def limit_threads() -> None:

@@ -17,6 +17,8 @@ from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.stop import Stopped, leave_lost_terminal, stop_signals
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
 from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.loader import Batch
+from dflash_offline.stages.training.memory import HALF
 from dflash_offline.stages.training.metrics import MetricsLog, check_reporter, peak_memory
 from dflash_offline.stages.training.ranks import joined_ranks
 from dflash_offline.stages.training.record import claim_folder
@@ -63,6 +65,14 @@ class DryRun:
     steps_per_epoch: float
     batch_shape: tuple[int, ...]
     """[B, S, N] of the last micro-batch: rows, tokens of a row, blocks of a row; all are alike when packed."""
+    block_tokens: int
+    """Tokens of the blocks of the largest micro-batch, B * N * K."""
+    activation_bytes: int
+    """What a step keeps of those for its backward pass, counted from the draft's shape."""
+    most_block_tokens: int
+    """Block tokens of the largest micro-batch that the device would hold, counted likewise."""
+    device_bytes: int
+    """Memory of the GPU, or of the memory that this process may fill."""
     tokens_per_step: float
     """Tokens of a step, padding left out."""
     filled: float
@@ -118,6 +128,12 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
                 f"{config.init_from} does not say which target it was trained for: only its shape was compared with "
                 f"the cache's."
             )
+        if training.activation_budget == HALF and config.activation_budget is None:
+            progress.say(
+                f"{training.memory.block_tokens:,} block tokens a micro-batch fit {training.device} only with half of "
+                f"their activations kept, so the other half is computed twice. See --activation-budget and "
+                f"--batch-block-tokens."
+            )
         training.ranks.meet()
         if checkpoint := training.resume():
             progress.say(f"Going on from {checkpoint}.")
@@ -159,7 +175,7 @@ def _train_steps(training: Training, signals: list[int], progress: Progress, log
         while not (training.is_at_last_step or training.is_stale):
             result = training.step(islice(stream, config.accumulation), stop=bool(signals))
             step, last = training.state.step, training.is_at_last_step
-            validates = len(training.val_samples) > 0 and (step % config.val_every == 0 or last)
+            validates = len(training.val_samples) > 0 and (step % training.val_every == 0 or last)
             if step % LOG_EVERY == 0 or validates or last:
                 row = training.close_window(result)
                 log(step, row)
@@ -188,17 +204,23 @@ def _validate(training: Training, progress: Progress, log: Log) -> None:
 
 def dry_run(config: TrainConfig) -> DryRun:
     """Build everything, do two steps and return what the run would take; writes nothing."""
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(batch: Batch) -> Batch:
+        shapes.append((*batch.input_ids.shape, batch.anchors.shape[1]))
+        return batch
+
     with ExitStack() as stack:
         training = _set_up(config, stack)
         stream = stack.enter_context(closing(training.stream()))
         for _ in range(min(2, training.total_steps)):
             began = time.perf_counter()
-            batches = list(islice(stream, config.accumulation))
-            result = training.step(batches)
+            shapes.clear()
+            result = training.step(map(noted, islice(stream, config.accumulation)))
             seconds = time.perf_counter() - began
         optimizer_state = [t for o in training.optimizers for s in o.state.values() for t in s.values()]
         weights = [*training.draft.parameters(), *training.draft.parameters(), *optimizer_state]
-        slots = statistics.mean(batch.input_ids.numel() for batch in batches) * training.per_step
+        slots = statistics.mean(rows * tokens for rows, tokens, _ in shapes) * training.per_step
         return DryRun(
             parameters=sum(p.numel() for p in training.draft.parameters()),
             weight_bytes=sum(t.numel() * t.element_size() for t in weights),
@@ -207,7 +229,11 @@ def dry_run(config: TrainConfig) -> DryRun:
             num_val=len(training.val_samples),
             total_steps=training.total_steps,
             steps_per_epoch=training.schedule.count(0) / training.per_step,
-            batch_shape=(*batches[-1].input_ids.shape, batches[-1].anchors.shape[1]),
+            batch_shape=shapes[-1],
+            block_tokens=training.memory.block_tokens,
+            activation_bytes=training.memory.activations,
+            most_block_tokens=training.memory.most_block_tokens,
+            device_bytes=training.memory.device_bytes,
             tokens_per_step=result.window.tokens,
             filled=result.window.tokens / slots,
             seconds_per_step=seconds,

@@ -69,6 +69,7 @@ class DFlashTrainerModule(nn.Module):
     at most `head_chunk_slots` rows of logits at a time; None leaves the number to the vocabulary and the device.
     `compiled` runs the layers of a `DraftModel` and the softmax through `torch.compile`, which fuses the norms, rotary
     embeddings and gates that otherwise go through a GPU's memory one by one; it pays where shapes stay the same.
+    Compiled layers keep the share `activation_budget` of what their backward pass needs, and compute the rest again.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class DFlashTrainerModule(nn.Module):
         dpace_alpha: float = 0.5,
         head_chunk_slots: int | None = None,
         compiled: bool = False,
+        activation_budget: float = 1.0,
     ) -> None:
         super().__init__()
         self.draft_model = draft_model
@@ -111,6 +113,9 @@ class DFlashTrainerModule(nn.Module):
         if isinstance(draft_model, DraftModel):
             draft_model.attention_backend = attention_backend
             if compiled:
+                from torch._functorch import config as partitioner
+
+                partitioner.activation_memory_budget = activation_budget  # read when a layer is compiled
                 for layer in draft_model.layers:
                     layer.compile()
 

@@ -94,7 +94,9 @@ def print_dry_run(found: "DryRun") -> None:
         "Parameters": f"{found.parameters:,}",
         "Memory": f"{readable_bytes(found.weight_bytes)} weights, gradients and optimizer; at its peak "
         f"{readable_bytes(found.peak_bytes)}",
-        "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row",
+        "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row: {found.block_tokens:,} block tokens",
+        "Activations": f"{readable_bytes(found.activation_bytes)}, counted; {readable_bytes(found.device_bytes)} of "
+        f"memory would hold {found.most_block_tokens:,} block tokens",
         "Step": f"{found.tokens_per_step:,} tokens in {found.filled:.0%} of its places, {found.seconds_per_step:.2f} s",
         "Steps": f"{found.total_steps:,}; {found.steps_per_epoch:,.1f} an epoch",
         "Time": readable_seconds(found.seconds),

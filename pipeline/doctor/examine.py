@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dflash_offline.pipeline.doctor.machine import DISTRIBUTION, Package, find_packages, installed, usable_memory_bytes
+from dflash_offline.pipeline.doctor.machine import DISTRIBUTION, Package, find_packages, installed
 from dflash_offline.pipeline.doctor.storage import Disk, Store, try_disk, try_store
 from dflash_offline.pipeline.doctor.trials import REINSTALL, Trial, run_trials
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.cores import usable_cores, usable_memory_bytes
 from dflash_offline.stages.progress import Progress, readable_bytes
 
 _LITTLE_BYTES = 1 << 30

@@ -1,12 +1,9 @@
 """Packages, memory and the driver of the GPUs. Loads neither torch nor any package that it looks for."""
 
-import os
 import platform
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -14,7 +11,6 @@ from packaging.specifiers import SpecifierSet
 DISTRIBUTION = "dflash-offline"
 _DEVELOPMENT = ("dev", "browser")
 """Extras that only those who change the code need."""
-_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _TIMEOUT_S = 20
 
 
@@ -64,15 +60,6 @@ def find_packages() -> list[Package]:
                 supported = ",".join(sorted(map(str, one.specifier), reverse=True))
                 found.append(Package(name=one.name, installed=installed(one.name), supported=supported, extra=extra))
     return found
-
-
-def usable_memory_bytes() -> int:
-    """Return the memory that this process may fill: the machine's, or what its control group allows."""
-    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _MEMORY_LIMITS:
-        with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
-            most = min(most, int(path.read_text()))
-    return most
 
 
 def nvidia_driver() -> str | None:

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dflash_offline.pipeline.doctor.machine import nvidia_driver, usable_memory_bytes
+from dflash_offline.pipeline.doctor.machine import nvidia_driver
 from dflash_offline.pipeline.doctor.trials import BEGUN, Trial
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS
+from dflash_offline.stages.cores import usable_memory_bytes
 from dflash_offline.stages.draft.attention import default_backend
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.progress import readable_bytes

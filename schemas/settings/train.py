@@ -53,9 +53,13 @@ class TrainConfig:
     batch_tokens: Annotated[int, Option(
         "Tokens of one packed micro-batch, its rows times their length; fewer take less memory.",
         "Data", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192
+    batch_block_tokens: Annotated[int, Option(
+        "Tokens of the blocks of one packed micro-batch, at most: most of its work and memory.",
+        "Data", "identity", "TOKENS", bounds=AT_LEAST_1)] = 65_536
     row_tokens: Annotated[int | None, Option(
         "Length of a packed row.",
-        "Data", "identity", "TOKENS", unset="--batch-tokens with flex attention on a GPU, else the longest document's",
+        "Data", "identity", "TOKENS",
+        unset="with flex attention on a GPU as long as the --batch- options allow, else the longest document's",
         bounds=AT_LEAST_1)] = None
     batch_size: Annotated[int, Option(
         "Samples of one padded micro-batch, with --no-packing.", "Data", "identity", "SAMPLES", bounds=AT_LEAST_1)] = 8
@@ -134,8 +138,9 @@ class TrainConfig:
     val_samples: Annotated[int, Option(
         "Samples held out of training, at most; never more than a tenth.",
         _CHECKPOINTS, "identity", "SAMPLES", bounds=AT_LEAST_0)] = 128
-    val_every: Annotated[int, Option(
-        "Steps between two validations.", _CHECKPOINTS, "identity", "STEPS", bounds=AT_LEAST_1)] = 200
+    val_every: Annotated[int | None, Option(
+        "Steps between two validations.",
+        _CHECKPOINTS, "identity", "STEPS", unset="500, or as the run was begun", bounds=AT_LEAST_1)] = None
     patience: Annotated[int | None, Option(
         "Validations without a better serving walk after which the run stops.",
         _CHECKPOINTS, "free", "VALIDATIONS", unset="never", bounds=AT_LEAST_1)] = None
@@ -153,6 +158,10 @@ class TrainConfig:
         "Device", "identity", "NAME", choices=("auto", "float32", "bfloat16"))] = "auto"
     gradient_checkpointing: Annotated[bool, Option(
         "Compute each draft layer again in the backward pass: less memory, more time.", "Device", "free")] = False
+    activation_budget: Annotated[float | None, Option(
+        "Share of compiled layers' activations to keep for the backward pass, which computes the rest again.",
+        "Device", "free", "SHARE", unset="1, or 0.5 where a GPU could not hold all",
+        bounds=Bounds("0 to 1", lambda value: 0 <= value <= 1))] = None
     compile: Annotated[bool | None, Option(
         "Compile the draft with torch.compile.", "Device", "free", unset="on a GPU")] = None
     report_to: Annotated[str | None, Option(

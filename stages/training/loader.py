@@ -3,6 +3,7 @@
 Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
 """
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -99,6 +100,15 @@ class BatchLoader:
         self.device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def seeded(self, seed: int) -> "BatchLoader":
+        """Return this loader with another seed; both copy on one stream.
+
+        A GPU's memory is kept for reuse by stream: with a new one each time, what was freed would not be found again.
+        """
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
     def load(self, rows: Rows, epoch: int) -> Batch:
         """Return the rows' samples as one micro-batch of stored codes, on the CPU.
 
@@ -110,7 +120,9 @@ class BatchLoader:
         seq_len = self.shape.tokens if self.shape else int(max(end[-1] for end in ends))
         width = corpus.caches[0].manifest.layout.hidden_size
         pinned = self._copies is not None
-        codes = torch.zeros((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=pinned)
+        codes = torch.empty((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=pinned)
+        for b in range(num_rows):
+            codes[b, ends[b][-1] if b < len(rows) else 0 :] = 0
         ids = np.zeros((num_rows, seq_len), np.int64)
         mask, documents = np.zeros(ids.shape, np.bool_), np.full(ids.shape, -1, np.int64)
         anchors: list[list[NDArray[np.int64]]] = [[] for _ in range(num_rows)]
@@ -187,13 +199,17 @@ class BatchLoader:
                 for _ in range(threads + AHEAD):
                     submit()
                 while pending:
-                    began = time.perf_counter()
-                    batch = pending.popleft().result()
-                    submit()
-                    waited = time.perf_counter() - began
-                    if self._copies is not None:
-                        batch.used_by(torch.cuda.current_stream(self.device))
-                    yield replace(self.widen(batch), wait_s=waited)
+                    yield self._next(pending, submit)
             finally:
                 for future in pending:
                     future.cancel()
+
+    def _next(self, pending: deque[Future[Batch]], submit: Callable[[], None]) -> Batch:
+        """Return the next micro-batch, ready for the step; nothing else holds it."""
+        began = time.perf_counter()
+        batch = pending.popleft().result()
+        submit()
+        waited = time.perf_counter() - began
+        if self._copies is not None:
+            batch.used_by(torch.cuda.current_stream(self.device))
+        return replace(self.widen(batch), wait_s=waited)

@@ -14,7 +14,9 @@ from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run, settings_identity
 from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.schemas.settings.toml import to_toml
+from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.training.run import Training
+from dflash_offline.stages.training.schedule import ROW_RULE
 
 WEIGHTED_DRAW = "a stream for each cache"
 """How an epoch's share of a cache is drawn; recorded where `weights` ask for shares, so that a run which was begun
@@ -43,12 +45,17 @@ def _identity(training: Training) -> dict[str, Any]:
     settings = settings_identity(training.config)
     settings["dtype"] = "bfloat16" if training.bfloat16 else "float32"
     settings["gamma"] = training.gamma
+    settings["val_every"] = training.val_every
     settings["accumulation_times_ranks"] = training.per_step
     del settings["accumulation"]
     if any(weight < 1 for weight in settings["weights"]):
         settings["weighted_draw"] = WEIGHTED_DRAW
     packed = training.batching.shape
     settings["row_tokens"] = packed.tokens if packed else None
+    if packed and not training.is_earlier:
+        settings["row_rule"] = ROW_RULE
+    elif not packed or settings["batch_block_tokens"] == TrainConfig.batch_block_tokens:
+        del settings["batch_block_tokens"]  # earlier runs have no bound, and refuse to be given one
     for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
         del settings[name]
     draft = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training.draft_config).items()}

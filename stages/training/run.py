@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dflash_offline.schemas.errors import DflashError, dflash_line
+from dflash_offline.schemas.run import begun_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.draft.attention import default_backend
 from dflash_offline.stages.draft.model import DraftModel
@@ -29,14 +30,25 @@ from dflash_offline.stages.training.checkpoint import (
 )
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_parts, resolve_draft_config
-from dflash_offline.stages.training.loader import Batch, BatchLoader
+from dflash_offline.stages.training.loader import AHEAD, Batch, BatchLoader
+from dflash_offline.stages.training.memory import HALF, StepMemory, device_memory, kept_by_block_token
 from dflash_offline.stages.training.metrics import peak_memory
 from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers
 from dflash_offline.stages.training.ranks import Ranks
-from dflash_offline.stages.training.schedule import Batching, Schedule, row_shape
+from dflash_offline.stages.training.schedule import (
+    Batching,
+    RowLimits,
+    RowShape,
+    Samples,
+    Schedule,
+    earlier_row_shape,
+    row_shape,
+)
 from dflash_offline.stages.training.simulated_serving import ServingSums, simulate_serving
 from dflash_offline.stages.training.sums import StepResult, Window, means_of, no_sums, sums_of
 
+VAL_EVERY = 500
+"""Steps between two validations, unless told otherwise or begun otherwise."""
 VAL_SEED = 0
 """Seed of the validation's anchors, which stay the same from one validation to the next."""
 
@@ -45,6 +57,10 @@ class Training:
     """One run: what it trains, with what, and its state; one of each rank's."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks) -> None:
+        begun = begun_settings(config.out)
+        self.is_earlier = begun is not None and begun["packing"] and "row_rule" not in begun
+        """Whether it goes on with a run whose rows are those of an earlier version."""
+        self.val_every: int = config.val_every or (begun["val_every"] if begun else VAL_EVERY)
         self.config = config
         self.corpus = corpus
         self.ranks = ranks
@@ -58,7 +74,10 @@ class Training:
         if start:
             self.draft.load_state_dict(start.weights)
         self.draft.to(self.device)
-        self.module = self._module()
+        on_gpu = self.device.type == "cuda"
+        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu)
+        self.compiled = on_gpu if config.compile is None else config.compile
+        self.backend = default_backend(self.device) if config.attention_backend == "auto" else config.attention_backend
         self.optimizers = make_optimizers(
             self.draft.named_parameters(), config.optimizer, config.learning_rate, config.weight_decay
         )
@@ -70,16 +89,47 @@ class Training:
                 f"Raise --val-samples, train from a larger cache, or leave --patience out."
             )
         self.batching, self.schedule = self._plan()
+        head, table = borrowed_parts(corpus.caches[0], self.device)
+        self.memory, self.activation_budget = self._budget(head, table)
+        self.module = self._module(head, table)
+        self._loader = self._make_loader()
         self.per_step = config.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
         self.state = TrainState(step=0)
-        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def _module(self) -> DFlashTrainerModule:
+    def _budget(self, head: nn.Linear, table: nn.Embedding) -> tuple[StepMemory, float]:
+        """Return what a step holds, and the share of compiled layers' activations to keep."""
         config = self.config
-        head, table = borrowed_parts(self.corpus.caches[0], self.device)
-        backend = default_backend(self.device) if config.attention_backend == "auto" else config.attention_backend
+        asked = config.activation_budget
+        memory = self._memory(head, table, 1.0 if asked is None else asked)
+        if asked is None and self.compiled and self.device.type == "cuda" and not memory.fits:
+            return self._memory(head, table, HALF), HALF
+        return memory, 1.0 if asked is None else asked
+
+    def _memory(self, head: nn.Linear, table: nn.Embedding, budget: float) -> StepMemory:
+        config, draft = self.config, self.draft_config
+        rows, tokens, anchors = self.batching.largest
+        parameters = sum(p.numel() for p in self.draft.parameters())
+        size = 2 if self.bfloat16 else 4
+        ends = {tensor.data_ptr(): tensor.nbytes for tensor in (head.weight, table.weight)}  # one, where they are tied
+        moments = 8 if config.optimizer == "adamw" else 4
+        features = 2 * tokens * rows * len(draft.target_layer_ids) * draft.hidden_size
+        ready = config.loader_threads + AHEAD + 1
+        kept = kept_by_block_token(
+            draft, compiled=self.compiled, budget=budget, checkpointing=config.gradient_checkpointing
+        )
+        return StepMemory(
+            block_tokens=rows * anchors * draft.block_size,
+            by_block_token=size * kept,
+            other=parameters * (8 + moments + (4 if config.ema else 0) + (size if self.bfloat16 else 0))
+            + sum(ends.values())
+            + features * (ready + size // 2),
+            device_bytes=device_memory(self.device),
+        )
+
+    def _module(self, head: nn.Linear, table: nn.Embedding) -> DFlashTrainerModule:
+        config = self.config
         self.draft.gradient_checkpointing = config.gradient_checkpointing
         return DFlashTrainerModule(
             self.draft,
@@ -87,11 +137,12 @@ class Training:
             table,
             self.draft_config.mask_token_id,
             block_size=self.draft_config.block_size,
-            attention_backend=backend,
+            attention_backend=self.backend,
             num_anchors=config.num_anchors,
             loss_decay_gamma=self.gamma,
             loss_type=config.loss,
-            compiled=self.device.type == "cuda" if config.compile is None else config.compile,
+            compiled=self.compiled,
+            activation_budget=self.activation_budget,
         )
 
     @property
@@ -110,23 +161,39 @@ class Training:
         num_anchors = corpus.num_anchors(self.draft_config.block_size, config.num_anchors)
         shape = None
         if config.packing:
-            skips_unseen = self.device.type == "cuda" and self.module.attention_backend == "flex_attention"
-            row_tokens = config.row_tokens or (config.batch_tokens if skips_unseen else None)
-            shape = row_shape(corpus.num_tokens, num_anchors, config.batch_tokens, row_tokens)
+            skips_unseen = self.device.type == "cuda" and self.backend == "flex_attention"
+            shape = self._row_shape(num_anchors, skips_unseen)
         batching = Batching(
             num_tokens=corpus.num_tokens, num_anchors=num_anchors, shape=shape, batch_size=config.batch_size
         )
         weights = list(config.weights or [1.0] * len(members))
         return batching, Schedule(batching, members, weights, config.seed)
 
+    def _row_shape(self, num_anchors: Samples, long_rows: bool) -> RowShape:
+        config, num_tokens = self.config, self.corpus.num_tokens
+        if self.is_earlier:
+            row_tokens = config.row_tokens or (config.batch_tokens if long_rows else None)
+            return earlier_row_shape(num_tokens, num_anchors, config.batch_tokens, row_tokens)
+        limits = RowLimits(
+            batch_tokens=config.batch_tokens,
+            batch_block_tokens=config.batch_block_tokens,
+            block_size=self.draft_config.block_size,
+            row_tokens=config.row_tokens,
+            long_rows=long_rows,
+        )
+        return row_shape(num_tokens, num_anchors, limits)
+
     def loader(self, seed: int) -> BatchLoader:
-        """Return the loader of this draft's layers and blocks."""
+        """Return the loader of this draft's layers and blocks; all of them share what copies to a GPU."""
+        return self._loader.seeded(seed)
+
+    def _make_loader(self) -> BatchLoader:
         return BatchLoader(
             self.corpus,
             layer_ids=self.draft_config.target_layer_ids,
             block_size=self.draft_config.block_size,
             num_anchors=self.config.num_anchors,
-            seed=seed,
+            seed=self.config.seed,
             shape=self.batching.shape,
             device=self.device,
         )
@@ -153,6 +220,7 @@ class Training:
         for batch in batches:
             local += self._backward(batch)
             tokens, samples, wait_s = tokens + batch.num_tokens, samples + len(batch.samples), wait_s + batch.wait_s
+            del batch  # before the next one is made
         counts = (local.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
         totals = self.ranks.add(torch.cat((local, *counts)))
         norm = self._scaled_gradients_norm(totals)
@@ -271,7 +339,7 @@ class Training:
     def is_stale(self) -> bool:
         """Whether so many validations passed without a better one that the run is to stop."""
         patience, state = self.config.patience, self.state
-        return bool(patience and state.best_step and state.step - state.best_step >= patience * self.config.val_every)
+        return bool(patience and state.best_step and state.step - state.best_step >= patience * self.val_every)
 
     @property
     def is_at_last_step(self) -> bool:

@@ -7,6 +7,7 @@ pinned memory and the GPU that nobody waits for is done when its stream is: what
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,6 +264,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         (torch.cuda, "current_stream", lambda _device=None: pretended.current),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "max_memory_allocated", lambda _device=None: 0),
+        (torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=80 << 30)),
         (torch.accelerator, "synchronize", lambda _device: pretended.main.synchronize()),
         (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", by_device),
         (torch, "autocast", _Autocast),

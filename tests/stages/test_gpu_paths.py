@@ -204,6 +204,18 @@ def test_a_run_with_validations_that_is_resumed_ends_as_the_cpus(
 
 
 @pytest.mark.usefixtures("at_once")
+def test_validations_copy_on_the_stream_of_the_steps(gpu: PretendedGpu, cache: Path, tmp_path: Path) -> None:
+    # What a stream has freed is reused by that stream alone: another one a validation would strand memory each time.
+    config = run_settings(cache, tmp_path / "run", GPU, val_samples=1, batch_tokens=512)
+    training = Training(config, Corpus.open(config.caches), Ranks(rank=0, count=1, device=GPU))
+    with closing(training.stream()) as stream:
+        training.step(islice(stream, 1))
+    for _ in range(2):
+        training.validate()
+    assert [training.loader(seed) for seed in range(20)] and len(gpu.others) == 1
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 def test_a_step_waits_once_for_its_sums_and_in_each_forward_for_what_it_computes(
     backend: str, gpu: PretendedGpu, cache: Path, tmp_path: Path, dense_flex: None

@@ -56,7 +56,7 @@ SETTINGS: dict[str, object] = {
     "device": "cpu",
 }
 
-LONGEST = 320
+LONGEST = 384
 """Tokens of a packed row of the cache: its longest sample, rounded up."""
 
 
@@ -197,6 +197,7 @@ SAID: dict[str, tuple[object, object]] = {
     "steps": (24, 25),
     "packing": (True, False),
     "batch_tokens": (512, 1024),
+    "batch_block_tokens": (65_536, 4096),
     "row_tokens": (LONGEST, 512),
     "accumulation": (1, 2),
     "optimizer": ("muon", "adamw"),
@@ -235,6 +236,7 @@ FREE: dict[str, object] = {
     "attention_backend": "eager",
     "device": "auto" if not torch.cuda.is_available() else "cpu",
     "gradient_checkpointing": True,
+    "activation_budget": 0.5,
     "compile": False,
     "report_to": None,
     "loader_threads": 1,

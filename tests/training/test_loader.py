@@ -22,12 +22,12 @@ from dflash_offline.stages.train import train
 from dflash_offline.stages.training import schedule as schedules
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import BatchLoader
-from dflash_offline.stages.training.schedule import POOL, Batching, Rows, RowShape, Schedule, pack, row_shape
+from dflash_offline.stages.training.schedule import POOL, Batching, Rows, RowShape, Schedule, pack
 
 CPU = torch.device("cpu")
 LENGTHS = np.random.default_rng(0).integers(20, 400, 500)
 ANCHORS = np.minimum(LENGTHS // 2, 64)
-SHAPE = row_shape(LENGTHS, ANCHORS, 4096, 1024)
+SHAPE = RowShape(rows=4, tokens=1024, anchors=int(np.ceil(ANCHORS.sum() / LENGTHS.sum() * 1024)))
 
 
 def schedule(seed: int = 0, shape: RowShape | None = SHAPE, weights: tuple[float, ...] = (1.0,)) -> Schedule:
@@ -88,20 +88,6 @@ def test_packing_equals_a_plain_one_of_each_stretch_of_the_order(
     packed = pack(LENGTHS, ANCHORS, order, SHAPE)
     parts = np.array_split(order, max(-(-num_documents // stretch), 1))
     assert [row.tolist() for row in packed] == [row for part in parts for row in plain_pack(part.tolist())]
-
-
-def test_a_document_longer_than_a_row_or_the_budget_is_refused() -> None:
-    with pytest.raises(DflashError, match=r"398 tokens, a row 300 .* Raise --batch-tokens"):
-        row_shape(LENGTHS, ANCHORS, 300, None)
-    with pytest.raises(DflashError, match="and --row-tokens, if you set it, to 398"):
-        row_shape(LENGTHS, ANCHORS, 4096, 300)
-    with pytest.raises(DflashError, match=r"a row 8,192 and a micro-batch 4,096"):
-        row_shape(LENGTHS, ANCHORS, 4096, 8192)
-    assert row_shape(LENGTHS, ANCHORS, 4096, None) == RowShape(rows=9, tokens=448, anchors=row_anchors(448))
-
-
-def row_anchors(tokens: int) -> int:
-    return int(np.ceil(ANCHORS.sum() / LENGTHS.sum() * tokens))
 
 
 def test_the_sequence_may_be_entered_anywhere() -> None:
