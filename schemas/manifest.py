@@ -30,6 +30,11 @@ def hidden_file(shard: int) -> str:
     return f"{FEATURES}/{HIDDEN}/c/{shard}/0/0"
 
 
+def token_file(array: str, shard: int) -> str:
+    """Return the name in a cache of the file of a shard's token ids or loss mask."""
+    return f"{FEATURES}/{array}/c/{shard}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureLayout:
     """How one feature is stored in sixteen bits."""

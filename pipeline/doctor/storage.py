@@ -99,7 +99,7 @@ def try_store() -> Store:
     import numpy as np
 
     from dflash_offline.stages.store.cache import most_open_shards
-    from dflash_offline.stages.store.shard_file import decode_chunks, encode_chunks, room
+    from dflash_offline.stages.store.chunks import decode_chunks, encode_chunks, room
 
     values = np.random.default_rng(0).standard_normal(_CHUNKS, np.float32)
     codes = (values.view(np.uint32) >> 16).astype(np.uint16)

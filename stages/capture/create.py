@@ -32,7 +32,7 @@ from dflash_offline.stages.target.files import TargetFiles
 from dflash_offline.stages.target.mask_token import choose_mask_token
 from dflash_offline.stages.target.model import embedding_tensors, refuse_non_finite
 
-_SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow zarr numcodecs zstandard".split()
+_SOFTWARE = "dflash-offline torch transformers tokenizers numpy pyarrow numcodecs zstandard".split()
 
 
 def create_cache(inputs: Inputs, progress: Progress) -> TargetRunner:

@@ -20,8 +20,8 @@ from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress, readable_bytes, readable_seconds
 from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.chunks import encode_chunk
 from dflash_offline.stages.store.codec import FeatureCodec
-from dflash_offline.stages.store.shard_file import encode_chunk
 from dflash_offline.stages.target.model import embedding_tensors
 
 _TIMED_BATCHES = 4

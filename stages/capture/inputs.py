@@ -11,7 +11,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.store.shard_file import CODEC
+from dflash_offline.stages.store.chunks import CODEC
 from dflash_offline.stages.target.files import TargetFiles, open_target
 from dflash_offline.stages.target.layer_ids import check_layer_ids, default_layer_ids
 from dflash_offline.stages.target.model import choose_device, resolve_dtype

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, SkippedSample, read_commits, read_finished
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest, hidden_file
+from dflash_offline.schemas.manifest import SAMPLES, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cores import usable_cores
+from dflash_offline.stages.store.array_metadata import check_metadata, read_scale
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
 from dflash_offline.stages.store.shard_file import ShardFile
 
@@ -38,11 +39,15 @@ class Cache:
     """
 
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
-        """Read the manifest, unless it is given; the other static files are taken to be as it says."""
+        """Read the manifest, unless it is given; the other static files are taken to be as it says.
+
+        `CacheError` unless the arrays' metadata are what is written for its layout.
+        """
         self.path = path
         self.manifest = Manifest.read(path) if manifest is None else manifest
         self.layout = self.manifest.layout
         self.layer_ids: tuple[int, ...] = tuple(self.manifest.identity["layer_ids"])
+        check_metadata(path, self.layout, self.layer_ids)
         self._known: dict[int, Commit] = {}
         """The commit records that were read."""
         self._shards: OrderedDict[int, ShardFile] = OrderedDict()
@@ -73,10 +78,7 @@ class Cache:
         features = self.layout.features
         if features.kind != "scaled":
             return FeatureCodec(features)
-        import zarr  # takes a third of a second, and nothing else here needs it
-
-        group = zarr.open_group(str(self.path / FEATURES), mode="r")
-        center, step = (np.asarray(group[name][:], np.float32) for name in (CENTER, STEP))  # type: ignore[index]
+        center, step = (read_scale(self.path, name, self.layout) for name in (CENTER, STEP))
         return FeatureCodec(features, center, step)
 
     @cached_property

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import LayerStatistics
-from dflash_offline.stages.store.shard_file import scratch
+from dflash_offline.stages.store.chunks import scratch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, commit_path, read_commit
@@ -26,6 +25,7 @@ from dflash_offline.schemas.manifest import (
     SAMPLES,
     Manifest,
     file_fault,
+    token_file,
 )
 from dflash_offline.schemas.samples import SampleTable, count_anchors
 from dflash_offline.stages.cores import usable_cores
@@ -33,7 +33,7 @@ from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, agree, layer_statistics
 from dflash_offline.stages.store.leftovers import lock_path
-from dflash_offline.stages.store.shard_file import ShardFile
+from dflash_offline.stages.store.shard_file import ShardFile, read_one_chunk
 from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
 
 _AT_ONCE = 8
@@ -72,8 +72,11 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
     ]
     if needed:
         return faults
-    shards = _Shards(Cache(cache, manifest))
-    faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
+    try:
+        shards = _Shards(Cache(cache, manifest))
+        faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
+    except CacheError as error:  # a file is as it was written, but not by this program
+        return [*faults, Fault(place=MANIFEST, what=str(error))]
     progress.start("Verifying", manifest.layout.num_shards, "shards")
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
         for of_shard in pool.map(shards.faults, range(manifest.layout.num_shards)):
@@ -145,7 +148,6 @@ class _Shards:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._group = zarr.open_group(str(cache.path / FEATURES), mode="r")
         self._columns = list(range(cache.layout.num_layers))
 
     def faults(self, shard: int) -> list[Fault]:
@@ -206,9 +208,6 @@ class _Shards:
 
     def _content_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
         members, place = self.cache.members(commit.shard, commit.skipped), f"shard {commit.shard}"
-        for name, wanted in ((IDS, self.cache.samples.input_ids), (MASK, self.cache.samples.loss_mask)):
-            if fault := self._token_fault(commit.shard, members, name, wanted):
-                yield place, fault
         num_tokens = int(self.cache.samples.num_tokens[members].sum())
         if (commit.num_samples, commit.num_tokens) != (len(members), num_tokens):
             yield (
@@ -217,17 +216,20 @@ class _Shards:
                 f"{num_tokens}",
             )
         try:
+            samples = self.cache.samples
+            for name, dtype, wanted in ((IDS, "<u4", samples.input_ids), (MASK, "?", samples.loss_mask)):
+                if fault := self._token_fault(commit, members, name, dtype, wanted):
+                    yield place, fault
             yield from ((place, what) for what in self._feature_faults(commit, members))
         except CacheError as error:
             yield place, str(error)
 
     def _token_fault(
-        self, shard: int, members: list[int], name: str, wanted: Callable[[int], NDArray[np.generic]]
+        self, commit: Commit, members: list[int], name: str, dtype: str, wanted: Callable[[int], NDArray[np.generic]]
     ) -> str:
-        """Return what is wrong with the tokens or the mask that a shard stores, or an empty string."""
-        array, num_slots = self._group[name], self.cache.layout.shard_tokens
-        assert isinstance(array, zarr.Array)
-        stored = np.asarray(array[shard * num_slots : (shard + 1) * num_slots])
+        """Return what is wrong with the tokens or the mask of a shard, or an empty string; `CacheError` if neither."""
+        file = token_file(name, commit.shard)
+        stored = read_one_chunk(self.cache.path / file, commit.files[file], self.cache.layout.shard_tokens, dtype)
         for sample in members:
             slots = self.cache.slots(sample)
             if not np.array_equal(stored[slots], wanted(sample)):

@@ -23,19 +23,13 @@ from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSampl
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, move_synced, publish, write_synced
 from dflash_offline.schemas.locks import locked
-from dflash_offline.schemas.manifest import FEATURES, IDS, MASK, hidden_file
+from dflash_offline.schemas.manifest import IDS, MASK, hidden_file, token_file
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.chunks import Encoded, encode_chunk, encode_chunks, encoded_room, scratch
 from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
 from dflash_offline.stages.store.leftovers import lock_path, part_path
-from dflash_offline.stages.store.shard_file import (
-    Encoded,
-    ShardSummary,
-    encode_chunk,
-    encode_chunks,
-    encoded_room,
-    scratch,
-)
+from dflash_offline.stages.store.shard_file import ShardSummary
 
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes at a time."""
@@ -117,7 +111,7 @@ class ShardWriter:
             return 0
         files = {hidden_file(shard): record}
         move_synced(temporary, cache.path / next(iter(files)))
-        for name, values in ((f"{FEATURES}/{IDS}/c/{shard}", ids), (f"{FEATURES}/{MASK}/c/{shard}", mask)):
+        for name, values in ((token_file(IDS, shard), ids), (token_file(MASK, shard), mask)):
             chunk, summary = encode_chunk(values), ShardSummary()
             summary.add(chunk)
             pieces = [chunk.data, summary.index()]

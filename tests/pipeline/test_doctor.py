@@ -57,7 +57,7 @@ def test_a_sound_machine_is_told_to_be_so_in_eighty_columns(tmp_path: Path, monk
 
 def test_packages_are_judged_by_what_the_project_asks_for() -> None:
     packages = {package.name: package for package in find_packages()}
-    assert not any(package.fault for package in packages.values()) and {"python", "torch", "zarr"} <= set(packages)
+    assert not any(package.fault for package in packages.values()) and {"python", "torch", "pyarrow"} <= set(packages)
     assert {package.extra for package in packages.values()} == {None, "large", "hub", "plot"}
     assert not {"pytest", "ruff", "selenium"} & set(packages)
     torch = Package(name="torch", installed="2.14.0", supported=">=2.11,<2.14")
@@ -69,16 +69,16 @@ def test_a_package_that_is_too_old_or_missing_is_wrong_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = machine.installed
-    planted = {"zarr": "2.18.0", "numcodecs": None, "accelerate": "0.1", "datasets": None}
+    planted = {"safetensors": "0.4.0", "numcodecs": None, "accelerate": "0.1", "datasets": None}
     monkeypatch.setattr(machine, "installed", lambda name: planted[name] if name in planted else here(name))
     code, found = found_in(tmp_path)
     reported = {finding["what"]: (finding["needed"], finding["do"]) for finding in found["findings"]}
     assert code == 1 and not found["sound"]
-    assert reported["zarr is 2.18.0; expected >=3.1.3,<4."] == (True, "pip install 'zarr>=3.1.3,<4'")
-    assert reported["numcodecs is not installed; expected >=0.16."][0]
+    assert reported["safetensors is 0.4.0; expected >=0.5."] == (True, "pip install 'safetensors>=0.5'")
+    assert reported["numcodecs is not installed; expected >=0.16.6."][0]
     assert reported["accelerate is 0.1; expected >=1.0."] == (False, "pip install 'dflash-offline[large]'")
     printed = examined(tmp_path).stdout
-    assert "WRONG  zarr is 2.18.0" in printed and "pip install 'dflash-offline[hub]'" in printed
+    assert "WRONG  safetensors is 0.4.0" in printed and "pip install 'dflash-offline[hub]'" in printed
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder in which nobody may write")

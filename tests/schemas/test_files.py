@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from feature_writer import create, fill_cache
 
-from dflash_offline.schemas import files
+from dflash_offline.schemas import files, sealed
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import write_synced
@@ -32,7 +32,7 @@ def test_a_record_is_accepted_from_its_text(tmp_path: Path) -> None:
 def test_a_sealed_document_with_any_other_byte_anywhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     content = sealed_bytes({"files": {"a": {"size": 1}, "b": {}}, "layers": [-1.5, {"id": None}], "skipped": []})
     given = bytearray(content)
-    monkeypatch.setattr(Path, "read_bytes", lambda _path: bytes(given))
+    monkeypatch.setattr(sealed, "read_bounded", lambda _path, _most: bytes(given))
     assert _holds(content) and read_sealed(Path("record"))["skipped"] == []
     for position, right in enumerate(content):
         for wrong in range(256):

@@ -19,8 +19,9 @@ from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import publish
 from dflash_offline.schemas.manifest import HIDDEN, Layout
+from dflash_offline.stages.store.chunks import encode_chunk
 from dflash_offline.stages.store.create import create_arrays
-from dflash_offline.stages.store.shard_file import ShardFile, ShardSummary, encode_chunk
+from dflash_offline.stages.store.shard_file import ShardFile, ShardSummary
 
 WIDTHS = [32, 1000, 4096]
 LAYER_IDS = [1, 2, 4]
