@@ -1,12 +1,23 @@
-"""Whole-file writes that survive a crash, and the checksums of files."""
+"""Whole-file writes that survive a crash, and the checksums of files.
+
+Every file that is written is made here as a new one, exclusively and with the rights that the umask leaves, and renamed
+into place; what is appended to is opened here. No link is followed: a folder of ours may come from a stranger.
+"""
 
 import errno
 import hashlib
 import os
-from collections.abc import Iterable
+import secrets
+import socket
+import stat
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from dflash_offline.schemas.errors import DflashError
 
 Piece: TypeAlias = Any
 """Some of a file's content: bytes, or an array of them."""
@@ -14,6 +25,8 @@ _SYNC_BYTES = 16 << 20
 """Written bytes from which a file is synced while it is still being written."""
 _HASH_BYTES = 1 << 16
 """Bytes of a piece from which it is hashed while the next one is written."""
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Error numbers of a write for which there was no room."""
 NOT_THE_FILES = {
     errno.EMFILE,
     errno.ENFILE,
@@ -35,6 +48,86 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def building_name(final: Path) -> Path:
+    """Return a name beside `final`, unlike any other, for what becomes it; it says whose it is if the process dies."""
+    return final.with_name(
+        f".{final.name}.building-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"  # read by `locks`
+    )
+
+
+def open_kept(path: Path, mode: str) -> FileIO:
+    """Open a file of ours that is written in place, a log or a lock, making it if it is not there.
+
+    `mode` is a or r+. Raises `DflashError` if something else has its name: a link, a folder, a device; and for a
+    log also if the file has a second name elsewhere, for that would be written to as well.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            descriptor = os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise _not_ours(path) from error
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and not (mode == "a" and status.st_nlink > 1):
+            return descriptor
+        os.close(descriptor)
+        raise _not_ours(path)
+
+    return FileIO(path, mode, opener=opener)
+
+
+def _not_ours(path: Path) -> DflashError:
+    what = f"is a link to {path.readlink()}" if path.is_symlink() else "is no plain file with this one name"
+    return DflashError(
+        f"{path} {what}, and would have to be written to; expected a file of this program's own, or none. See what it "
+        f"is, move it away, and repeat the command."
+    )
+
+
+def refuse_links(root: Path, *names: str) -> None:
+    """Raise `DflashError` if a folder within `root` that is written into is a link, or lies behind one.
+
+    `names` are their paths within it; those that do not exist yet are no links.
+    """
+    for name in names:
+        for folder in (root / name, *(root / name).parents):
+            if folder == root:
+                break
+            if folder.is_symlink():
+                raise DflashError(
+                    f"{folder} is a link to {folder.readlink()}, and nothing is written outside {root}. Put the "
+                    f"folder itself in its place; --out alone may be a link."
+                )
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Add to a log that `open_kept` opened; if it fails, nothing of it stays there, and the error names the file."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        with suppress(OSError):
+            file.truncate(end)
+        error.filename = file.name
+        raise
+
+
+def remove_known(folder: Path, names: Sequence[str]) -> bool:
+    """Remove a folder that holds nothing but files of these names, the last one last; returns whether it did."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        if not all(entry.name in names and entry.is_file(follow_symlinks=False) for entry in entries):
+            return False
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+    return True
+
+
 def write_synced(path: Path, pieces: Iterable[Piece]) -> str:
     """Write a new file's pieces, make its content durable, and return its sha256; a crash may leave it half-written.
 
@@ -47,7 +140,7 @@ def write_synced(path: Path, pieces: Iterable[Piece]) -> str:
     unsynced = 0
     try:
         with (
-            path.open("wb") as file,
+            path.open("xb") as file,  # never through a link, and never over what is there
             ThreadPoolExecutor(1, "hash") as hasher,
             ThreadPoolExecutor(1, "sync") as syncer,
         ):
@@ -72,20 +165,34 @@ def write_synced(path: Path, pieces: Iterable[Piece]) -> str:
             for job in (hashing, syncing):
                 if job is not None:
                     job.result()
+    except FileExistsError as error:
+        raise DflashError(
+            f"{path} is there already, and nothing is written over it. See what it is, move it away, and repeat the "
+            f"command."
+        ) from error
     except OSError as error:
         error.filename = str(path)  # a full disk does not say which file it was
         raise
     return digest.hexdigest()
 
 
-def publish(pieces: Iterable[Piece], *, temporary: Path, path: Path) -> str:
+def publish(pieces: Iterable[Piece], *, path: Path, temporary: Path | None = None) -> str:
     """Make `path` hold the pieces, whole or not at all: write `temporary`, sync, rename, sync the folder.
 
-    Returns their sha256.
+    Returns their sha256. Without `temporary` it is a new name beside `path`, removed again if the write fails.
     """
-    sha256 = write_synced(temporary, pieces)
-    move_synced(temporary, path)
-    return sha256
+    if temporary is not None:
+        sha256 = write_synced(temporary, pieces)
+        move_synced(temporary, path)
+        return sha256
+    temporary = building_name(path)
+    try:
+        return publish(pieces, path=path, temporary=temporary)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_output(path: Path, content: bytes) -> None:
@@ -93,12 +200,7 @@ def write_output(path: Path, content: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    final = path.resolve()  # of a link, the file that it names
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    try:
-        publish([content], temporary=temporary, path=final)
-    finally:
-        temporary.unlink(missing_ok=True)
+    publish([content], path=path.resolve())  # of a link, the file that it names
 
 
 def move_synced(temporary: Path, path: Path) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dflash_offline.schemas.files import NO_ROOM, building_name, open_kept
+
 LOCK = ".lock"
 """The file in a run's or a regeneration's folder whose lock holds the folder."""
 ABANDONED_S = 3600.0
 """Seconds without a write after which a process of another machine counts as dead: writing pauses for minutes."""
 _BUILDER = re.compile(r"(.+)-(\d+)-[^-]+")
-"""End of the name of a folder in which something is built: machine, process and random letters."""
+"""End of the name of what is being built: machine, process and random letters, as `building_name` makes it."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """Error numbers of file systems without locks."""
 
@@ -31,7 +33,7 @@ def locked(path: Path, *, wait: bool, unknown: bool = True) -> Iterator[bool]:
     locks, `unknown` is yielded: then an existing valid record decides.
     """
     try:  # over NFS an exclusive lock needs a file that is open for writing; a folder cannot be
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NOFOLLOW)
     except FileNotFoundError:
         yield False
         return
@@ -51,12 +53,18 @@ def locked(path: Path, *, wait: bool, unknown: bool = True) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def touch_lock(path: Path) -> None:
+    """Make a lock's file if it is not there, and set its time to now; `DflashError` if its name is another thing's."""
+    with open_kept(path, "r+") as file:
+        os.utime(file.fileno())
+
+
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[bool]:
     """Hold a folder against every other process, by the lock of a file in it; yields whether it was got."""
     lock = folder / LOCK
     with suppress(FileNotFoundError):  # the process that held it may be removing it
-        lock.touch()
+        touch_lock(lock)
     with locked(lock, wait=False) as held:
         yield held and lock.exists()
 
@@ -93,55 +101,58 @@ def building_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(final)
-    prefix = f".{final.name}.building-{socket.gethostname()}-{os.getpid()}-"
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+        folder = building_name(final)
+        folder.mkdir()
         with locked(folder, wait=False) as held:
             if not held or not folder.exists():  # another process took it for a leftover before it was locked
                 continue
-            folder.chmod(0o777 & ~_umask())
             try:
                 yield folder
+            except OSError as error:
+                if error.errno in NO_ROOM or str(error.filename).startswith(f"{folder}"):
+                    error.filename = str(final)  # what it was to become, for this folder is about to go
+                raise
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
 
 
 def being_built(final: Path) -> list[Path]:
-    """Return the folders in which `final` is being built, or was when the process died."""
+    """Return what is becoming `final`, or was when the process died: files, and folders in which it is built."""
     return sorted(final.parent.glob(f".{glob.escape(final.name)}.building-*"))
 
 
 def remove_unfinished(final: Path) -> list[Path]:
-    """Remove the folders of `being_built` whose processes are known to be dead; returns the others."""
-    folders = being_built(final)
+    """Remove what `being_built` returns whose processes are known to be dead; returns the rest.
+
+    What has another name than this program gives, or is a link, stays.
+    """
+    found = being_built(final)
     try:
         with tempfile.TemporaryFile(dir=final.parent) as file:
             now = os.fstat(file.fileno()).st_mtime  # by the file system's clock
     except OSError:  # where nothing can be written, nothing can be removed
-        return folders
-    for folder in folders:
-        name = _BUILDER.fullmatch(folder.name, len(f".{final.name}.building-"))
-        host, process = (name[1], int(name[2])) if name else ("", 0)
-        untouched_s = now - _last_touched(folder)
+        return found
+    for path in found:
+        name = _BUILDER.fullmatch(path.name, len(f".{final.name}.building-"))
+        if name is None or path.is_symlink():
+            continue
+        untouched_s = now - _last_touched(path)
         with (
             suppress(PermissionError),
-            owner_is_dead(folder, host=host, process=process, untouched_s=untouched_s) as dead,
+            owner_is_dead(path, host=name[1], process=int(name[2]), untouched_s=untouched_s) as dead,
         ):
-            if dead:
-                shutil.rmtree(folder, ignore_errors=True)
+            if dead and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif dead:
+                path.unlink(missing_ok=True)
     return being_built(final)
 
 
 def _last_touched(folder: Path) -> float:
-    """Return when the folder or anything in it was last written to; what vanishes meanwhile is being touched."""
+    """Return when the file, or the folder or anything in it, was last written to; what vanishes is being touched."""
     try:
         return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
     except FileNotFoundError:
         return math.inf
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

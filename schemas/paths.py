@@ -30,6 +30,10 @@ def free_name(beside: Path, name: str) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def _of_a_stopped_command(name: str, marker: str) -> bool:
+    return name in (LOCK, f".{marker}") or name.startswith(f".{marker}.building-")
+
+
 def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
     """Return the real path of an output folder; `DflashError` if it cannot become one.
 
@@ -42,7 +46,9 @@ def output_folder(path: Path, *, marker: str, kind: str, renamed: bool) -> Path:
         raise DflashError(f"{path} lies inside {parent}, which is not a folder. Name another --out.")
     if not folder.exists() or (folder / marker).is_file():
         return folder
-    if not folder.is_dir() or any(renamed or entry.name not in (f".{marker}", LOCK) for entry in folder.iterdir()):
+    if not folder.is_dir() or any(
+        renamed or not _of_a_stopped_command(entry.name, marker) for entry in folder.iterdir()
+    ):
         raise DflashError(f"{path} exists and is not a {kind}. Name a new folder, or empty it.")
     if renamed and (os.path.ismount(folder) or folder == Path.cwd()):
         raise DflashError(

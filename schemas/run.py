@@ -1,5 +1,6 @@
 """A run folder: run.json says what is trained from what; checkpoints and metrics lie beside it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from dflash_offline.schemas.settings.option import Role, options
 from dflash_offline.schemas.settings.train import TrainConfig
 
 RUN, CONFIG, METRICS, EVENTS = "run.json", "config.toml", "metrics.jsonl", "tensorboard"
+CHECKPOINTS, STATE = "checkpoints", "state.json"
+CHECKPOINT = re.compile(r"step-\d{7,}")
+"""Name of a checkpoint's folder in there."""
 FORMAT_VERSION = 3
 STEPS = ("steps", "epochs")
 

@@ -1,32 +1,31 @@
 """`dflash export`: a checkpoint as a folder that the clients load unchanged, checked by their rules beforehand."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from dflash_offline.schemas.draft.checksums import CARD, CHECKSUMS, checksums_bytes
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.formats import FORMATS, ZLAB, config_json, tensor_name
 from dflash_offline.schemas.draft.lint import RECORD, lint_draft
 from dflash_offline.schemas.draft.rules import DraftFault
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
-from dflash_offline.schemas.files import publish, sha256_file, sync_folder
-from dflash_offline.schemas.locks import building_folder
+from dflash_offline.schemas.files import publish, sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.sealed import read_sealed
 from dflash_offline.schemas.settings.option import choice_problem
-from dflash_offline.stages.draft.weights import check_draft_weights
+from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
 from dflash_offline.stages.export_card import card
-from dflash_offline.stages.training.checkpoint import checkpoint_folder, list_checkpoints, read_state
+from dflash_offline.stages.training.checkpoint import WEIGHTS, checkpoint_folder, list_checkpoints, read_state
 
-CARD, WEIGHTS = "README.md", "model.safetensors"
 ONE_CLIENTS_LIMIT = ("causality in SGLang",)
 """Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""
 
@@ -64,12 +63,12 @@ def choose_checkpoint(run: Path, which: str) -> Path:
 
 
 def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluation: Path | None = None) -> Exported:
-    """Write the draft folder whole: config.json, model.safetensors in bfloat16, and a model card.
+    """Write the draft folder whole: config.json, model.safetensors in bfloat16, the card, checksums.json.
 
     `kind` is one of `FORMATS`, `evaluation` a result of `dflash eval` for the card; without one, `run`/eval.json is
     taken if it is of this checkpoint. Raises `DflashError`, and leaves nothing, if the folder would break a client's
-    rule. The same checkpoint exported again to the same folder changes nothing but the card; a folder that holds
-    anything else is refused.
+    rule. The same checkpoint exported again to the same folder changes nothing but the card and its checksum; a folder
+    that holds anything else is refused.
     """
     if problem := choice_problem("The format", kind, FORMATS):
         raise DflashError(problem)
@@ -87,11 +86,14 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     with building_folder(out) as temporary:
         halved = {tensor_name(name, kind): w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
         metadata = {"format": "pt", RECORD: json.dumps(trained, sort_keys=True)}
-        save_file(halved, temporary / WEIGHTS, metadata=metadata)
+        files = {WEIGHTS: save_weights(temporary / WEIGHTS, halved, metadata)}
         document = config_json(config, kind, record.origin["target"], architectures)
-        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        text = json.dumps(document, indent=2) + "\n"
+        files["config.json"] = write_synced(temporary / "config.json", [text.encode()])
         limits = _refuse_faulty(lint_draft(temporary, target), checkpoint)
-        (temporary / CARD).write_text(card(record, config, state, kind, result, limits))
+        text = card(record, config, state, kind, result, limits)
+        files[CARD] = write_synced(temporary / CARD, [text.encode()])
+        write_synced(temporary / CHECKSUMS, [checksums_bytes(files)])
         _publish(temporary, out)
     return Exported(
         draft=out,
@@ -165,18 +167,19 @@ def _publish(temporary: Path, out: Path) -> None:
     if (out / "config.json").is_file():
         if not _same_draft(temporary, out):
             raise DflashError(f"{out} exists and holds something else than this draft. Name a new --out.")
-        publish([(temporary / CARD).read_bytes()], temporary=out / f".{CARD}", path=out / CARD)
+        for name in (CARD, CHECKSUMS):
+            remove_unfinished(out / name)
+        publish([(temporary / CARD).read_bytes()], path=out / CARD)
+        files = {name: sha256_file(out / name) for name in (WEIGHTS, "config.json", CARD)}  # older headers differ
+        publish([checksums_bytes(files)], path=out / CHECKSUMS)
         return
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     sync_folder(temporary)
     temporary.rename(out)
     sync_folder(out.parent)
 
 
 def _same_draft(one: Path, other: Path) -> bool:
-    """Say whether two folders hold the same config and weights; safetensors writes its metadata in any order."""
+    """Say whether two folders hold the same config and weights; older versions wrote metadata in any order."""
     if (one / "config.json").read_bytes() != (other / "config.json").read_bytes():
         return False
     try:

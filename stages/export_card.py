@@ -27,7 +27,8 @@ _ZLAB = """A block holds one anchor and {drafted} drafted tokens; vLLM counts th
 _SPECULATORS = """The speculators format. Its layer ids are {aux}, one more than those above: entries of
 transformers' hidden states, of which entry 0 is the embedding. Embeddings and head are the target's own.
 
-    vllm serve {quoted} --speculative-config '{{"model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
+    vllm serve {quoted} --speculative-config \\
+      '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
 SGLang does not read this format; for it, export with `--format zlab` and serve {block} draft tokens.
 """

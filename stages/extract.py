@@ -8,7 +8,7 @@ import torch
 
 from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
-from dflash_offline.schemas.manifest import MANIFEST, TMP, Layout
+from dflash_offline.schemas.manifest import MANIFEST, Layout
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.capture.create import create_cache, plan_samples
@@ -20,7 +20,7 @@ from dflash_offline.stages.capture.workers import Work, run_shards, run_workers
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.store.leftovers import remove_abandoned
+from dflash_offline.stages.store.leftovers import remove_abandoned, remove_locks
 from dflash_offline.stages.store.plan_wait import wait_for_plan
 from dflash_offline.stages.store.writer import ShardWriter
 
@@ -147,7 +147,6 @@ def _remove_abandoned(cache: Cache, progress: Progress) -> None:
 def _finish(config: ExtractConfig, cache: Cache, progress: Progress) -> None:
     """Remove what only work in progress needs; `CacheError` if more samples are left out than may be."""
     _remove_abandoned(cache, progress)
-    for lock in (cache.path / TMP).glob("*.lock"):
-        lock.unlink(missing_ok=True)
+    remove_locks(cache.path)
     skipped = [sample for commit in cache.commits.values() for sample in commit.skipped]
     refuse_too_many(skipped, cache.samples, config.max_skipped)

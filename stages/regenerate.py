@@ -5,7 +5,6 @@ Reads top to bottom: what is asked for, what was answered before, the answers, t
 
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from dflash_offline.schemas.errors import BadInputError, DflashError
-from dflash_offline.schemas.files import move_synced, publish, sha256_file, write_synced
+from dflash_offline.schemas.errors import BadInputError, CacheError, DflashError
+from dflash_offline.schemas.files import move_synced, publish, refuse_links, remove_known, sha256_file, write_synced
 from dflash_offline.schemas.identity import refuse_other_identity
-from dflash_offline.schemas.locks import locked_folder
+from dflash_offline.schemas.locks import LOCK, locked_folder, remove_unfinished
 from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
@@ -35,6 +34,8 @@ ROWS = "rows"
 PROVENANCE = "provenance"
 REJECTS = "rejects"
 FORMAT = "dflash-regenerated"
+_WORK = (LOCK, ROWS, REJECTS, ANSWERS, IDENTITY)
+"""Files of the folder in which answers are kept until the new file is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def regenerate(config: RegenerateConfig, progress: Progress | None = None) -> Re
     finished = _finished(config.out, identity)
     if finished is not None:
         return finished
+    _refuse_foreign(config.out)
     with _work_folder(config.out, identity) as folder:
         with _unchanged(data, folder) as refuse_changed, closing(Journal(folder / ANSWERS)) as journal:
             num_answers_now, seconds = _answer(config, data, answerer, journal, progress, refuse_changed)
@@ -149,8 +151,35 @@ def _finished(out: Path, identity: dict[str, Any]) -> Regenerated | None:
             f"{out} has changed since it was made, as {provenance} knows it. Remove {provenance} to keep the file as "
             f"your own and name another --out, or remove both to make it again."
         )
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_known(partial, _WORK)
     return _regenerated(out, document["counts"], 0, 0.0)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise `DflashError` if what would be replaced beside `out` cannot be shown to be of an earlier call."""
+    for path, is_ours in ((_beside(out, REJECTS), _holds_rejects), (_beside(out, PROVENANCE), _holds_provenance)):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_ours(path)):
+            raise DflashError(
+                f"{path} would be replaced, and was not made by `dflash regenerate`. Move it away, or name a new file "
+                f"with --out."
+            )
+
+
+def _holds_rejects(path: Path) -> bool:
+    """Say whether a file names rows that were left out, one a line."""
+    with path.open("rb") as file:
+        try:
+            kept = [json.loads(line).keys() >= {"source", "row", "reason", "detail"} for line in file]
+            return bool(kept) and all(kept)
+        except (ValueError, AttributeError, RecursionError):
+            return False
+
+
+def _holds_provenance(path: Path) -> bool:
+    try:
+        return read_sealed(path).get("format") == FORMAT
+    except CacheError:
+        return False
 
 
 def _regenerated(out: Path, counts: dict[str, Any], answers_now: int, seconds: float) -> Regenerated:
@@ -170,23 +199,27 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
 
     It stays only if it holds something: what stopped before any answer may be begun anew with other settings.
     """
-    folder = output_folder(_beside(out, "partial"), marker=IDENTITY, kind="begun regeneration", renamed=False)
+    partial = _beside(out, "partial")
+    refuse_links(partial.parent, partial.name)
+    folder = output_folder(partial, marker=IDENTITY, kind="begun regeneration", renamed=False)
     folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(folder) as held:
         if not held:
             raise DflashError(f"{folder} is being worked on by another command. Wait for it, or name another --out.")
         path = folder / IDENTITY
+        for written in (path, _beside(out, PROVENANCE)):
+            remove_unfinished(written)
         if path.is_file():
             refuse_other_identity(folder, read_sealed(path)["identity"], identity, "before")
         else:
             document = {"format": FORMAT, "identity": identity}
-            publish([sealed_bytes(document)], temporary=folder / f".{IDENTITY}", path=path)
+            publish([sealed_bytes(document)], path=path)
         try:
             yield folder
         finally:
             answers = folder / ANSWERS
             if answers.is_file() and not answers.stat().st_size and not (folder / REJECTS).exists():
-                shutil.rmtree(folder)
+                remove_known(folder, _WORK)
 
 
 @contextmanager
@@ -262,7 +295,7 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
 
     def rows() -> Iterator[bytes]:
         nonlocal num_answers, num_rows
-        with (folder / REJECTS).open("w", encoding="utf-8") as rejects:
+        with (folder / REJECTS).open("x", encoding="utf-8") as rejects:
             for dialogue in dialogues:
                 assert not dialogue.is_open, "every row was answered, or has a reason"
                 if dialogue.fault is None:
@@ -277,6 +310,8 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
             rejects.flush()
             os.fsync(rejects.fileno())
 
+    for name in (ROWS, REJECTS):  # of a call that was stopped while it wrote them
+        (folder / name).unlink(missing_ok=True)
     write_synced(folder / ROWS, rows())
     if not num_rows:
         listed = "".join(f"\n  {count} rows: {reason}" for reason, count in left_out.most_common()) or "\n  no rows"
@@ -298,10 +333,13 @@ def _publish(
     }
     document = {"format": FORMAT, "identity": identity, "origin": origin, "counts": counts}
     document["sha256"] = sha256_file(folder / ROWS)
+    _refuse_foreign(config.out)
+    if config.out.exists() and sha256_file(config.out) != document["sha256"]:
+        raise DflashError(f"{config.out} was made by something else meanwhile. Move it away, and repeat the command.")
     if counts["left_out"]:
         move_synced(folder / REJECTS, _beside(config.out, REJECTS))
     else:
         _beside(config.out, REJECTS).unlink(missing_ok=True)
     move_synced(folder / ROWS, config.out)
-    publish([sealed_bytes(document)], temporary=folder / ".provenance", path=_beside(config.out, PROVENANCE))
-    shutil.rmtree(folder, ignore_errors=True)
+    publish([sealed_bytes(document)], path=_beside(config.out, PROVENANCE))
+    remove_known(folder, _WORK)

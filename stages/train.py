@@ -139,7 +139,7 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
             progress.say(f"Going on from {checkpoint}.")
         signals = stack.enter_context(noted_signals())
         training.ranks.meet()  # from here on a signal to any rank is noted by it
-        log = _open_log(training, stack)
+        log = _open_log(training, stack, progress)
         progress.start("Training", training.total_steps, "steps", done=training.state.step)
         stack.callback(progress.finish)
         _train_steps(training, signals, progress, log)
@@ -161,11 +161,11 @@ def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
     return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 
 
-def _open_log(training: Training, stack: ExitStack) -> Log:
+def _open_log(training: Training, stack: ExitStack, progress: Progress) -> Log:
     """Return what adds a row to the run's log; on ranks other than the first, what does nothing."""
     if not training.ranks.is_first:
         return lambda step, row: None
-    return stack.enter_context(closing(MetricsLog(training.config, training.state.step))).write
+    return stack.enter_context(closing(MetricsLog(training.config, training.state.step, progress.say))).write
 
 
 def _train_steps(training: Training, signals: list[int], progress: Progress, log: Log) -> None:

@@ -15,7 +15,7 @@ from dflash_offline.schemas.draft.weights import expected_shapes
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.identity import flatten
 from dflash_offline.schemas.manifest import Manifest
-from dflash_offline.schemas.run import CONFIG, METRICS, RUN, RunRecord
+from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, CONFIG, METRICS, RUN, RunRecord
 from dflash_offline.schemas.sealed import read_sealed
 
 EVALUATION = "eval.json"
@@ -87,7 +87,8 @@ def _finite(value: Any) -> Any:
 
 def _checkpoints(run: Path) -> dict[int, dict[str, Any]]:
     """Return the checkpoints' states by step; their weights are not read."""
-    states = [read_sealed(path) for path in (run / "checkpoints").glob("step-*/state.json")]
+    paths = (run / CHECKPOINTS).glob("step-*/state.json")
+    states = [read_sealed(path) for path in paths if CHECKPOINT.fullmatch(path.parent.name)]
     return {state["step"]: state for state in states}
 
 

@@ -1,6 +1,6 @@
 """Does a draft folder, ours or another's, hold what the clients' loaders demand? Every fault, with the rule it breaks.
 
-Pure Python on config.json and the headers of the weight files, and numpy for values that are not finite.
+Pure Python on config.json, the headers of the weight files and the checksums, and numpy for values that are not finite.
 """
 
 import json
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dflash_offline.schemas.draft.checksums import checksum_faults
 from dflash_offline.schemas.draft.config_rules import (
     SIZES,
     Found,
@@ -39,11 +40,12 @@ def is_draft(folder: Path) -> bool:
 def lint_draft(folder: Path, target: Mapping[str, Any] | None = None) -> list[DraftFault]:
     """Return every fault of a draft folder; `target` is its target's config.json, to be compared with if given."""
     config = read_document(folder)
+    kind = "zlab" if isinstance(config, str) else draft_format(config)
+    changed = [make_fault(*one, kind) for one in checksum_faults(folder)]
     if isinstance(config, str):
-        return [make_fault("config", "config.json", config)]
-    kind = draft_format(config)
+        return [make_fault("config", "config.json", config), *changed]
     weights = _weights(folder, flat_config(config, kind), kind)
-    return [*config_faults(config, target), *(make_fault(*one, kind) for one in dict.fromkeys(weights))]
+    return [*config_faults(config, target), *(make_fault(*one, kind) for one in dict.fromkeys(weights)), *changed]
 
 
 def _weights(folder: Path, config: dict[str, Any], kind: str) -> Found:

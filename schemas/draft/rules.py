@@ -135,6 +135,8 @@ RULES = {
     "tensor shape": Rule("no client can load it", EVERY),
     "dtype": Rule("a draft is read as plain floating-point numbers", EVERY),
     "finite": Rule("one NaN spreads through every drafted token", EVERY),
+    "checksum": Rule("it was damaged or changed after it was written, and is not what was trained", EVERY),
+    "card": Rule("it was changed after the export; people read it, and no client does", ()),
     "target": Rule("the draft borrows the target's embeddings and head and reads its layers", EVERY),
     "speculators config": Rule("vLLM and speculators refuse a config without it", (VLLM, SPECULATORS)),
     "speculative tokens": Rule(

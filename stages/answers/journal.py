@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from dflash_offline.schemas.files import append, open_kept
 from dflash_offline.stages.answers.dialogues import Answer, Dialogue
 
 SYNC_INTERVAL_S = 2.0
@@ -24,18 +25,15 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("ab"):
-            pass
+        self._file = open_kept(path, "a")
         self._valid_bytes = _valid_bytes(path)
-        os.truncate(path, self._valid_bytes)
-        self._file = path.open("ab")
+        self._file.truncate(self._valid_bytes)
         self._synced = time.monotonic()
 
     def note(self, noted: Iterable[tuple[Dialogue, Answer]]) -> None:
         """Keep answers, each the newest of its dialogue."""
         lines = [_line(dialogue, answer) for dialogue, answer in noted]
-        self._file.write(b"".join(lines))
-        self._file.flush()
+        append(self._file, b"".join(lines))
         if time.monotonic() - self._synced >= SYNC_INTERVAL_S:
             self.sync()
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import SkippedSample, commit_path
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.locks import locked
+from dflash_offline.schemas.locks import locked, touch_lock
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK
@@ -83,7 +83,7 @@ class BadFeatures:
         if not bad:
             return write()
         lock = self._cache.path / SKIPPED_LOCK
-        lock.touch()
+        touch_lock(lock)
         with locked(lock, wait=True):
             self.check(shard, bad)
             size = write()

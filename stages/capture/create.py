@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.manifest import EMBEDDINGS, FEATURES, TARGET
@@ -26,6 +24,7 @@ from dflash_offline.stages.capture.forecast import forecast_cost, refuse_too_lar
 from dflash_offline.stages.capture.inputs import Inputs
 from dflash_offline.stages.capture.runner import TargetRunner, load_runner
 from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
+from dflash_offline.stages.draft.weights import save_weights
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.create import create_arrays, publish_cache
 from dflash_offline.stages.target.files import TargetFiles
@@ -94,19 +93,19 @@ def _write_target(folder: Path, files: TargetFiles, model: Any) -> None:
             shutil.copyfile(files.folder / name, folder / name)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in embedding_tensors(model).items()}
     refuse_non_finite(tensors, files.name)
-    with _system_errors_of_rust(folder):
+    with _system_errors_of_tokenizers(folder):
         files.tokenizer.save_pretrained(folder)
-        save_file(tensors, folder / EMBEDDINGS)
+    save_weights(folder / EMBEDDINGS, tensors)
 
 
 @contextmanager
-def _system_errors_of_rust(folder: Path) -> Iterator[None]:
-    """Raise a full disk as an `OSError`: tokenizers raises a bare `Exception` there, safetensors a class of its own."""
+def _system_errors_of_tokenizers(folder: Path) -> Iterator[None]:
+    """Raise a full disk as an `OSError`: tokenizers raises a bare `Exception` there."""
     try:
         yield
     except Exception as error:
         named = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        if type(error) not in (Exception, SafetensorError) or named is None:
+        if type(error) is not Exception or named is None:
             raise
         number = int(named[1] or named[2])
         raise OSError(number, os.strerror(number), str(folder)) from error

@@ -172,8 +172,8 @@ class _Collected:
 
     def __enter__(self) -> "_Collected":
         with ExitStack() as files:
-            self._ids = files.enter_context((self.folder / _SPOOLED_IDS).open("w+b"))
-            self._mask = files.enter_context((self.folder / _SPOOLED_MASK).open("w+b"))
+            self._ids = files.enter_context((self.folder / _SPOOLED_IDS).open("x+b"))
+            self._mask = files.enter_context((self.folder / _SPOOLED_MASK).open("x+b"))
             self._rejects = files.enter_context(RejectWriter(self.folder / REJECTS))
             self._files = files.pop_all()
         return self

@@ -1,16 +1,20 @@
-"""The weights of a draft: gathered from a module, checked against its config, loaded from its folder."""
+"""The weights of a draft: gathered from a module, checked against its config, written, loaded from its folder."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dflash_offline.schemas.draft.checksums import refuse_changed
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.weights import expected_shapes, shape_faults
 from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.schemas.files import Piece, write_synced
 from dflash_offline.stages.draft.model import DraftModel
 
 
@@ -35,8 +39,41 @@ def draft_state_dict(draft: nn.Module, config: DraftConfig, dtype: torch.dtype |
     return weights
 
 
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What safetensors calls those that are written."""
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write CPU tensors as a new safetensors file, synced; returns its sha256.
+
+    The same tensors and metadata always give the same bytes, with the rights that the umask leaves: safetensors' own
+    writer orders metadata anew in every process, makes files that their owner alone can read, and raises a class of
+    its own on a full disk.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+
+    def pieces() -> Iterator[Piece]:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        yield len(text).to_bytes(8, "little") + text
+        for _, tensor in ordered:
+            if tensor.numel():
+                yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    return write_synced(path, pieces())
+
+
 def load_draft(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DraftModel:
-    """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode."""
+    """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode.
+
+    Raises `DflashError` if a file is not as the folder's checksums say, where it has some.
+    """
+    refuse_changed(folder)
     config = DraftConfig.read(folder)
     path = folder / "model.safetensors"
     if not path.is_file():

@@ -9,21 +9,25 @@ file system's own clock.
 import math
 import os
 import re
+import secrets
 import socket
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dflash_offline.schemas.locks import owner_is_dead
-from dflash_offline.schemas.manifest import TMP
+from dflash_offline.schemas.files import refuse_links
+from dflash_offline.schemas.locks import owner_is_dead, touch_lock
+from dflash_offline.schemas.manifest import COMMITS, FEATURES, IDS, MASK, TMP, hidden_file
 from dflash_offline.stages.progress import readable_bytes
 
 SKIPPED_LOCK = f"{TMP}/skipped.lock"
 """The file whose lock a worker holds while it counts and records a shard with skipped samples."""
 _HOSTS_SHOWN = 3
-_NAME = re.compile(r"(\d{6,})\.(.+)-(\d+)\.part")
+_NAME = re.compile(r"(\d{6,})\.(.+)-(\d+)(?:\.[0-9a-f]{8})?\.part")
+_LOCK = re.compile(r"\d{6,}\.lock|" + re.escape(Path(SKIPPED_LOCK).name))
 
 
 def lock_path(cache: Path, shard: int) -> Path:
@@ -31,9 +35,19 @@ def lock_path(cache: Path, shard: int) -> Path:
     return cache / TMP / f"{shard:06d}.lock"
 
 
+def claimed_lock(cache: Path, shard: int) -> Path:
+    """Return the file of `lock_path`, made if need be; `DflashError` if the shard would be written through a link."""
+    files = (hidden_file(shard), f"{FEATURES}/{IDS}/c/{shard}", f"{FEATURES}/{MASK}/c/{shard}")
+    refuse_links(cache, TMP, COMMITS, *(os.path.dirname(name) for name in files))  # noqa: PTH120
+    lock = lock_path(cache, shard)
+    lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
+    touch_lock(lock)
+    return lock
+
+
 def part_path(cache: Path, shard: int) -> Path:
-    """Return where this process writes a shard: where locks do not reach, two may be writing the same one."""
-    return cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.part"
+    """Return a new name for what is written of a shard: where locks do not reach, two may be writing the same one."""
+    return cache / TMP / f"{shard:06d}.{socket.gethostname()}-{os.getpid()}.{secrets.token_hex(4)}.part"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +86,17 @@ def half_written(cache: Path) -> list[HalfWritten]:
     for path in sorted((cache / TMP).glob("*.part")):
         with suppress(FileNotFoundError):  # its worker finished it meanwhile
             if name := _NAME.fullmatch(path.name):
-                stat = path.stat()
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
                 found.append(
                     HalfWritten(
                         path=path,
                         shard=int(name[1]),
                         host=name[2],
                         process=int(name[3]),
-                        num_bytes=stat.st_size,
-                        changed=stat.st_mtime,
+                        num_bytes=status.st_size,
+                        changed=status.st_mtime,
                     )
                 )
     return found
@@ -88,10 +104,11 @@ def half_written(cache: Path) -> list[HalfWritten]:
 
 def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWritten]:
     """Remove the half-written files whose workers are known to be dead; returns them."""
+    refuse_links(cache, TMP)
     removed = []
     for one in half_written(cache):
         lock = lock_path(cache, one.shard)
-        lock.touch()
+        touch_lock(lock)
         untouched_s = lock.stat().st_mtime - one.changed
         untouched_s = math.inf if is_done(one.shard) else untouched_s
         with owner_is_dead(lock, host=one.host, process=one.process, untouched_s=untouched_s) as is_dead:
@@ -99,6 +116,14 @@ def remove_abandoned(cache: Path, is_done: Callable[[int], bool]) -> list[HalfWr
                 one.path.unlink(missing_ok=True)
                 removed.append(one)
     return removed
+
+
+def remove_locks(cache: Path) -> None:
+    """Remove the files of locks, which a complete cache needs no more."""
+    refuse_links(cache, TMP)
+    for path in (cache / TMP).glob("*.lock"):
+        if _LOCK.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def summarize(cache: Path) -> Leftovers:

@@ -32,7 +32,7 @@ from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, agree, layer_statistics
-from dflash_offline.stages.store.leftovers import lock_path
+from dflash_offline.stages.store.leftovers import claimed_lock
 from dflash_offline.stages.store.shard_file import ShardFile, read_one_chunk
 from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
 
@@ -169,9 +169,7 @@ class _Shards:
 
     def forget(self, shard: int) -> bool:
         """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
-        lock = lock_path(self.cache.path, shard)
-        lock.parent.mkdir(exist_ok=True)
-        lock.touch()
+        lock = claimed_lock(self.cache.path, shard)
         with locked(lock, wait=True) as held:
             is_faulty = held and any(not fault.missing for fault in self.faults(shard))
             if is_faulty:

@@ -28,7 +28,7 @@ from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.chunks import Encoded, encode_chunk, encode_chunks, encoded_room, scratch
 from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
-from dflash_offline.stages.store.leftovers import lock_path, part_path
+from dflash_offline.stages.store.leftovers import claimed_lock, part_path
 from dflash_offline.stages.store.shard_file import ShardSummary
 
 _JOB_BYTES = 1 << 20
@@ -58,9 +58,7 @@ class ShardWriter:
     @contextmanager
     def claim(self, shard: int, *, wait: bool) -> Iterator[bool]:
         """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
-        lock = lock_path(self.cache.path, shard)
-        lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
-        lock.touch()
+        lock = claimed_lock(self.cache.path, shard)
         with locked(lock, wait=wait) as free:
             yield free and not self.cache.is_done(shard)
 

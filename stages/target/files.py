@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
-from dflash_offline.schemas.files import sha256_bytes, sha256_file
+from dflash_offline.schemas.files import publish, sha256_bytes, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
 from dflash_offline.schemas.sealed import canonical_json
 from dflash_offline.stages.target.checkpoint import refuse_unreadable_checkpoint
@@ -274,9 +274,7 @@ def _noted_sha256(path: Path, state: tuple[int, ...]) -> str:
     digest = sha256_file(path)
     try:  # only a shortcut: an unwritable home costs the hashing again
         root.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
-        temporary.write_text(digest)
-        temporary.replace(note)
+        publish([digest.encode()], path=note)
     except OSError:
         pass
     return digest

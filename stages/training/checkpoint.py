@@ -2,27 +2,33 @@
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.files import remove_known, sha256_file, sync_folder, write_synced
+from dflash_offline.schemas.locks import building_folder
+from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, STATE
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
-from dflash_offline.stages.draft.weights import draft_state_dict
+from dflash_offline.stages.draft.weights import draft_state_dict, save_weights
 from dflash_offline.stages.training.optimizer import WeightAverage
 from dflash_offline.stages.training.sums import Window
 
-WEIGHTS, MASTERS, OPTIMIZER, STATE = "model.safetensors", "masters.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, MASTERS, OPTIMIZER = "model.safetensors", "masters.safetensors", "optimizer.safetensors"
 """`WEIGHTS` is validated and exported. With `--ema` it holds the averaged weights, and `MASTERS` the trained ones."""
+FILES = (WEIGHTS, MASTERS, OPTIMIZER, "config.json", STATE)
+"""All that a checkpoint may hold; what shows whose it is stands last, and is removed last."""
+_UNFINISHED = re.compile(r"\.step-\d{7,}\.(\d+|building-.+-\d+-[0-9a-f]{8})")
+"""The first form is that of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class TrainState:
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
-    return run / "checkpoints" / f"step-{step:07d}"
+    return run / CHECKPOINTS / f"step-{step:07d}"
 
 
 def save_checkpoint(
@@ -55,31 +61,27 @@ def save_checkpoint(
 ) -> Path:
     """Write masters, optimizers and state whole, then rename the folder into place; returns it."""
     folder = checkpoint_folder(run, state.step)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    with average.served(draft) if average else nullcontext():
-        save_file(draft_state_dict(draft, draft.config), temporary / WEIGHTS)
-    if average:
-        save_file(draft_state_dict(draft, draft.config), temporary / MASTERS)
-    save_file(_optimizer_tensors(optimizers), temporary / OPTIMIZER)
-    write_synced(temporary / "config.json", [json.dumps(draft.config.to_json(), indent=1).encode()])
-    hashes = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-    for name in hashes:
-        with (temporary / name).open("rb") as file:
-            os.fsync(file.fileno())
-    write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
-    sync_folder(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    if os.path.lexists(folder):
+        raise DflashError(f"{folder} is in the way of the checkpoint of step {state.step}. Move it away, and repeat.")
+    with building_folder(folder) as temporary:
+        with average.served(draft) if average else nullcontext():
+            hashes = {WEIGHTS: save_weights(temporary / WEIGHTS, draft_state_dict(draft, draft.config))}
+        if average:
+            hashes[MASTERS] = save_weights(temporary / MASTERS, draft_state_dict(draft, draft.config))
+        hashes[OPTIMIZER] = save_weights(temporary / OPTIMIZER, _optimizer_tensors(optimizers))
+        config = json.dumps(draft.config.to_json(), indent=1).encode()
+        hashes["config.json"] = write_synced(temporary / "config.json", [config])
+        write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
+        sync_folder(temporary)
+        temporary.rename(folder)
     sync_folder(folder.parent)
     return folder
 
 
 def read_state(folder: Path) -> TrainState:
     """Return a checkpoint's state after checking every file's sha256."""
+    if not (folder / STATE).is_file():
+        raise DflashError(f"{folder} has the name of a checkpoint and no {STATE}. Move it away if it is not the run's.")
     document = read_sealed(folder / STATE)
     del document["checksum"]
     for name, digest in document.pop("files").items():
@@ -92,16 +94,30 @@ def read_state(folder: Path) -> TrainState:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    """Return the run's checkpoints, oldest first; of any other name is what somebody else keeps beside them."""
+    folders = [path for path in (run / CHECKPOINTS).glob("step-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prune_checkpoints(run: Path, keep: int, best_step: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+    """Remove all but the newest `keep` checkpoints and the best one.
+
+    What cannot be shown to be a checkpoint of ours, by its files and by its state's seal and step, stays.
+    """
     best = checkpoint_folder(run, best_step)
     for folder in list_checkpoints(run)[:-keep]:
-        if folder != best:
-            shutil.rmtree(folder)
+        if folder == best:
+            continue
+        with suppress(CacheError):
+            if checkpoint_folder(run, read_sealed(folder / STATE)["step"]) == folder:
+                remove_known(folder, FILES)
+
+
+def remove_unfinished_checkpoints(run: Path) -> None:
+    """Remove what killed processes left of checkpoints; the caller holds the run's lock."""
+    for folder in (run / CHECKPOINTS).glob(".step-*"):
+        if _UNFINISHED.fullmatch(folder.name):
+            remove_known(folder, FILES)
 
 
 def restore(

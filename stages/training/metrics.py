@@ -3,16 +3,18 @@
 import importlib
 import importlib.util
 import json
-import math
 import resource
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import publish
+from dflash_offline.schemas.files import append, open_kept, publish, write_synced
+from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.run import EVENTS, METRICS, RunRecord, settings_identity
 from dflash_offline.schemas.settings.train import TrainConfig
 
@@ -29,13 +31,10 @@ class MetricsLog:
     Rows after the resumed step are dropped from metrics.jsonl and the events; a tracker resumes the run of that name.
     """
 
-    def __init__(self, config: TrainConfig, step: int) -> None:
+    def __init__(self, config: TrainConfig, step: int, say: Callable[[str], None]) -> None:
         run = config.out
-        path = run / METRICS
-        if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            publish(["".join(f"{row}\n" for row in rows).encode()], temporary=run / f".{METRICS}", path=path)
-        self._file = path.open("a")
+        _keep_rows(run / METRICS, step, say)
+        self._file = open_kept(run / METRICS, "a")
         self._events = SummaryWriter(str(run / EVENTS), purge_step=step + 1)
         self._tracker = importlib.import_module(config.report_to) if config.report_to else None
         if self._tracker:
@@ -46,8 +45,7 @@ class MetricsLog:
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Add one row."""
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        append(self._file, f"{json.dumps({'step': step, **row})}\n".encode())
         flat: dict[str, float] = {}
         for name, value in row.items():
             slots = enumerate(value, start=1) if isinstance(value, list) else ()
@@ -65,11 +63,28 @@ class MetricsLog:
             self._tracker.finish()
 
 
-def _step_of(line: str) -> float:
+def _keep_rows(path: Path, step: int, say: Callable[[str], None]) -> None:
+    """Leave in a run's log the rows up to the resumed step; of a damaged one a copy is set aside, and said."""
+    if not path.is_file() or path.is_symlink():  # a link is refused when the file is opened
+        return
+    content = path.read_bytes()
+    lines = [line for line in content.split(b"\n") if line]
+    steps = [_step_of(line) for line in lines]
+    sound = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+    if damaged := steps.count(None):
+        aside = free_name(path, f"{path.name}.damaged")
+        write_synced(aside, [content])
+        say(f"{damaged} of {len(lines)} lines of {path} are damaged. All are set aside as {aside.name}, the rest kept.")
+    publish([b"".join(line + b"\n" for line in sound)], path=path)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a row of the log; None for what is no row."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut off
-        return math.inf
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,13 +8,23 @@ from importlib.metadata import version
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import publish
-from dflash_offline.schemas.locks import locked_folder
+from dflash_offline.schemas.files import publish, refuse_links
+from dflash_offline.schemas.locks import locked_folder, remove_unfinished
 from dflash_offline.schemas.manifest import TARGET
-from dflash_offline.schemas.run import CONFIG, RUN, RunRecord, refuse_other_run, settings_identity
+from dflash_offline.schemas.run import (
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    METRICS,
+    RUN,
+    RunRecord,
+    refuse_other_run,
+    settings_identity,
+)
 from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.schemas.settings.toml import to_toml
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.training.checkpoint import remove_unfinished_checkpoints
 from dflash_offline.stages.training.run import Training
 from dflash_offline.stages.training.schedule import ROW_RULE
 
@@ -32,12 +42,16 @@ def claim_folder(training: Training, stack: ExitStack) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if not stack.enter_context(locked_folder(run)):
         raise DflashError(f"{run} is being trained by another process. Wait for it, or name another --out.")
+    refuse_links(run, CHECKPOINTS, EVENTS)
+    for name in (RUN, CONFIG, METRICS):
+        remove_unfinished(run / name)
+    remove_unfinished_checkpoints(run)
     if (run / RUN).exists():
         refuse_other_run(run, identity, training.total_steps)
     else:
         record = RunRecord(identity=identity, origin=_origin(training))
-        publish([sealed_bytes(record.to_json())], temporary=run / f".{RUN}", path=run / RUN)
-    publish([to_toml(training.config).encode()], temporary=run / f".{CONFIG}", path=run / CONFIG)
+        publish([sealed_bytes(record.to_json())], path=run / RUN)
+    publish([to_toml(training.config).encode()], path=run / CONFIG)
 
 
 def _identity(training: Training) -> dict[str, Any]:

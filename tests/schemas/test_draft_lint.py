@@ -22,6 +22,7 @@ from dflash_offline.schemas.draft.formats import FORMATS, config_json
 from dflash_offline.schemas.draft.lint import lint_draft
 from dflash_offline.schemas.draft.rules import RULES
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
@@ -47,7 +48,9 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 @pytest.fixture
 def draft(exported: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported["zlab"], tmp_path / "draft"))
+    folder = Path(shutil.copytree(exported["zlab"], tmp_path / "draft"))
+    (folder / "checksums.json").unlink()  # the rules are those of any draft, another's too
+    return folder
 
 
 def change(folder: Path, how: Callable[[Config], object]) -> None:
@@ -338,11 +341,12 @@ def test_the_exporter_cannot_produce_a_fault_of_the_weights(
     how: Callable[[dict[str, torch.Tensor]], object],
     place: str,
 ) -> None:
-    def faulty(weights: dict[str, torch.Tensor], path: Path, **metadata: Any) -> None:
+    def faulty(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
         how(weights)
-        save_file(weights, path, **metadata)
+        save_file(weights, path, metadata=metadata)
+        return sha256_file(path)
 
-    monkeypatch.setattr("dflash_offline.stages.export.save_file", faulty)
+    monkeypatch.setattr("dflash_offline.stages.export.save_weights", faulty)
     with pytest.raises(DflashError, match="would not be served as it was trained") as caught:
         export(run, tmp_path / "draft")
     assert place in str(caught.value)
