@@ -25,7 +25,7 @@ from dflash_offline.stages.training.checkpoint import read_state
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import borrowed_parts
 from dflash_offline.stages.training.loader import BatchLoader
-from dflash_offline.stages.training.simulated_serving import accepted_prefixes, simulate_turn, turns
+from dflash_offline.stages.training.simulated_serving import draft_everywhere, simulate_turn, turns
 
 BATCH_SAMPLES = 8
 
@@ -135,7 +135,7 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
     try:
         with torch.inference_mode():
             for batch in loader.stream(parts, threads=1):
-                prefixes, masks = accepted_prefixes(module, batch), batch.loss_mask.cpu().numpy()
+                (prefixes, _), masks = draft_everywhere(module, batch), batch.loss_mask.cpu().numpy()
                 for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
                     source = cache.samples.source(sample)
                     several = [turn for turn in turns(mask) if turn[0] < turn[1]]

@@ -14,10 +14,9 @@ from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS, LOSSES
 from dflash_offline.stages.draft.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
 from dflash_offline.stages.draft.attention import Blocks, dense_mask, flex_mask, tiled_mask
-from dflash_offline.stages.draft.model import DraftModel, Masks
+from dflash_offline.stages.draft.model import DraftModel, Masks, ProjectedContext
 from dflash_offline.stages.draft.objective import (
     accepted_prefix,
-    default_chunk_slots,
     dpace_weights,
     head_cross_entropy,
     slot_weights,
@@ -151,21 +150,50 @@ class DFlashTrainerModule(nn.Module):
                 f"The given anchors are empty: expected at least one supervised position with a whole block after it, "
                 f"at S = {seq_len} and K = {self.block_size}."
             )
-        hidden = self._draft(input_ids, hidden_states, document_ids, anchors, keep)
-        return self._measure(hidden, input_ids, loss_mask, document_ids, anchors, keep)
+        position, supervised = supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size)
+        labels = input_ids.gather(1, position.flatten(1)).view_as(position)
+        # How many there are is waited for here, where a GPU has little to do, and not behind the draft.
+        slots = supervised.flatten().nonzero()[:, 0]
+        ce, correct = self._cross_entropy(input_ids, hidden_states, document_ids, anchors, keep, labels, slots)
+        return self._metrics(ce, correct, supervised, slots)
 
     @torch.no_grad()
-    def draft_tokens(
-        self, input_ids: Tensor, hidden_states: Tensor, document_ids: Tensor | None, anchors: Tensor, keep_mask: Tensor
-    ) -> Tensor:
-        """Return the greedy tokens of slots 1..K-1 of every block, as serving would draft them, int64 [B, N, K-1]."""
-        hidden = self._draft(input_ids, hidden_states, document_ids, anchors, keep_mask)
-        hidden = hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
-        weight = self.target_lm_head.weight
-        chunk_slots = self.head_chunk_slots or default_chunk_slots(weight.shape[0], weight.device)
-        chunks = hidden.flatten(0, 2).split(chunk_slots)
-        tokens = [self.target_lm_head(chunk.to(weight.dtype)).argmax(dim=-1) for chunk in chunks]
-        return torch.cat(tokens).view(hidden.shape[:3])
+    def project_context(
+        self, input_ids: Tensor, hidden_states: Tensor, document_ids: Tensor | None
+    ) -> Tensor | ProjectedContext:
+        """Return what several calls of `serve` over one batch may be given in place of its features."""
+        if not isinstance(self.draft_model, DraftModel):
+            return hidden_states
+        none = input_ids.new_empty((len(input_ids), 0))
+        positions = self._all_position_ids(input_ids, document_ids, none)
+        return self.draft_model.project_context(positions, hidden_states.to(self._dtype(hidden_states)))
+
+    @torch.no_grad()
+    def serve(
+        self,
+        input_ids: Tensor,
+        context: Tensor | ProjectedContext,
+        loss_mask: Tensor,
+        document_ids: Tensor,
+        anchors: Tensor,
+        keep_mask: Tensor,
+        is_trained: Tensor,
+    ) -> tuple[Tensor, DFlashStepMetrics]:
+        """Return how many slots of every block are right before the first wrong one, int64 [B, N], and metrics.
+
+        Each block is drafted whole, as serving would; slots beyond its document are never right. The metrics are those
+        of the blocks that bool [B, N] `is_trained` names, as `forward` gives them.
+        """
+        anywhere = torch.ones_like(loss_mask)
+        position, real = supervised_slots(anchors, keep_mask, anywhere, document_ids, self.block_size)
+        labels = input_ids.gather(1, position.flatten(1)).view_as(position)
+        slots = real.flatten().nonzero()[:, 0]
+        ce, correct = self._cross_entropy(input_ids, context, document_ids, anchors, keep_mask, labels, slots)
+        right = torch.zeros_like(real).masked_scatter(real, correct)
+        _, supervised = supervised_slots(anchors, is_trained, loss_mask, document_ids, self.block_size)
+        (theirs,) = supervised.flatten()[slots].nonzero(as_tuple=True)
+        metrics = self._metrics(ce[theirs], correct[theirs], supervised, slots[theirs])
+        return right.cumprod(dim=-1).sum(dim=-1), metrics
 
     def _sample_anchor_positions(
         self, seq_len: int, loss_mask: Tensor, device: torch.device, generator: torch.Generator | None = None
@@ -192,22 +220,35 @@ class DFlashTrainerModule(nn.Module):
             return self._sample_anchor_positions(loss_mask.shape[1], loss_mask, loss_mask.device, generator)
         return sample_document_anchors(loss_mask, document_ids, self.block_size, self.num_anchors, generator)
 
-    def _draft(
-        self, input_ids: Tensor, hidden_states: Tensor, document_ids: Tensor | None, anchors: Tensor, keep: Tensor
-    ) -> Tensor:
-        """Return the draft's hidden states [B, N*K, H]; under autocast in its dtype, as all between the layers."""
-        device = input_ids.device.type
-        noise = self._create_noise_embed(input_ids, anchors, keep)
-        dtype = next((p.dtype for p in self.draft_model.parameters()), hidden_states.dtype)
+    def _dtype(self, features: Tensor) -> torch.dtype:
+        """Return the dtype of all between the layers: under autocast its own."""
+        device = features.device.type
         if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+            return torch.get_autocast_dtype(device)
+        return next((p.dtype for p in self.draft_model.parameters()), features.dtype)
+
+    def _draft(
+        self,
+        input_ids: Tensor,
+        context: Tensor | ProjectedContext,
+        document_ids: Tensor | None,
+        anchors: Tensor,
+        keep: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Return the draft's hidden states [B, N*K, H]; those of `rows`, int64 [M], alone, [M, H], where given."""
+        noise = self._create_noise_embed(input_ids, anchors, keep)
+        dtype = self._dtype(context if isinstance(context, Tensor) else noise)
+        # Another project's draft computes all rows.
+        asked = {"rows": rows} if isinstance(self.draft_model, DraftModel) else {}
         hidden: Tensor = self.draft_model(
             position_ids=self._all_position_ids(input_ids, document_ids, anchors),
             noise_embedding=noise.to(dtype),
-            target_hidden=hidden_states.to(dtype),
+            target_hidden=context.to(dtype) if isinstance(context, Tensor) else context,
             attention_mask=self._masks(Blocks(anchors, keep, document_ids, input_ids.shape[1], self.block_size)),
+            **asked,
         )
-        return hidden
+        return hidden if rows is None or asked else hidden.flatten(0, 1).index_select(0, rows)
 
     def _all_position_ids(self, input_ids: Tensor, document_ids: Tensor | None, anchors: Tensor) -> Tensor:
         """Return rotary positions [B, S + N*K] of context and blocks, counted within each document."""
@@ -234,28 +275,31 @@ class DFlashTrainerModule(nn.Module):
         masks = {kind: make(blocks, rule) for kind, rule in rules.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _measure(
+    def _cross_entropy(
         self,
-        hidden: Tensor,
         input_ids: Tensor,
-        loss_mask: Tensor,
+        context: Tensor | ProjectedContext,
         document_ids: Tensor | None,
         anchors: Tensor,
         keep: Tensor,
-    ) -> DFlashStepMetrics:
-        """Return the metrics of slots 1..K-1, given the hidden states [B, N*K, H] of all slots."""
-        position, supervised = supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size)
-        labels = input_ids.gather(1, position.flatten(1)).view_as(position)
-        slots = supervised.flatten().nonzero()[:, 0]
+        labels: Tensor,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy float32 [M] of some slots, and which of them are right.
+
+        `labels` is int64 [B, N, K-1], `slots`, int64 [M], the numbers of those slots among all.
+        """
         # Every block's K - 1 slots stand behind its anchor among the hidden states.
         rows = slots + slots // (self.block_size - 1) + 1
-        ce, correct = head_cross_entropy(
-            hidden.flatten(0, 1).index_select(0, rows),
-            labels.flatten()[slots],
-            self.target_lm_head,
-            self.head_chunk_slots,
-            self.compiled,
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        hidden = self._draft(input_ids, context, document_ids, anchors, keep, rows)
+        return head_cross_entropy(
+            hidden, labels.flatten()[slots], self.target_lm_head, self.head_chunk_slots, self.compiled
         )
+
+    def _metrics(self, ce: Tensor, correct: Tensor, supervised: Tensor, slots: Tensor) -> DFlashStepMetrics:
+        """Return the metrics of the supervised slots, bool [B, N, K-1]; their numbers, `ce` and `correct` are [M]."""
         weight = self._weights(ce.detach(), supervised).flatten()[slots]
         loss_sum, loss_weight = (weight * ce).sum(), weight.sum()
         correct = torch.zeros_like(supervised).masked_scatter(supervised, correct)

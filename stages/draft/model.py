@@ -6,7 +6,8 @@ context (the target's features, projected once for all layers) and the block. Qu
 
 # Axes: B rows, C context positions, Q block tokens, P cached positions, H hidden size, L captured target layers.
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,20 @@ from dflash_offline.stages.draft.attention import Mask, attend, served_mask
 Masks = Mask | Mapping[str, Mask]
 """One for all layers, or one for every kind of layer."""
 Rotary = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+"""Keys, turned by their positions, and values, [B, kv heads, C, head_dim] each."""
+
+
+@dataclass(frozen=True)
+class ProjectedContext:
+    """Keys and values of a context in every layer, for several passes over the same one."""
+
+    layers: tuple[KeysValues, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions, C."""
+        return self.layers[0][0].shape[2]
 
 
 class DraftCache:
@@ -114,23 +129,42 @@ class DraftAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
     def forward(
-        self, block: Tensor, context: Tensor, rotary: Rotary, mask: Mask, cache: DraftCache | None, backend: str
+        self,
+        block: Tensor,
+        context: Tensor | KeysValues,
+        rotary: Rotary,
+        mask: Mask,
+        cache: DraftCache | None,
+        backend: str,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Return [B, Q, H] of block [B, Q, H] and context [B, C, H]; `rotary` covers C + Q positions."""
+        """Return [B, Q, H] of block [B, Q, H] and context [B, C, H]; `rotary` covers C + Q positions.
+
+        `context` may be its keys and values. `rows`, int64 [M], asks for these of the B * Q rows alone, [M, H].
+        """
         num_queries = block.shape[1]
-        # Joined after the projections: keys and values are narrower, and no layer keeps a copy of the context.
-        k = torch.cat((self.k_proj(context), self.k_proj(block)), dim=1)
-        v = torch.cat((self.v_proj(context), self.v_proj(block)), dim=1)
-        q = self.q_norm(self._split(self.q_proj(block))).transpose(1, 2)
-        k = self.k_norm(self._split(k)).transpose(1, 2)
-        v = self._split(v).transpose(1, 2)
         cos, sin = rotary
-        q = rotate(q, (cos[:, :, -num_queries:], sin[:, :, -num_queries:]))
-        k = rotate(k, rotary)
+        own_rotary = cos[:, :, -num_queries:], sin[:, :, -num_queries:]
+        q = rotate(self.q_norm(self._split(self.q_proj(block))).transpose(1, 2), own_rotary)
+        if isinstance(context, tuple):
+            own = self.keys_values(block, own_rotary)
+            k, v = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
+        else:
+            # Joined after the projections: keys and values are narrower, and no layer keeps a copy of the context.
+            k = torch.cat((self.k_proj(context), self.k_proj(block)), dim=1)
+            v = torch.cat((self.v_proj(context), self.v_proj(block)), dim=1)
+            k, v = self._turned(k, rotary), self._split(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        attended = attend(q.to(v.dtype), k.to(v.dtype), v, mask, backend)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        attended = attend(q.to(v.dtype), k.to(v.dtype), v, mask, backend).transpose(1, 2).flatten(2)
+        return self.o_proj(attended if rows is None else attended.flatten(0, 1).index_select(0, rows))
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> KeysValues:
+        """Return the keys and values of [B, positions, H]."""
+        return self._turned(self.k_proj(x), rotary), self._split(self.v_proj(x)).transpose(1, 2)
+
+    def _turned(self, k: Tensor, rotary: Rotary) -> Tensor:
+        return rotate(self.k_norm(self._split(k)).transpose(1, 2), rotary)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -160,9 +194,18 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, block: Tensor, context: Tensor, rotary: Rotary, mask: Mask, cache: DraftCache | None, backend: str
+        self,
+        block: Tensor,
+        context: Tensor | KeysValues,
+        rotary: Rotary,
+        mask: Mask,
+        cache: DraftCache | None,
+        backend: str,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        block = block + self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, backend)
+        """Return the block after the layer; `rows` as in `DraftAttention`."""
+        attended = self.self_attn(self.input_layernorm(block), context, rotary, mask, cache, backend, rows)
+        block = attended + (block if rows is None else block.flatten(0, 1).index_select(0, rows))
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
@@ -188,8 +231,9 @@ class DraftModel(nn.Module):
         position_ids: Tensor,
         attention_mask: Masks = None,
         noise_embedding: Tensor | None = None,
-        target_hidden: Tensor | None = None,
+        target_hidden: Tensor | ProjectedContext | None = None,
         past_key_values: DraftCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Return the block's hidden states after the final norm, [B, Q, H].
 
@@ -197,26 +241,48 @@ class DraftModel(nn.Module):
         `noise_embedding` is [B, Q, H], `target_hidden` [B, C, L*H]. `attention_mask` is None (one block sees what
         the config's rules show it, as served), bool [B, 1, Q, P + C + Q] with True for visible, a flex `BlockMask`, a
         `TiledMask`, or one of these for every kind of layer. With `past_key_values` the block also sees the P
-        positions held there, and the cache grows by C + Q.
+        positions held there, and the cache grows by C + Q. `target_hidden` may be what `project_context` returns, which
+        a cache does not take. `rows`, int64 [M], asks for these of the B * Q rows alone, [M, H]; the last layer then
+        computes no others.
         """
         assert noise_embedding is not None and target_hidden is not None
-        context = self.hidden_norm(self.fc(target_hidden))
-        inv_freq = rotary_inv_freq(self.config.head_dim, self.config.rope_theta, position_ids.device)
-        rotary = rotary_table(position_ids, inv_freq, noise_embedding.dtype)
+        rotary = self._rotary(position_ids, noise_embedding.dtype)
         block = noise_embedding
+        contexts: Sequence[Tensor | KeysValues]
+        if isinstance(target_hidden, ProjectedContext):
+            contexts, length = target_hidden.layers, target_hidden.length
+        else:
+            context = self.hidden_norm(self.fc(target_hidden))
+            contexts, length = [context] * len(self.layers), context.shape[1]
         if attention_mask is None:
             held = 0 if past_key_values is None else past_key_values.length
-            attention_mask = self._served_masks(held + context.shape[1], block)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            attention_mask = self._served_masks(held + length, block)
+        for layer, kind, context in zip(self.layers, self.config.layer_types, contexts, strict=True):
             mask = attention_mask[kind] if isinstance(attention_mask, Mapping) else attention_mask
-            inputs = (block, context, rotary, mask, past_key_values, self.attention_backend)
+            read = rows if layer is self.layers[-1] else None
+            inputs = (block, context, rotary, mask, past_key_values, self.attention_backend, read)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 block = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 block = layer(*inputs)
         if past_key_values is not None:
-            past_key_values.advance(context.shape[1] + block.shape[1])
+            past_key_values.advance(length + noise_embedding.shape[1])
         return self.norm(block)
+
+    def project_context(self, position_ids: Tensor, target_hidden: Tensor) -> ProjectedContext:
+        """Return a context's keys and values in every layer, given its positions [B, C] and features [B, C, L*H]."""
+        context = self.hidden_norm(self.fc(target_hidden))
+        rotary = self._rotary(position_ids, target_hidden.dtype)
+        return ProjectedContext(tuple(layer.self_attn.keys_values(context, rotary) for layer in self._layers()))
+
+    def _layers(self) -> Iterator[DraftLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DraftLayer)
+            yield layer
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+        inv_freq = rotary_inv_freq(self.config.head_dim, self.config.rope_theta, position_ids.device)
+        return rotary_table(position_ids, inv_freq, dtype)
 
     def _served_masks(self, num_context: int, block: Tensor) -> dict[str, Mask]:
         rules = self.config.attention_rules

@@ -321,9 +321,10 @@ class Training:
         with self.average.served(self.draft) if self.average else nullcontext():
             for batch in stream:
                 with self.autocast:
-                    sums += sums_of(self._forward(batch))
-                    for turns in simulate_serving(self.module, batch):
-                        serving.add(turns)
+                    documents, found = simulate_serving(self.module, batch)
+                sums += found
+                for turns in documents:
+                    serving.add(turns)
         self.draft.train()
         totals = torch.tensor(serving.totals, dtype=torch.float64, device=self.device)
         serving = ServingSums(*self.ranks.add(totals).tolist())

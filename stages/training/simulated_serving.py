@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.loader import Batch
+from dflash_offline.stages.training.sums import no_sums, sums_of
+
+AT_ONCE = {"cpu": 128, "gpu": 1024}
+"""Blocks of a row that are drafted at once."""
 
 
 @dataclass
@@ -70,25 +74,29 @@ def simulate_turn(first: int, last: int, prefix: NDArray[np.int64]) -> list[int]
 
 
 @torch.no_grad()
-def accepted_prefixes(module: DFlashTrainerModule, batch: Batch, anchors_at_once: int = 128) -> NDArray[np.int64]:
-    """Return how many drafted tokens a block anchored at each position gets right, int64 [B, S].
+def draft_everywhere(
+    module: DFlashTrainerModule, batch: Batch, anchors_at_once: int | None = None
+) -> tuple[NDArray[np.int64], Tensor]:
+    """Return how many drafted tokens a block anchored at each position gets right, int64 [B, S], and the step's sums.
 
     0 where the position cannot anchor. A block is drafted at every supervised position, whole as in serving, also
-    where the text ends within it.
+    where the text ends within it; by default as many in a row at once as keep the device busy. The batch's own anchors
+    are among these positions, so that its sums, as a forward pass over it gives them, need no drafting of their own.
     """
+    anchors_at_once = anchors_at_once or AT_ONCE["cpu" if batch.input_ids.is_cpu else "gpu"]
     num_rows, seq_len = batch.input_ids.shape
     prefix = torch.zeros(num_rows, seq_len, dtype=torch.int64, device=batch.input_ids.device)
+    is_anchor = torch.zeros_like(prefix).scatter_add_(1, batch.anchors, batch.keep_mask.long()) > 0
+    sums = no_sums(module.block_size, prefix.device)
+    context = module.project_context(batch.input_ids, batch.hidden_states, batch.document_ids)
     for anchors, keep in _every_anchor(batch.loss_mask, anchors_at_once, module.compiled):
-        tokens = module.draft_tokens(batch.input_ids, batch.hidden_states, batch.document_ids, anchors, keep)
-        position = anchors[:, :, None] + torch.arange(1, module.block_size, device=anchors.device)
-        inside = position < seq_len
-        position = position.clamp(max=seq_len - 1).flatten(1)
-        document = batch.document_ids.gather(1, anchors)[:, :, None]
-        real = (batch.document_ids.gather(1, position).view_as(inside) == document) & inside
-        right = (tokens == batch.input_ids.gather(1, position).view_as(tokens)) & real
-        lengths = right.cumprod(dim=-1).sum(dim=-1) * keep
+        is_trained = is_anchor.gather(1, anchors) & keep
+        lengths, metrics = module.serve(
+            batch.input_ids, context, batch.loss_mask, batch.document_ids, anchors, keep, is_trained
+        )
         prefix.scatter_add_(1, anchors, lengths)
-    return prefix.cpu().numpy()
+        sums += sums_of(metrics)
+    return prefix.cpu().numpy(), sums
 
 
 def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,11 +111,12 @@ def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tupl
         yield order[:, begin : begin + at_once], keep[:, begin : begin + at_once]
 
 
-def simulate_serving(module: DFlashTrainerModule, batch: Batch) -> list[list[list[int]]]:
-    """Return, for each document and each of its assistant turns, the tokens produced by each round."""
-    prefixes = accepted_prefixes(module, batch)
+def simulate_serving(module: DFlashTrainerModule, batch: Batch) -> tuple[list[list[list[int]]], Tensor]:
+    """Return the tokens produced by each round of each assistant turn of each document, and the step's sums."""
+    prefixes, sums = draft_everywhere(module, batch)
     masks = batch.loss_mask.cpu().numpy()
-    return [
+    rounds = [
         [simulate_turn(first, last, prefixes[row, start:stop]) for first, last in turns(masks[row, start:stop])]
         for row, start, stop in batch.spans
     ]
+    return rounds, sums

@@ -323,6 +323,27 @@ def test_the_readmes_library_example_runs_as_written() -> None:
     assert all(p.grad is not None for p in draft.parameters())
 
 
+@pytest.mark.parametrize("attention", ["full", "one causal sliding"])
+def test_the_last_layer_computes_the_rows_that_a_loss_reads_and_no_other(attention: str) -> None:
+    trainer = tiny_trainer(tiny_draft(**ATTENTION[attention]))
+    batch, seen = tiny_batch(trainer.draft_model.config, [30, 12]), list[Tensor]()
+    whole, asked = trainer.draft_model.forward, []
+    trainer.draft_model.layers[-1].mlp.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    step = trainer(*arguments(batch), generator=torch.Generator().manual_seed(0))
+    assert seen[0].shape == (int(step.valid_tokens), 32) and seen[0].shape[0] < 0.7 * 2 * 6 * 4
+
+    def all_rows(*, rows: Tensor, **inputs: Any) -> Tensor:
+        asked.append(rows)
+        return whole(**inputs).flatten(0, 1).index_select(0, rows)
+
+    wanted = gradients(step.loss, trainer)
+    trainer.draft_model.forward = all_rows
+    other = trainer(*arguments(batch), generator=torch.Generator().manual_seed(0))
+    assert len(asked) == 1 and other.loss.item() == pytest.approx(step.loss.item(), rel=1e-6)
+    for name, grad in gradients(other.loss, trainer).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_only_the_draft_is_trained() -> None:
     trainer = tiny_trainer(bias=True)
     trainable = {id(p) for p in trainer.parameters() if p.requires_grad}

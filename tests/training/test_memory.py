@@ -50,8 +50,9 @@ def test_activations_are_counted_nearly_as_autograd_saves_them(shape: dict[str, 
             generator=torch.Generator().manual_seed(0),
         )
     found = sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in weights)
-    # More, because the tiles that stand in for flex attention here hold keys of their own.
-    assert 1.0 < found / (4 * kept(config) * 2 * 60 * config.block_size) < 1.4
+    # More, because the tiles that stand in for flex attention here hold keys of their own; less, because the last layer
+    # leaves out rows that no loss reads.
+    assert 0.85 < found / (4 * kept(config) * 2 * 60 * config.block_size) < 1.4
 
 
 def test_a_draft_for_an_8b_target_keeps_what_was_seen_of_the_compiler() -> None:

@@ -1,5 +1,7 @@
 """Simulated serving against plain drafting, a block at a time, and its arithmetic on cases worked by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,12 @@ from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.loader import Batch
 from dflash_offline.stages.training.simulated_serving import (
     ServingSums,
-    accepted_prefixes,
+    draft_everywhere,
     simulate_serving,
     simulate_turn,
     turns,
 )
+from dflash_offline.stages.training.sums import sums_of
 
 
 def test_a_turn_is_a_supervised_run_up_to_its_end_token() -> None:
@@ -66,10 +69,9 @@ def _module_and_batch() -> tuple[DFlashTrainerModule, Batch]:
 
 
 @torch.no_grad()
-def _slow_prefix(module: DFlashTrainerModule, batch: Batch, row: int, anchor: int) -> int:
-    """Draft one block as serving does and count the leading slots that equal the text."""
+def _slow_draft(module: DFlashTrainerModule, batch: Batch, row: int, anchor: int) -> list[int]:
+    """Draft one block as serving does."""
     draft, size = module.draft_model, module.block_size
-    length = int((batch.document_ids[row] >= 0).sum())
     block = torch.full((1, size), module.mask_token_id)
     block[0, 0] = batch.input_ids[row, anchor]
     hidden = draft(
@@ -77,7 +79,13 @@ def _slow_prefix(module: DFlashTrainerModule, batch: Batch, row: int, anchor: in
         noise_embedding=module.target_embed_tokens(block),
         target_hidden=batch.hidden_states[row : row + 1, :anchor].float(),
     )
-    drafted = module.target_lm_head(hidden[0, 1:]).argmax(dim=-1).tolist()
+    return module.target_lm_head(hidden[0, 1:]).argmax(dim=-1).tolist()
+
+
+def _slow_prefix(module: DFlashTrainerModule, batch: Batch, row: int, anchor: int) -> int:
+    """Draft one block as serving does and count the leading slots that equal the text."""
+    size, drafted = module.block_size, _slow_draft(module, batch, row, anchor)
+    length = int((batch.document_ids[row] >= 0).sum())
     text = batch.input_ids[row, anchor + 1 : length].tolist()
     count = 0
     while count < min(len(text), size - 1) and drafted[count] == text[count]:
@@ -88,32 +96,56 @@ def _slow_prefix(module: DFlashTrainerModule, batch: Batch, row: int, anchor: in
 def test_prefixes_equal_drafting_one_block_at_a_time() -> None:
     module, batch = _module_and_batch()
     # Make some drafts right: write each supervised anchor's own first drafted tokens into the text of row 0.
-    anchors = torch.arange(6, 7)[None].expand(2, 1)
-    drafted = module.draft_tokens(batch.input_ids, batch.hidden_states, batch.document_ids, anchors, anchors > 0)
-    batch.input_ids[:, 7:10] = drafted[:, 0, :3]
+    for row in range(2):
+        batch.input_ids[row, 7:10] = torch.tensor(_slow_draft(module, batch, row, 6)[:3])
     batch.loss_mask[:, 6] = True
-    prefixes = accepted_prefixes(module, batch, anchors_at_once=5)
+    prefixes, _ = draft_everywhere(module, batch, anchors_at_once=5)
     assert prefixes.max() >= 3
     for row in range(2):
         for anchor in batch.loss_mask[row].nonzero()[:, 0].tolist():
             if anchor:
                 assert prefixes[row, anchor] == _slow_prefix(module, batch, row, anchor)
         assert (prefixes[row][~batch.loss_mask[row].numpy()] == 0).all()
-    produced = [sum(map(sum, turns)) for turns in simulate_serving(module, batch)]
+    produced = [sum(map(sum, turns)) for turns in simulate_serving(module, batch)[0]]
     expected = [sum(last - first for first, last in turns(mask.numpy())) for mask in batch.loss_mask]
     assert produced == expected
 
 
 def test_a_compiled_draft_is_asked_for_equally_many_anchors_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     module, batch = _module_and_batch()
-    expected, draft_tokens, asked = accepted_prefixes(module, batch, anchors_at_once=5), module.draft_tokens, []
+    (expected, _), serve, asked = draft_everywhere(module, batch, anchors_at_once=5), module.serve, []
 
-    def note(*arguments: Tensor) -> Tensor:
-        asked.append(arguments[3].shape)
-        return draft_tokens(*arguments)
+    def note(*arguments: Tensor) -> object:
+        asked.append(arguments[4].shape)
+        with monkeypatch.context() as here:
+            here.setattr(module, "compiled", False)  # nothing need be compiled for it
+            return serve(*arguments)
 
-    monkeypatch.setattr(module, "draft_tokens", note)
+    monkeypatch.setattr(module, "serve", note)
     monkeypatch.setattr(module, "compiled", True)
     assert int(batch.loss_mask.sum(dim=1).max()) % 5
-    np.testing.assert_array_equal(accepted_prefixes(module, batch, anchors_at_once=5), expected)
+    np.testing.assert_array_equal(draft_everywhere(module, batch, anchors_at_once=5)[0], expected)
     assert len(asked) > 1 and set(asked) == {(2, 5)}
+
+
+@pytest.mark.parametrize("loss_type", ["dflash", "dpace"])
+@pytest.mark.parametrize("num_kept", [0, 1, 6])
+def test_the_sums_are_those_of_a_forward_pass_and_the_context_is_projected_once(num_kept: int, loss_type: str) -> None:
+    module, batch = _module_and_batch()
+    module.loss_type, projected = loss_type, []
+    positions = [row.nonzero()[:, 0][torch.tensor([0, 2, 3, 7, 8, 11])] for row in batch.loss_mask]
+    batch = replace(batch, anchors=torch.stack(positions), keep_mask=(torch.arange(6) < num_kept).expand(2, 6))
+    with torch.no_grad():
+        wanted = module(
+            batch.input_ids,
+            batch.hidden_states,
+            batch.loss_mask,
+            document_ids=batch.document_ids,
+            anchors=batch.anchors,
+            keep_mask=batch.keep_mask,
+        )
+    module.draft_model.fc.register_forward_hook(lambda *_: projected.append(1))
+    for at_once in (3, 100):
+        _, sums = draft_everywhere(module, batch, anchors_at_once=at_once)
+        torch.testing.assert_close(sums, sums_of(wanted), rtol=1e-5, atol=1e-9)
+    assert len(projected) == 2
