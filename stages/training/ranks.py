@@ -1,7 +1,7 @@
 """Data-parallel ranks under torchrun, and their sums. A process alone is rank 0 of 1."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,26 +35,25 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make every gradient the sum of all ranks'; a rank without one adds zero, so that none waits for it.
+    @contextmanager
+    def adding_gradients(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Make every gradient the sum of all ranks' while the block runs the last backward pass of a step.
 
-        Large gradients are reduced in place, all small ones in one flat tensor: a reduction of few bytes costs as much.
+        A large gradient is reduced, in place, as soon as it and all before it in a fixed order are complete, beside the
+        rest of the backward pass; all small ones in one flat tensor at the end: a reduction of few bytes costs as much.
+        A rank without a gradient adds zero. Where the block raises, nothing more is reduced.
         """
         if self.count == 1:
+            yield
             return
-        gradients = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        small = [gradient for gradient in gradients if gradient.numel() < _LARGE]
-        large = [gradient for gradient in gradients if gradient.numel() >= _LARGE]
-        together = torch.cat([gradient.flatten() for gradient in small])
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*large, together)]:
-            if work is not None:
-                work.wait()
-        for gradient, part in zip(small, together.split([gradient.numel() for gradient in small]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        reduction = _Reduction(parameters)
+        hooks = [parameter.register_post_accumulate_grad_hook(reduction.complete) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        reduction.finish()
 
     def meet(self) -> None:
         """Return once every rank has called this."""
@@ -98,3 +97,45 @@ def _refuse_other_launcher(needed: Iterable[str], count: int) -> None:
             f"WORLD_SIZE says that {count} ranks train together, but {', '.join(missing)} is not set; expected what "
             f"torchrun sets for each rank. Start the ranks with torchrun, or set it as torchrun does."
         )
+
+
+class _Reduction:
+    """The reductions of one step's gradients, in the same order on every rank whatever order they are made in."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        # Last layers first, as a backward pass makes them.
+        self._large = [parameter for parameter in reversed(parameters) if parameter.numel() >= _LARGE]
+        self._small = [parameter for parameter in parameters if parameter.numel() < _LARGE]
+        self._complete: set[nn.Parameter] = set()
+        self._works: list[dist.Work | None] = []
+
+    def complete(self, parameter: nn.Parameter) -> None:
+        """Note that a gradient is complete, and reduce what is next and complete."""
+        self._complete.add(parameter)
+        while len(self._works) < len(self._large) and self._large[len(self._works)] in self._complete:
+            self._reduce_next()
+
+    def finish(self) -> None:
+        """Reduce all that is left, and return once every gradient is the sum."""
+        while len(self._works) < len(self._large):
+            self._reduce_next()
+        small = [_gradient(parameter) for parameter in self._small]
+        if small:
+            together = torch.cat([gradient.flatten() for gradient in small])
+            self._works.append(dist.all_reduce(together, async_op=True))
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        if small:
+            parts = together.split([gradient.numel() for gradient in small])
+            for gradient, part in zip(small, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _reduce_next(self) -> None:
+        self._works.append(dist.all_reduce(_gradient(self._large[len(self._works)]), async_op=True))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -96,6 +96,7 @@ class Training:
         self.per_step = config.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
         self.state = TrainState(step=0)
+        self._parameters = list(self.draft.parameters())
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _budget(self, head: nn.Linear, table: nn.Embedding) -> tuple[StepMemory, float]:
@@ -217,8 +218,10 @@ class Training:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
         local, tokens, samples, wait_s = no_sums(self.draft_config.block_size, self.device), 0, 0, 0.0
-        for batch in batches:
-            local += self._backward(batch)
+        for number, batch in enumerate(batches, start=1):
+            is_last = number == self.config.accumulation
+            with self.ranks.adding_gradients(self._parameters) if is_last else nullcontext():
+                local += self._backward(batch)
             tokens, samples, wait_s = tokens + batch.num_tokens, samples + len(batch.samples), wait_s + batch.wait_s
             del batch  # before the next one is made
         counts = (local.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
@@ -280,14 +283,12 @@ class Training:
         return sums_of(metrics)
 
     def _scaled_gradients_norm(self, sums: torch.Tensor) -> torch.Tensor:
-        """Make the gradients those of the mean loss over all ranks, clipped; returns their norm before clipping."""
-        parameters = list(self.draft.parameters())
-        self.ranks.add_gradients(parameters)
-        scale = (1.0 / (sums[1] + 1e-6)).float()
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        return nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        """Make the summed gradients those of the mean loss, clipped; returns their norm before clipping."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        scale = 1.0 / (sums[1] + 1e-6)
+        norm = nn.utils.get_total_norm(gradients) * scale
+        torch._foreach_mul_(gradients, (scale * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)).float())
+        return norm
 
     def _update(self) -> None:
         for optimizer in self.optimizers:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.training.checkpoint import list_checkpoints
-from dflash_offline.stages.training.ranks import joined_ranks
+from dflash_offline.stages.training.ranks import Ranks, joined_ranks
 
 SETTINGS = {
     "steps": 12,
@@ -82,7 +82,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(cache: Path, one: Path,
 
 SUM_OF_GRADIENTS = """
 import torch
-from dflash_offline.stages.training.ranks import joined_ranks
+from dflash_offline.stages.training.ranks import Ranks, joined_ranks
 
 def gradient(rank, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(7 + rank))
@@ -90,12 +90,15 @@ def gradient(rank, shape):
 with joined_ranks("cpu") as ranks:
     shapes = [(3, 4), (1100, 1000), (7,), (1200, 900), (5,)]
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    pairs = [(parameter, gradient(ranks.rank, shape)) for parameter, shape in zip(parameters, shapes)]
+    # The other rank has three parameters without a gradient, and makes those of the others in another order.
+    pairs = pairs if ranks.is_first else pairs[1::-1]
+    sum((parameter * its).sum() for parameter, its in pairs).backward()  # of a micro-batch before the last
+    with ranks.adding_gradients(parameters):
+        for parameter, its in pairs:
+            (parameter * its).sum().backward()
     for index, (parameter, shape) in enumerate(zip(parameters, shapes)):
-        if ranks.is_first or index < 2:  # the other rank has three parameters without a gradient
-            parameter.grad = gradient(ranks.rank, shape)
-    ranks.add_gradients(parameters)
-    for index, (parameter, shape) in enumerate(zip(parameters, shapes)):
-        expected = gradient(0, shape) + (gradient(1, shape) if index < 2 else 0)
+        expected = 2 * gradient(0, shape) + (2 * gradient(1, shape) if index < 2 else 0)
         assert torch.equal(parameter.grad, expected), index
 """
 
@@ -107,6 +110,37 @@ def test_gradients_large_small_and_absent_become_the_ranks_sums(tmp_path: Path) 
         [sys.executable, *launcher, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr
+
+
+class Reduced:
+    """Stands in for a reduction."""
+
+    def wait(self) -> None: ...
+
+
+def test_the_last_layers_gradient_is_reduced_while_the_first_ones_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [torch.nn.Linear(1100, 1000, bias=False), torch.nn.Linear(1000, 1100), torch.nn.Linear(1100, 2)]
+    parameters, seen = [p for layer in layers for p in layer.parameters()], []
+
+    def reduce(gradient: torch.Tensor, async_op: bool) -> Reduced:
+        assert async_op
+        seen.append((gradient.numel(), layers[0].weight.grad is None))
+        return Reduced()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    ranks = Ranks(rank=0, count=2, device=torch.device("cpu"))
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        seen.clear()
+        with ranks.adding_gradients(parameters):
+            torch.nn.Sequential(*layers)(torch.ones(3, 1100)).sum().backward()
+        assert seen == [(1_100_000, True), (1_100_000, False), (1100 + 2200 + 2, False)]
+    with pytest.raises(ZeroDivisionError), ranks.adding_gradients(parameters):
+        seen.clear()
+        raise ZeroDivisionError
+    torch.nn.Sequential(*layers)(torch.ones(3, 1100)).sum().backward()
+    assert not seen
 
 
 @pytest.mark.slow
