@@ -1,5 +1,6 @@
 """Stage two: train a draft from cached features. The target is not loaded."""
 
+import os
 import signal
 import statistics
 import time
@@ -157,6 +158,9 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
 def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
     config = replace(config, out=output_folder(config.out, marker=RUN, kind="training run", renamed=False))
     check_reporter(config.report_to)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Micro-batches differ in how many slots are supervised: blocks of a fixed size would seldom fit the next one's.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     corpus = Corpus.open(config.caches)
     return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 

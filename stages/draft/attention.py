@@ -144,9 +144,7 @@ def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
     seen = _by_tile(seen.repeat_interleave(size, dim=1).mT, num_tiles).any(dim=-1).mT
     whole = ~_by_tile(~whole.repeat_interleave(size, dim=1).mT, num_tiles).any(dim=-1).mT
 
-    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(row, query, key, blocks, rule)
-
+    mask_mod = _interval_mask(blocks, rule)
     partly = seen & ~whole
     # Listed by keys as well, which `from_kv_blocks` would do with indices of the CPU's, so that it waits for a GPU.
     keys, whole_keys, queries, whole_queries = map(_listed, (partly, whole, partly.mT, whole.mT))
@@ -154,6 +152,32 @@ def flex_mask(blocks: Blocks, rule: AttentionRule) -> BlockMask:
     return BlockMask(
         lengths, *keys, *whole_keys, *queries, *whole_queries, BLOCK_SIZE=(_FLEX_TILE, _FLEX_TILE), mask_mod=mask_mod
     )
+
+
+def _interval_mask(blocks: Blocks, rule: AttentionRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return `visible` as flex asks it of every pair of a partly visible tile: as two intervals of keys.
+
+    What a query sees of the context ends at its anchor and begins with the document or the window; the own tokens
+    follow one another too. So a kernel looks up two numbers a query, and for a key divides and looks up nothing: of the
+    registers that it needs besides, many would spill.
+    """
+    size, seq_len = blocks.block_size, blocks.seq_len
+    anchors = blocks.anchors.to(torch.int32)
+    stops = torch.where(blocks.keep, anchors, 0).contiguous()
+    starts = torch.zeros_like(anchors)
+    if blocks.document_ids is not None:
+        starts = document_starts(blocks.document_ids).gather(1, blocks.anchors).to(torch.int32).contiguous()
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // size
+        own = seq_len + block * size
+        context = (key >= starts[row, block]) & (key < stops[row, block])
+        if rule.window is not None:
+            context = context & (key > anchors[row, block] + query - block * size - rule.window)
+        last = seq_len + query + 1 if rule.causal else own + size
+        return context | ((key >= own) & (key < last))
+
+    return mask_mod
 
 
 def _by_tile(x: Tensor, num_tiles: int) -> Tensor:

@@ -154,11 +154,16 @@ def _refuse_unfit_cache(cache: Cache, block_size: int, layers: tuple[int, ...]) 
         )
 
 
-def borrowed_parts(cache: Cache, device: torch.device) -> tuple[nn.Linear, nn.Embedding]:
-    """Return the target's head and embedding table from the cache; float32 on the CPU, as stored on a GPU."""
+def borrowed_parts(
+    cache: Cache, device: torch.device, autocast: torch.dtype | None = None
+) -> tuple[nn.Linear, nn.Embedding]:
+    """Return the target's head and embedding table from the cache; float32 on the CPU, as stored on a GPU.
+
+    On a GPU they are in the dtype of `autocast`, if any, so that no step has to cast them.
+    """
     tensors = load_file(cache.path / TARGET / EMBEDDINGS, device=str(device))
-    if device.type == "cpu":
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    dtype = torch.float32 if device.type == "cpu" else autocast
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     table = tensors["embed_tokens.weight"]
     weight, bias = tensors.get("lm_head.weight", table), tensors.get("lm_head.bias")
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -89,7 +89,7 @@ class Training:
                 f"Raise --val-samples, train from a larger cache, or leave --patience out."
             )
         self.batching, self.schedule = self._plan()
-        head, table = borrowed_parts(corpus.caches[0], self.device)
+        head, table = borrowed_parts(corpus.caches[0], self.device, torch.bfloat16 if self.bfloat16 else None)
         self.memory, self.activation_budget = self._budget(head, table)
         self.module = self._module(head, table)
         self._loader = self._make_loader()

@@ -5,6 +5,7 @@ No feature is read for it, and neither ranks nor threads nor an interruption cha
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -248,10 +249,18 @@ class Schedule:
         return sum(map(self.count, range(whole))) + (math.ceil(rest * self.count(whole)) if rest else 0)
 
     def between(self, first: int, last: int) -> Iterator[tuple[Rows, int]]:
-        """Yield (rows, epoch) of the micro-batches from number `first` up to `last`, counted from the run's start."""
+        """Yield (rows, epoch) of the micro-batches from number `first` up to `last`, counted from the run's start.
+
+        An epoch is packed beside the steps of the one before it.
+        """
         epoch, begin = 0, 0
-        while begin < last:
-            if epoch not in self._counts or begin + self._counts[epoch] > first:
-                batches = self.epoch(epoch)
-                yield from ((rows, epoch) for rows in batches[max(first - begin, 0) : last - begin])
-            epoch, begin = epoch + 1, begin + self._counts[epoch]
+        with ThreadPoolExecutor(1, thread_name_prefix="packer") as packer:
+            packed: dict[int, Future[list[Rows]]] = {}
+            while begin < last:
+                if epoch not in self._counts or begin + self._counts[epoch] > first:
+                    batches = packed.pop(epoch).result() if epoch in packed else self.epoch(epoch)
+                    end = begin + len(batches)
+                    if first < end < last:
+                        packed[epoch + 1] = packer.submit(self.epoch, epoch + 1)
+                    yield from ((rows, epoch) for rows in batches[max(first - begin, 0) : last - begin])
+                epoch, begin = epoch + 1, begin + self._counts[epoch]

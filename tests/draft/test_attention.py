@@ -83,6 +83,24 @@ def test_every_backends_mask_equals_brute_force(name: str, rule: AttentionRule) 
         assert torch.equal(joined(tiled_mask(replace(blocks, document_ids=None), rule)), expected)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_flex_asks_of_every_pair_what_is_visible(seed: int) -> None:
+    chance = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=chance))
+
+    rows, seq_len, num, size = number(1, 4), number(1, 60), number(1, 9), number(2, 7)
+    anchors = torch.randint(seq_len, (rows, num), generator=chance)  # in any order, some twice, some on padding
+    keep = torch.rand(rows, num, generator=chance) < 0.7
+    documents = (torch.rand(rows, seq_len, generator=chance) < 0.15).cumsum(dim=1)  # ids that need not begin at 0
+    documents = torch.where(torch.arange(seq_len) < number(1, seq_len + 1), documents * number(1, 3), -1)
+    blocks = Blocks(anchors, keep, None if seed % 5 == 0 else documents, seq_len, size)
+    for rule in (*RULES, AttentionRule(1), AttentionRule(seq_len + size, causal=True)):
+        dense, mask_mod = dense_mask(blocks, rule), flex_mask(blocks, rule).mask_mod
+        assert torch.equal(create_mask(mask_mod, rows, 1, *dense.shape[-2:], device="cpu"), dense), rule
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("context", [0, 3, 20])
 def test_served_mask_is_the_trained_one_of_a_block_after_its_context(rule: AttentionRule, context: int) -> None:
