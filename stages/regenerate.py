@@ -22,6 +22,8 @@ from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.stages.answers import advice
+from dflash_offline.stages.answers.advice import FirstAnswers
 from dflash_offline.stages.answers.dialogues import BAD_ROW, Answer, Dialogue, read_dialogues
 from dflash_offline.stages.answers.journal import Journal
 from dflash_offline.stages.conversations.files import MOST_NAMED, refuse_bad_rows
@@ -48,6 +50,8 @@ class Regenerated:
     num_answers: int
     left_out: dict[str, int]
     """Number of rows that are not in it, by reason."""
+    notes: dict[str, int]
+    """What else is to be known of its rows and answers, each with the number of these."""
     num_answers_now: int
     """Answers that this call got; the rest was there before."""
     seconds: float
@@ -68,10 +72,12 @@ class Answerer(Protocol):
     def origin(self) -> dict[str, Any]:
         """Return what is recorded of it and never compared."""
 
-    def answer(
-        self, dialogues: Iterable[Dialogue], note: Callable[[list[tuple[Dialogue, Answer]]], None], num_open: int
-    ) -> None:
-        """Answer every open turn of the dialogues, `num_open` of which have one, and note each answer once added."""
+    def answer(self, dialogues: Iterable[Dialogue], note: Callable[..., None], num_open: int) -> None:
+        """Answer every open turn of the dialogues, `num_open` of which have one, and note each answer once added.
+
+        `note` takes a list of dialogues with their newest answer and, where rows are answered side by side, the number
+        of the oldest one under way; it raises `DflashError` where it is of no use to go on.
+        """
 
 
 def regenerate(config: RegenerateConfig, progress: Progress | None = None) -> Regenerated:
@@ -130,6 +136,7 @@ def _identity(config: RegenerateConfig, data: Data, answerer: Answerer) -> dict[
         "max_new_tokens": config.max_new_tokens,
         "chat_template_kwargs": config.chat_template_kwargs,
         "skip_bad_rows": config.skip_bad_rows,
+        **({"keep_rewritten": True} if config.keep_rewritten else {}),
     }
 
 
@@ -188,6 +195,7 @@ def _regenerated(out: Path, counts: dict[str, Any], answers_now: int, seconds: f
         num_rows=counts["rows"],
         num_answers=counts["answers"],
         left_out=counts["left_out"],
+        notes=counts.get("notes", {}),
         num_answers_now=answers_now,
         seconds=seconds,
     )
@@ -255,17 +263,19 @@ def _answer(
     num_rows, num_open = _survey(config, data, journal, progress)
     progress.start("Answering", num_rows, "rows", done=num_rows - num_open)
     began, num_answers = time.perf_counter(), 0
+    first = FirstAnswers(0 if journal.begun else config.stop_after_rejected)
 
-    def note(answered: list[tuple[Dialogue, Answer]]) -> None:
+    def note(answered: list[tuple[Dialogue, Answer]], under_way: int | None = None) -> None:
         nonlocal num_answers
         refuse_changed()  # an answer is kept only beside the hash of the question that it answers
-        journal.note(answered)
+        journal.note(first.passed(answered, under_way))
         num_answers += len(answered)
         rate = num_answers / (time.perf_counter() - began)
         progress.advance(sum(not dialogue.is_open for dialogue, _ in answered), answers_per_s=f"{rate:.2f}")
 
     try:
         answerer.answer(journal.replay(read_dialogues(data)), note, num_open)
+        journal.note(first.rest())
     finally:
         progress.finish()
     return num_answers, time.perf_counter() - began
@@ -291,6 +301,7 @@ def _survey(config: RegenerateConfig, data: Data, journal: Journal, progress: Pr
 def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dialogue]) -> dict[str, Any]:
     """Write rows and rejects, in the order of the data, into the folder; returns the counts."""
     left_out: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     num_answers = num_rows = 0
 
     def rows() -> Iterator[bytes]:
@@ -301,6 +312,7 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
                 if dialogue.fault is None:
                     num_rows += 1
                     num_answers += len(dialogue.answers)
+                    notes.update(_notes(dialogue))
                     yield (json.dumps(dialogue.record(), ensure_ascii=False) + "\n").encode()
                     continue
                 reason, detail = dialogue.fault
@@ -314,12 +326,26 @@ def _write_rows(config: RegenerateConfig, folder: Path, dialogues: Iterable[Dial
         (folder / name).unlink(missing_ok=True)
     write_synced(folder / ROWS, rows())
     if not num_rows:
-        listed = "".join(f"\n  {count} rows: {reason}" for reason, count in left_out.most_common()) or "\n  no rows"
+        listed = "".join(f"\n  {line}" for line in advice.left_out(left_out)) or "\n  no rows"
         raise BadInputError(
             f"No row of {', '.join(map(str, config.data))} was answered:{listed}\n"
             f"{folder / REJECTS} names each. Remove {folder} to ask again."
         )
-    return {"rows": num_rows, "answers": num_answers, "left_out": dict(sorted(left_out.items()))}
+    counts = {"rows": num_rows, "answers": num_answers, "left_out": dict(sorted(left_out.items()))}
+    return counts | ({"notes": dict(sorted(notes.items()))} if notes else {})
+
+
+def _notes(dialogue: Dialogue) -> Counter[str]:
+    """Return what is to be known of a row and its answers, beside that it is there."""
+    said: Counter[str] = Counter()
+    if dialogue.num_cut:
+        said["rows end at a call whose result the data does not have"] = 1
+        said["answers beyond such a call, not asked for"] = dialogue.num_cut
+    for answer in dialogue.answers:
+        said["answers were not compared with the tokens that were generated"] += not answer.compared
+        if answer.not_taken:
+            said[f"answers of a server that does not take {', '.join(answer.not_taken)}: its own values hold"] += 1
+    return +said
 
 
 def _publish(

@@ -45,10 +45,14 @@ def print_done(done: "Regenerated", target: str | None, *, as_json: bool) -> Non
         rejects = str(done.rejects) if done.left_out else None
         print(json.dumps({**asdict(done), "out": str(done.out), "rejects": rejects}, indent=1))
         return
+    from dflash_offline.stages.answers.advice import left_out
+
     now = f"{done.num_answers_now:,} got now, {done.seconds:.0f} s"
     print(f"{done.out} is complete: {done.num_rows:,} conversations, {done.num_answers:,} answers ({now}).")
-    for reason, count in done.left_out.items():
-        print(f"  left out: {count:,} rows: {reason}")
+    for what, count in done.notes.items():
+        print(f"  {count:,} {what}")
+    for line in left_out(done.left_out):
+        print(f"  left out: {line}")
     if done.left_out:
         print(f"  each is named in {done.rejects}")
     print(f"Next: {dflash_line('extract', done.out, '--target', target or 'MODEL', '--out', 'CACHE')}")

@@ -7,7 +7,7 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from dflash_offline.schemas.settings import shared
-from dflash_offline.schemas.settings.option import AT_LEAST_1, SEEDS, Bounds, Option, problems, refuse
+from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, SEEDS, Bounds, Option, problems, refuse
 
 _SECONDS = Bounds("a number of seconds", lambda value: 0 <= value < math.inf)
 
@@ -41,6 +41,12 @@ class RegenerateConfig:
     max_new_tokens: Annotated[int, Option(
         "Tokens of one answer, at most; a longer answer leaves its row out.",
         "Answers", "identity", "TOKENS", bounds=AT_LEAST_1)] = 2048
+    keep_rewritten: Annotated[bool, Option(
+        "Keep answers that the chat template or the tokenizer writes otherwise than the target said them.",
+        "Answers", "identity")] = False
+    stop_after_rejected: Annotated[int, Option(
+        "Answers after which the command stops if all of them are rejected for one reason; 0 goes on.",
+        "Answers", "free", "ANSWERS", bounds=AT_LEAST_0)] = 8
     temperature: shared.Temperature = 0.0
     top_p: shared.TopP = 1.0
     seed: Annotated[int, Option(

@@ -1,5 +1,6 @@
 """Conversations whose assistant turns are to be answered anew, turn after turn."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from dflash_offline.stages.conversations.content import (
     Tokens,
     checked_text,
     read_content,
+    read_messages,
     strings,
 )
 from dflash_offline.stages.conversations.files import Row
@@ -35,14 +37,21 @@ class Answer:
     content: str = ""
     reasoning: str | None = None
     """The reasoning, where it was given apart from the content."""
+    calls: list[Message] | None = None
+    """The calls of tools that it makes."""
+    compared: bool = False
+    """Whether the chat template was seen to write it as the tokens that were generated."""
+    not_taken: list[str] | None = None
+    """Fields of the request that the server did not take, so that its own values may have joined in."""
     fault: str = ""
     """Why there is no answer, short and countable; the whole row is left out then."""
     detail: str = ""
 
     def message(self) -> Message:
         """Return the answer as a turn of a conversation."""
-        message = {"role": "assistant", "content": self.content}
-        return message if self.reasoning is None else {**message, "reasoning_content": self.reasoning}
+        more = {"reasoning_content": self.reasoning, "tool_calls": self.calls or None}
+        given = {name: value for name, value in more.items() if value is not None}
+        return {"role": "assistant", "content": self.content, **given}
 
 
 @dataclass(kw_only=True)
@@ -54,13 +63,17 @@ class Dialogue:
     source: str
     line: int
     questions: list[list[Message]] = field(default_factory=list)
-    """The turns of system, user and developer before the first answer, before the second, and so on."""
+    """The turns of others, tools' results among them, before the first answer, before the second, and so on."""
+    recorded: list[list[Message]] = field(default_factory=list)
+    """The calls that each old answer makes: the results that follow it are theirs."""
     tools: list[dict[str, Any]] | None = None
     kind: str | None = None
     """The row's group, which is kept."""
     answers: list[Answer] = field(default_factory=list)
     fault: tuple[str, str] | None = None
     """Why nothing is asked, or why an answer is none: a reason to count by, and the detail."""
+    num_cut: int = 0
+    """Answers that are not asked for, as the target makes a call before them that has no recorded result."""
 
     @property
     def is_open(self) -> bool:
@@ -68,10 +81,21 @@ class Dialogue:
         return self.fault is None and len(self.answers) < len(self.questions)
 
     def add(self, answer: Answer) -> None:
-        """Take the answer to the first turn that has none."""
+        """Take the answer to the first turn that has none; the conversation ends with it if what follows misfits."""
         self.answers.append(answer)
         if answer.fault:
             self.fault = (answer.fault, answer.detail)
+        elif not self._goes_on(answer):
+            self.num_cut = len(self.questions) - len(self.answers)
+            del self.questions[len(self.answers) :]
+
+    def _goes_on(self, answer: Answer) -> bool:
+        """Say whether what follows an answer in the data fits it: results are those of the very calls that it makes."""
+        turn = len(self.answers)
+        follows = self.questions[turn] if turn < len(self.questions) else []
+        if answer.calls or any(message["role"] == "tool" for message in follows):
+            return bool(answer.calls) and same_calls(answer.calls or [], self.recorded[turn - 1])
+        return True
 
     def reaches(self, turn: int) -> bool:
         """Say whether the turn is one that was, or is to be, asked."""
@@ -103,7 +127,7 @@ def read_dialogues(data: Data) -> Iterator[Dialogue]:
         dialogue = Dialogue(index=index, source=row.source.name, line=row.line)
         try:
             content = _content(row, data.format.row_format)
-            dialogue.questions, dialogue.tools = _turns(content)
+            dialogue.questions, dialogue.recorded, dialogue.tools = _turns(content)
         except RowFaultError as fault:
             dialogue.fault = (BAD_ROW, f"{row.place} {fault}")
         except UnanswerableError as unanswerable:
@@ -113,7 +137,33 @@ def read_dialogues(data: Data) -> Iterator[Dialogue]:
         yield dialogue
 
 
+def same_calls(calls: list[Message], others: list[Message]) -> bool:
+    """Say whether two answers call the same tools with the same arguments in the same order."""
+
+    def said(calls: list[Message]) -> str:
+        named = [[call["function"]["name"], call["function"]["arguments"]] for call in calls]
+        return json.dumps(named, sort_keys=True)
+
+    return said(calls) == said(others)
+
+
+def with_recorded_ids(calls: list[Message], recorded: list[Message]) -> list[Message]:
+    """Return calls without ids of their own, and where they are the recorded ones with those: results name them."""
+    known = recorded if same_calls(calls, recorded) else [{}] * len(calls)
+    ids = [{"id": call["id"]} if call.get("id") is not None else {} for call in known]
+    return [
+        {**own, "type": "function", "function": {key: call["function"][key] for key in ("name", "arguments")}}
+        for own, call in zip(ids, calls, strict=True)
+    ]
+
+
 BAD_ROW = "bad row"
+NO_USER_TURN = "no user turn before the first answer"
+PLAIN_TEXT = "plain text"
+PROMPT_TOO_LONG = "prompt too long"
+REFUSED_BY_TEMPLATE = "refused by the chat template"
+TOKENS = "tokens without text"
+TRUNCATED = "truncated answer"
 _ANY_ANSWER = "-"
 
 
@@ -146,38 +196,50 @@ def _without_answer(turn: Any, speaker: str, said: str) -> Any:
     if not isinstance(name, str) or SHAREGPT_ROLES.get(name) != "assistant":
         return turn
     kept = {speaker: name, said: _ANY_ANSWER}
-    return {**kept, "tool_calls": turn["tool_calls"]} if turn.get("tool_calls") else kept
+    return {**kept, "tool_calls": turn["tool_calls"]} if _has_calls(turn) else kept
 
 
-def _turns(content: Content) -> tuple[list[list[Message]], list[dict[str, Any]] | None]:
-    """Return what is said before each answer; `UnanswerableError` if the answers cannot be given anew.
+def _has_calls(turn: Message) -> bool:
+    """Say whether an old answer makes calls that can be read: of others nothing fits their results."""
+    try:
+        (read,) = read_messages({"messages": [{"role": "assistant", "tool_calls": turn.get("tool_calls")}]}).messages
+        for place, text in strings(read.get("tool_calls")):
+            checked_text(text, place)
+    except RowFaultError:
+        return False
+    return "tool_calls" in read
+
+
+def _turns(content: Content) -> tuple[list[list[Message]], list[list[Message]], list[dict[str, Any]] | None]:
+    """Return what is said before each answer, the calls of each old answer and the tools.
+
+    Raises `UnanswerableError` if the answers cannot be given anew.
 
     A turn that nobody answered at the end is one to answer; assistant turns in a row are one answer.
     """
     if isinstance(content, Tokens):
-        raise UnanswerableError("tokens without text", "turns cannot be told from tokens")
+        raise UnanswerableError(TOKENS, "turns cannot be told from tokens")
     if isinstance(content, Text):
-        raise UnanswerableError("plain text", "has no turns to answer")
+        raise UnanswerableError(PLAIN_TEXT, "has no turns to answer")
     assert isinstance(content, Chat)
     questions: list[list[Message]] = [[]]
+    recorded: list[list[Message]] = [[]]
     answered = False
     for index, message in enumerate(content.messages):
-        if message["role"] == "tool" or message.get("tool_calls"):
-            raise UnanswerableError(
-                "tool calls", f"messages[{index}]: a tool's result belongs to the old call, and a new one has none"
-            )
         if message["role"] == "assistant":
             if not _has_user_turn(questions[0]):
-                raise UnanswerableError("no user turn before the first answer", f"messages[{index}]")
+                raise UnanswerableError(NO_USER_TURN, f"messages[{index}]")
+            recorded[-1] += message.get("tool_calls", [])
             answered = True
             continue
         if answered:
             questions.append([])
+            recorded.append([])
             answered = False
         questions[-1].append({key: value for key, value in message.items() if key not in REASONING_KEYS})
     if not _has_user_turn(questions[0]):
-        raise UnanswerableError("no user turn before the first answer", "the row has no user turn")
-    return questions, content.tools
+        raise UnanswerableError(NO_USER_TURN, "the row has no user turn")
+    return questions, recorded, content.tools
 
 
 def _has_user_turn(messages: list[Message]) -> bool:

@@ -9,15 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.files import sha256_bytes
+from dflash_offline.schemas.sealed import canonical_json
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
-from dflash_offline.stages.answers.dialogues import Answer, Dialogue, own_seed
-from dflash_offline.stages.conversations.content import template_kwargs
-from dflash_offline.stages.conversations.loss_mask import MOST_CHARACTERS, REASONING_TAGS
+from dflash_offline.stages.answers.dialogues import (
+    PROMPT_TOO_LONG,
+    REFUSED_BY_TEMPLATE,
+    TRUNCATED,
+    Answer,
+    Dialogue,
+    own_seed,
+)
+from dflash_offline.stages.answers.readings import AnswerReader, Asked
+from dflash_offline.stages.conversations.loss_mask import ROW_ERRORS
 from dflash_offline.stages.draft.sampling import SamplingRule
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.target.files import TargetFiles, open_target
@@ -62,18 +70,19 @@ class LocalAnswerer:
                 f"--max-new-tokens is {config.max_new_tokens}; expected less than {self.positions}, with room for the "
                 f"prompts."
             )
-        added = self.files.tokenizer.added_tokens_decoder.items()
-        self._special_ids = {i for i, token in added if token.special and str(token) not in REASONING_TAGS}
+        self._reader = AnswerReader(self.files, config.chat_template_kwargs, keep_rewritten=config.keep_rewritten)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the answers."""
-        config = self.config
+        config, template = self.config, self._reader.response_template
+        read = {} if template is None else {"response_template_sha256": sha256_bytes(canonical_json(template))}
         return {
             "target": {
                 **self.files.identity(),
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "attn_implementation": config.attn_implementation,
                 "device_map": config.device_map,
+                **read,
             },
             "device": self.device.type,
             "batch_rows": config.batch_rows,
@@ -101,59 +110,51 @@ class LocalAnswerer:
 
     def _answer_window(self, window: list[Dialogue], note: Note) -> None:
         for turn in range(max(len(dialogue.questions) for dialogue in window)):
-            prompts: list[tuple[Dialogue, list[int]]] = []
+            prompts: list[tuple[Dialogue, Asked]] = []
             for dialogue in window:
                 if dialogue.reaches(turn):
-                    ids = self._encode(dialogue, turn)
-                    if isinstance(ids, list):
-                        prompts.append((dialogue, ids))
+                    asked = self._ask(dialogue, turn)
+                    if isinstance(asked, Asked):
+                        prompts.append((dialogue, asked))
                     elif len(dialogue.answers) == turn:
-                        dialogue.add(ids)
-                        note([(dialogue, ids)])
-            prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0].index))
+                        dialogue.add(asked)
+                        note([(dialogue, asked)])
+            prompts.sort(key=lambda prompt: (len(prompt[1].ids), prompt[0].index))
             for begin in range(0, len(prompts), self.config.batch_rows):
                 batch = prompts[begin : begin + self.config.batch_rows]
                 if any(len(dialogue.answers) == turn for dialogue, _ in batch):
                     note(list(self._answer_batch(batch, turn)))
 
-    def _encode(self, dialogue: Dialogue, turn: int) -> list[int] | Answer:
-        """Return the tokens up to where the answer begins, or why there can be none."""
-        tokenizer = self.files.tokenizer
+    def _ask(self, dialogue: Dialogue, turn: int) -> Asked | Answer:
+        """Return what is given to the target, up to where the answer begins, or why there can be no answer."""
         try:
-            text = tokenizer.apply_chat_template(
-                dialogue.prompt(turn),
-                tokenize=False,
-                add_generation_prompt=True,
-                **template_kwargs(self.config.chat_template_kwargs, dialogue.tools),
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            return Answer(fault="refused by the chat template", detail=f"turn {turn}: {str(error)[:200]}")
-        if len(text) > MOST_CHARACTERS:
-            return Answer(fault="prompt too long", detail=f"turn {turn}: {len(text):,} characters")
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(ids) < self._prompt_positions:
+            asked = self._reader.ask(dialogue.prompt(turn), dialogue.tools, dialogue.recorded[turn])
+        except ROW_ERRORS as error:
+            return Answer(fault=REFUSED_BY_TEMPLATE, detail=f"turn {turn}: {str(error)[:200]}")
+        if not 0 < len(asked.ids) < self._prompt_positions:
             beside = f", {self.config.max_new_tokens:,} of them for the answer" if self.files.table_changes else ""
-            detail = f"turn {turn}: {len(ids):,} tokens; the target has {self.positions:,} positions{beside}"
-            return Answer(fault="prompt too long", detail=detail)
-        return ids
+            found = f"{len(asked.ids):,} tokens" if asked.ids else f"{len(asked.text):,} characters"
+            detail = f"turn {turn}: {found}; the target has {self.positions:,} positions{beside}"
+            return Answer(fault=PROMPT_TOO_LONG, detail=detail)
+        return asked
 
-    def _answer_batch(self, batch: list[tuple[Dialogue, list[int]]], turn: int) -> Iterator[tuple[Dialogue, Answer]]:
-        for (dialogue, prompt), ids in zip(batch, self._generate(batch, turn), strict=True):
+    def _answer_batch(self, batch: list[tuple[Dialogue, Asked]], turn: int) -> Iterator[tuple[Dialogue, Answer]]:
+        for (dialogue, asked), ids in zip(batch, self._generate(batch, turn), strict=True):
             if len(dialogue.answers) == turn:
-                answer = self._read(ids[: self.positions - len(prompt)], turn)
+                answer = self._read(asked, ids[: self.positions - len(asked.ids)], turn)
                 dialogue.add(answer)
                 yield dialogue, answer
 
     @torch.inference_mode()
-    def _generate(self, batch: list[tuple[Dialogue, list[int]]], turn: int) -> list[list[int]]:
+    def _generate(self, batch: list[tuple[Dialogue, Asked]], turn: int) -> list[list[int]]:
         """Return the new tokens of each row, whatever follows an end token included."""
-        config, width = self.config, max(len(ids) for _, ids in batch)
+        config, width = self.config, max(len(asked.ids) for _, asked in batch)
         ids_BS = torch.full((len(batch), width), self.model.generation_config.pad_token_id)
         real_BS = torch.zeros_like(ids_BS)
-        for row, (_, ids) in enumerate(batch):
-            ids_BS[row, width - len(ids) :] = torch.tensor(ids)
-            real_BS[row, width - len(ids) :] = 1
-        most = min(config.max_new_tokens, self.positions - min(len(ids) for _, ids in batch))
+        for row, (_, asked) in enumerate(batch):
+            ids_BS[row, width - len(asked.ids) :] = torch.tensor(asked.ids)
+            real_BS[row, width - len(asked.ids) :] = 1
+        most = min(config.max_new_tokens, self.positions - min(len(asked.ids) for _, asked in batch))
         processors = LogitsProcessorList()
         if config.temperature:
             seeds = [own_seed(config.seed, dialogue.index, turn) for dialogue, _ in batch]
@@ -173,17 +174,12 @@ class LocalAnswerer:
         new: list[list[int]] = generated[:, width:].tolist()
         return new
 
-    def _read(self, ids: list[int], turn: int) -> Answer:
+    def _read(self, asked: Asked, ids: list[int], turn: int) -> Answer:
         """Return what new tokens say up to the end token, or why that is no answer."""
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         if end is None:
-            return Answer(fault="truncated answer", detail=f"turn {turn}: no end within {len(ids)} tokens")
-        special = next((token for token in ids[:end] if token in self._special_ids), None)
-        if special is not None:
-            name = self.files.tokenizer.convert_ids_to_tokens(special)
-            return Answer(fault="special token in answer", detail=f"turn {turn}: {name}")
-        text = self.files.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Answer(content=text) if text.strip() else Answer(fault="empty answer", detail=f"turn {turn}")
+            return Answer(fault=TRUNCATED, detail=f"turn {turn}: no end within {len(ids)} tokens")
+        return self._reader.read(asked, ids[: end + 1], turn)
 
 
 class OwnDraws:

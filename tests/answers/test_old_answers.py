@@ -36,6 +36,11 @@ def dialogue(folder: Path, row: dict[str, Any]) -> Dialogue:
         {"prompt": "hi", "response": ""},
         {"prompt": "hi", "completion": "yes"},
         {"prompt": "hi", "messages": None, "text": None},
+        {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+        {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": 3}}]}]},
+        {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        {"messages": [*ASKED, {"role": "assistant", "tool_calls": "f()"}]},
+        {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "\ud800"}}]}]},
     ],
 )
 def test_an_old_answer_of_any_kind_or_none_is_asked_anew(tmp_path: Path, row: dict[str, Any]) -> None:
@@ -54,7 +59,6 @@ def test_an_old_answer_of_any_kind_or_none_is_asked_anew(tmp_path: Path, row: di
         ({"response": "a"}, "bad row"),
         ({"text": "a"}, "plain text"),
         ({"prompt": "a", "text": "a"}, "plain text"),
-        ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "tool calls"),
         ({"messages": [{"role": "assistant", "content": ""}, *ASKED]}, "no user turn before the first answer"),
     ],
 )
