@@ -186,7 +186,7 @@ def test_a_few_refusals_before_the_first_answer_are_kept(tmp_path: Path) -> None
     with ChatServer(lambda content, _tries: "400" if content < "row 5" else None) as server:
         done = run(data, out, server, concurrency=1)
     assert done.left_out == {"refused by the server": 7} and done.num_rows == 5  # rows 10 and 11 come before 5 as text
-    with ChatServer(lambda _content, _tries: "400") as server, pytest.raises(DflashError, match="No row of"):
+    with ChatServer(lambda _content, _tries: "400") as server, pytest.raises(DflashError, match="all left out"):
         run(data, tmp_path / "other.jsonl", server)
 
 
