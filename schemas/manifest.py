@@ -11,6 +11,8 @@ from dflash_offline.schemas.sealed import read_sealed
 
 FORMAT_VERSION = 2
 CAPTURE_RULE = "output of decoder layer i, before any final norm"
+HISTORY_RULE = "as served, a sample an answer where the template rewrites it"
+"""How a conversation becomes samples; a cache whose identity says nothing of it left out what a template rewrites."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTS = "rejects.parquet"

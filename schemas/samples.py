@@ -19,6 +19,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("sample_id", pa.int64()),
         ("source", pa.string()),
         ("row", pa.int64()),
+        ("answer", pa.int32()),
         ("num_tokens", pa.int32()),
         ("num_supervised", pa.int32()),
         ("num_anchors", pa.int32()),
@@ -28,7 +29,9 @@ SAMPLE_SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.bool_())),
     ]
 )
-NUMBERS = ("row", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
+NUMBERS = ("row", "answer", "num_tokens", "num_supervised", "num_anchors", "shard", "start")
+_LATER = {"answer"}
+"""Columns that older caches lack: all zeros."""
 _GROUP_ROWS = 65_536
 _GROUP_TOKENS = 1 << 20
 """Tokens of one row group, all of which are read for the tokens of any sample in it."""
@@ -38,7 +41,7 @@ _ENCODINGS = {"use_dictionary": ["source"], "use_byte_stream_split": ["input_ids
 """Ids are mostly zero in their upper bytes; the usual dictionary takes twice the time for more bytes."""
 _REJECTS_AT_ONCE = 8_192
 _READ_ROWS = 65_536
-_FAULTS = (OSError, pa.ArrowException)
+_FAULTS = (OSError, UnicodeDecodeError, pa.ArrowException)
 
 Numbers = NDArray[np.int64] | NDArray[np.int32]
 Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
@@ -47,7 +50,7 @@ Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """An input row that is not a sample."""
+    """An input row that is not a sample, or an answer of one that is in none of the row's samples."""
 
     source: str
     """File name."""
@@ -57,6 +60,8 @@ class Reject:
     """Short and countable."""
     detail: str
     """What was found in this row."""
+    answer: int = 0
+    """Counts the assistant's turns of the row, from 1; 0 where the whole row is no sample."""
 
 
 class RejectWriter:
@@ -64,7 +69,7 @@ class RejectWriter:
 
     def __init__(self, path: Path) -> None:
         self._names = [field.name for field in fields(Reject)]
-        schema = [(name, pa.int64() if name == "row" else pa.string()) for name in self._names]
+        schema = [(name, pa.int64() if name in ("row", "answer") else pa.string()) for name in self._names]
         self._file = pq.ParquetWriter(path, pa.schema(schema))
         self._waiting: list[Reject] = []
 
@@ -215,6 +220,9 @@ class SampleTable:
     source_index: NDArray[np.int32]
     """Place of each sample's file among them."""
     row: NDArray[np.int64]
+    answer: NDArray[np.int64]
+    """Counts the assistant's turns of the row, from 1, up to the last one that is supervised in the sample, where a
+    conversation became several samples or not all of its answers are in one; 0 where the whole row is the sample."""
     num_tokens: NDArray[np.int64]
     num_supervised: NDArray[np.int64]
     num_anchors: NDArray[np.int64]
@@ -240,7 +248,11 @@ class SampleTable:
 
     def place(self, sample: int) -> str:
         """Return the sample and the input row it came from, as messages name them."""
-        return f"Sample {sample} ({self.source(sample)}:{self.row[sample]})"
+        return f"Sample {sample} ({self.origin(sample)})"
+
+    def origin(self, sample: int) -> str:
+        """Return the input row that the sample came from, and of what answer it is if it is not the whole row."""
+        return origin(self.source(sample), int(self.row[sample]), int(self.answer[sample]))
 
     def samples_of_shard(self, shard: int) -> NDArray[np.int64]:
         """Return the samples that lie in a shard, in order."""
@@ -253,11 +265,12 @@ class SampleTable:
         try:
             file = pq.ParquetFile(path, read_dictionary=["source"])
             count = file.metadata.num_rows
-            numbers = {name: np.empty(count, np.int64) for name in NUMBERS}
+            numbers = {name: np.zeros(count, np.int64) for name in NUMBERS}
+            given = [name for name in NUMBERS if name not in _LATER or name in file.schema_arrow.names]
             source_index, known, first = np.empty(count, np.int32), dict[str, int](), 0
-            for batch in file.iter_batches(_READ_ROWS, columns=["source", *NUMBERS]):
+            for batch in file.iter_batches(_READ_ROWS, columns=["source", *given]):
                 rows = slice(first, first + len(batch))
-                for name in NUMBERS:
+                for name in given:
                     numbers[name][rows] = batch[name].to_numpy()
                 names = batch["source"].dictionary.to_pylist()  # its own in every row group
                 places = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
@@ -266,6 +279,11 @@ class SampleTable:
         except _FAULTS as error:
             raise _unreadable(path, error) from error
         return cls(tuple(known), source_index, **numbers, tokens=StoredTokens(path, file, numbers["num_tokens"]))
+
+
+def origin(source: str, row: int, answer: int) -> str:
+    """Return an input row as messages name it, and the answer of it if it is not the whole row that is meant."""
+    return f"{source}:{row}" + (f", answer {answer}" if answer else "")
 
 
 def document_anchors(loss_mask: NDArray[np.bool_], block_size: int) -> NDArray[np.int64]:

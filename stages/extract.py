@@ -32,6 +32,8 @@ class Extracted:
     cache: Path
     num_samples: int
     num_tokens: int
+    split: dict[str, int]
+    """As in the plan: conversations that became several samples, and what that cost; empty if none did."""
     num_shards: int
     shards_left: int
     """Shards that other ranks of an array job are to run."""
@@ -86,6 +88,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         cache=out,
         num_samples=len(cache.samples),
         num_tokens=int(cache.samples.num_tokens.sum()),
+        split=cache.manifest.plan.get("split", {}),
         num_shards=num_shards,
         shards_left=num_shards - len(cache.commits),
         num_skipped=len(cache.skipped),

@@ -50,6 +50,7 @@ def create(
     parts = np.split(mask, np.cumsum(lengths)[:-1])
     numbers = {
         "row": np.arange(1, len(lengths) + 1),
+        "answer": np.zeros(len(lengths), np.int32),
         "num_tokens": np.array(lengths),
         "num_supervised": np.array([part.sum() for part in parts]),
         "num_anchors": np.array([part[: 1 - BLOCK].sum() for part in parts]),

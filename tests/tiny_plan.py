@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tiny_target import WITH_TAGS, save_tokenizer
 from transformers import AutoTokenizer, Qwen3Config
@@ -25,7 +26,9 @@ def target_files(folder: Path, template: str) -> TargetFiles:
     )
 
 
-def plan(tmp_path: Path, rows: list[object], template: str = WITH_TAGS, **settings: object) -> Plan:
+def plan(
+    tmp_path: Path, rows: list[Any], template: str = WITH_TAGS, *, as_served: bool = True, **settings: object
+) -> Plan:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     config = ExtractConfig(
@@ -40,4 +43,5 @@ def plan(tmp_path: Path, rows: list[object], template: str = WITH_TAGS, **settin
     )
     files = target_files(tmp_path / "target", template)
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    return make_plan(config, Data(config), ConversationEncoder(files, config), 64, folder, lambda _rows: None)
+    encoder = ConversationEncoder(files, config, as_served=as_served)
+    return make_plan(config, Data(config), encoder, 64, folder, lambda _rows: None)

@@ -69,6 +69,10 @@ def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
     else:
         print(f"{cache} is complete: {samples}.")
         print(f"Written now: {written}.")
+    if done.split:
+        from dflash_offline.stages.conversations.advice import split_up
+
+        print(f"In it are {split_up(done.split, done.num_tokens)}.")
     if done.num_skipped:
         print(f"{done.num_skipped} samples with bad features were left out.")
     if not done.shards_left:
@@ -83,7 +87,7 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
     if as_json:
         print(json.dumps(_document(plan, layout, forecast), indent=1))
         return
-    for name, text in plan.facts(config):
+    for name, text in plan.facts():
         print(f"{name:<12}{text}")
     shard_bytes = layout.shard_tokens * layout.slot_bytes
     why = ": the longest sample must fit" if shard_bytes > config.shard_mib << 20 else ""

@@ -102,8 +102,11 @@ def _show_row(
     from dflash_offline.stages.target.model import quiet_libraries
 
     quiet_libraries()
-    row = row_view(settings(data[0]), sample or 0)
-    print_json(row) if as_json else print_row(row)
+    views = row_view(settings(data[0]), sample or 0)
+    if as_json:
+        print_json(views[0] if len(views) == 1 else views)
+    else:
+        print_row(views)
 
 
 def _show_runs(runs: Sequence[Path], named: list[str], html: Path | None, as_json: bool) -> None:

@@ -137,6 +137,10 @@ def _plan(view: Overview) -> list[tuple[str, str]]:
         rows.append(("Left out", f"{count:,} rows: {reason}"))
         for row in plan.reject_examples.get(reason, [])[:1]:
             rows.append(("", f"e.g. {row.source}:{row.row} {row.detail[:_DETAIL]}"))
+    rows += [("", f"{count:,} answers: {reason}") for reason, count in plan.answers_left_out.items()]
+    if plan.split:
+        conversations, samples, more = (plan.split[name] for name in ("conversations", "samples", "more_tokens"))
+        rows.append(("Split", f"{conversations:,} conversations into {samples:,} samples, {more:,} tokens more"))
     rows += [("Not in text", f"{kind} of {count:,} samples") for kind, count in plan.dropped.items()]
     cut = f"; {plan.truncated:,} cut at the maximum length" if plan.truncated else ""
     shares = f"supervised {plan.supervised_share:.0%}, of a sample {share.least:.0%} to {share.most:.0%}"

@@ -89,6 +89,10 @@ class PlanStatistics:
     rejects: dict[str, int]
     """Input rows left out for each reason."""
     reject_examples: dict[str, list[RejectedRow]]
+    answers_left_out: dict[str, int]
+    """Answers that are in none of the samples of their conversation, for each reason."""
+    split: dict[str, int]
+    """Conversations that became several samples, these samples, and the tokens that this cost; empty if none did."""
     dropped: dict[str, int]
     """Samples some part of which the chat template left out of the text, by its kind."""
     length: Spread
@@ -232,6 +236,8 @@ def _plan_statistics(cache: Cache) -> PlanStatistics:
         not_drawn=plan.get("not_drawn", 0),
         rejects=plan["rejects"],
         reject_examples=reject_examples(cache.path, plan["rejects"]),
+        answers_left_out=plan.get("answers_left_out", {}),
+        split=plan.get("split", {}),
         dropped=plan.get("dropped", {}),
         length=spread(tokens),
         supervised_per_sample=spread(supervised / np.maximum(tokens, 1)),

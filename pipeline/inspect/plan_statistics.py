@@ -75,7 +75,7 @@ def _readable(path: Path) -> Iterator[None]:
     """Raise `CacheError` where the file cannot be read: of a static file only the size was compared."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise CacheError(
             f"{path} cannot be read: {' '.join(str(error).split())}. Restore it from a copy, or extract again."
         ) from error
@@ -143,7 +143,8 @@ def mask_token_use(cache: Path, token: int, most_tokens: int) -> MaskTokenUse:
     """
     with _readable(cache / SAMPLES):
         file = pq.ParquetFile(cache / SAMPLES)
-    column = next(i for i in range(file.metadata.num_columns) if file.schema.column(i).path.startswith("input_ids"))
+        names = [file.schema.column(i).path for i in range(file.metadata.num_columns)]
+    column = next(i for i, name in enumerate(names) if name.startswith("input_ids"))
     holding, checked, first = 0, 0, None
     left, begin = most_tokens, 0
     for number in range(file.num_row_groups):

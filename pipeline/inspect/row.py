@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+
 from dflash_offline.pipeline.inspect.sample import TextRun, legend, marked_text, text_runs
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console
 from dflash_offline.pipeline.token_text import token_texts
@@ -18,10 +20,13 @@ from dflash_offline.stages.target.files import open_target
 
 @dataclass(frozen=True, kw_only=True)
 class RowView:
-    """What `extract` would make of one row: its numbers, why it would be left out, its text in runs."""
+    """What `extract` would make of one row, or of an answer of a row that does not become one sample: its numbers, why
+    it would be left out, its text in runs."""
 
     row: int
     """From 0."""
+    answer: int
+    """Counts the assistant's turns, from 1, up to the last one that is supervised here; 0 for the whole row."""
     source: str
     line: int
     format: str
@@ -36,14 +41,17 @@ class RowView:
     left_out: str | None
     detail: str | None
     advice: str | None
-    """What would keep the row."""
+    """What would keep it."""
     dropped: list[str]
     """Kinds of its parts that the chat template left out of the text."""
     runs: list[TextRun]
 
 
-def row_view(config: ExtractConfig, number: int) -> RowView:
-    """Return row `number` of the data, from 0; `DflashError` if there is no such row."""
+def row_view(config: ExtractConfig, number: int) -> list[RowView]:
+    """Return what becomes of row `number` of the data, from 0: a view a sample, and one of each answer that is in none.
+
+    Raises `DflashError` if there is no such row.
+    """
     files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
     most = files.decoder()["max_position_embeddings"]
     config = replace(config, max_length=min(config.max_length, most))
@@ -53,38 +61,51 @@ def row_view(config: ExtractConfig, number: int) -> RowView:
         raise DflashError(f"{', '.join(map(str, config.data))} has no row {number}. Name one that is there, from 0.")
     batch = RowTokenizer(config, encoder, data.format.row_format)(unparsed([row]))
     (made,) = batch.rows
-    texts = token_texts(batch.ids.tolist(), files.tokenizer.decode)
     try:
         content = read_content(row.parsed().value, data.format.row_format)[1]
         roles = [message["role"] for message in content.messages] if isinstance(content, Chat) else []
     except RowFaultError:
         roles = []
-    return RowView(
-        row=number,
-        source=row.source.name,
-        line=row.line,
-        format=f"{row.source.container}, {made.row_format}" if made.row_format else row.source.container,
-        roles=roles,
-        mask_rule=encoder.mask_rule,
-        tokens=made.num_tokens,
-        supervised=made.num_supervised,
-        anchors=made.num_anchors,
-        block_size=config.block_size,
-        truncated_supervised=made.num_supervised_cut if made.num_supervised_cut >= 0 else None,
-        left_out=made.reason or None,
-        detail=made.detail or None,
-        advice=advice(made.reason, config) or None,
-        dropped=list(made.dropped),
-        runs=text_runs(texts, batch.mask, config.block_size) if texts else [],
-    )
+    ends = np.cumsum([part.num_tokens for part in made.samples]).tolist()
+    views = []
+    for part, end in zip(made.samples, ends, strict=True):
+        own = slice(end - part.num_tokens, end)
+        texts = token_texts(batch.ids[own].tolist(), files.tokenizer.decode)
+        view = RowView(
+            row=number,
+            answer=part.answer,
+            source=row.source.name,
+            line=row.line,
+            format=f"{row.source.container}, {made.row_format}" if made.row_format else row.source.container,
+            roles=roles,
+            mask_rule=encoder.mask_rule,
+            tokens=part.num_tokens,
+            supervised=part.num_supervised,
+            anchors=part.num_anchors,
+            block_size=config.block_size,
+            truncated_supervised=part.num_supervised_cut if part.num_supervised_cut >= 0 else None,
+            left_out=part.reason or None,
+            detail=part.detail or None,
+            advice=advice(part.reason) or None,
+            dropped=list(part.dropped),
+            runs=text_runs(texts, batch.mask[own], config.block_size) if texts else [],
+        )
+        views.append(view)
+    return views
 
 
-def print_row(view: RowView) -> None:
-    """Print a row for a person, marked as a cache's sample is."""
+def print_row(views: list[RowView]) -> None:
+    """Print what becomes of a row for a person, marked as a cache's sample is."""
+    for view in views:
+        _print(view)
+
+
+def _print(view: RowView) -> None:
     console = open_console()
     coloured = has_colour(console)
     rows = [
         ("Row", f"{view.row} ({view.source}:{view.line}), {view.format}"),
+        *([("Answer", f"{view.answer}, after its history as served")] if view.answer else []),
         ("Roles", ", ".join(view.roles) or "none"),
         ("Mask", f"{view.mask_rule}; {legend(view.block_size, coloured=coloured)}"),
         ("Tokens", f"{view.tokens:,}; supervised {view.supervised:,}"),

@@ -18,6 +18,7 @@ from dflash_offline.pipeline.terminal import facts, has_colour, open_console, sa
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.samples import origin
 from dflash_offline.stages.store.cache import Cache
 
 BRACKETS = {"anchor": ("[[", "]]", "green"), "tail": ("((", "))", "yellow"), "": ("", "", "")}
@@ -43,6 +44,8 @@ class SampleView:
     sample: int
     source: str
     row: int
+    answer: int
+    """Counts the assistant's turns of the row, up to the last one that is supervised here; 0 for the whole row."""
     tokens: int
     supervised: int
     anchors: int
@@ -79,6 +82,7 @@ def sample_view(cache: Cache, sample: int) -> SampleView:
         sample=sample,
         source=samples.source(sample),
         row=int(samples.row[sample]),
+        answer=int(samples.answer[sample]),
         tokens=len(ids),
         supervised=int(mask.sum()),
         anchors=int(samples.num_anchors[sample]),
@@ -153,7 +157,7 @@ def print_sample(view: SampleView) -> None:
     numbers = f"{view.tokens:,}; supervised {view.supervised:,} ({share:.0%}); {view.anchors:,} anchors"
     slots = f"slots {view.start:,} to {end - 1:,}, then {view.next_start - end:,} of padding"
     rows = [
-        ("Sample", f"{view.sample}, from {view.source}:{view.row}"),
+        ("Sample", f"{view.sample}, from {origin(view.source, view.row, view.answer)}"),
         ("Tokens", f"{numbers} for blocks of {view.block_size}"),
         ("Place", f"shard {view.shard}, {slots}"),
         ("Legend", legend(view.block_size, coloured=coloured)),

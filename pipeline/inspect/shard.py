@@ -18,7 +18,7 @@ from dflash_offline.pipeline.inspect.shard_statistics import (
 from dflash_offline.pipeline.terminal import FLATTENED, OMITTED_IF_NONE, columns, facts, open_console
 from dflash_offline.schemas.commits import Commit, LayerStatistics, SkippedSample, read_finished
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
-from dflash_offline.schemas.samples import NUMBERS, SampleTable
+from dflash_offline.schemas.samples import NUMBERS, SampleTable, origin
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.store.cache import Cache
 
@@ -38,6 +38,8 @@ class SampleRow:
     sample: int
     source: str
     row: int
+    answer: int
+    """Counts the assistant's turns of the row, up to the last one that is supervised; 0 for the whole row."""
     num_tokens: int
     num_supervised: int
     num_anchors: int
@@ -153,7 +155,9 @@ def _print_samples(console: Console, samples: list[SampleRow], cache: str) -> No
         numbers = {"tokens": sample.num_tokens, "superv.": sample.num_supervised, "anchors": sample.num_anchors}
         bits = {} if sample.bits is None else {"bits": f"{sample.bits:.2f}"}
         row = {"sample": str(sample.sample), **{name: f"{number:,}" for name, number in numbers.items()}}
-        table.append(row | {"shard": str(sample.shard), **bits, "from": f"{sample.source}:{sample.row}"})
+        table.append(
+            row | {"shard": str(sample.shard), **bits, "from": origin(sample.source, sample.row, sample.answer)}
+        )
     console.print(columns(table, left=("from",)))
     if len(samples) > _SHOWN:
         console.print(f"and {len(samples) - _SHOWN:,} more; all with --json")

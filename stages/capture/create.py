@@ -43,7 +43,7 @@ def create_cache(inputs: Inputs, progress: Progress) -> TargetRunner:
         # A target that cannot be drafted for is refused before any other work.
         runner = load_runner(config, target, inputs.identity["target"], progress)
         plan, mask_token_id = plan_samples(inputs, folder, progress)
-        for name, text in [*plan.facts(config), ("Shards", f"{plan.num_shards:,}")]:
+        for name, text in [*plan.facts(), ("Shards", f"{plan.num_shards:,}")]:
             progress.say(f"{name}: {text}." if name else f"  {text}.")
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dflash_offline.schemas.manifest import CAPTURE_RULE, MANIFEST, Layout
+from dflash_offline.schemas.manifest import CAPTURE_RULE, HISTORY_RULE, MANIFEST, Layout, Manifest
 from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
@@ -52,7 +52,10 @@ class Inputs:
 
 
 def open_inputs(config: ExtractConfig, progress: Progress) -> Inputs:
-    """Return what the settings name; `DflashError` if the cache folder, the target or the data cannot be used."""
+    """Return what the settings name; `DflashError` if the cache folder, the target or the data cannot be used.
+
+    A cache that is there keeps the rules by which it was planned, where those have changed since.
+    """
     out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
     refuse_other_than_utf8(out, "a feature cache")
     target = choose_target(config)
@@ -66,9 +69,10 @@ def open_inputs(config: ExtractConfig, progress: Progress) -> Inputs:
         )
         progress.say(f"{why}; longer conversations are cut there.")
     config = replace(config, out=out, max_length=min(config.max_length, num_positions))
-    encoder = ConversationEncoder(target.files, config)
+    made = Manifest.read(out).identity if (out / MANIFEST).exists() else None
+    encoder = ConversationEncoder(target.files, config, as_served=made is None or "history" in made)
     data = Data(config)
-    identity = cache_identity(config, target, encoder.mask_rule, data)
+    identity = cache_identity(config, target, encoder, data)
     return Inputs(config=config, target=target, encoder=encoder, data=data, identity=identity)
 
 
@@ -94,7 +98,9 @@ def target_identity(config: ExtractConfig, target: ChosenTarget) -> dict[str, An
     }
 
 
-def cache_identity(config: ExtractConfig, target: ChosenTarget, mask_rule: str, data: Data) -> dict[str, Any]:
+def cache_identity(
+    config: ExtractConfig, target: ChosenTarget, encoder: ConversationEncoder, data: Data
+) -> dict[str, Any]:
     """Return every field that decides a cache's content."""
     return {
         "target": target_identity(config, target),
@@ -103,7 +109,8 @@ def cache_identity(config: ExtractConfig, target: ChosenTarget, mask_rule: str, 
         "capture": CAPTURE_RULE,
         "data": data.identity(),
         **_selection(config, data),
-        "mask_rule": mask_rule,
+        "mask_rule": encoder.mask_rule,
+        **({"history": HISTORY_RULE} if encoder.as_served else {}),
         "mask_token_id": "found" if config.mask_token_id is None else config.mask_token_id,
         "chat_template_kwargs": config.chat_template_kwargs,
         "max_length": config.max_length,

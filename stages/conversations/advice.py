@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 
-from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.loss_mask import (
+from dflash_offline.stages.conversations.loss_mask import SPECIAL_TOKEN, TOKENS_REASON
+from dflash_offline.stages.conversations.rendering import (
     ANSWER_FIRST,
     EMPTY_ANSWER,
     OTHER_PROMPT,
+    REFUSED_TURN,
     REWRITTEN,
-    SPECIAL_TOKEN,
-    TOKENS_REASON,
     TOO_LONG,
 )
 from dflash_offline.stages.conversations.tokenize import BAD_ROW, NO_SUPERVISED, NOT_A_BLOCK, TOO_NEAR_END
@@ -26,8 +25,12 @@ _ADVICE = {
     OTHER_PROMPT: "the template opens an answer otherwise where it prompts for one than where it writes one, as with a "
     "thought that the answer lacks; --chat-template-kwargs '{\"enable_thinking\": false}' if the template knows that, "
     f"or {_TEMPLATE} that writes both alike or has generation tags",
-    ANSWER_FIRST: "--mask last-turn keeps those with another answer; put a user's turn before the first, or use "
-    f"{_TEMPLATE} that has generation tags",
+    ANSWER_FIRST: f"put a user's turn before it, or use {_TEMPLATE} that has generation tags; other answers of its "
+    "conversation are kept",
+    REFUSED_TURN: "a server could not be asked for that answer either: mend the turns before it, or use "
+    f"{_TEMPLATE} that renders them",
+    REWRITTEN: "this cache was planned when such conversations were left out: extracting into a new --out keeps them, "
+    "a sample an answer",
     EMPTY_ANSWER: f"{_TEMPLATE} that writes tool calls keeps them",
     NO_SUPERVISED: "`dflash regenerate` answers a last turn that nobody answered; --mask all supervises every token; a "
     "larger --max-length keeps answers beyond it",
@@ -36,22 +39,26 @@ _ADVICE = {
 }
 
 
-def advice(reason: str, config: ExtractConfig) -> str:
+def advice(reason: str) -> str:
     """Return the flag or the change that would keep rows which are left out for a reason; empty if none is known."""
-    if reason == REWRITTEN:
-        if config.mask == "last-turn":
-            return f"end them with the answer, or use {_TEMPLATE} that writes answers alike wherever they stand"
-        return (
-            "the template writes an answer otherwise once another turn follows; --mask last-turn keeps the last answer "
-            "of each"
-        )
     return _ADVICE.get(reason, "")
 
 
-def left_out(reason: str, count: int, config: ExtractConfig) -> str:
-    """Return how many rows are left out for a reason, and what would keep them."""
-    told = advice(reason, config)
-    return f"{count:,} rows: {reason}" + (f" ({told})" if told else "")
+def left_out(reason: str, count: int, what: str = "rows") -> str:
+    """Return how many rows, or answers of conversations that are kept, are left out for a reason, and what would keep
+    them."""
+    told = advice(reason)
+    return f"{count:,} {what}: {reason}" + (f" ({told})" if told else "")
+
+
+def split_up(split: Mapping[str, int], num_tokens: int) -> str:
+    """Return how many conversations became several samples, and what that costs of the plan's tokens."""
+    more = split["more_tokens"]
+    return (
+        f"{split['conversations']:,} conversations whose history the chat template rewrites, into {split['samples']:,} "
+        f"samples, an answer each after its history as served; {more:,} tokens more than of the longest of each alone, "
+        f"{more / num_tokens:.0%} of all (--mask last-turn takes the last answer alone)"
+    )
 
 
 def not_in_text(dropped: Mapping[str, int]) -> str:

@@ -2,46 +2,37 @@
 
 With the rule `assistant` these are the assistant's words and the end-of-turn token, with `last-turn` those of the last
 answer, with `all` every token. Where the chat template has generation tags they decide; otherwise the conversation is
-rendered turn by turn, which is accepted only if each rendering is a true prefix of the next. A plain text has no turns:
-all of it is supervised, save what the tokenizer adds. Tokens made elsewhere come with their mask.
+rendered turn by turn. A plain text has no turns: all of it is supervised, save what the tokenizer adds. Tokens made
+elsewhere come with their mask.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.chat_tokenizer import ChatTokenizer, Encoded
-from dflash_offline.stages.conversations.content import (
-    REASONING_KEYS,
-    Chat,
-    Content,
-    Text,
-    Tokens,
-    gather_texts,
-    strings,
+from dflash_offline.stages.conversations.content import Chat, Content, Text, Tokens, gather_texts, strings
+from dflash_offline.stages.conversations.rendering import (
+    MOST_CHARACTERS,
+    TOO_LONG,
+    Rendered,
+    Renderer,
+    UnmaskableError,
+    result,
 )
-from dflash_offline.stages.conversations.dropped import CALLS, KIND_OF_ROLE, dropped_parts, is_written_empty
 
 if TYPE_CHECKING:  # its module loads torch, which a process that only tokenizes does without
     from dflash_offline.stages.target.files import TargetFiles
 
 REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
 """Part of what a model says, even where its tokenizer flags them special."""
-MOST_CHARACTERS = 1 << 22
-"""Characters of one row at most: about a million tokens, which take some 800 MiB while they are made."""
-ANSWER_FIRST = "begins with an assistant turn"
-EMPTY_ANSWER = "template writes nothing of an answer"
-OTHER_PROMPT = "answer does not follow its prompt"
-REWRITTEN = "template rewrites history"
 SPECIAL_TOKEN = "special token in content"
 TOKENS_REASON = "reasoning in tokens cannot be told"
-TOO_LONG = "far too long"
 _REASONING = re.compile(
     r"(?:<think>|\A)(?:(?!<think>).)*?</think>|<think>.*\Z"
     r"|(?:\[THINK\]|\A)(?:(?!\[THINK\]).)*?\[/THINK\]|\[THINK\].*\Z"
@@ -49,18 +40,6 @@ _REASONING = re.compile(
     re.DOTALL,
 )
 """Reasoning within one answer: between its tags, up to a closing tag whose opening one the prompt held, or cut off."""
-
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-
-class UnmaskableError(Exception):
-    """Which of a row's tokens are supervised cannot be told; the arguments are a reason to count by, and the detail."""
-
-
-ROW_ERRORS = (UnmaskableError, TemplateError, ValueError, TypeError, RecursionError)
-"""What a row can provoke in a chat template or a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +52,23 @@ class Tokenized:
     """Kinds of parts of the row that the chat template left out of the text."""
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """One row's text before it is encoded, and the parts of it, in characters, that the template or its turns mark."""
-
-    content: Chat | Text
-    text: str
-    tagged: list[tuple[int, int]] = field(default_factory=list)
-    """What generation tags enclose."""
-    turns: list[tuple[int, int]] = field(default_factory=list)
-    """What rendering turn by turn shows to be the assistant's."""
-    begin: int = 0
-    """Where the first supervised token may begin."""
-    dropped: tuple[str, ...] = ()
-    """Kinds of parts that are not in the text."""
+Part = tuple[int, Tokenized | Exception]
+"""A sample of a row, or why it is none, and its number as of a `RenderedPart`."""
 
 
 class ConversationEncoder:
     """Renders conversations with the target's chat template, encodes them and masks what is not to be learned."""
 
-    def __init__(self, target: "TargetFiles", config: ExtractConfig) -> None:
+    def __init__(self, target: "TargetFiles", config: ExtractConfig, *, as_served: bool = True) -> None:
+        """`as_served` is false for a plan of an older version, which left out what a template rewrites."""
         self.tokenizer = ChatTokenizer(target.tokenizer, config.chat_template_kwargs)
         self.config = config
         self.vocab_size = int(target.text_config.vocab_size)
         """Rows of the target's embedding table."""
-        self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", self.tokenizer.template) is not None
-        """Whether the chat template has generation tags."""
-        how = "from generation tags" if self.has_tags else "from rendering turn by turn"
+        self._render = Renderer(self.tokenizer, config, as_served=as_served)
+        self.as_served = self._render.as_served
+        """Whether a conversation whose history the template rewrites becomes a sample an answer."""
+        how = "from generation tags" if self._render.has_tags else "from rendering turn by turn"
         self.mask_rule = config.mask if config.mask == "all" else f"{config.mask}, {how}"
         """The rule and how it is followed, as the manifest says it."""
         self.mask_rule += ", without reasoning" if config.no_reasoning else ""
@@ -110,69 +79,56 @@ class ConversationEncoder:
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     def encode(self, content: Content) -> Tokenized:
-        """Return a row's tokens and mask; `UnmaskableError`, or jinja2's `TemplateError`, if it has none."""
-        (tokenized,) = self.encode_all([content])
+        """Return tokens and mask of a row that is one sample; `UnmaskableError`, or jinja2's `TemplateError`, if it is
+        none."""
+        ((_, tokenized),) = self.encode_all([content])[0]
         if isinstance(tokenized, Exception):
             raise tokenized
         return tokenized
 
-    def encode_all(self, contents: Sequence[Content]) -> list[Tokenized | Exception]:
-        """Return what `encode` returns or raises for each row, their texts encoded together."""
-        rows: list[Tokenized | _Rendered | Exception] = [_result(self._rendered, content) for content in contents]
-        texts = [row for row in rows if isinstance(row, _Rendered) and isinstance(row.content, Text)]
-        chats = [row for row in rows if isinstance(row, _Rendered) and isinstance(row.content, Chat)]
-        encoded = iter(self._encoded(texts, add_special_tokens=True)), iter(self._encoded(chats))
-        return [
-            self._masked(row, next(encoded[isinstance(row.content, Chat)])) if isinstance(row, _Rendered) else row
-            for row in rows
-        ]
+    def encode_all(self, contents: Sequence[Content]) -> list[list[Part]]:
+        """Return the samples of each row, and the errors of what is none, the texts of all rows encoded together."""
+        rows = [self._parts(content) for content in contents]
+        texts = [part for row in rows for _, part in row if isinstance(part, Rendered)]
+        plain = iter(self._encoded([part for part in texts if isinstance(part.content, Text)], special_tokens=True))
+        chats = iter(self._encoded([part for part in texts if isinstance(part.content, Chat)], special_tokens=False))
 
-    def _rendered(self, content: Content) -> Tokenized | _Rendered:
-        """Return a row's text, or the row itself if it holds tokens; `UnmaskableError` if it cannot be supervised."""
+        def masked(part: Tokenized | Rendered | Exception) -> Tokenized | Exception:
+            if isinstance(part, Rendered):
+                return self._masked(part, next(chats if isinstance(part.content, Chat) else plain))
+            return part
+
+        return [[(number, masked(part)) for number, part in row] for row in rows]
+
+    def _parts(self, content: Content) -> Sequence[tuple[int, Tokenized | Rendered | Exception]]:
+        """Return the texts of a row, the row itself if it holds tokens, or why it cannot be supervised."""
         if isinstance(content, Tokens):
-            return self._tokens_made_elsewhere(content)
-        plain = self._refuse_unfit(content)
+            return [(0, result(self._tokens_made_elsewhere, content))]
+        plain = result(self._refuse_unfit, content)
+        if isinstance(plain, Exception):
+            return [(0, plain)]
         if isinstance(content, Text):
-            return _Rendered(content, content.text)
-        plain = plain and not any(REASONING_KEYS[0] in message for message in content.messages)
-        if self.config.mask == "all":
-            rendered = _Rendered(content, self._render(content, plain=plain))
-        else:
-            rendered = self._from_tags(content, plain) if self.has_tags else self._from_prefixes(content, plain)
-        return self._compared(content, rendered)
+            return [(0, Rendered(content, content.text))]
+        return self._render(content, plain=plain)
 
-    def _compared(self, chat: Chat, rendered: _Rendered) -> _Rendered:
-        """Return a conversation with what its text lacks; `UnmaskableError` if a supervised answer is empty in it."""
-        turns = _answers(chat)
-        supervised = turns[-1:] if self.config.mask == "last-turn" else turns
-        tools = chat.tools or self.config.chat_template_kwargs.get("tools") or ()
-        dropped = dropped_parts(chat, rendered.text, tools, min(supervised, default=0))
-        if not dropped:
-            return rendered
-        spans = rendered.turns or (rendered.tagged if len(rendered.tagged) == len(turns) else [])
-        for turn, (begin, end) in zip(supervised, spans[-len(supervised) :], strict=False):
-            lost = {CALLS, KIND_OF_ROLE["assistant"]}.intersection(dropped)
-            if lost and is_written_empty(chat.messages[turn], rendered.text[begin:end]):
-                raise UnmaskableError(EMPTY_ANSWER, f"of messages[{turn}] nothing is in the text")
-        return replace(rendered, dropped=dropped)
-
-    def _encoded(self, rendered: list[_Rendered], *, add_special_tokens: bool = False) -> list[Encoded | Exception]:
-        texts = [row.text for row in rendered]
+    def _encoded(self, rendered: list[Rendered], *, special_tokens: bool) -> list[Encoded | Exception]:
+        """Return the tokens of texts, with those that the tokenizer adds unless a chat template has written them."""
+        texts = [part.text for part in rendered]
         try:
-            return [*self.tokenizer.encode(texts, add_special_tokens=add_special_tokens)] if texts else []
+            return [*self.tokenizer.encode(texts, add_special_tokens=special_tokens)] if texts else []
         except Exception:  # of one text or several: each is encoded alone, with an error of its own
 
             def alone(text: str) -> Encoded:
-                return self.tokenizer.encode([text], add_special_tokens=add_special_tokens)[0]
+                return self.tokenizer.encode([text], add_special_tokens=special_tokens)[0]
 
-            return [_result(alone, text) for text in texts]
+            return [result(alone, text) for text in texts]
 
-    def _masked(self, rendered: _Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
+    def _masked(self, rendered: Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
         if isinstance(encoded, Exception):
             return encoded
         return Tokenized(encoded.ids, self._is_supervised(rendered, encoded), rendered.dropped)
 
-    def _is_supervised(self, rendered: _Rendered, encoded: Encoded) -> NDArray[np.bool_]:
+    def _is_supervised(self, rendered: Rendered, encoded: Encoded) -> NDArray[np.bool_]:
         """Return for each token of a text whether the rule supervises it."""
         begins, ends = encoded.begins, encoded.ends
         mask = np.zeros(len(begins), np.bool_)
@@ -227,52 +183,6 @@ class ConversationEncoder:
 
     def _is_blank(self, ids: NDArray[np.uint32]) -> bool:
         return not self.tokenizer.decode(ids.tolist()).strip()
-
-    def _render(self, chat: Chat, turns: int | None = None, *, prompt: bool = False, plain: bool) -> str:
-        """Return the text of the first `turns` messages, or of all."""
-        return self.tokenizer.render(chat.messages[:turns], chat.tools, prompt=prompt, plain=plain)
-
-    def _from_tags(self, chat: Chat, plain: bool) -> _Rendered:
-        text, spans = self.tokenizer.render_tagged(chat.messages, chat.tools, plain=plain)
-        turns = _answers(chat)
-        before = ""
-        if self.config.mask == "last-turn" and turns:
-            before = self._render(chat, turns[-1], plain=plain) if turns[-1] else ""
-            if not text.startswith(before):
-                raise _without_its_prompt(turns[-1])
-        return _Rendered(chat, text, tagged=spans, begin=len(before))
-
-    def _from_prefixes(self, chat: Chat, plain: bool) -> _Rendered:
-        text = self._render(chat, plain=plain)
-        turns = _answers(chat)
-        spans = []
-        for turn in turns[-1:] if self.config.mask == "last-turn" else turns:
-            if turn == 0:
-                raise UnmaskableError(ANSWER_FIRST, "its first token cannot be told without a prompt")
-            before = self._render(chat, turn, prompt=True, plain=plain)
-            through = text if turn + 1 == len(chat.messages) else self._render(chat, turn + 1, plain=plain)
-            if not through.startswith(before):
-                raise _without_its_prompt(turn)
-            if not text.startswith(through):
-                raise UnmaskableError(REWRITTEN, f"messages[{turn}] renders otherwise when more follows")
-            spans.append((len(before), len(through)))
-        return _Rendered(chat, text, turns=spans)
-
-
-def _result(function: Callable[[_T], _R], argument: _T) -> _R | Exception:
-    """Return what the function returns, or the error of the row that it raises."""
-    try:
-        return function(argument)
-    except ROW_ERRORS as error:
-        return error
-
-
-def _answers(chat: Chat) -> list[int]:
-    return [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
-
-
-def _without_its_prompt(turn: int) -> UnmaskableError:
-    return UnmaskableError(OTHER_PROMPT, f"what leads to messages[{turn}] renders otherwise once it is there")
 
 
 def _reasoning(content: Chat | Text, text: str, mask: NDArray[np.bool_], encoded: Encoded) -> Iterator[tuple[int, int]]:

@@ -26,11 +26,18 @@ from dflash_offline.schemas.samples import (
     write_samples,
 )
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.advice import DUPLICATE, left_out, not_in_text
+from dflash_offline.stages.conversations.advice import DUPLICATE, left_out, not_in_text, split_up
 from dflash_offline.stages.conversations.files import MOST_NAMED, RawRow, refuse_bad_rows
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
-from dflash_offline.stages.conversations.tokenize import BAD_ROW, BatchOutcome, RowOutcome, RowTokenizer, tokenize_rows
+from dflash_offline.stages.conversations.tokenize import (
+    BAD_ROW,
+    BatchOutcome,
+    RowOutcome,
+    RowTokenizer,
+    SampleOutcome,
+    tokenize_rows,
+)
 from dflash_offline.stages.target.files import TargetFiles
 
 _SPOOLED_IDS, _SPOOLED_MASK = "input_ids.tmp", "loss_mask.tmp"
@@ -53,6 +60,11 @@ class Plan:
     """Rows that could be read, by how they were written."""
     reasons: Counter[str]
     """Rows that were drawn and are no sample, by reason."""
+    answer_reasons: Counter[str]
+    """Answers that are in none of the samples of their conversation, by reason."""
+    split: Counter[str]
+    """Conversations that became several samples, these samples, and the tokens that they have more than the longest of
+    each conversation alone."""
     num_not_drawn: int
     num_truncated: int
     num_supervised_cut: int
@@ -61,7 +73,7 @@ class Plan:
 
     @property
     def rejects(self) -> list[Reject]:
-        """Rows that were drawn and are no sample, read from their file."""
+        """Rows that were drawn and are no sample, and answers that are in none, read from their file."""
         return read_rejects(self.folder / REJECTS)
 
     def counts(self) -> dict[str, Any]:
@@ -76,10 +88,13 @@ class Plan:
             "truncated": self.num_truncated,
             "truncated_supervised": self.num_supervised_cut,
             "rejects": dict(sorted(self.reasons.items())),
-            **({"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {}),
+            **{name: dict(sorted(counts.items())) for name, counts in self._where_there_are_some().items() if counts},
         }
 
-    def facts(self, config: ExtractConfig) -> list[tuple[str, str]]:
+    def _where_there_are_some(self) -> dict[str, Counter[str]]:
+        return {"split": self.split, "answers_left_out": self.answer_reasons, "dropped": self.dropped}
+
+    def facts(self) -> list[tuple[str, str]]:
         """Return what became of the rows, a name and a text each; a text that goes on has no name."""
         counts = self.counts()
         samples, tokens = counts["samples"], counts["tokens"]
@@ -89,7 +104,11 @@ class Plan:
         rows.append(("Samples", f"{samples:,}, {tokens / samples:,.0f} tokens each on average"))
         if counts["truncated"]:
             rows.append(("", f"cut: {counts['truncated']:,}, by {counts['truncated_supervised']:,} supervised tokens"))
-        rows += [("", f"left out: {left_out(reason, number, config)}") for reason, number in counts["rejects"].items()]
+        if self.split:
+            rows.append(("", f"split: {split_up(self.split, tokens)}"))
+        rows += [("", f"left out: {left_out(reason, number)}") for reason, number in counts["rejects"].items()]
+        for reason, number in counts.get("answers_left_out", {}).items():
+            rows.append(("", f"left out: {left_out(reason, number, 'answers')}"))
         if self.dropped:
             rows.append(("", f"not in the text: {not_in_text(counts['dropped'])}"))
         supervised = f"supervised {counts['supervised'] / tokens:.0%}"
@@ -118,9 +137,8 @@ def make_plan(
                 collected.add(batch, outcome)
                 progress(len(batch))
         if not config.skip_bad_rows:
-            refuse_bad_rows(
-                collected.faults, "Mend them, or leave them out with --skip-bad-rows.", collected.reasons[BAD_ROW]
-            )
+            num_bad = collected.reasons[BAD_ROW] + collected.answer_reasons[BAD_ROW]
+            refuse_bad_rows(collected.faults, "Mend them, or leave them out with --skip-bad-rows.", num_bad)
         if not collected.num_tokens:
             raise BadInputError(_nothing_left(config, collected.reasons, encoder.mask_rule))
         num_shards, shard_tokens = collected.write(config, slot_bytes)
@@ -133,6 +151,8 @@ def make_plan(
         beyond=collected.beyond,
         formats=collected.formats,
         reasons=collected.reasons,
+        answer_reasons=collected.answer_reasons,
+        split=collected.split,
         num_not_drawn=data.num_not_drawn,
         num_truncated=collected.num_truncated,
         num_supervised_cut=collected.num_supervised_cut,
@@ -141,7 +161,7 @@ def make_plan(
 
 
 def _nothing_left(config: ExtractConfig, reasons: Counter[str], rule: str) -> str:
-    listed = "".join(f"\n  {left_out(*one, config)}" for one in reasons.most_common()) or "\n  no rows"
+    listed = "".join(f"\n  {left_out(*one)}" for one in reasons.most_common()) or "\n  no rows"
     return (
         f"No row of {', '.join(map(str, config.data))} gives a sample to train on:{listed}\n"
         f"A sample needs a supervised token with {config.block_size - 1} more tokens after it, within its first "
@@ -156,6 +176,8 @@ class _Collected:
         self.folder = folder
         self.formats: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.answer_reasons: Counter[str] = Counter()
+        self.split: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.faults: list[str] = []
         """Of the first bad rows, with their places."""
@@ -164,7 +186,7 @@ class _Collected:
         self.first_uses = np.full(vocab_size, -1, np.int64)
         self.beyond: tuple[int, int] | None = None
         self.sources: dict[str, int] = {}
-        self.source_index, self.row = array("i"), array("q")
+        self.source_index, self.row, self.answer = array("i"), array("q"), array("i")
         self.num_tokens, self.num_supervised, self.num_anchors = array("i"), array("i"), array("i")
         self._seen: set[bytes] = set()
         """Digests of the rows so far, where duplicates are dropped."""
@@ -186,40 +208,54 @@ class _Collected:
     def add(self, batch: list[RawRow], outcome: BatchOutcome) -> None:
         """Take a batch's samples, and count the rows that are none."""
         first = len(self.num_tokens)
-        kept = [self._add_row(row, row_outcome) for row, row_outcome in zip(batch, outcome.rows, strict=True)]
+        made = [one for pair in zip(batch, outcome.rows, strict=True) for one in self._add_row(*pair)]
         ids, mask = outcome.ids, outcome.mask
-        if len(ids) > sum(self.num_tokens[first:]):  # duplicates and rows without an anchor
-            taken = np.repeat(kept, [row_outcome.num_tokens for row_outcome in outcome.rows])
+        if len(ids) > sum(self.num_tokens[first:]):  # duplicates, and what has no anchor
+            taken = np.repeat([is_kept for is_kept, _ in made], [sample.num_tokens for _, sample in made])
             ids, mask = ids[taken], mask[taken]
         self._ids.write(ids.tobytes())
         self._mask.write(mask.tobytes())
         self._note_uses(first, ids)
 
-    def _add_row(self, row: RawRow, outcome: RowOutcome) -> bool:
-        """Count a row; returns whether it is a sample."""
+    def _add_row(self, row: RawRow, outcome: RowOutcome) -> list[tuple[bool, SampleOutcome]]:
+        """Count a row; returns what became of it, and whether that is a sample."""
         if outcome.row_format:
             self.formats[f"{row.source.container}, {outcome.row_format}"] += 1
-        reason, detail = outcome.reason, outcome.detail
         if outcome.digest in self._seen:
-            reason, detail = DUPLICATE, "says exactly what an earlier row says"
-        elif outcome.num_supervised_cut >= 0:
-            self.num_truncated += 1
-            self.num_supervised_cut += outcome.num_supervised_cut
+            self._reject(row, SampleOutcome(reason=DUPLICATE, detail="says exactly what an earlier row says"))
+            return [(False, sample) for sample in outcome.samples]
         if outcome.digest:
             self._seen.add(outcome.digest)
-        if reason:
-            self.reasons[reason] += 1
-            self._rejects.add(Reject(source=row.source.name, row=row.line, reason=reason, detail=detail))
-            if reason == BAD_ROW and len(self.faults) < MOST_NAMED:
-                self.faults.append(f"{row.source.path}:{row.line} {detail}")
+        made = [(self._add_sample(row, sample), sample) for sample in outcome.samples]
+        lengths = [sample.num_tokens for is_kept, sample in made if is_kept]
+        if len(lengths) > 1:
+            more = sum(lengths) - max(lengths)
+            self.split.update(conversations=1, samples=len(lengths), more_tokens=more)
+        return made
+
+    def _add_sample(self, row: RawRow, sample: SampleOutcome) -> bool:
+        """Count what is a sample, or is none; returns which."""
+        if sample.num_supervised_cut >= 0:
+            self.num_truncated += 1
+            self.num_supervised_cut += sample.num_supervised_cut
+        if sample.reason:
+            self._reject(row, sample)
             return False
-        self.dropped.update(outcome.dropped)
+        self.dropped.update(sample.dropped)
         self.source_index.append(self.sources.setdefault(row.source.name, len(self.sources)))
         self.row.append(row.line)
-        self.num_tokens.append(outcome.num_tokens)
-        self.num_supervised.append(outcome.num_supervised)
-        self.num_anchors.append(outcome.num_anchors)
+        self.answer.append(sample.answer)
+        self.num_tokens.append(sample.num_tokens)
+        self.num_supervised.append(sample.num_supervised)
+        self.num_anchors.append(sample.num_anchors)
         return True
+
+    def _reject(self, row: RawRow, sample: SampleOutcome) -> None:
+        reason, detail, answer = sample.reason, sample.detail, sample.answer
+        (self.answer_reasons if answer else self.reasons)[reason] += 1
+        self._rejects.add(Reject(source=row.source.name, row=row.line, reason=reason, detail=detail, answer=answer))
+        if reason == BAD_ROW and len(self.faults) < MOST_NAMED:
+            self.faults.append(f"{row.source.path}:{row.line} {detail}")
 
     def _note_uses(self, first: int, ids: NDArray[np.uint32]) -> None:
         """Note the tokens that occur for the first time in the samples from `first` on, whose ids these are."""
@@ -239,6 +275,7 @@ class _Collected:
         shard, start, shard_tokens = _places(num_tokens, config, slot_bytes)
         numbers: dict[str, Numbers] = {
             "row": np.frombuffer(self.row, np.int64),
+            "answer": np.frombuffer(self.answer, np.int32),
             "num_tokens": num_tokens,
             "num_supervised": np.frombuffer(self.num_supervised, np.int32),
             "num_anchors": np.frombuffer(self.num_anchors, np.int32),
@@ -252,7 +289,7 @@ class _Collected:
             numbers=numbers,
             read=self._spooled,
         )
-        self.source_index, self.row = array("i"), array("q")  # they are in the file now
+        self.source_index, self.row, self.answer = array("i"), array("q"), array("i")  # they are in the file now
         self.num_tokens, self.num_supervised, self.num_anchors = array("i"), array("i"), array("i")
         return int(shard[-1]) + 1, shard_tokens
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
@@ -29,7 +29,8 @@ from dflash_offline.schemas.samples import count_anchors
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.content import Content, RowFaultError, content_hash, read_content
 from dflash_offline.stages.conversations.files import RawRow, parse
-from dflash_offline.stages.conversations.loss_mask import ROW_ERRORS, ConversationEncoder, Tokenized, UnmaskableError
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder, Part, Tokenized
+from dflash_offline.stages.conversations.rendering import ROW_ERRORS, UnmaskableError
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.stop import left_to_this_process
 
@@ -50,18 +51,16 @@ _COMMAND = "from dflash_offline.stages.conversations.tokenize import serve; serv
 
 
 @dataclass(frozen=True)
-class RowOutcome:
-    """What became of one row."""
+class SampleOutcome:
+    """What became of a row, or of an answer of a conversation that does not become one sample."""
 
-    row_format: str = ""
-    """How the row was written; empty if it could not be read."""
-    digest: bytes = b""
-    """Hash of the row's content, where duplicates are to be dropped."""
+    answer: int = 0
+    """Counts the assistant's turns, from 1, up to the last one that is supervised here; 0 for the whole row."""
     reason: str = ""
-    """Why the row is no sample; empty if it is one."""
+    """Why it is no sample; empty if it is one."""
     detail: str = ""
     num_tokens: int = 0
-    """Tokens of the sample, or of the row that has no anchor; cut to the maximum length."""
+    """Tokens of the sample, or of what has no anchor; cut to the maximum length."""
     num_supervised: int = 0
     num_anchors: int = 0
     num_supervised_cut: int = -1
@@ -71,8 +70,21 @@ class RowOutcome:
 
 
 @dataclass(frozen=True)
+class RowOutcome:
+    """What became of one row."""
+
+    row_format: str = ""
+    """How the row was written; empty if it could not be read."""
+    digest: bytes = b""
+    """Hash of the row's content, where duplicates are to be dropped."""
+    samples: list[SampleOutcome] = field(default_factory=list)
+    """One for the whole row; or, if some answer of the conversation is a sample, one for each sample and each answer
+    that is none."""
+
+
+@dataclass(frozen=True)
 class BatchOutcome:
-    """What became of a batch, row by row, and the tokens of all its rows end to end."""
+    """What became of a batch, row by row, and the tokens of all that has some, end to end."""
 
     rows: list[RowOutcome]
     ids: NDArray[np.uint32]
@@ -139,14 +151,15 @@ class RowTokenizer:
         """Return what becomes of a batch."""
         read = [self._read(row) for row in batch]
         encoded = iter(self.encoder.encode_all([content for _, content in read if content is not None]))
-        pairs = [
-            (outcome, None) if content is None else self._outcome(outcome, next(encoded)) for outcome, content in read
+        tokens: list[Tokenized] = []
+        rows = [
+            outcome if content is None else replace(outcome, samples=self._samples(next(encoded), tokens))
+            for outcome, content in read
         ]
-        samples = [sample for _, sample in pairs if sample is not None]
         return BatchOutcome(
-            rows=[outcome for outcome, _ in pairs],
-            ids=np.concatenate([np.zeros(0, np.uint32), *(sample.input_ids for sample in samples)]),
-            mask=np.concatenate([np.zeros(0, np.bool_), *(sample.loss_mask for sample in samples)]),
+            rows=rows,
+            ids=np.concatenate([np.zeros(0, np.uint32), *(sample.input_ids for sample in tokens)]),
+            mask=np.concatenate([np.zeros(0, np.bool_), *(sample.loss_mask for sample in tokens)]),
         )
 
     def _read(self, row: UnparsedRow) -> tuple[RowOutcome, Content | None]:
@@ -160,15 +173,27 @@ class RowTokenizer:
             row_format, content = read_content(value, self.row_format)
             digest = content_hash(content) if self.config.drop_duplicates else b""
         except ROW_ERRORS as error:
-            return RowOutcome(row_format=row_format, reason=BAD_ROW, detail=_fault_text(error)), None
+            bad = SampleOutcome(reason=BAD_ROW, detail=_fault_text(error))
+            return RowOutcome(row_format=row_format, samples=[bad]), None
         return RowOutcome(row_format=row_format, digest=digest), content
 
-    def _outcome(self, read: RowOutcome, sample: Tokenized | Exception) -> tuple[RowOutcome, Tokenized | None]:
-        """Return what became of a row whose content was encoded, and its tokens if it has some."""
+    def _samples(self, parts: list[Part], tokens: list[Tokenized]) -> list[SampleOutcome]:
+        """Return what became of a row whose content was encoded; adds the tokens of what has some to the list.
+
+        If none of its answers is a sample, the row counts once, as the first of them does.
+        """
+        pairs = [self._outcome(*part) for part in parts]
+        if all(outcome.reason for outcome, _ in pairs):
+            pairs = [(replace(outcome, answer=0), made) for outcome, made in pairs[:1]]
+        tokens += (made for _, made in pairs if made is not None)
+        return [outcome for outcome, _ in pairs]
+
+    def _outcome(self, answer: int, sample: Tokenized | Exception) -> tuple[SampleOutcome, Tokenized | None]:
+        """Return what became of one part of a row, and its tokens if it has some."""
         if isinstance(sample, UnmaskableError):
-            return replace(read, reason=sample.args[0], detail=sample.args[1]), None
+            return SampleOutcome(answer, *sample.args), None
         if isinstance(sample, Exception):
-            return replace(read, reason=BAD_ROW, detail=_fault_text(sample)), None
+            return SampleOutcome(answer, BAD_ROW, _fault_text(sample)), None
         num_cut, most = -1, self.config.max_length
         num_supervised = int(np.count_nonzero(sample.loss_mask))
         if len(sample.input_ids) > most:
@@ -176,8 +201,8 @@ class RowTokenizer:
             left = int(np.count_nonzero(sample.loss_mask))
             num_cut, num_supervised = num_supervised - left, left
         num_tokens, num_anchors = len(sample.input_ids), count_anchors(sample.loss_mask, self.config.block_size)
-        outcome = replace(
-            read,
+        outcome = SampleOutcome(
+            answer,
             reason="" if num_anchors else _why_no_anchor(sample, self.config.block_size),
             detail="" if num_anchors else f"{num_tokens} tokens",
             num_tokens=num_tokens,

@@ -28,7 +28,7 @@ def choose_mask_token(
         if (sample := int(first_uses[wanted])) >= 0:
             raise DflashError(
                 f"--mask-token-id {wanted} ({tokenizer.convert_ids_to_tokens(wanted)!r}) occurs in the data, first in "
-                f"{samples.source(sample)}:{samples.row[sample]}. Name a token that no sample contains."
+                f"{samples.origin(sample)}. Name a token that no sample contains."
             )
         return wanted
     special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < num_rows}

@@ -65,10 +65,10 @@ class Corpus:
         """Return (training, validation) samples: at most `val_samples`, and at most a tenth, are held out of training.
 
         The split is a function of content: the same tokens always fall on the same side, so that no conversation that
-        is repeated leaks from one side to the other.
+        is repeated leaks from one side to the other. The samples of one conversation go together: a later one holds
+        the answers of those before.
         """
-        texts = (self.tokens(sample)[0].tobytes() for sample in self.usable.tolist())
-        digests = np.array([hashlib.sha256(text).digest() for text in texts])
+        digests = self._digests()
         room = min(val_samples, len(self.usable) // 10)
         held_out: list[bytes] = []
         for digest, copies in zip(*np.unique(digests, return_counts=True), strict=True):
@@ -77,6 +77,23 @@ class Corpus:
                 room -= copies
         is_held_out = np.isin(digests, held_out)
         return self.usable[~is_held_out], self.usable[is_held_out]
+
+    def _digests(self) -> NDArray[np.bytes_]:
+        """Return a hash of each usable sample's tokens, or of all samples' of the conversation that it is a part of."""
+        texts = (self.tokens(sample)[0].tobytes() for sample in self.usable.tolist())
+        digests = [hashlib.sha256(text).digest() for text in texts]
+        parts: dict[tuple[int, int, int], list[int]] = {}
+        for place, sample in enumerate(self.usable.tolist()):
+            cache, number = self.locate(sample)
+            samples = self.caches[cache].samples
+            if samples.answer[number]:
+                row = cache, int(samples.source_index[number]), int(samples.row[number])
+                parts.setdefault(row, []).append(place)
+        for places in parts.values():
+            whole = hashlib.sha256(b"".join(sorted(digests[place] for place in places))).digest()
+            for place in places:
+                digests[place] = whole
+        return np.array(digests)
 
     def by_cache(self, samples: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return ascending samples, those of each cache apart."""

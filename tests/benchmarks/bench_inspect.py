@@ -65,6 +65,7 @@ def make_plan(cache: Path) -> Manifest:
         source_index=(np.arange(NUM_SAMPLES) // 10_000).astype(np.int32),
         numbers={
             "row": np.arange(NUM_SAMPLES) % 10_000 + 1,
+            "answer": np.zeros(NUM_SAMPLES, np.int64),
             "num_tokens": num_tokens,
             "num_supervised": num_tokens // 2 + 1,
             "num_anchors": np.maximum(num_tokens // 2 - 15, 1),

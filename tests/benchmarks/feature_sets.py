@@ -146,6 +146,7 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
         source_index=np.zeros(len(samples), np.int32),
         numbers={
             "row": np.arange(1, len(samples) + 1),
+            "answer": np.zeros(len(samples), np.int64),
             **dict.fromkeys(("num_tokens", "num_supervised", "num_anchors"), lengths),
             "shard": np.zeros(len(samples), np.int64),
             "start": start,

@@ -4,7 +4,7 @@ time. Slow, and the measure of the plan that is made in batches and processes.""
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from dflash_offline.stages.conversations.content import (
     template_kwargs,
 )
 from dflash_offline.stages.conversations.files import Row
-from dflash_offline.stages.conversations.loss_mask import MOST_CHARACTERS, REASONING_TAGS, UnmaskableError, close_turns
+from dflash_offline.stages.conversations.loss_mask import REASONING_TAGS, close_turns
+from dflash_offline.stages.conversations.rendering import MOST_CHARACTERS, UnmaskableError
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.target.files import TargetFiles
 
@@ -33,9 +34,11 @@ from dflash_offline.stages.target.files import TargetFiles
 class PlainPlan:
     """Everything that a plan says, in lists."""
 
-    samples: list[tuple[str, int, list[int], list[bool], int]] = field(default_factory=list)
-    """Source, line, tokens, mask and number of anchors."""
-    rejects: list[tuple[str, int, str, str]] = field(default_factory=list)
+    samples: list[tuple[str, int, int, list[int], list[bool], int]] = field(default_factory=list)
+    """Source, line, answer, tokens, mask and number of anchors."""
+    rejects: list[tuple[str, int, int, str, str]] = field(default_factory=list)
+    """Source, line, answer, reason and detail."""
+    split: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     supervised_cut: int = 0
@@ -47,37 +50,59 @@ def plain_plan(config: ExtractConfig, files: TargetFiles) -> PlainPlan:
     """Return the plan of all rows of the data."""
     data, plan, seen = Data(config), PlainPlan(), set[bytes]()
     for row in data.rows():
+        place = row.source.name, row.line
         try:
-            ids, mask, dropped = _row(row, config, data, files, plan, seen)
+            parts = _row(row, config, data, files, plan, seen)
         except UnmaskableError as error:
-            plan.rejects.append((row.source.name, row.line, *error.args))
-            continue
+            parts = [(0, error)]
         except RowFaultError as error:
-            plan.rejects.append((row.source.name, row.line, "bad row", str(error)))
-            continue
+            parts = [(0, UnmaskableError("bad row", str(error)))]
         except (TemplateError, ValueError, TypeError, RecursionError) as error:
-            detail = f"is refused by the chat template ({str(error)[:200]})"
-            plan.rejects.append((row.source.name, row.line, "bad row", detail))
-            continue
-        if len(ids) > config.max_length:
-            plan.truncated += 1
-            plan.supervised_cut += sum(mask[config.max_length :])
-            ids, mask = ids[: config.max_length], mask[: config.max_length]
-        anchors = sum(mask[: max(0, len(mask) - config.block_size + 1)])
-        if anchors:
-            plan.samples.append((row.source.name, row.line, ids, mask, anchors))
-            plan.dropped.update(dropped)
-        else:
-            reason = "supervised part too near the end"
-            reason = "shorter than one block" if len(ids) < config.block_size else reason
-            reason = reason if any(mask) else "no supervised token"
-            plan.rejects.append((row.source.name, row.line, reason, f"{len(ids)} tokens"))
+            parts = [(0, UnmaskableError("bad row", f"is refused by the chat template ({str(error)[:200]})"))]
+        made = [_judged(part, config) for part in parts]
+        if all(isinstance(one, UnmaskableError) for _, one, _ in made):
+            made = [(0, *made[0][1:])]
+        for answer, one, cut in made:
+            plan.truncated += cut is not None
+            plan.supervised_cut += cut or 0
+            if isinstance(one, UnmaskableError):
+                plan.rejects.append((*place, answer, *one.args))
+            else:
+                ids, mask, anchors, dropped = one
+                plan.samples.append((*place, answer, ids, mask, anchors))
+                plan.dropped.update(dropped)
+        lengths = [len(one[0]) for _, one, _ in made if not isinstance(one, UnmaskableError)]
+        if len(lengths) > 1:
+            plan.split.update(conversations=1, samples=len(lengths), more_tokens=sum(lengths) - max(lengths))
     return plan
+
+
+Sample = tuple[list[int], list[bool], set[str]]
+"""Tokens, mask, and kinds of parts that are not in the text."""
+Part = tuple[int, Sample | UnmaskableError]
+"""The answer that a sample ends with, 0 for a whole row, and the sample or why there is none."""
+
+
+def _judged(part: Part, config: ExtractConfig) -> tuple[int, Any, int | None]:
+    """Return a part as a sample with its anchors or as what it lacks, and how many supervised tokens were cut."""
+    answer, made = part
+    if isinstance(made, UnmaskableError):
+        return answer, made, None
+    ids, mask, dropped = made
+    cut = sum(mask[config.max_length :]) if len(ids) > config.max_length else None
+    ids, mask = ids[: config.max_length], mask[: config.max_length]
+    anchors = sum(mask[: max(0, len(mask) - config.block_size + 1)])
+    if anchors:
+        return answer, (ids, mask, anchors, dropped), cut
+    reason = "supervised part too near the end"
+    reason = "shorter than one block" if len(ids) < config.block_size else reason
+    reason = reason if any(mask) else "no supervised token"
+    return answer, UnmaskableError(reason, f"{len(ids)} tokens"), cut
 
 
 def _row(
     row: Row, config: ExtractConfig, data: Data, files: TargetFiles, plan: PlainPlan, seen: set[bytes]
-) -> tuple[list[int], list[bool], set[str]]:
+) -> list[Part]:
     if row.fault:
         raise RowFaultError(row.fault)
     row_format, content = read_content(row.value, data.format.row_format)
@@ -87,10 +112,79 @@ def _row(
         if digest in seen:
             raise UnmaskableError("duplicate", "says exactly what an earlier row says")
         seen.add(digest)
-    ids, mask = plain_tokens(content, config, files)
     if not isinstance(content, Chat):
-        return ids, mask, set()
-    return ids, mask, plain_dropped(content, render(content, config, files, len(content.messages)), config)
+        return [(0, (*plain_tokens(content, config, files), set()))]
+    try:
+        made = plain_tokens(content, config, files)
+    except UnmaskableError as error:
+        parts = _as_served(content, config, files) if error.args[0] in OF_AN_ANSWER else []
+        if not any(isinstance(made, tuple) for _, made in parts):
+            raise
+        return parts
+    return [(0, (*made, plain_dropped(content, render(content, config, files, len(content.messages)), config)))]
+
+
+OF_AN_ANSWER = (
+    "begins with an assistant turn",
+    "answer does not follow its prompt",
+    "template rewrites history",
+    "template refuses the turns up to an answer",
+)
+
+
+def _as_served(chat: Chat, config: ExtractConfig, files: TargetFiles) -> list[Part]:
+    """Return each answer as the last turn of the conversation that ends with it. Of those whose prompts begin with the
+    text that ends with the answer before, all are supervised in the last one's."""
+    alone = replace(config, mask="last-turn")
+    parts: list[tuple[int, list[int], UnmaskableError | None]] = []
+    turns = _answers(chat)
+    for number, turn in enumerate(turns, start=1):
+        if config.mask == "last-turn" and turn != turns[-1]:
+            continue
+        until = Chat(chat.messages[: turn + 1], chat.tools)
+        try:
+            plain_tokens(until, alone, files)
+        except UnmaskableError as error:
+            parts.append((number, [turn], error))
+            continue
+        known = [i for i, (_, _, error) in enumerate(parts) if error is None]
+        tagged = "{% generation %}" in _template(config, files)
+        prompt = render(chat, config, files, turn, prompt=not tagged)
+        if known and prompt.startswith(render(chat, config, files, parts[known[-1]][1][-1] + 1)):
+            parts[known[-1]] = number, [*parts[known[-1]][1], turn], None
+        else:
+            parts.append((number, [turn], None))
+    made: list[Part] = []
+    for number, joined, error in parts:
+        if error is not None:
+            made.append((number, error))
+            continue
+        until = Chat(chat.messages[: joined[-1] + 1], chat.tools)
+        ids, mask = plain_tokens(until, alone, files)
+        for turn in joined[:-1]:  # its tokens stand at the same places of the longer text
+            text = render(chat, config, files, turn + 1)
+            begin = len(render(chat, config, files, turn, prompt=True))
+            mask = _marked_too(until, config, files, mask, begin, len(text))
+        dropped = plain_dropped(until, render(until, config, files, len(until.messages)), alone, joined[0])
+        made.append((number, (ids, mask, dropped)))
+    return made
+
+
+def _marked_too(
+    chat: Chat, config: ExtractConfig, files: TargetFiles, mask: list[bool], first: int, last: int
+) -> list[bool]:
+    """Return the mask of a conversation with the tokens within some of its text's characters marked as well."""
+    text = render(chat, config, files, len(chat.messages))
+    made: Any = files.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    marked = [False] * len(mask)
+    places = enumerate(made["offset_mapping"])
+    _mark(marked, [i for i, (begin, end) in places if first <= begin < end <= last])
+    closed = _closed(made["input_ids"], marked, files)
+    return [one or other for one, other in zip(mask, closed, strict=True)]
+
+
+def _template(config: ExtractConfig, files: TargetFiles) -> str:
+    return str(config.chat_template_kwargs.get("chat_template", files.template))
 
 
 def plain_tokens(content: Content, config: ExtractConfig, files: TargetFiles) -> tuple[list[int], list[bool]]:
@@ -109,8 +203,7 @@ def plain_tokens(content: Content, config: ExtractConfig, files: TargetFiles) ->
         mask = [config.mask == "all"] * len(made["input_ids"])
         _mark(mask, [i for i, (begin, end) in enumerate(made["offset_mapping"]) if begin < end])
         return made["input_ids"], mask
-    template = config.chat_template_kwargs.get("chat_template", files.template)
-    mask_of = _from_tags if "{% generation %}" in template else _from_prefixes
+    mask_of = _from_tags if "{% generation %}" in _template(config, files) else _from_prefixes
     ids, mask, parts = mask_of(content, config, files)
     dropped = plain_dropped(content, render(content, config, files, len(content.messages)), config)
     for turn, part in parts if dropped & {"answers", "tool calls"} else []:
@@ -119,13 +212,17 @@ def plain_tokens(content: Content, config: ExtractConfig, files: TargetFiles) ->
         said += [call["function"]["name"] for call in message.get("tool_calls", [])]
         if not [one for one in said if one and _stands_in(one, part)]:
             raise UnmaskableError("template writes nothing of an answer", f"of messages[{turn}] nothing is in the text")
-    closed = close_turns(
+    return ids, _closed(ids, mask, files)
+
+
+def _closed(ids: list[int], mask: list[bool], files: TargetFiles) -> list[bool]:
+    closed: list[bool] = close_turns(
         np.array(ids, np.uint32),
         np.array(mask, np.bool_),
         np.array(sorted(files.end_ids()), np.uint32),
-        lambda part: not tokenizer.decode(part.tolist()).strip(),
-    )
-    return ids, closed.tolist()
+        lambda part: not files.tokenizer.decode(part.tolist()).strip(),
+    ).tolist()
+    return closed
 
 
 def _refuse(content: Chat | Text, config: ExtractConfig, files: TargetFiles) -> None:
@@ -151,8 +248,9 @@ Parts = list[tuple[int, str]]
 """Supervised turns, each with its part of the text."""
 
 
-def plain_dropped(chat: Chat, text: str, config: ExtractConfig) -> set[str]:
-    """Return the kinds of parts of a conversation that are not in its text, each looked for from the beginning."""
+def plain_dropped(chat: Chat, text: str, config: ExtractConfig, first: int | None = None) -> set[str]:
+    """Return the kinds of parts of a conversation that are not in its text, each looked for from the beginning; of the
+    thoughts only those from the message `first` on."""
     kinds = {"system": "system turns", "developer": "developer turns", "user": "user turns", "assistant": "answers"}
     kinds["tool"] = "tool results"
     whole = [_words_of(message) for message in chat.messages if _words_of(message) in text]
@@ -165,6 +263,7 @@ def plain_dropped(chat: Chat, text: str, config: ExtractConfig) -> set[str]:
         if not _stands_in(words, text) or (is_short and text.count(words) < times):
             dropped.add(kinds[role])
         judged = role == "assistant" and (turn == last or config.mask != "last-turn")
+        judged = judged if first is None else role == "assistant" and turn >= first
         if judged and not _stands_in(message.get("thinking", "").strip(), text):
             dropped.add("reasoning")
     calls = [call["function"] for message in chat.messages for call in message.get("tool_calls", [])]
@@ -244,8 +343,12 @@ def _from_prefixes(chat: Chat, config: ExtractConfig, files: TargetFiles) -> tup
     for turn in turns[-1:] if config.mask == "last-turn" else turns:
         if turn == 0:
             raise UnmaskableError("begins with an assistant turn", "its first token cannot be told without a prompt")
-        before = render(chat, config, files, turn, prompt=True)
-        through = render(chat, config, files, turn + 1)
+        try:
+            before = render(chat, config, files, turn, prompt=True)
+            through = render(chat, config, files, turn + 1)
+        except (TemplateError, ValueError, TypeError, RecursionError) as error:
+            detail = f"those up to messages[{turn}] cannot be rendered ({str(error)[:200]})"
+            raise UnmaskableError("template refuses the turns up to an answer", detail) from error
         if not through.startswith(before):
             raise _without_its_prompt(turn)
         if not text.startswith(through):

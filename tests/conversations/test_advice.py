@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import DEEPSEEK_LIKE, QWEN3_LIKE
+from chat_templates import DEEPSEEK_LIKE
 from tiny_plan import plan
 from tiny_target import WITH_TAGS, WITHOUT_TAGS
 
 from dflash_offline.schemas.errors import BadInputError
-from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.advice import left_out
 
 QUESTION = {"role": "user", "content": "How deep is it?"}
@@ -19,20 +18,23 @@ ALONE = {"messages": [QUESTION, ANSWER]}
 TWICE = {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}
 FORMATTED = "<|im_start|>user\nHow deep?<|im_end|>\n<|im_start|>assistant\nIt is 12 m deep.<|im_end|>\n"
 THINKING = {"thinking": True}
+REFUSES_AN_END = (
+    "{% if messages[-1].role != 'user' %}{{ raise_exception('A user comes last') }}{% endif %}" + WITHOUT_TAGS
+)
+WRITES_ANY = {"chat_template": WITHOUT_TAGS}
 
 
 @pytest.mark.parametrize(
     ("row", "template", "settings", "kept_by"),
     [
-        (TWICE, QWEN3_LIKE, {}, {"mask": "last-turn"}),
-        ({"messages": [*TWICE["messages"], QUESTION]}, QWEN3_LIKE, {"mask": "last-turn"}, None),
         (
             ALONE,
             DEEPSEEK_LIKE,
             {"chat_template_kwargs": THINKING},
             {"chat_template_kwargs": {"enable_thinking": False}},
         ),
-        ({"messages": [ANSWER, *TWICE["messages"]]}, WITHOUT_TAGS, {}, {"mask": "last-turn"}),
+        ({"messages": [ANSWER, QUESTION]}, WITHOUT_TAGS, {}, {"chat_template_kwargs": {"chat_template": WITH_TAGS}}),
+        ({"messages": [*TWICE["messages"], QUESTION]}, REFUSES_AN_END, {}, {"chat_template_kwargs": WRITES_ANY}),
         ({"text": FORMATTED}, WITHOUT_TAGS, {}, {"keep_special_tokens": True}),
         ({"messages": [QUESTION, {**ANSWER, "content": FORMATTED}]}, WITH_TAGS, {}, {"keep_special_tokens": True}),
         (ALONE, WITH_TAGS, {"max_length": 20, "block_size": 16}, {"max_length": 400}),
@@ -43,14 +45,11 @@ THINKING = {"thinking": True}
     ],
 )
 def test_every_reason_names_what_keeps_its_rows(
-    tmp_path: Path, row: dict[str, Any], template: str, settings: dict[str, Any], kept_by: dict[str, Any] | None
+    tmp_path: Path, row: dict[str, Any], template: str, settings: dict[str, Any], kept_by: dict[str, Any]
 ) -> None:
     with pytest.raises(BadInputError) as caught:
         plan(tmp_path, [row], template, **settings)
     told = next(line for line in str(caught.value).splitlines() if line.startswith("  1 rows: "))
-    if kept_by is None:
-        assert "end them with the answer" in told
-        return
     ((setting, value),) = kept_by.items()
     flag = f"--{setting.replace('_', '-')}"
     assert f"{flag} {value}" in told or flag in told or json.dumps(value) in told
@@ -60,8 +59,7 @@ def test_every_reason_names_what_keeps_its_rows(
 def test_repetitions_and_bad_rows_name_theirs(tmp_path: Path) -> None:
 
     made = plan(tmp_path, [ALONE, ALONE, {"messages": 3}], skip_bad_rows=True, drop_duplicates=True)
-    config = ExtractConfig(data=(tmp_path,), target="t", out=tmp_path)
-    told = [left_out(reason, count, config) for reason, count in made.counts()["rejects"].items()]
+    told = [left_out(reason, count) for reason, count in made.counts()["rejects"].items()]
     assert told == [
         "1 rows: bad row (rejects.parquet says what is wrong with each; mend them)",
         "1 rows: duplicate (without --drop-duplicates they are kept)",

@@ -9,7 +9,8 @@ from tiny_target import SPECIAL, WITHOUT_TAGS
 from transformers import AutoTokenizer
 
 from dflash_offline.stages.conversations.content import Chat, Text, Tokens, read_messages
-from dflash_offline.stages.conversations.loss_mask import ConversationEncoder, UnmaskableError
+from dflash_offline.stages.conversations.loss_mask import ConversationEncoder, Tokenized
+from dflash_offline.stages.conversations.rendering import UnmaskableError
 
 SYSTEM = [{"role": "system", "content": "the blue"}]
 
@@ -57,28 +58,18 @@ def test_an_answer_that_ends_in_several_tokens_of_a_character_is_supervised_whol
 
 
 @pytest.mark.parametrize(
-    ("shape", "messages", "kwargs", "last_turn"),
+    ("shape", "messages", "kwargs"),
     [
-        ("qwen3", thought(TWO), {}, "<think>\nnine likes\n</think>\n\nthe bird sees<|im_end|>"),
-        ("gpt-oss", TWO, {}, "<|channel|>final<|message|>the bird sees<|return|>"),
-        ("mistral", SYSTEM + TWO, {}, " the bird sees</s>"),
-        ("deepseek", ONE, {"thinking": True}, None),  # its history never holds the <think> that serving begins with
-        ("qwen3", thought(ONE), {"enable_thinking": False}, None),
+        ("deepseek", ONE, {"thinking": True}),  # its history never holds the <think> that serving begins with
+        ("qwen3", thought(ONE), {"enable_thinking": False}),
     ],
 )
-def test_a_template_that_rewrites_history_is_caught(
-    tmp_path: Path, shape: str, messages: list[dict[str, str]], kwargs: dict[str, Any], last_turn: str | None
+def test_an_answer_that_the_prompt_does_not_lead_to_is_refused(
+    tmp_path: Path, shape: str, messages: list[dict[str, str]], kwargs: dict[str, Any]
 ) -> None:
-    with pytest.raises(UnmaskableError) as caught:
-        supervised(encoder(tmp_path / "a", shape, kwargs), messages)
-    reason = "template rewrites history" if last_turn else "answer does not follow its prompt"
-    assert caught.value.args[0] == reason
-    last = encoder(tmp_path / "b", shape, kwargs, mask="last-turn")
-    if last_turn is None:
+    for mask in ("assistant", "last-turn"):
         with pytest.raises(UnmaskableError, match="answer does not follow its prompt"):
-            supervised(last, messages)
-    else:
-        assert supervised(last, messages) == last_turn
+            supervised(encoder(tmp_path / mask, shape, kwargs, mask=mask), messages)
 
 
 def test_a_thinking_switch_moves_what_is_supervised(tmp_path: Path) -> None:
@@ -169,8 +160,14 @@ def test_tokens_keep_their_mask_and_a_text_is_supervised_whole(tmp_path: Path, m
     assert supervised(made, Text("the cat sees\n")) == "the cat sees\n"
 
 
-def test_an_answer_without_a_question_is_refused_only_where_it_must_be_told(tmp_path: Path) -> None:
-    backwards = [ONE[1], *TWO]
-    with pytest.raises(UnmaskableError, match="begins with an assistant turn"):
-        supervised(encoder(tmp_path / "a", "none"), backwards)
+def test_an_answer_without_a_question_is_left_out_alone_and_only_where_it_must_be_told(tmp_path: Path) -> None:
+    backwards = Chat([ONE[1], *TWO])
+    made = encoder(tmp_path / "a", "none")
+    [[(first, error), (third, rest)]] = made.encode_all([backwards])
+    assert (first, third) == (1, 3) and isinstance(error, UnmaskableError) and isinstance(rest, Tokenized)
+    assert error.args[0] == "begins with an assistant turn"
+    text, words = (made.tokenizer.decode(ids.tolist()) for ids in (rest.input_ids, rest.input_ids[rest.loss_mask]))
+    assert text.count("a red dog") == 2 and words == "a red dog<|im_end|>the bird sees<|im_end|>"
     assert supervised(encoder(tmp_path / "b", "none", mask="last-turn"), backwards) == "the bird sees<|im_end|>"
+    with pytest.raises(UnmaskableError, match="begins with an assistant turn"):
+        supervised(made, [ONE[1], ONE[0]])

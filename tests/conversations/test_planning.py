@@ -137,27 +137,29 @@ def compared(plan: Plan, config: ExtractConfig, files: TargetFiles) -> None:
     """Check everything that a plan says against the plain one."""
     plain = plain_plan(config, files)
     table = plan.samples
+    columns = (table.row, table.answer, table.num_anchors)
     found = [
-        (table.source(i), row, *(part.tolist() for part in table.tokens.of(i)), anchors)
-        for i, (row, anchors) in enumerate(zip(table.row.tolist(), table.num_anchors.tolist(), strict=True))
+        (table.source(i), *table_row[:2], *(part.tolist() for part in table.tokens.of(i)), table_row[2])
+        for i, table_row in enumerate(zip(*(column.tolist() for column in columns), strict=True))
     ]
     assert found == plain.samples != []
-    assert [(one.source, one.row, one.reason, one.detail) for one in plan.rejects] == plain.rejects != []
-    assert (plan.formats, plan.num_truncated, plan.num_supervised_cut, plan.dropped) == (
+    assert [(one.source, one.row, one.answer, one.reason, one.detail) for one in plan.rejects] == plain.rejects != []
+    assert (plan.formats, plan.split, plan.num_truncated, plan.num_supervised_cut, plan.dropped) == (
         plain.formats,
+        plain.split,
         plain.truncated,
         plain.supervised_cut,
         plain.dropped,
     )
-    assert table.num_tokens.tolist() == [len(ids) for _, _, ids, _, _ in plain.samples]
-    assert table.num_supervised.tolist() == [sum(mask) for _, _, _, mask, _ in plain.samples]
+    assert table.num_tokens.tolist() == [len(ids) for *_, ids, _, _ in plain.samples]
+    assert table.num_supervised.tolist() == [sum(mask) for *_, mask, _ in plain.samples]
     first_uses: dict[int, int] = {}
-    for sample, (_, _, ids, _, _) in enumerate(plain.samples):
+    for sample, (*_, ids, _, _) in enumerate(plain.samples):
         for token in ids:
             first_uses.setdefault(token, sample)
     known = {token: int(sample) for token, sample in enumerate(plan.first_uses) if sample >= 0}
     assert known == {token: sample for token, sample in first_uses.items() if token < len(plan.first_uses)}
-    beyond = [(sample, token) for sample, one in enumerate(plain.samples) for token in one[2] if token >= 400]
+    beyond = [(sample, token) for sample, one in enumerate(plain.samples) for token in one[3] if token >= 400]
     assert plan.beyond == (beyond[0] if beyond else None)
 
 

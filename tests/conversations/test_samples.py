@@ -14,10 +14,6 @@ from dflash_offline.stages.conversations.loss_mask import close_turns
 from dflash_offline.stages.conversations.plan import Plan, refuse_ids_beyond_table
 from dflash_offline.stages.target.mask_token import choose_mask_token
 
-REWRITES_HISTORY = (
-    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content if loop.last or m.role == 'user' else 'cut' }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
 TAGS_WITHOUT_END = WITH_TAGS.replace(
     "{{ m.content }}<|im_end|>{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>"
 )
@@ -39,14 +35,6 @@ def test_supervised_are_the_assistants_words_and_the_end_of_turn(tmp_path: Path,
         assert isinstance(messages, list)
         answers = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
         assert supervised_text(made, sample, tmp_path) == "".join(answers)
-
-
-def test_a_template_that_rewrites_history_is_caught_and_counted(tmp_path: Path) -> None:
-    rows = conversations(6)  # rows 0 and 3 have two turns
-    made = plan(tmp_path, rows, REWRITES_HISTORY)
-    assert [reject.row for reject in made.rejects] == [1, 4]
-    assert {reject.reason for reject in made.rejects} == {"template rewrites history"}
-    assert len(made.samples) == 4
 
 
 @pytest.mark.parametrize(

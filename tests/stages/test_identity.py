@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dflash_offline.schemas.settings.option import options
 from dflash_offline.stages.capture.inputs import open_inputs
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.training.corpus import Corpus
 
@@ -45,7 +47,7 @@ CONTENT: dict[str, tuple[Settings, set[str]]] = {
     "mask_token_id": ({"mask_token_id": 303}, {"mask_token_id"}),
     "max_length": ({"max_length": 100}, {"max_length"}),
     "chat_template_kwargs": ({"chat_template_kwargs": {"a": 1}}, {"chat_template_kwargs", "chat_template_kwargs.a"}),
-    "mask": ({"mask": "all"}, {"mask_rule"}),
+    "mask": ({"mask": "last-turn"}, {"mask_rule"}),
     "no_reasoning": ({"no_reasoning": True}, {"mask_rule"}),
     "skip_bad_rows": ({"skip_bad_rows": True}, {"skip_bad_rows"}),
     "input_format": ({"input_format": "messages"}, {"input_format"}),
@@ -215,6 +217,22 @@ def test_what_an_older_version_did_not_record_is_not_called_another_setting(
     assert re.search(r"target\.end_ids +cache: \(absent\)", refusal(older)) and said in refusal(older)
     same = made_otherwise(cache, tmp_path / "same", set_field("identity/limit", 8))
     assert "cache: 8  now: 9" in refusal(same) and said not in refusal(same)
+
+
+def test_a_cache_that_was_planned_by_an_older_rule_goes_on_by_it(
+    cache: Path, extract_config: Settings, tmp_path: Path
+) -> None:
+    older = made_otherwise(cache, tmp_path / "older", lambda document: document["identity"].pop("history"))
+    asked = ExtractConfig(**extract_config, out=older)
+    assert open_inputs(replace(asked, out=cache), Silent()).encoder.as_served
+    assert not open_inputs(asked, Silent()).encoder.as_served
+    shutil.rmtree(older / "commits")
+    (older / "commits").mkdir()
+    assert extract(asked, Silent()).shards_written == len(Cache(older).commits) > 0
+    names = [path.relative_to(cache) for path in (cache / "features.zarr").rglob("*") if path.is_file()]
+    assert all((older / name).read_bytes() == (cache / name).read_bytes() for name in names)
+    other = made_otherwise(cache, tmp_path / "other", set_field("identity/history", "left out"))
+    assert differing(other, extract_config) == ["history"]
 
 
 ONE_TARGET = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_target import save_conversations, save_target
+from tiny_target import WITH_TAGS, save_conversations, save_target
 
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
@@ -207,6 +207,21 @@ def test_the_split_follows_content(cache: Path) -> None:
     training, held_out = corpus.split(5)
     assert len(held_out) == 5 and sorted([*training, *held_out]) == list(range(len(corpus)))
     assert len(corpus.split(10**6)[1]) == len(corpus) // 10
+
+
+def test_the_samples_of_one_conversation_are_held_out_together(
+    extract_config: dict[str, object], data: Path, tmp_path: Path
+) -> None:
+    cut = WITH_TAGS.replace(
+        "{% generation %}{{ m.content }}", "{% generation %}{{ m.content[: none if loop.last else 9] }}"
+    )
+    target = save_target(tmp_path / "target", template=cut)
+    extract(ExtractConfig(**extract_config | {"target": str(target), "out": tmp_path / "cache"}), Silent())
+    corpus = Corpus.open((tmp_path / "cache",))
+    table = corpus.caches[0].samples
+    assert len(table) > 80 and set(table.answer.tolist()) == {0, 1, 2}
+    sides = [{int(table.row[sample]) for sample in side} for side in corpus.split(10)]
+    assert not sides[0] & sides[1] and any(np.count_nonzero(table.row == row) == 2 for row in sides[1])
 
 
 def test_caches_of_another_target_and_a_cache_named_twice_are_refused(

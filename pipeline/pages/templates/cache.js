@@ -9,7 +9,7 @@
   const columns = [
     { name: "sample", value: number },
     { name: "source", value: (row) => table.sources[table.source[row]] },
-    ...["row", "tokens", "supervised", "anchors", "shard"].map((name) => ({ name, value: (row) => table[name][row] })),
+    ...["row", "answer", "tokens", "supervised", "anchors", "shard"].filter((name) => table[name]).map((name) => ({ name, value: (row) => table[name][row] })),
     { name: "opens", value: (row) => (place.has(number(row)) ? "yes" : "no") },
   ];
   let sample = null;
@@ -30,7 +30,8 @@
   function open(row) {
     sample = samples[place.get(number(row))];
     view.hidden = false;
-    view.querySelector("h3").textContent = `Sample ${sample.sample}, ${columns[1].value(row)}:${table.row[row]}`;
+    view.querySelector("h3").textContent = `Sample ${sample.sample}, ${columns[1].value(row)}:${table.row[row]}` +
+      (table.answer?.[row] ? `, answer ${table.answer[row]}` : "");
     const supervised = table.supervised[row], part = sample.ids.length < sample.tokens ? `, the first ${sample.ids.length} shown` : "";
     view.querySelector(".summary").textContent =
       `${sample.tokens} tokens${part}; ${supervised} supervised; ${table.anchors[row]} anchors; shard ${table.shard[row]}` +
