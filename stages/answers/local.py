@@ -25,7 +25,7 @@ from dflash_offline.stages.answers.dialogues import (
     own_seed,
 )
 from dflash_offline.stages.answers.readings import AnswerReader, Asked
-from dflash_offline.stages.conversations.loss_mask import ROW_ERRORS
+from dflash_offline.stages.conversations.rendering import ROW_ERRORS
 from dflash_offline.stages.draft.sampling import SamplingRule
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.target.files import TargetFiles, open_target

@@ -13,7 +13,8 @@ from dflash_offline.stages.answers.advice import EMPTY, OTHER_TOKENS, REWRITTEN,
 from dflash_offline.stages.answers.dialogues import Answer, Message, with_recorded_ids
 from dflash_offline.stages.conversations.chat_tokenizer import ChatTokenizer
 from dflash_offline.stages.conversations.content import REASONING_KEYS, read_messages, shown, strings
-from dflash_offline.stages.conversations.loss_mask import MOST_CHARACTERS, REASONING_TAGS, ROW_ERRORS
+from dflash_offline.stages.conversations.loss_mask import REASONING_TAGS
+from dflash_offline.stages.conversations.rendering import MOST_CHARACTERS, ROW_ERRORS
 from dflash_offline.stages.target.files import TargetFiles
 
 _OPENED = re.compile(r"(?:<think>|\[THINK\])\s*\Z")
