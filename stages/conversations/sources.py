@@ -21,11 +21,11 @@ from dflash_offline.stages.conversations.files import (
     DataFile,
     RawRow,
     Row,
-    first_line,
     identify,
-    num_arrow_rows,
     read_raw_rows,
 )
+from dflash_offline.stages.conversations.reading.apart import num_arrow_rows
+from dflash_offline.stages.conversations.reading.streams import first_line
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_
 def test_a_line_that_never_ends_is_passed_over_without_being_held(
     tmp_path: Path, without_tags: ConversationEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dflash_offline.stages.conversations.files.MOST_LINE_BYTES", 4096)
+    monkeypatch.setattr("dflash_offline.stages.conversations.reading.bounds.MOST_LINE_BYTES", 4096)
     good = json.dumps(conversations(1)[0])
     path = tmp_path / "a.jsonl"
     path.write_text(f"{good}\n{'x' * 9000}\n{good}\n{'x' * 4095}\n{good}\n{'x' * 5000}")

@@ -168,7 +168,7 @@ def test_a_json_array_is_read_in_pieces_of_any_size(
         path = write_bytes(tmp_path / f"{number}.json", text.encode())
         file = identify(path)
         with monkeypatch.context() as patch:
-            patch.setattr("dflash_offline.stages.conversations.files._PIECE", pieces)
+            patch.setattr("dflash_offline.stages.conversations.reading.json_text.PIECE", pieces)
             assert [row.value for row in read_rows(file)] == ([] if text == "[]" else rows)
 
 
