@@ -40,7 +40,7 @@ def test_every_make_target_that_is_named_exists() -> None:
 def test_the_readme_has_a_line_for_every_room_and_no_other() -> None:
     listed, top = set(), ""
     for line in (ROOT / "README.md").read_text().split("## The rooms")[1].split("```")[1].splitlines():
-        if folder := re.match(r"( *)(\w+)/ ", line):
+        if folder := re.match(r"( *)([\w/]+)/ ", line):
             top = top if folder[1] else folder[2]
             listed.add(f"{top}/{folder[2]}" if folder[1] else top)
     rooms = {
