@@ -22,6 +22,7 @@ from dflash_offline.schemas.settings.shared import DEVICE
 
 LOSSES = ("dflash", "dpace")
 ATTENTION_BACKENDS = ("flex_attention", "sdpa", "eager")
+FLEX_TILES = ("default", "narrow")
 MAX_EPOCHS = 1_000_000
 """Passes over the samples; far above any run, and few enough to count the steps of."""
 _CHECKPOINTS = "Validation and checkpoints"
@@ -152,6 +153,9 @@ class TrainConfig:
     attention_backend: Annotated[str, Option(
         "Attention of the draft: flex_attention, sdpa or eager; auto is flex_attention on a GPU and sdpa on a CPU.",
         "Device", "free", "NAME", choices=("auto", *ATTENTION_BACKENDS))] = "auto"
+    flex_tiles: Annotated[str, Option(
+        "Tiles of flex attention's backward kernels on a GPU; `make bench-gpu` says which are faster there.",
+        "Device", "free", "NAME", choices=FLEX_TILES)] = "default"
     device: Annotated[str, replace(DEVICE, group="Device", role="free")] = "auto"
     dtype: Annotated[str, Option(
         "Autocast: bfloat16 or float32; auto is bfloat16 on a GPU. Weights and optimizer are always float32.",

@@ -10,15 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from dflash_offline.schemas.draft.config import AttentionRule
+from dflash_offline.schemas.settings.train import FLEX_TILES
 from dflash_offline.stages.draft.anchors import document_starts
 
 TILE_QUERIES = 128
 """Queries of one tile, about: enough to keep a matmul busy, few enough that neighbours see nearly the same context."""
 _FLEX_TILE = 128
 """Queries and keys of a tile of flex attention."""
+_BACKWARD_TILES: dict[str, FlexKernelOptions | None] = {
+    "default": None,
+    "narrow": {"BLOCK_M1": 32, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 32},  # of the backward kernels alone
+}
+"""Kernel options of flex attention for each of `FLEX_TILES`; narrow ones need fewer registers."""
+_chosen_tiles = "default"
 
 
 @dataclass(frozen=True)
@@ -215,12 +222,20 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
+def choose_flex_tiles(name: str) -> None:
+    """Let flex attention's backward kernels on a GPU, of all drafts in this process, use one of `FLEX_TILES`."""
+    global _chosen_tiles
+    assert name in FLEX_TILES
+    _chosen_tiles = name
+
+
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     enable_gqa = q.shape[1] != k.shape[1]
+    tiles = None if q.is_cpu else _BACKWARD_TILES[_chosen_tiles]
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa, kernel_options=tiles)
     if not q.is_cpu:
-        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=enable_gqa, kernel_options=tiles)
     with warnings.catch_warnings():
         # Uncompiled, it holds all scores; on a CPU, where it has no backward, that is wanted: no compiler is needed.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

@@ -18,7 +18,7 @@ from torch import nn
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.run import begun_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
-from dflash_offline.stages.draft.attention import default_backend
+from dflash_offline.stages.draft.attention import choose_flex_tiles, default_backend
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import (
@@ -132,6 +132,7 @@ class Training:
     def _module(self, head: nn.Linear, table: nn.Embedding) -> DFlashTrainerModule:
         config = self.config
         self.draft.gradient_checkpointing = config.gradient_checkpointing
+        choose_flex_tiles(config.flex_tiles)
         return DFlashTrainerModule(
             self.draft,
             head,

@@ -234,7 +234,13 @@ def test_a_step_waits_once_for_its_sums_and_in_each_forward_for_what_it_computes
 def dense_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute flex attention from what its mask says of every query and key, instead of compiling it."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, enable_gqa: bool) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, enable_gqa: bool, kernel_options: None
+    ) -> Tensor:
+        assert kernel_options in (
+            None,
+            {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32},
+        )
         rows, queries, keys = (torch.arange(n, device=q.device) for n in (q.shape[0], q.shape[2], k.shape[2]))
         rows = rows[:, None, None, None]
         mask = block_mask.mask_mod(rows, torch.zeros_like(rows), queries[:, None], keys)

@@ -237,6 +237,7 @@ FREE: dict[str, object] = {
     "device": "auto" if not torch.cuda.is_available() else "cpu",
     "gradient_checkpointing": True,
     "activation_budget": 0.5,
+    "flex_tiles": "narrow",
     "compile": False,
     "report_to": None,
     "loader_threads": 1,
