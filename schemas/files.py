@@ -111,7 +111,7 @@ def append(file: FileIO, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             file.truncate(end)
-        error.filename = file.name
+        error.filename = str(file.name)
         raise
 
 

@@ -3,14 +3,21 @@
 import importlib
 import importlib.util
 import json
+import os
 import resource
+import secrets
+import socket
 import sys
+import time
 from collections.abc import Callable
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import append, open_kept, publish, write_synced
@@ -35,7 +42,7 @@ class MetricsLog:
         run = config.out
         _keep_rows(run / METRICS, step, say)
         self._file = open_kept(run / METRICS, "a")
-        self._events = SummaryWriter(str(run / EVENTS), purge_step=step + 1)
+        self._events = _EventFile(run / EVENTS, step)
         self._tracker = importlib.import_module(config.report_to) if config.report_to else None
         if self._tracker:
             # wandb finds a run again by id, trackio by name.
@@ -50,8 +57,7 @@ class MetricsLog:
         for name, value in row.items():
             slots = enumerate(value, start=1) if isinstance(value, list) else ()
             flat.update({f"{name}/{slot}": number for slot, number in slots} or {name: value})
-        for name, number in flat.items():
-            self._events.add_scalar(name, number, step)
+        self._events.write(step, flat)
         if self._tracker:
             self._tracker.log(flat, step=step)
 
@@ -61,6 +67,37 @@ class MetricsLog:
         self._events.close()
         if self._tracker:
             self._tracker.finish()
+
+
+class _EventFile:
+    """A file of TensorBoard's events, whose rows after `step` replace those of older files.
+
+    Torch's SummaryWriter would write from a thread of its own, which cannot tell of a full disk but by a traceback, and
+    under a name through which a link could be followed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._file = FileIO(folder / name, "x")
+        self._add(Event(step=step + 1, file_version="brain.Event:2"))
+        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Add a step's numbers."""
+        self._add(*(Event(step=step, summary=scalar(name, number)) for name, number in numbers.items()))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _add(self, *events: Event) -> None:
+        records = BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            event.wall_time = time.time()
+            writer.write(event.SerializeToString())
+        append(self._file, records.getvalue())
 
 
 def _keep_rows(path: Path, step: int, say: Callable[[str], None]) -> None:
