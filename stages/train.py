@@ -175,8 +175,9 @@ def _open_log(training: Training, stack: ExitStack, progress: Progress) -> Log:
 def _train_steps(training: Training, signals: list[int], progress: Progress, log: Log) -> None:
     """Step, log, validate and save until the last step, a signal, or too many validations without a better one."""
     config = training.config
-    with closing(training.stream()) as stream:
+    with training.writer as writer, closing(training.stream()) as stream:
         while not (training.is_at_last_step or training.is_stale):
+            writer.check()
             result = training.step(islice(stream, config.accumulation), stop=bool(signals))
             step, last = training.state.step, training.is_at_last_step
             validates = len(training.val_samples) > 0 and (step % training.val_every == 0 or last)
@@ -191,6 +192,7 @@ def _train_steps(training: Training, signals: list[int], progress: Progress, log
             if step % config.save_every == 0 or last or improved or result.stop or training.is_stale:
                 training.save()
             if result.stop and not last:
+                writer.wait()
                 number = signals[0] if signals else signal.SIGTERM  # another rank's
                 raise Interrupted(number, f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
     if not training.is_at_last_step:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, STATE
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
-from dflash_offline.stages.draft.weights import draft_state_dict, save_weights
+from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
 from dflash_offline.stages.training.optimizer import WeightAverage
 from dflash_offline.stages.training.sums import Window
 
@@ -52,30 +54,106 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step:07d}"
 
 
-def save_checkpoint(
-    run: Path,
-    state: TrainState,
-    draft: DraftModel,
-    optimizers: list[torch.optim.Optimizer],
-    average: WeightAverage | None = None,
-) -> Path:
-    """Write masters, optimizers and state whole, then rename the folder into place; returns it."""
-    folder = checkpoint_folder(run, state.step)
-    if os.path.lexists(folder):
-        raise DflashError(f"{folder} is in the way of the checkpoint of step {state.step}. Move it away, and repeat.")
-    with building_folder(folder) as temporary:
-        with average.served(draft) if average else nullcontext():
-            hashes = {WEIGHTS: save_weights(temporary / WEIGHTS, draft_state_dict(draft, draft.config))}
+class CheckpointWriter:
+    """Writes a run's checkpoints behind its steps, one at a time.
+
+    `save` copies what is to be saved and returns; a thread writes the copies, removes checkpoints that need not be
+    kept, and keeps an error for the next call. As a context manager it returns once nothing is being written: a
+    checkpoint is finished, or after a KeyboardInterrupt left out as if it had not been begun.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._pinned: dict[str, dict[str, Tensor]] = {}
+        """Of a GPU's tensors the copies, used again: page-locked memory is slow to come by."""
+        self._is_abandoned = threading.Event()
+
+    def save(
+        self,
+        state: TrainState,
+        draft: DraftModel,
+        optimizers: list[torch.optim.Optimizer],
+        average: WeightAverage | None = None,
+    ) -> None:
+        """Begin to write masters, optimizers and state as they are now, once the checkpoint before is written."""
+        self.wait()
+        folder = checkpoint_folder(self._run, state.step)
+        if os.path.lexists(folder):
+            raise DflashError(
+                f"{folder} is in the way of the checkpoint of step {state.step}. Move it away, and repeat."
+            )
+        masters = {name: parameter.detach() for name, parameter in draft.named_parameters()}
+        files = {WEIGHTS: average.weights if average else masters, OPTIMIZER: _optimizer_tensors(optimizers)}
         if average:
-            hashes[MASTERS] = save_weights(temporary / MASTERS, draft_state_dict(draft, draft.config))
-        hashes[OPTIMIZER] = save_weights(temporary / OPTIMIZER, _optimizer_tensors(optimizers))
-        config = json.dumps(draft.config.to_json(), indent=1).encode()
-        hashes["config.json"] = write_synced(temporary / "config.json", [config])
-        write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
-        sync_folder(temporary)
-        temporary.rename(folder)
-    sync_folder(folder.parent)
-    return folder
+            files[MASTERS] = masters
+        check_draft_weights(masters, draft.config, "The draft in memory")
+        copies = {file: self._copied(file, tensors) for file, tensors in files.items()}
+        if (device := masters["fc.weight"].device).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        self._writing = self._pool.submit(self._write, folder, state, draft.config, copies)
+
+    def check(self) -> None:
+        """Raise what ended the writing of a checkpoint, if anything did."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once the checkpoint is there; raises what ended its writing."""
+        if self._writing is not None:
+            writing = self._writing
+            writing.result()
+            self._writing = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._is_abandoned.set()
+        self._pool.shutdown()
+        failed = None if self._writing is None else self._writing.exception()
+        if failed is None or isinstance(failed, _Abandoned) or failed is error:
+            return
+        if error is None:
+            raise failed
+        if isinstance(error, Exception):
+            raise DflashError(f"{error}\nNor could the last checkpoint be written: {failed}") from error
+
+    def _copied(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies on the CPU; those of a GPU's tensors are complete when its stream is."""
+        held = self._pinned.get(file, {})
+        copies = {}
+        for name, tensor in tensors.items():
+            if name not in held:
+                held[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not tensor.is_cpu)
+            copies[name] = held[name].copy_(tensor, non_blocking=True)
+            if not tensor.is_cpu:
+                self._pinned[file] = held
+        return copies
+
+    def _write(
+        self, folder: Path, state: TrainState, config: DraftConfig, files: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Write a checkpoint whole and rename its folder into place."""
+        with building_folder(folder) as temporary:
+            hashes = {}
+            for file, tensors in files.items():
+                if self._is_abandoned.is_set():
+                    raise _Abandoned
+                hashes[file] = save_weights(temporary / file, tensors)
+            text = json.dumps(config.to_json(), indent=1).encode()
+            hashes["config.json"] = write_synced(temporary / "config.json", [text])
+            write_synced(temporary / STATE, [sealed_bytes({**asdict(state), "files": hashes})])
+            sync_folder(temporary)
+            temporary.rename(folder)
+        sync_folder(folder.parent)
+        prune_checkpoints(self._run, self._keep, state.best_step)
+
+
+class _Abandoned(Exception):
+    """The writing of a checkpoint was given up."""
 
 
 def read_state(folder: Path) -> TrainState:
@@ -141,7 +219,7 @@ def restore(
 
 def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     return {
-        f"{kind}.{name}": value.detach().cpu().contiguous()
+        f"{kind}.{name}": value.detach()
         for optimizer, name, parameter in _named(optimizers)
         for kind, value in optimizer.state[parameter].items()
     }

@@ -6,7 +6,7 @@ Axes: B rows, S positions, N anchors, K block size.
 import math
 import time
 from collections.abc import Generator, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,11 +22,10 @@ from dflash_offline.stages.draft.attention import choose_flex_tiles, default_bac
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import (
+    CheckpointWriter,
     TrainState,
     list_checkpoints,
-    prune_checkpoints,
     restore,
-    save_checkpoint,
 )
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_parts, resolve_draft_config
@@ -96,6 +95,7 @@ class Training:
         self.per_step = config.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
         self.state = TrainState(step=0)
+        self.writer = CheckpointWriter(config.out, config.keep)
         self._parameters = list(self.draft.parameters())
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
@@ -302,6 +302,8 @@ class Training:
         rows = [rows for rows, _ in self.schedule.between(first, first + self.per_step)]
         samples = sorted({int(sample) for batch in rows for row in batch for sample in row})
         cache, number = self.corpus.locate(samples[0])
+        with suppress(Exception):  # which is told beside this
+            self.writer.wait()
         saved = list_checkpoints(self.config.out)
         look = dflash_line("inspect", self.corpus.caches[cache].path, "--sample", number)
         raise DflashError(
@@ -350,11 +352,9 @@ class Training:
         return self.state.step >= self.total_steps
 
     def save(self) -> None:
-        """Save a checkpoint, and remove those that need not be kept; the first rank does."""
-        config, state = self.config, self.state
+        """Begin to save a checkpoint, after which those that need not be kept are removed; the first rank does."""
         if self.ranks.is_first:
-            save_checkpoint(config.out, state, self.draft, self.optimizers, self.average)
-            prune_checkpoints(config.out, config.keep, state.best_step)
+            self.writer.save(self.state, self.draft, self.optimizers, self.average)
 
     def resume(self) -> Path | None:
         """Go to where the newest checkpoint stands; returns its folder, None if there is none."""
