@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "pipeline": {"schemas", "stages", "pipeline"},
 }
 STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_samples", "export_card"}
-LOOSE = {"cores", "progress", "stop"}
+LOOSE = {"bounds", "cores", "progress", "stop"}
 """Files of `stages/` that belong to no room and import none."""
 ROOMS = "store target conversations draft capture trainer training answers".split()
 """From the ground up: a room imports those before it, never one behind it."""

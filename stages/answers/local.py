@@ -25,6 +25,7 @@ from dflash_offline.stages.answers.dialogues import (
     own_seed,
 )
 from dflash_offline.stages.answers.readings import AnswerReader, Asked
+from dflash_offline.stages.bounds import bounded
 from dflash_offline.stages.conversations.rendering import ROW_ERRORS
 from dflash_offline.stages.draft.sampling import SamplingRule
 from dflash_offline.stages.progress import Progress
@@ -127,10 +128,11 @@ class LocalAnswerer:
 
     def _ask(self, dialogue: Dialogue, turn: int) -> Asked | Answer:
         """Return what is given to the target, up to where the answer begins, or why there can be no answer."""
-        try:
-            asked = self._reader.ask(dialogue.prompt(turn), dialogue.tools, dialogue.recorded[turn])
-        except ROW_ERRORS as error:
-            return Answer(fault=REFUSED_BY_TEMPLATE, detail=f"turn {turn}: {str(error)[:200]}")
+        with bounded(self._reader.template_origin, f"{dialogue.source}:{dialogue.line}, turn {turn}"):
+            try:
+                asked = self._reader.ask(dialogue.prompt(turn), dialogue.tools, dialogue.recorded[turn])
+            except ROW_ERRORS as error:
+                return Answer(fault=REFUSED_BY_TEMPLATE, detail=f"turn {turn}: {str(error)[:200]}")
         if not 0 < len(asked.ids) < self._prompt_positions:
             beside = f", {self.config.max_new_tokens:,} of them for the answer" if self.files.table_changes else ""
             found = f"{len(asked.ids):,} tokens" if asked.ids else f"{len(asked.text):,} characters"
@@ -141,7 +143,8 @@ class LocalAnswerer:
     def _answer_batch(self, batch: list[tuple[Dialogue, Asked]], turn: int) -> Iterator[tuple[Dialogue, Answer]]:
         for (dialogue, asked), ids in zip(batch, self._generate(batch, turn), strict=True):
             if len(dialogue.answers) == turn:
-                answer = self._read(asked, ids[: self.positions - len(asked.ids)], turn)
+                with bounded(self._reader.template_origin, f"{dialogue.source}:{dialogue.line}, turn {turn}"):
+                    answer = self._read(asked, ids[: self.positions - len(asked.ids)], turn)
                 dialogue.add(answer)
                 yield dialogue, answer
 

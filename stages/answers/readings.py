@@ -57,6 +57,8 @@ class AnswerReader:
     def __init__(self, files: TargetFiles, chat_template_kwargs: Mapping[str, Any], *, keep_rewritten: bool) -> None:
         self._tokenizer = files.tokenizer
         self._chat = ChatTokenizer(files.tokenizer, chat_template_kwargs)
+        self.template_origin = self._chat.origin
+        """Whose template it is, as errors name it."""
         self._end_ids = files.end_ids()
         self._ends = {"", *(self._decode([token]).strip() for token in self._end_ids)}
         self._keep_rewritten = keep_rewritten

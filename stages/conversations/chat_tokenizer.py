@@ -56,6 +56,8 @@ class ChatTokenizer:
         self._tools = given.pop("tools", None)
         self._documents = given.pop("documents", None)
         template = given.pop("chat_template", None)
+        self.origin = template_origin(tokenizer, template_kwargs)
+        """Whose template it is, as errors name it."""
         self._variables = given
         self._is_plain = self._tools is None and self._documents is None and gather_texts(given, [])
         # A tokenizer may have a template of its own for rows with tools.
@@ -155,6 +157,12 @@ class ChatTokenizer:
             character = starts_one.cumsum() - 1
             begins, ends = character[begins], character[ends - 1] + 1
         return Encoded(ids, begins, ends, ordered=True)
+
+
+def template_origin(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
+    """Return how an error names the chat template that renders."""
+    given = template_kwargs.get("chat_template")
+    return "The chat template of --chat-template-kwargs" if given else f"The chat template of {tokenizer.name_or_path}"
 
 
 @cache

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.bounds import bounded
 from dflash_offline.stages.conversations.chat_tokenizer import ChatTokenizer, Encoded
 from dflash_offline.stages.conversations.content import Chat, Content, Text, Tokens, gather_texts, strings
 from dflash_offline.stages.conversations.rendering import (
@@ -87,8 +88,15 @@ class ConversationEncoder:
         return tokenized
 
     def encode_all(self, contents: Sequence[Content]) -> list[list[Part]]:
-        """Return the samples of each row, and the errors of what is none, the texts of all rows encoded together."""
-        rows = [self._parts(content) for content in contents]
+        """Return the samples of each row, and the errors of what is none, the texts of all rows encoded together.
+
+        Raises `OutOfBoundsError` if the template takes far too much time or memory for one of them.
+        """
+        rows = []
+        with bounded(self.tokenizer.origin) as begin_row:
+            for content in contents:
+                begin_row()
+                rows.append(self._parts(content))
         texts = [part for row in rows for _, part in row if isinstance(part, Rendered)]
         plain = iter(self._encoded([part for part in texts if isinstance(part.content, Text)], special_tokens=True))
         chats = iter(self._encoded([part for part in texts if isinstance(part.content, Chat)], special_tokens=False))

@@ -8,8 +8,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dflash_offline.schemas.errors import BadInputError
+from dflash_offline.stages.bounds import bounded
+from dflash_offline.stages.conversations.chat_tokenizer import template_origin
 from dflash_offline.stages.conversations.content import RowFaultError, checked_text, read_messages, template_kwargs
 from dflash_offline.stages.conversations.files import Row, identify, read_rows, refuse_bad_rows
+from dflash_offline.stages.conversations.rendering import MOST_RENDERED
 
 WHAT_TO_DO = (
     'Each line is an object with either "messages", a list of {"role": ..., "content": ...} objects, or "prompt", '
@@ -54,18 +57,24 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[
     if prompt.messages is None:
         ids: list[int] = tokenizer(prompt.text)["input_ids"]
     else:
-        try:
-            text = tokenizer.apply_chat_template(
-                prompt.messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                **template_kwargs(chat_template_kwargs, prompt.tools),
-            )
-        except (TemplateError, ValueError) as error:
+        with bounded(template_origin(tokenizer, chat_template_kwargs), prompt.place):
+            try:
+                text = tokenizer.apply_chat_template(
+                    prompt.messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **template_kwargs(chat_template_kwargs, prompt.tools),
+                )
+            except (TemplateError, ValueError) as error:
+                raise BadInputError(
+                    f"{prompt.place} cannot be rendered with the target's chat template: {error}. "
+                    f'Change the conversation, or give the rendered text as "prompt".'
+                ) from error
+        if len(text) > MOST_RENDERED:
             raise BadInputError(
-                f"{prompt.place} cannot be rendered with the target's chat template: {error}. "
-                f'Change the conversation, or give the rendered text as "prompt".'
-            ) from error
+                f"{prompt.place} becomes {len(text):,} characters with the target's chat template; expected at most "
+                f"{MOST_RENDERED:,}. Remove the line, or mend the template."
+            )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise BadInputError(f"{prompt.place} becomes no token at all; expected at least one. Remove the line.")

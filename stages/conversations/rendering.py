@@ -28,6 +28,8 @@ TOO_LONG = "far too long"
 MOST_CHARACTERS = 1 << 22
 """Characters of one row at most, and of all the texts that it becomes: about a million tokens, which take some 800 MiB
 while they are made."""
+MOST_RENDERED = 2 * MOST_CHARACTERS
+"""Characters of one text with all that the template adds."""
 _OF_AN_ANSWER = (ANSWER_FIRST, OTHER_PROMPT, REFUSED_TURN, REWRITTEN)
 """Why one answer of a conversation cannot be supervised in its text, while others may, or in a text of its own."""
 
@@ -202,6 +204,8 @@ class Renderer:
 
     def _compared(self, rendered: Rendered) -> Rendered:
         """Return a conversation with what its text lacks; `UnmaskableError` if a supervised answer is empty in it."""
+        if len(rendered.text) > MOST_RENDERED:
+            raise UnmaskableError(TOO_LONG, f"the template makes {len(rendered.text):,} characters of it")
         chat, supervised, compared = rendered.content, rendered.supervised, self._with_dropped(rendered)
         lost = {CALLS, KIND_OF_ROLE["assistant"]}.intersection(compared.dropped)
         if not lost or not isinstance(chat, Chat):

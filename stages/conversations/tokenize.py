@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from multiprocessing.connection import Connection, Pipe
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import count_anchors
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.bounds import MOST_SECONDS, OutOfBoundsError, out_of_bounds
 from dflash_offline.stages.conversations.content import Content, RowFaultError, content_hash, read_content
 from dflash_offline.stages.conversations.files import RawRow, parse
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder, Part, Tokenized
@@ -113,7 +114,9 @@ def tokenize_rows(
     size = 0
     waiting = batches(rows)
     for batch in waiting:
-        yield batch, tokenizer(unparsed(batch))
+        with _placed(batch):
+            outcome = tokenizer(unparsed(batch))
+        yield batch, outcome
         size += sum(len(row.content) for row in batch)
         if size >= ALONE_BYTES and not alone:
             yield from _tokenize_in_processes(waiting, tokenizer, num_processes)
@@ -150,7 +153,11 @@ class RowTokenizer:
     def __call__(self, batch: list[UnparsedRow]) -> BatchOutcome:
         """Return what becomes of a batch."""
         read = [self._read(row) for row in batch]
-        encoded = iter(self.encoder.encode_all([content for _, content in read if content is not None]))
+        fit = [index for index, (_, content) in enumerate(read) if content is not None]
+        try:
+            encoded = iter(self.encoder.encode_all([content for _, content in read if content is not None]))
+        except OutOfBoundsError as error:
+            raise OutOfBoundsError(str(error), fit[error.row]) from None
         tokens: list[Tokenized] = []
         rows = [
             outcome if content is None else replace(outcome, samples=self._samples(next(encoded), tokens))
@@ -258,21 +265,37 @@ def _tokenize_in_processes(
                 if any(start.done() for start in starting):
                     waiting = chain([batch], waiting)
                     break
-                yield batch, tokenizer(unparsed(batch))
+                with _placed(batch):
+                    outcome = tokenizer(unparsed(batch))
+                yield batch, outcome
             pending: deque[tuple[list[RawRow], Future[BatchOutcome]]] = deque()
             for batch in waiting:
                 pending.append((batch, threads.submit(answer, unparsed(batch))))
                 if len(pending) > _AHEAD * num_processes:
-                    batch, future = pending.popleft()
-                    yield batch, future.result()
+                    yield _finished(*pending.popleft())
             for batch, future in pending:
-                yield batch, future.result()
+                yield _finished(batch, future)
         finally:
             for process in started:
                 process.kill()
             threads.shutdown(cancel_futures=True)
             for process in started:
                 process.connection.close()
+
+
+@contextmanager
+def _placed(batch: list[RawRow]) -> Iterator[None]:
+    """Name the row of a batch that is out of bounds."""
+    try:
+        yield
+    except OutOfBoundsError as error:
+        row = batch[error.row]
+        raise error.at(f"{row.source.path}:{row.line}") from error
+
+
+def _finished(batch: list[RawRow], future: "Future[BatchOutcome]") -> _Answered:
+    with _placed(batch):
+        return batch, future.result()
 
 
 class _Process:
@@ -295,11 +318,15 @@ class _Process:
             failed, answer = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
             code = self.process.wait()
+            if code == -signal.SIGXCPU:
+                raise DflashError(out_of_bounds("The chat template", f"{MOST_SECONDS} s of processor time")) from error
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             raise DflashError(
                 f"A process that tokenizes {how}. If the machine ran out of memory, free some or take fewer cores "
                 f"(taskset), and repeat the command."
             ) from error
+        if isinstance(failed, OutOfBoundsError):
+            raise failed
         if failed:
             raise RuntimeError(f"A process that tokenizes failed:\n{answer}")
         return answer
@@ -323,6 +350,8 @@ def serve() -> None:
             batch = pickle.loads(connection.recv_bytes())
             try:
                 answer = pickle.dumps((False, tokenizer(batch)))
+            except OutOfBoundsError as error:
+                answer = pickle.dumps((error, None))
             except Exception:
                 answer = pickle.dumps((True, traceback.format_exc()))
             connection.send_bytes(answer)
