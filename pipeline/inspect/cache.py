@@ -142,6 +142,7 @@ def _plan(view: Overview) -> list[tuple[str, str]]:
         conversations, samples, more = (plan.split[name] for name in ("conversations", "samples", "more_tokens"))
         rows.append(("Split", f"{conversations:,} conversations into {samples:,} samples, {more:,} tokens more"))
     rows += [("Not in text", f"{kind} of {count:,} samples") for kind, count in plan.dropped.items()]
+    rows += [("Noted", f"{kind} in {count:,} samples") for kind, count in plan.notes.items()]
     cut = f"; {plan.truncated:,} cut at the maximum length" if plan.truncated else ""
     shares = f"supervised {plan.supervised_share:.0%}, of a sample {share.least:.0%} to {share.most:.0%}"
     anchors = f"{_spread_text(plan.anchors_per_sample)} for blocks of {view.provenance.block_size}"

@@ -95,6 +95,8 @@ class PlanStatistics:
     """Conversations that became several samples, these samples, and the tokens that this cost; empty if none did."""
     dropped: dict[str, int]
     """Samples some part of which the chat template left out of the text, by its kind."""
+    notes: dict[str, int]
+    """Samples of which something else was said when they were planned, by its kind."""
     length: Spread
     supervised_per_sample: Spread
     """Of the share of a sample's tokens."""
@@ -239,6 +241,7 @@ def _plan_statistics(cache: Cache) -> PlanStatistics:
         answers_left_out=plan.get("answers_left_out", {}),
         split=plan.get("split", {}),
         dropped=plan.get("dropped", {}),
+        notes=plan.get("notes", {}),
         length=spread(tokens),
         supervised_per_sample=spread(supervised / np.maximum(tokens, 1)),
         anchors_per_sample=spread(samples.num_anchors),

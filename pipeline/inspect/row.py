@@ -44,6 +44,8 @@ class RowView:
     """What would keep it."""
     dropped: list[str]
     """Kinds of its parts that the chat template left out of the text."""
+    notes: list[str]
+    """What else is said of it, by kind."""
     runs: list[TextRun]
 
 
@@ -88,6 +90,7 @@ def row_view(config: ExtractConfig, number: int) -> list[RowView]:
             detail=part.detail or None,
             advice=advice(part.reason) or None,
             dropped=list(part.dropped),
+            notes=list(part.notes),
             runs=text_runs(texts, batch.mask[own], config.block_size) if texts else [],
         )
         views.append(view)
@@ -118,6 +121,7 @@ def _print(view: RowView) -> None:
         rows += [("", view.advice)] if view.advice else []
     if view.dropped:
         rows.append(("NOT IN TEXT", f"{', '.join(view.dropped)}: the chat template drops them"))
+    rows += [("NOTED", note) for note in view.notes]
     console.print(facts(rows))
     if view.runs:
         console.print()

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 
+from dflash_offline.stages.conversations.content import OTHERS_LEARNED, ROW_SHARE
 from dflash_offline.stages.conversations.loss_mask import SPECIAL_TOKEN, TOKENS_REASON
 from dflash_offline.stages.conversations.rendering import (
+    ALL_CONTEXT,
     ANSWER_FIRST,
+    CONTEXT,
+    CONTEXT_LEARNED,
     EMPTY_ANSWER,
     OTHER_PROMPT,
     REFUSED_TURN,
@@ -16,6 +20,8 @@ from dflash_offline.stages.conversations.tokenize import BAD_ROW, NO_SUPERVISED,
 DUPLICATE = "duplicate"
 _TEMPLATE = "--chat-template-kwargs with a chat_template"
 _ADVICE = {
+    ALL_CONTEXT: "the data marks every answer that --mask names as one not to be learned; --mask assistant keeps those "
+    "with another answer, --mask all supervises every token, and without the marks in the data they are kept",
     BAD_ROW: "rejects.parquet says what is wrong with each; mend them",
     DUPLICATE: "without --drop-duplicates they are kept",
     TOO_LONG: "split them",
@@ -65,3 +71,18 @@ def not_in_text(dropped: Mapping[str, int]) -> str:
     """Return of how many samples the template dropped which parts, and what would keep those."""
     listed = ", ".join(f"{kind} of {count:,}" for kind, count in dropped.items())
     return f"the chat template drops {listed} samples ({_TEMPLATE} that writes them keeps them)"
+
+
+_NOTES = {
+    CONTEXT: "the data marks them as not to be learned, and they are not supervised; take the marks out of the data to "
+    "have them supervised",
+    CONTEXT_LEARNED: "--mask all supervises every token, whatever the data marks",
+    OTHERS_LEARNED: "a draft learns what the assistant says, and these are not supervised; --mask all supervises every "
+    "token",
+    ROW_SHARE: "every row counts alike here; `a.jsonl:0.3` takes a share of a file's rows",
+}
+
+
+def noted(kind: str, count: int) -> str:
+    """Return of how many samples something is to be said, and what follows from it."""
+    return f"{kind} in {count:,} samples ({_NOTES[kind]})"

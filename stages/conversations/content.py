@@ -1,11 +1,14 @@
 """What a row says, whichever way it is written: a conversation, a plain text, or tokens with their mask."""
 
 import json
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
+
+from dflash_offline.stages.conversations import turn_marks
+from dflash_offline.stages.conversations.reading.faults import RowFaultError as RowFaultError
+from dflash_offline.stages.conversations.reading.faults import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -18,14 +21,11 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+OTHERS_LEARNED, ROW_SHARE = "turns of others marked to be learned", "weight of the whole row"
 MOST_NESTED = 100
 """Levels of objects and lists within one another that a row may have."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Names under which templates look for an assistant's reasoning; a message that has one is given all."""
-
-
-class RowFaultError(ValueError):
-    """What is wrong with a row, to be read after its place."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    context: list[int] = field(default_factory=list)
+    """Answers that the data marks as context: they are not to be learned."""
+    unfollowed: list[str] = field(default_factory=list)
+    """What the data marks that no mask can follow."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,6 @@ def read_content(value: dict[str, Any], row_format: str | None = None) -> tuple[
             f"has none of the keys of a row (its keys are {shown(sorted(value)[:8])}; known: {expected})"
         )
     return row_format, ROW_FORMATS[row_format].read(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxdict = 60, 8, 4
-
-
-def shown(value: object) -> str:
-    """Return a value as an error shows it, however large or deep it is."""
-    return _SHORT.repr(value)
 
 
 def is_too_deep(value: Any) -> bool:
@@ -143,12 +138,32 @@ def read_messages(value: dict[str, Any]) -> Chat:
     return _chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)], _tools(value))
 
 
-def _chat(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Chat:
+def _marked_messages(value: dict[str, Any]) -> Chat:
+    """Return what `read_messages` returns, with what the row marks as context."""
+    messages = _turns(value, "messages")
+    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return _chat(read, _tools(value), turn_marks.row_marks(value, messages, "messages"))
+
+
+def _chat(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    marked: tuple[list[bool | None], bool] | None = None,
+) -> Chat:
     """Return a conversation without its empty system turns: none is meant where data writes an empty one."""
-    spoken = [one for one in messages if one["role"] not in ("system", "developer") or one["content"].strip()]
-    if not spoken:
+    marks, has_share = marked or ([None] * len(messages), False)
+    pairs = [
+        (one, mark)
+        for one, mark in zip(messages, marks, strict=True)
+        if one["role"] not in ("system", "developer") or one["content"].strip()
+    ]
+    if not pairs:
         raise RowFaultError("has only empty system turns; expected one of a user or the assistant")
-    return Chat(spoken, tools)
+    context = [i for i, (one, mark) in enumerate(pairs) if one["role"] == "assistant" and mark is False]
+    others = any(one["role"] != "assistant" and mark for one, mark in pairs)
+    # Where every turn has the same mark, as of a column's default, it says nothing of the others'.
+    unfollowed = [OTHERS_LEARNED] if others and len({*marks}) > 1 else []
+    return Chat([one for one, _ in pairs], tools, context, unfollowed + ([ROW_SHARE] if has_share else []))
 
 
 def _turns(value: dict[str, Any], key: str) -> list[Any]:
@@ -216,6 +231,8 @@ def _list(value: dict[str, Any], key: str, place: str) -> list[Any]:
 
 def _part(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text":
+        if turn_marks.turn_mark(part, place) is False:
+            raise RowFaultError(f"has {place} marked as context; expected a mark of the whole turn")
         return checked_text(part.get("text"), f"{place}.text")
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise RowFaultError(f"has {place} of type {shown(kind)}; expected parts of type 'text' alone")
@@ -269,7 +286,9 @@ def _sharegpt(value: dict[str, Any]) -> Chat:
             raise RowFaultError(f"has {place}.from {shown(speaker)}; expected one of {', '.join(SHAREGPT_ROLES)}")
         content = {"content": turn.get("value"), **{key: turn.get(key) for key in REASONING_KEYS}}
         messages.append(_message({"role": SHAREGPT_ROLES[speaker], **content}, place))
-    return _chat(messages, _tools(value))
+    marks, has_share = turn_marks.row_marks(value, turns, "conversations")
+    unmarked: list[bool | None] = [None] * (len(messages) - len(turns))
+    return _chat(messages, _tools(value), (unmarked + marks, has_share))
 
 
 def _prompt_response(value: dict[str, Any]) -> Chat:
@@ -303,7 +322,7 @@ def _tokens(value: dict[str, Any]) -> Tokens:
 
 ROW_FORMATS = {
     "tokens": RowFormat(("input_ids", "loss_mask"), _tokens),
-    "messages": RowFormat(("messages",), read_messages, ("tools",)),
+    "messages": RowFormat(("messages",), _marked_messages, ("tools",)),
     "sharegpt": RowFormat(("conversations",), _sharegpt, ("system", "tools")),
     "prompt-response": RowFormat(("prompt", "response"), _prompt_response, ("system",)),
     "text": RowFormat(("text",), _plain_text),

@@ -51,6 +51,8 @@ class Tokenized:
     loss_mask: NDArray[np.bool_]
     dropped: tuple[str, ...] = ()
     """Kinds of parts of the row that the chat template left out of the text."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said of the sample, by kind."""
 
 
 Part = tuple[int, Tokenized | Exception]
@@ -134,7 +136,7 @@ class ConversationEncoder:
     def _masked(self, rendered: Rendered, encoded: Encoded | Exception) -> Tokenized | Exception:
         if isinstance(encoded, Exception):
             return encoded
-        return Tokenized(encoded.ids, self._is_supervised(rendered, encoded), rendered.dropped)
+        return Tokenized(encoded.ids, self._is_supervised(rendered, encoded), rendered.dropped, rendered.notes)
 
     def _is_supervised(self, rendered: Rendered, encoded: Encoded) -> NDArray[np.bool_]:
         """Return for each token of a text whether the rule supervises it."""

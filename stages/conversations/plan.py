@@ -26,7 +26,7 @@ from dflash_offline.schemas.samples import (
     write_samples,
 )
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.conversations.advice import DUPLICATE, left_out, not_in_text, split_up
+from dflash_offline.stages.conversations.advice import DUPLICATE, left_out, not_in_text, noted, split_up
 from dflash_offline.stages.conversations.files import MOST_NAMED, RawRow, refuse_bad_rows
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
@@ -70,6 +70,8 @@ class Plan:
     num_supervised_cut: int
     dropped: Counter[str]
     """Samples some part of which the chat template left out of the text, by its kind."""
+    notes: Counter[str]
+    """Samples of which something else is to be said, by its kind."""
 
     @property
     def rejects(self) -> list[Reject]:
@@ -92,7 +94,12 @@ class Plan:
         }
 
     def _where_there_are_some(self) -> dict[str, Counter[str]]:
-        return {"split": self.split, "answers_left_out": self.answer_reasons, "dropped": self.dropped}
+        return {
+            "split": self.split,
+            "answers_left_out": self.answer_reasons,
+            "dropped": self.dropped,
+            "notes": self.notes,
+        }
 
     def facts(self) -> list[tuple[str, str]]:
         """Return what became of the rows, a name and a text each; a text that goes on has no name."""
@@ -111,6 +118,7 @@ class Plan:
             rows.append(("", f"left out: {left_out(reason, number, 'answers')}"))
         if self.dropped:
             rows.append(("", f"not in the text: {not_in_text(counts['dropped'])}"))
+        rows += [("", f"noted: {noted(kind, number)}") for kind, number in counts.get("notes", {}).items()]
         supervised = f"supervised {counts['supervised'] / tokens:.0%}"
         return [*rows, ("Tokens", f"{tokens:,}; {supervised}; {counts['anchors']:,} anchors")]
 
@@ -157,6 +165,7 @@ def make_plan(
         num_truncated=collected.num_truncated,
         num_supervised_cut=collected.num_supervised_cut,
         dropped=collected.dropped,
+        notes=collected.notes,
     )
 
 
@@ -179,6 +188,7 @@ class _Collected:
         self.answer_reasons: Counter[str] = Counter()
         self.split: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.faults: list[str] = []
         """Of the first bad rows, with their places."""
         self.num_truncated = 0
@@ -242,6 +252,7 @@ class _Collected:
             self._reject(row, sample)
             return False
         self.dropped.update(sample.dropped)
+        self.notes.update(sample.notes)
         self.source_index.append(self.sources.setdefault(row.source.name, len(self.sources)))
         self.row.append(row.line)
         self.answer.append(sample.answer)

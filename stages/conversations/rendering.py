@@ -19,6 +19,8 @@ from dflash_offline.stages.conversations.chat_tokenizer import ChatTokenizer
 from dflash_offline.stages.conversations.content import REASONING_KEYS, Chat, Text
 from dflash_offline.stages.conversations.dropped import CALLS, KIND_OF_ROLE, dropped_parts, is_written_empty
 
+ALL_CONTEXT = "marked as context"
+CONTEXT, CONTEXT_LEARNED = "answers marked as context", "answers marked as context, and supervised"
 ANSWER_FIRST = "begins with an assistant turn"
 EMPTY_ANSWER = "template writes nothing of an answer"
 OTHER_PROMPT = "answer does not follow its prompt"
@@ -70,6 +72,8 @@ class Rendered:
     """Where the first supervised token may begin."""
     dropped: tuple[str, ...] = ()
     """Kinds of parts that are not in the text."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said of the sample, by kind."""
 
 
 RenderedPart = tuple[int, Rendered | Exception]
@@ -103,6 +107,8 @@ class Renderer:
 
     def _whole(self, chat: Chat, plain: bool) -> Rendered:
         """Return the text of all messages; `UnmaskableError` if an answer cannot be supervised in it."""
+        if self._context(chat) and not self._supervised(chat):
+            raise UnmaskableError(ALL_CONTEXT, f"messages[{self._context(chat)[-1]}] is marked as context")
         if self.config.mask == "all":
             rendered = Rendered(chat, self._render(chat, plain=plain), tuple(_answers(chat)))
         else:
@@ -116,7 +122,12 @@ class Renderer:
     def _supervised(self, chat: Chat) -> tuple[int, ...]:
         """Return the messages that the mask rule supervises."""
         turns = _answers(chat)
-        return tuple(turns[-1:] if self.config.mask == "last-turn" else turns)
+        turns = turns[-1:] if self.config.mask == "last-turn" else turns
+        return tuple(turn for turn in turns if turn not in self._context(chat))
+
+    def _context(self, chat: Chat) -> list[int]:
+        """Return the answers that the data marks as context, unless all tokens are supervised."""
+        return chat.context if self.as_served else []
 
     def _from_tags(self, chat: Chat, plain: bool) -> Rendered:
         text, spans = self.tokenizer.render_tagged(chat.messages, chat.tools, plain=plain)
@@ -131,7 +142,23 @@ class Renderer:
                 through = result(partial(self._render, chat, plain=plain), turn + 1)
                 if isinstance(through, str) and not text.startswith(through):
                     raise _rewritten(turn)
+        spans = self._without_context(chat, text, spans, plain)
         return Rendered(chat, text, supervised, tagged=spans, begin=len(before))
+
+    def _without_context(
+        self, chat: Chat, text: str, spans: list[tuple[int, int]], plain: bool
+    ) -> list[tuple[int, int]]:
+        """Return the spans that are not of an answer which is context."""
+        for turn in self._context(chat):
+            try:
+                before = self._render(chat, turn, plain=plain) if turn else ""
+                through = self._render(chat, turn + 1, plain=plain)
+            except ROW_ERRORS as error:
+                raise _refused(turn, error) from error
+            if not through.startswith(before) or not text.startswith(through):
+                raise _rewritten(turn)
+            spans = [(begin, end) for begin, end in spans if end <= len(before) or begin >= len(through)]
+        return spans
 
     def _from_prefixes(self, chat: Chat, plain: bool) -> Rendered:
         text = self._render(chat, plain=plain)
@@ -221,7 +248,13 @@ class Renderer:
         chat = rendered.content
         assert isinstance(chat, Chat)
         tools = chat.tools or self.config.chat_template_kwargs.get("tools") or ()
-        return replace(rendered, dropped=dropped_parts(chat, rendered.text, tools, min(rendered.supervised, default=0)))
+        dropped = dropped_parts(chat, rendered.text, tools, min(rendered.supervised, default=0))
+        return replace(rendered, dropped=dropped, notes=self._notes(chat))
+
+    def _notes(self, chat: Chat) -> tuple[str, ...]:
+        """Return what a plan says of a conversation's marks."""
+        context = [CONTEXT if self.as_served else CONTEXT_LEARNED] if chat.context else []
+        return tuple(sorted([*context, *chat.unfollowed]))
 
 
 def _continued(earlier: Rendered, answer: Rendered) -> Rendered:

@@ -68,6 +68,8 @@ class SampleOutcome:
     """Supervised tokens beyond the maximum length; -1 if nothing was cut."""
     dropped: tuple[str, ...] = ()
     """Kinds of parts of the row that the chat template left out of the text."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said of the sample, by kind."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ class RowTokenizer:
             num_anchors=num_anchors,
             num_supervised_cut=num_cut,
             dropped=sample.dropped,
+            notes=sample.notes,
         )
         return outcome, sample
 

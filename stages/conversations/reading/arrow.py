@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from dflash_offline.stages.conversations.content import ROW_KEYS, RowFaultError
+from dflash_offline.stages.conversations.content import ROW_KEYS
 from dflash_offline.stages.conversations.reading import bounds
+from dflash_offline.stages.conversations.reading.faults import RowFaultError
 from dflash_offline.stages.conversations.reading.json_text import parse_value
 from dflash_offline.stages.conversations.reading.streams import NumberedRows, first_line
 from dflash_offline.stages.conversations.reading.value_counts import num_values
+from dflash_offline.stages.conversations.turn_marks import ROW_KEYS as MARK_KEYS
 
 _MOST_ROWS = 256
 _BATCH_BYTES = 1 << 26
@@ -173,4 +175,6 @@ def _read_map(pairs: list[tuple[str, Any]], item: Reader | None, place: str) -> 
 
 def _columns(schema: pa.Schema) -> list[str] | None:
     """Return the columns that rows are made of; None where there is none of them, for all."""
-    return [name for name in schema.names if name in ROW_KEYS] or None
+    if ROW_KEYS.isdisjoint(schema.names):
+        return None
+    return [name for name in schema.names if name in ROW_KEYS or name in MARK_KEYS]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dflash_offline.stages.conversations.content import MOST_NESTED, is_too_deep, shown
+from dflash_offline.stages.conversations.content import MOST_NESTED, is_too_deep
 from dflash_offline.stages.conversations.reading import bounds
+from dflash_offline.stages.conversations.reading.faults import shown
 from dflash_offline.stages.conversations.reading.streams import (
     PIECE,
     NumberedRows,
