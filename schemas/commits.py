@@ -2,24 +2,33 @@
 
 import os
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from msgspec import Meta
+
+from dflash_offline.schemas.checked import Count, Index, LayerIndex, Sha256, checked, unlike
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import COMMITS
+from dflash_offline.schemas.manifest import COMMITS, IDS, MASK, Manifest, hidden_file, token_file
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
+
+_LARGEST = 3.5e38
+"""Beyond every feature, which float32 holds."""
+_AGAIN = "Remove it and run `dflash extract` again."
+Crc32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFileRecord:
     """What a reader compares with one shard file before it trusts it."""
 
-    size: int
+    size: Annotated[int, Meta(ge=1, le=1 << 53)]
     """Bytes."""
-    sha256: str
-    index_crc32c: int
+    sha256: Sha256
+    index_crc32c: Crc32
     """Checksum of the trailing shard index; ties the file to its record when it is opened."""
-    first_chunk_crc32c: int
+    first_chunk_crc32c: Crc32
     """Checksum of the first inner chunk; shards of equal-sized chunks have equal indexes."""
 
 
@@ -27,11 +36,11 @@ class ShardFileRecord:
 class LayerStatistics:
     """Statistics of one captured layer over the tokens of one shard."""
 
-    layer_id: int
-    mean: float
-    std: float
-    max_abs: float
-    zeros: float
+    layer_id: LayerIndex
+    mean: Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+    std: Annotated[float, Meta(ge=0, le=_LARGEST)]
+    max_abs: Annotated[float, Meta(ge=0, le=_LARGEST)]
+    zeros: Annotated[float, Meta(ge=0, le=1)]
     """Share of values that are exactly zero."""
 
 
@@ -39,22 +48,22 @@ class LayerStatistics:
 class SkippedSample:
     """A sample without features: the target's own were bad and the user asked to go on without it."""
 
-    sample: int
+    sample: Index
     reason: str
-    layer_id: int
-    position: int
+    layer_id: LayerIndex
+    position: Index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
     """One finished shard."""
 
-    shard: int
-    manifest: str
+    shard: Index
+    manifest: Sha256
     """Checksum of the manifest it belongs to."""
-    num_samples: int
+    num_samples: Count
     """Samples with features; skipped ones are not counted."""
-    num_tokens: int
+    num_tokens: Count
     skipped: list[SkippedSample]
     files: dict[str, ShardFileRecord]
     """By path within the cache."""
@@ -77,7 +86,7 @@ def _name(shard: int) -> str:
     return f"{shard:06d}.json"
 
 
-def read_commit(cache: Path, shard: int, manifest_checksum: str) -> Commit | None:
+def read_commit(cache: Path, shard: int, manifest: Manifest) -> Commit | None:
     """Return a shard's record, or None if there is none; `CacheError` if it is damaged or of another cache."""
     path = commit_path(cache, shard)
     try:
@@ -86,33 +95,42 @@ def read_commit(cache: Path, shard: int, manifest_checksum: str) -> Commit | Non
         if not path.exists():
             return None
         raise
-    try:
-        return _checked(path, document, shard, manifest_checksum)
-    except (KeyError, TypeError, AttributeError) as error:
+    commit = checked(document, Commit, path, _AGAIN)
+    if (commit.manifest, commit.shard) != (manifest.checksum, shard):
         raise CacheError(
-            f"{path} is no commit record of this format ({error!r}). Remove it and run `dflash extract` again."
-        ) from error
-
-
-def _checked(path: Path, document: dict[str, Any], shard: int, manifest_checksum: str) -> Commit:
-    del document["checksum"]
-    if document["manifest"] != manifest_checksum or document["shard"] != shard:
-        raise CacheError(
-            f"{path} belongs to shard {document['shard']} of the cache with manifest {document['manifest']}; "
-            f"expected shard {shard} of {manifest_checksum}. Remove it and run `dflash extract` again."
+            f"{path} belongs to shard {commit.shard} of the cache with manifest {commit.manifest}; "
+            f"expected shard {shard} of {manifest.checksum}. {_AGAIN}"
         )
-    files = {name: ShardFileRecord(**record) for name, record in document.pop("files").items()}
-    layers = [LayerStatistics(**record) for record in document.pop("layers")]
-    skipped = [SkippedSample(**record) for record in document.pop("skipped")]
-    return Commit(files=files, layers=layers, skipped=skipped, **document)
+    if fault := _fault(commit, manifest):
+        raise unlike(path, fault, _AGAIN)
+    return commit
 
 
-def read_finished(cache: Path, shard: int, manifest_checksum: str) -> Commit | None:
+def _fault(commit: Commit, manifest: Manifest) -> str:
+    """Return what of a record does not go with its cache, or an empty string."""
+    shard, layer_ids = commit.shard, [layer.layer_id for layer in commit.layers]
+    if commit.files.keys() != {hidden_file(shard), token_file(IDS, shard), token_file(MASK, shard)}:
+        return f"files are {', '.join(commit.files)[:200]!r}, expected the three of shard {shard}"
+    if layer_ids != manifest.identity["layer_ids"]:
+        return f"layers are {layer_ids[:100]}, expected {manifest.identity['layer_ids']}"
+    if wrong := [skipped.sample for skipped in commit.skipped if skipped.sample >= manifest.plan["samples"]]:
+        return f"skipped names sample {wrong[0]}, and there are {manifest.plan['samples']}"
+    for name, text in (("started", commit.started), ("finished", commit.finished)):
+        try:
+            zone = datetime.fromisoformat(text).tzinfo
+        except ValueError:
+            zone = None
+        if zone is None:
+            return f"{name} is {text[:60]!r}, expected a time with its zone"
+    return ""
+
+
+def read_finished(cache: Path, shard: int, manifest: Manifest) -> Commit | None:
     """Return a shard's record if its files are there, None without one; `CacheError` if either is damaged.
 
     Files are compared by size: quick on any cache. `dflash verify` reads them.
     """
-    commit = read_commit(cache, shard, manifest_checksum)
+    commit = read_commit(cache, shard, manifest)
     if commit is not None:
         for name, record in commit.files.items():
             path = f"{cache}/{name}"
@@ -128,7 +146,7 @@ def read_finished(cache: Path, shard: int, manifest_checksum: str) -> Commit | N
     return commit
 
 
-def read_commits(cache: Path, num_shards: int, manifest_checksum: str) -> tuple[dict[int, Commit], list[str]]:
+def read_commits(cache: Path, manifest: Manifest) -> tuple[dict[int, Commit], list[str]]:
     """Return the finished shards' records, and one line for each record that is damaged or lacks its files."""
     commits, faults = {}, []
     try:
@@ -136,11 +154,11 @@ def read_commits(cache: Path, num_shards: int, manifest_checksum: str) -> tuple[
     except FileNotFoundError:  # copies of a cache may lack empty folders
         recorded = set()
     # In one thread: most of the time goes into parsing, and threads only pass the interpreter back and forth.
-    for shard in range(num_shards):
+    for shard in range(manifest.layout.num_shards):
         if _name(shard) not in recorded:
             continue
         try:
-            commit = read_finished(cache, shard, manifest_checksum)
+            commit = read_finished(cache, shard, manifest)
         except CacheError as error:
             faults.append(str(error))
             continue

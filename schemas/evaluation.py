@@ -4,10 +4,15 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
+from dflash_offline.schemas.checked import Count, Size, checked, unlike
+from dflash_offline.schemas.sealed import parse_json, read_bounded
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 
+_MOST_BYTES = 1 << 30
+"""Of a saved result; with every prompt's rounds it holds every token."""
 NOT_LOSSLESS = "NOT LOSSLESS: the draft changed an answer, which greedy verification never does."
 
 
@@ -89,6 +94,49 @@ def round_figures(answers: Sequence[Rounds], block_size: int) -> dict[str, Any]:
         "drafted_tokens": sum(proposed),
         "accepted_tokens": sum(kept),
     }
+
+
+class _Group(TypedDict):
+    pooled: float | None
+    prompts: Count
+
+
+class _All(_Group):
+    mean: float | None
+
+
+class _Trained(TypedDict):
+    run: NotRequired[str | None]
+    step: NotRequired[Count | None]
+
+
+class _Config(TypedDict):
+    temperature: NotRequired[float | None]
+
+
+class _Result(TypedDict):
+    """What is read of a saved result, which holds more."""
+
+    acceptance: _All
+    trained: _Trained | None
+    config: _Config
+    block_size: Size
+    dtype: str
+    device: str
+    offline: NotRequired[bool]
+    drafted_by_slot: NotRequired[list[Count]]
+    accepted_by_slot: NotRequired[list[Count]]
+    speedup: NotRequired[float | None]
+    acceptance_by_kind: NotRequired[dict[str, _Group]]
+
+
+def read_result(path: Path, what_to_do: str) -> dict[str, Any]:
+    """Return what `dflash eval --save` wrote; `CacheError` saying what to do if the file is no such result."""
+    result: dict[str, Any] = parse_json(read_bounded(path, _MOST_BYTES), path)
+    typed = checked(result, _Result, path, what_to_do)
+    if len(typed.get("drafted_by_slot", ())) != len(typed.get("accepted_by_slot", ())):
+        raise unlike(path, "drafted_by_slot is not as long as accepted_by_slot", what_to_do)
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)

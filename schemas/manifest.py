@@ -2,8 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from msgspec import Meta
+
+from dflash_offline.schemas.checked import Count, Counts, Index, LayerIndex, PathWithin, Sha256, Size, checked
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import NOT_THE_FILES, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
@@ -41,11 +44,11 @@ def token_file(array: str, shard: int) -> str:
 class FeatureLayout:
     """How one feature is stored in sixteen bits."""
 
-    kind: str = "lossless"
+    kind: Annotated[str, Meta(pattern=r"\A(lossless|rounded|scaled)\Z")] = "lossless"
     """lossless (bfloat16), rounded (bfloat16 with fewer mantissa bits) or scaled (steps of each layer and channel)."""
-    mantissa_bits: int | None = None
+    mantissa_bits: Annotated[int, Meta(ge=1, le=7)] | None = None
     """Mantissa bits kept, of rounded features."""
-    step: float | None = None
+    step: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Step in standard deviations of the channel, of scaled features."""
 
     @property
@@ -66,14 +69,15 @@ class FeatureLayout:
 class Layout:
     """Where features lie in the zarr arrays."""
 
-    num_shards: int
-    shard_tokens: int
+    num_shards: Annotated[int, Meta(ge=1, lt=1_000_000)]
+    """Records of finished shards are named by six digits."""
+    shard_tokens: Annotated[int, Meta(ge=1, lt=1 << 29)]
     """Token slots of one shard; a multiple of `chunk_tokens`."""
-    chunk_tokens: int
+    chunk_tokens: Annotated[int, Meta(ge=1, le=1 << 16)]
     """Token slots of one inner chunk; samples start on chunk boundaries."""
-    num_layers: int
+    num_layers: Annotated[int, Meta(ge=1, le=4096)]
     """L, captured target layers."""
-    hidden_size: int
+    hidden_size: Size
     """H."""
     features: FeatureLayout = FeatureLayout()
 
@@ -86,6 +90,100 @@ class Layout:
     def num_slots(self) -> int:
         """T, the length of each array."""
         return self.num_shards * self.shard_tokens
+
+
+class StaticFile(TypedDict):
+    """What is compared of a static file."""
+
+    size: Count
+    """Bytes."""
+    sha256: Sha256
+
+
+class _Target(TypedDict):
+    dtype: str
+    attn_implementation: str
+    config_sha256: NotRequired[Sha256]
+    weights_sha256: NotRequired[dict[str, Sha256]]
+    end_ids: NotRequired[list[Index]]
+    device_map: NotRequired[str | None]
+
+
+class _Identity(TypedDict):
+    target: _Target
+    layer_ids: Annotated[list[LayerIndex], Meta(min_length=1, max_length=4096)]
+    capture: str
+    mask_rule: str
+
+
+class _Origin(TypedDict):
+    target: str
+    software: dict[str, str]
+
+
+class _Decoder(TypedDict):
+    hidden_size: Size
+    vocab_size: Size
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=4096)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    intermediate_size: Size
+    rms_norm_eps: Annotated[float, Meta(gt=0, le=1)]
+    rope_theta: Annotated[float, Meta(gt=0)]
+    max_position_embeddings: Index
+
+
+class _Plan(TypedDict):
+    samples: Annotated[int, Meta(ge=1, le=1 << 31)]
+    tokens: Count
+    supervised: Count
+    anchors: Count
+    mask_token_id: Index
+    block_size: Annotated[int, Meta(ge=2, le=1 << 16)]
+    truncated: Count
+    rejects: Counts
+    truncated_supervised: NotRequired[Count]
+    formats: NotRequired[Counts]
+    not_drawn: NotRequired[Count]
+    dropped: NotRequired[Counts]
+    cpu_threads: NotRequired[Annotated[int, Meta(ge=1, le=4096)]]
+    feature_bytes: NotRequired[Count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """What is read of a manifest's sections, which hold more."""
+
+    identity: _Identity
+    origin: _Origin
+    decoder: _Decoder
+    layout: Layout
+    plan: _Plan
+    files: dict[PathWithin, StaticFile]
+
+    def __post_init__(self) -> None:
+        layout, features = self.layout, self.layout.features
+        numbers = (features.mantissa_bits is not None, features.step is not None)
+        faults = {
+            "layout.shard_tokens is no multiple of layout.chunk_tokens": layout.shard_tokens % layout.chunk_tokens,
+            "layout.chunk_tokens: a chunk has 2 GiB or more": 2 * layout.chunk_tokens * layout.hidden_size >= 1 << 31,
+            "layout.num_layers is not the number of identity.layer_ids": layout.num_layers
+            != len(self.identity["layer_ids"]),
+            "layout.num_shards is more than plan.samples": layout.num_shards > self.plan["samples"],
+            "layout.hidden_size is not decoder.hidden_size": layout.hidden_size != self.decoder["hidden_size"],
+            "identity.layer_ids are not layers of the decoder, ascending": [*self.identity["layer_ids"]]
+            != sorted({*self.identity["layer_ids"]} & {*range(self.decoder["num_hidden_layers"])}),
+            f"layout.features holds other numbers than {features.kind} features have": numbers
+            != (features.kind == "rounded", features.kind == "scaled"),
+        }
+        if wrong := [what for what, is_wrong in faults.items() if is_wrong]:
+            raise ValueError("; ".join(wrong))
+
+
+def check_sections(document: dict[str, Any], path: Path) -> Sections:
+    """Return the typed sections of a manifest's document; `CacheError` naming the field that is no such thing."""
+    return checked(document, Sections, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +200,8 @@ class Manifest:
     plan: dict[str, Any]
     """Totals (samples, tokens, supervised, anchors, rejects by reason), the mask token that was chosen, and the bytes
     that all shards were expected to take."""
-    files: dict[str, dict[str, Any]]
-    """Size and sha256 of every static file, by path within the cache."""
+    files: dict[str, StaticFile]
+    """By path within the cache."""
     checksum: str = ""
     """Checksum of the canonical content; commit records name it."""
 
@@ -128,15 +226,9 @@ class Manifest:
                 f"{path} has format {document.get('format')!r} version {version!r}; this program reads "
                 f"'dflash-cache' version {FORMAT_VERSION}. Extract again, or use the version that wrote it."
             )
-        return cls(
-            identity=document["identity"],
-            origin=document["origin"],
-            decoder=document["decoder"],
-            layout=Layout(**document["layout"] | {"features": FeatureLayout(**document["layout"]["features"])}),
-            plan=document["plan"],
-            files=document["files"],
-            checksum=document["checksum"],
-        )
+        typed = check_sections(document, path)
+        sections = {name: document[name] for name in ("identity", "origin", "decoder", "plan")}
+        return cls(**sections, layout=typed.layout, files=typed.files, checksum=document["checksum"])
 
     def static_faults(self, cache: Path, *, hashed: bool = True) -> list[tuple[str, str]]:
         """Return (file, what is wrong) for every static file whose size or, if `hashed`, sha256 is another."""

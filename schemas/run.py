@@ -3,8 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from msgspec import Meta
+
+from dflash_offline.schemas.checked import Count, FilePath, PathWithin, Sha256, checked
+from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences
 from dflash_offline.schemas.sealed import read_sealed
@@ -17,6 +21,65 @@ CHECKPOINT = re.compile(r"step-\d{7,}")
 """Name of a checkpoint's folder in there."""
 FORMAT_VERSION = 3
 STEPS = ("steps", "epochs")
+
+
+class _Settings(TypedDict):
+    steps: Count | None
+    weights: list[float]
+    val_samples: Count
+    val_every: Count
+    epochs: NotRequired[float | None]
+
+
+class _Identity(TypedDict):
+    settings: _Settings
+    caches: Annotated[list[Sha256], Meta(min_length=1)]
+    draft: DraftConfig
+    init_from: NotRequired[str | None]
+
+
+class _Target(TypedDict):
+    config_sha256: Sha256
+
+
+class _Origin(TypedDict):
+    target: str
+    target_identity: _Target
+    caches: Annotated[list[FilePath], Meta(min_length=1)]
+    software: dict[str, str]
+    total_steps: NotRequired[Count | None]
+    target_architectures: NotRequired[list[str] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Document:
+    """What is read of a run's record, which holds more."""
+
+    identity: _Identity
+    origin: _Origin
+
+    def __post_init__(self) -> None:
+        if len(self.identity["caches"]) != len(self.origin["caches"]):
+            raise ValueError("origin.caches are not as many as identity.caches")
+
+
+class SavedState(TypedDict):
+    """What is read of a checkpoint's state without torch."""
+
+    step: Count
+    """Finished optimizer steps."""
+    files: dict[PathWithin, Sha256]
+    best_step: NotRequired[Count]
+    """Step of the best validation so far; 0 for none."""
+    best_walk: NotRequired[float]
+    tokens: NotRequired[Count]
+
+
+def read_saved_state(checkpoint: Path) -> tuple[SavedState, dict[str, Any]]:
+    """Return a checkpoint's state, as far as it is read without torch, and whole; `CacheError` if it is none."""
+    path = checkpoint / STATE
+    document = read_sealed(path)
+    return checked(document, SavedState, path), document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +114,7 @@ class RunRecord:
                 f"{path} has format version {document.get('format_version')!r}; this program reads version "
                 f"{FORMAT_VERSION}. Go on with the version that wrote it, or name a new --out."
             )
+        checked(document, _Document, path)
         return cls(identity=document["identity"], origin=document["origin"], checksum=document["checksum"])
 
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.manifest import Manifest
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -42,6 +44,8 @@ _ENCODINGS = {"use_dictionary": ["source"], "use_byte_stream_split": ["input_ids
 _REJECTS_AT_ONCE = 8_192
 _READ_ROWS = 65_536
 _FAULTS = (OSError, UnicodeDecodeError, pa.ArrowException)
+_MOST_ITEMS_A_BYTE = 4096
+"""Of a file; a sample of one token repeated a million times has some hundred items a byte."""
 
 Numbers = NDArray[np.int64] | NDArray[np.int32]
 Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
@@ -64,13 +68,16 @@ class Reject:
     """Counts the assistant's turns of the row, from 1; 0 where the whole row is no sample."""
 
 
+REJECT_SCHEMA = pa.schema(
+    [(field.name, pa.int64() if field.name in ("row", "answer") else pa.string()) for field in fields(Reject)]
+)
+
+
 class RejectWriter:
     """Writes rejects.parquet as rejects come, row group by row group; a context that is left when all have."""
 
     def __init__(self, path: Path) -> None:
-        self._names = [field.name for field in fields(Reject)]
-        schema = [(name, pa.int64() if name in ("row", "answer") else pa.string()) for name in self._names]
-        self._file = pq.ParquetWriter(path, pa.schema(schema))
+        self._file = pq.ParquetWriter(path, REJECT_SCHEMA)
         self._waiting: list[Reject] = []
 
     def add(self, reject: Reject) -> None:
@@ -80,7 +87,7 @@ class RejectWriter:
             self._write()
 
     def _write(self) -> None:
-        columns = {name: [getattr(reject, name) for reject in self._waiting] for name in self._names}
+        columns = {name: [getattr(reject, name) for reject in self._waiting] for name in REJECT_SCHEMA.names}
         self._file.write_table(pa.table(columns, schema=self._file.schema))
         self._waiting = []
 
@@ -96,8 +103,8 @@ class RejectWriter:
 def read_rejects(path: Path) -> list[Reject]:
     """Return what rejects.parquet holds; `CacheError` if it cannot be read."""
     try:
-        return [Reject(**row) for row in pq.read_table(path).to_pylist()]
-    except (*_FAULTS, TypeError) as error:
+        return [Reject(**row) for row in open_table(path, REJECT_SCHEMA).read(REJECT_SCHEMA.names).to_pylist()]
+    except _FAULTS as error:
         raise _unreadable(path, error) from error
 
 
@@ -201,9 +208,36 @@ class StoredTokens:
             raise _unreadable(self._path, error) from error
         lengths = self._num_tokens[self._firsts[number] : self._firsts[number + 1]]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        if not len(ids) == len(mask) == offsets[-1]:
+        if not len(ids) == len(mask) == offsets[-1] or ids.null_count or mask.null_count:
             raise _unreadable(self._path, f"row group {number} holds {len(ids)} tokens, not {offsets[-1]}")
         return _Group(offsets, ids.to_numpy(), mask.to_numpy(zero_copy_only=False))
+
+
+def open_table(path: Path, schema: pa.Schema, read_dictionary: list[str] | None = None) -> pq.ParquetFile:
+    """Return a Parquet file that has the columns of `schema`, and no more rows and items than its bytes can hold.
+
+    `CacheError` for another file. Columns named in `read_dictionary` are read as their distinct values and indices.
+    """
+    try:
+        file = pq.ParquetFile(path, read_dictionary=read_dictionary or [])
+        for field in schema:
+            place = file.schema_arrow.get_field_index(field.name)
+            if place < 0 and field.name in _LATER:
+                continue
+            found: Any = None if place < 0 else file.schema_arrow.field(place).type
+            plain = found.value_type if isinstance(found, pa.DictionaryType) else found
+            if plain != field.type:
+                raise _unreadable(path, f"column {field.name} is {found or 'missing'}, expected {field.type}")
+        metadata, size = file.metadata, path.stat().st_size
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        items = sum(group.column(column).num_values for group in groups for column in range(metadata.num_columns))
+    except (*_FAULTS, TypeError, ValueError) as error:
+        if isinstance(error, CacheError):
+            raise
+        raise _unreadable(path, error) from error
+    if metadata.num_rows > size or items > _MOST_ITEMS_A_BYTE * size:
+        raise _unreadable(path, f"{size:,} bytes cannot hold {metadata.num_rows:,} rows with {items:,} items")
+    return file
 
 
 def _unreadable(path: Path, error: object) -> CacheError:
@@ -234,6 +268,39 @@ class SampleTable:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
+    def check(self, path: Path, manifest: Manifest) -> None:
+        """Raise `CacheError` naming the first sample that does not lie where a plan of this manifest puts samples."""
+        layout, ends = manifest.layout, self.start % manifest.layout.shard_tokens + self.num_tokens
+        if len(self) != manifest.plan["samples"]:
+            raise _unreadable(path, f"it holds {len(self):,} samples, the manifest says {manifest.plan['samples']:,}")
+        after = np.concatenate([[0], self.start[:-1] + self.num_tokens[:-1]])
+        rules = {
+            "row": (self.row >= 0, "a row of the data"),
+            "answer": (self.answer >= 0, "an answer of the row"),
+            "num_tokens": ((self.num_tokens >= 1) & (ends <= layout.shard_tokens), "tokens within the shard"),
+            "num_supervised": (
+                (self.num_supervised >= 0) & (self.num_supervised <= self.num_tokens),
+                "no more than its tokens",
+            ),
+            "num_anchors": (
+                (self.num_anchors >= 0) & (self.num_anchors <= self.num_supervised),
+                "no more than its supervised tokens",
+            ),
+            "shard": (
+                (self.shard < layout.num_shards) & (self.shard == self.start // layout.shard_tokens),
+                "the shard of its first slot",
+            ),
+            "start": (
+                (self.start >= after) & (self.start % layout.chunk_tokens == 0),
+                "where a chunk begins, after the sample before it",
+            ),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds.all():
+                sample = int(np.argmin(holds))
+                found = getattr(self, name)[sample]
+                raise _unreadable(path, f"{name} of sample {sample} is {found}; expected {expected}")
+
     def source(self, sample: int) -> str:
         """Return the name of the file that the sample came from."""
         return self.sources[self.source_index[sample]]
@@ -263,7 +330,7 @@ class SampleTable:
     def read(cls, path: Path) -> "SampleTable":
         """Return the table of samples.parquet, its tokens still on disk; `CacheError` if it cannot be read."""
         try:
-            file = pq.ParquetFile(path, read_dictionary=["source"])
+            file = open_table(path, SAMPLE_SCHEMA, read_dictionary=["source"])
             count = file.metadata.num_rows
             numbers = {name: np.zeros(count, np.int64) for name in NUMBERS}
             given = [name for name in NUMBERS if name not in _LATER or name in file.schema_arrow.names]
@@ -276,7 +343,7 @@ class SampleTable:
                 places = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
                 source_index[rows] = places[batch["source"].indices.to_numpy()]
                 first = rows.stop
-        except _FAULTS as error:
+        except (*_FAULTS, ValueError, TypeError) as error:
             raise _unreadable(path, error) from error
         return cls(tuple(known), source_index, **numbers, tokens=StoredTokens(path, file, numbers["num_tokens"]))
 

@@ -104,7 +104,7 @@ def _finite(text: str) -> float:
 
 def _refuse_deep(value: Any) -> None:
     level, depth = [value], 0
-    while level := [item for item in level if isinstance(item, dict | list) and item]:
+    while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
         if depth > MOST_LEVELS:
             raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")

@@ -1,6 +1,5 @@
 """The samples of a cache that a draft did not train on, as prompts for decoding or to be walked without the target."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.draft.lint import RECORD
+from dflash_offline.schemas.draft.lint import trained_with
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.evaluation import Rounds
@@ -56,10 +55,10 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
         return checkpoint, training_record(path, record, read_state(checkpoint).step)
     try:
         _, metadata = read_header(path / "model.safetensors")
-        trained = json.loads(metadata[RECORD])
-    except (ValueError, KeyError):
-        return path, None  # another's draft, or one that loading will refuse with its own message
-    return path, trained if isinstance(trained, dict) and {"caches", "val_samples"} <= trained.keys() else None
+    except ValueError:
+        return path, None  # one that loading will refuse with its own message
+    trained = trained_with(metadata, path / "model.safetensors")
+    return path, trained if trained is not None and {"caches", "val_samples"} <= trained.keys() else None
 
 
 def choose_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> EvalSamples:

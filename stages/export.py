@@ -15,6 +15,7 @@ from dflash_offline.schemas.draft.lint import RECORD, lint_draft
 from dflash_offline.schemas.draft.rules import DraftFault
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
+from dflash_offline.schemas.evaluation import read_result
 from dflash_offline.schemas.files import publish, sha256_file, sync_folder, write_synced
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import TARGET
@@ -139,16 +140,13 @@ def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[s
     given = path if path is not None else run / "eval.json"
     if path is None and not given.is_file():
         return None
-    try:
-        result: dict[str, Any] = json.loads(given.read_text())
-        measured = result["acceptance"], result["trained"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DflashError(f"{given} is not a result of `dflash eval --save` ({error!r}). Name one.") from error
-    if any((measured[1] or {}).get(name) != trained[name] for name in ("run", "step")):
+    result = read_result(given, "Name a result of `dflash eval --save`.")
+    measured = result["trained"]
+    if any((measured or {}).get(name) != trained[name] for name in ("run", "step")):
         if path is None:
             return None
         raise MismatchError(
-            f"{given} was measured with another draft: {measured[1]}; expected run {trained['run']}, step "
+            f"{given} was measured with another draft: {measured}; expected run {trained['run']}, step "
             f"{trained['step']}. Evaluate this checkpoint, or leave --eval out."
         )
     return result

@@ -7,13 +7,14 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
+from dflash_offline.schemas.checked import Count, Counts, Sha256, checked
 from dflash_offline.schemas.errors import BadInputError, CacheError, DflashError
 from dflash_offline.schemas.files import move_synced, publish, refuse_links, remove_known, sha256_file, write_synced
 from dflash_offline.schemas.identity import refuse_other_identity
@@ -38,6 +39,21 @@ REJECTS = "rejects"
 FORMAT = "dflash-regenerated"
 _WORK = (LOCK, ROWS, REJECTS, ANSWERS, IDENTITY)
 """Files of the folder in which answers are kept until the new file is whole."""
+
+
+class _Totals(TypedDict):
+    rows: Count
+    answers: Count
+    left_out: Counts
+
+
+class _Begun(TypedDict):
+    identity: dict[str, Any]
+
+
+class _Provenance(_Begun):
+    counts: _Totals
+    sha256: Sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +167,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Regenerated | None:
         raise DflashError(f"{out} exists and was not made by `dflash regenerate`. Name a new file with --out.")
     if not out.exists() or not provenance.exists():
         return None
-    document = read_sealed(provenance)
+    document = checked(read_sealed(provenance), _Provenance, provenance, "Remove it to keep the file as your own.")
     refuse_other_identity(out, document["identity"], identity, "before")
     if sha256_file(out) != document["sha256"]:
         raise DflashError(
@@ -189,7 +205,7 @@ def _holds_provenance(path: Path) -> bool:
         return False
 
 
-def _regenerated(out: Path, counts: dict[str, Any], answers_now: int, seconds: float) -> Regenerated:
+def _regenerated(out: Path, counts: Mapping[str, Any], answers_now: int, seconds: float) -> Regenerated:
     return Regenerated(
         out=out,
         num_rows=counts["rows"],
@@ -218,7 +234,8 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
         for written in (path, _beside(out, PROVENANCE)):
             remove_unfinished(written)
         if path.is_file():
-            refuse_other_identity(folder, read_sealed(path)["identity"], identity, "before")
+            begun = checked(read_sealed(path), _Begun, path, f"Remove {folder} to begin anew.")
+            refuse_other_identity(folder, begun["identity"], identity, "before")
         else:
             document = {"format": FORMAT, "identity": identity}
             publish([sealed_bytes(document)], path=path)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.manifest import FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
+from dflash_offline.schemas.manifest import CAPTURE_RULE, FEATURES, REJECTS, SAMPLES, FeatureLayout, Layout, Manifest
 from dflash_offline.schemas.samples import RejectWriter, SampleTable, write_samples
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.create import create_arrays, publish_cache
@@ -86,11 +86,12 @@ def create(
             identity={
                 "layer_ids": [1, 2, 4],
                 "seed": seed,
+                "capture": CAPTURE_RULE,
                 "mask_rule": "by chance",
                 "target": {"dtype": "bfloat16", "attn_implementation": "none"},
             },
             origin={"target": "none", "software": {}},
-            decoder={"vocab_size": 1001},
+            decoder=decoder(width, vocab_size=1001),
             layout=layout,
             plan={
                 "samples": len(lengths),
@@ -104,6 +105,13 @@ def create(
             },
         )
     return Manifest.read(cache)
+
+
+def decoder(width: int, vocab_size: int) -> dict[str, float]:
+    """Return the numbers of a decoder of eight layers."""
+    sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"), 8)
+    numbers = {"hidden_size": width, "vocab_size": vocab_size, "num_hidden_layers": 8, **sizes}
+    return {**numbers, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 4096}
 
 
 def _scales(rng: np.random.Generator, layout: Layout) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:

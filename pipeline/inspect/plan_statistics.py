@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import REJECTS, SAMPLES, TARGET, Manifest
+from dflash_offline.schemas.samples import REJECT_SCHEMA, SAMPLE_SCHEMA, open_table
 
 NUM_BINS = 32
 """Bars of a histogram, at most."""
@@ -87,7 +87,7 @@ def read_tokens(
     """Yield for each few thousand samples their lengths and their tokens laid end to end."""
     path = cache / SAMPLES
     with _readable(path):
-        file = pq.ParquetFile(path)
+        file = open_table(path, SAMPLE_SCHEMA)
         groups = list(range(file.num_row_groups)) if row_groups is None else row_groups
         for batch in file.iter_batches(_BATCH, row_groups=groups, columns=["input_ids"]):
             lengths = pc.list_value_length(batch["input_ids"]).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -123,8 +123,10 @@ def reject_examples(cache: Path, reasons: dict[str, int]) -> dict[str, list[Reje
     if not reasons or not path.is_file():
         return examples
     with _readable(path):
-        seen = 0
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=["source", "row", "reason", "detail"]):
+        seen, file = 0, open_table(path, REJECT_SCHEMA, ["source", "reason", "detail"])
+        for batch in file.iter_batches(_BATCH, columns=["source", "row", "reason", "detail"]):
+            if any(column.null_count for column in batch.columns):
+                raise pa.ArrowInvalid("a value is missing")
             missing = {r: min(count, NUM_EXAMPLES) - len(examples[r]) for r, count in reasons.items()}
             if seen >= _REJECTS_READ or not any(missing.values()):
                 break
@@ -142,7 +144,7 @@ def mask_token_use(cache: Path, token: int, most_tokens: int) -> MaskTokenUse:
     `most_tokens` tokens are read. `dflash verify` reads all of them.
     """
     with _readable(cache / SAMPLES):
-        file = pq.ParquetFile(cache / SAMPLES)
+        file = open_table(cache / SAMPLES, SAMPLE_SCHEMA)
         names = [file.schema.column(i).path for i in range(file.metadata.num_columns)]
     column = next(i for i, name in enumerate(names) if name.startswith("input_ids"))
     holding, checked, first = 0, 0, None

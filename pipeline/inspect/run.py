@@ -9,14 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from dflash_offline.pipeline.inspect.run_view import Comparison, Rows, RunCache, RunView
 from dflash_offline.pipeline.inspect.run_warnings import run_warnings
+from dflash_offline.schemas.checked import Count
 from dflash_offline.schemas.draft.weights import expected_shapes
-from dflash_offline.schemas.errors import CacheError, DflashError
+from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.evaluation import read_result
 from dflash_offline.schemas.identity import flatten
 from dflash_offline.schemas.manifest import Manifest
-from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, CONFIG, METRICS, RUN, RunRecord
-from dflash_offline.schemas.sealed import read_sealed
+from dflash_offline.schemas.run import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    RUN,
+    RunRecord,
+    SavedState,
+    read_saved_state,
+)
 
 EVALUATION = "eval.json"
 """Where `dflash export` looks for a result of `dflash eval --save`, and so does this."""
@@ -34,7 +46,7 @@ def read_run(run: Path) -> RunView:
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "val_loss" in row]
     saved = _checkpoints(run)
-    newest = saved[max(saved)] if saved else {}
+    newest: SavedState | dict[str, Any] = saved[max(saved)] if saved else {}
     settings, draft = record.identity["settings"], record.identity["draft"]
     view = RunView(
         run=str(run),
@@ -42,11 +54,11 @@ def read_run(run: Path) -> RunView:
         step=max([*saved, *(row["step"] for row in rows)], default=0),
         total_steps=record.origin.get("total_steps") or settings.get("steps"),
         epochs=settings.get("epochs"),
-        patience=_free_settings(run).get("patience"),
+        patience=_patience(run),
         tokens_at_checkpoint=newest.get("tokens"),
         checkpoints=sorted(saved),
         best_step=newest.get("best_step") or None,
-        best_serving_walk=newest.get("best_walk") if newest.get("best_step") else None,
+        best_serving_walk=newest.get("best_walk", 0.0) if newest.get("best_step") else None,
         last_training=training[-1] if training else None,
         last_validation=validation[-1] if validation else None,
         written_s_ago=_age_s(run / METRICS),
@@ -73,8 +85,12 @@ def _read_rows(path: Path) -> tuple[Rows, int]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows.append({"step": int(row["step"]), **{name: _finite(value) for name, value in row.items()}})
-        except (ValueError, KeyError, TypeError):
+            figures = msgspec.convert(row, dict[str, float | list[float | None] | None])
+            if any(isinstance(value, list) != name.endswith("_by_slot") for name, value in figures.items()):
+                raise ValueError("a list in place of a number, or a number of a list")
+            finite = {name: _finite(value) for name, value in figures.items()}
+            rows.append(finite | {"step": msgspec.convert(row.get("step"), Count)})
+        except (ValueError, RecursionError):
             unreadable += 1
     return rows, unreadable
 
@@ -85,19 +101,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _checkpoints(run: Path) -> dict[int, dict[str, Any]]:
+def _checkpoints(run: Path) -> dict[int, SavedState]:
     """Return the checkpoints' states by step; their weights are not read."""
     paths = (run / CHECKPOINTS).glob("step-*/state.json")
-    states = [read_sealed(path) for path in paths if CHECKPOINT.fullmatch(path.parent.name)]
+    states = [read_saved_state(path.parent)[0] for path in paths if CHECKPOINT.fullmatch(path.parent.name)]
     return {state["step"]: state for state in states}
 
 
-def _free_settings(run: Path) -> dict[str, Any]:
-    """Return the settings as the last call resolved them, those that a resume may change among them."""
+def _patience(run: Path) -> int | None:
+    """Return the patience of the last call, which a resume may change; None where it cannot be read."""
     try:
-        return tomllib.loads((run / CONFIG).read_text())
-    except (OSError, ValueError):
-        return {}
+        patience = tomllib.loads((run / CONFIG).read_text()).get("patience")
+    except (OSError, ValueError, RecursionError):
+        return None
+    return patience if type(patience) is int else None
 
 
 def _age_s(path: Path) -> float | None:
@@ -121,14 +138,7 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     """Return the result of `dflash eval --save` if there is one; `DflashError` if the file is something else."""
     if not path.is_file():
         return None
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        result["acceptance"]["pooled"], result["block_size"], result["drafted_by_slot"], result["accepted_by_slot"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DflashError(
-            f"{path} is no result of `dflash eval --save` ({error!r}). Write it again, or move it away."
-        ) from error
-    return result
+    return read_result(path, "Write it again, or move it away.")
 
 
 def _state(view: RunView) -> str:

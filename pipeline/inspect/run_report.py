@@ -57,8 +57,8 @@ def print_run(view: RunView) -> None:
             print(f"{label:<35} {signs:<{columns}} {number(values[0]):>7} {number(values[-1]):>7}")
     if view.last_validation:
         print(f"\nAccuracy by slot, held-out, step {view.last_validation['step']:,}")
-        for slot, share in enumerate(view.last_validation["val_accuracy_by_slot"], start=1):
-            print(f"  {slot:>3}  {share or 0:>6.1%}  {'#' * round(50 * (share or 0))}".rstrip())
+        for slot, share in enumerate(view.last_validation.get("val_accuracy_by_slot", ()), start=1):
+            print(f"  {slot:>3}  {share or 0:>6.1%}  {'#' * round(50 * min(max(share or 0, 0), 1))}".rstrip())
     print(f"\nNext: {dflash_line('inspect', view.run, '--html', 'run.html')}")
 
 
@@ -106,7 +106,7 @@ def best_text(view: RunView) -> str:
 
 def evaluation_text(result: dict[str, Any]) -> str:
     """Return what a saved evaluation measured, in a line."""
-    pooled, kind = result["acceptance"]["pooled"], "serving walk" if result["offline"] else "live decoding"
+    pooled, kind = result["acceptance"]["pooled"], "serving walk" if result.get("offline") else "live decoding"
     text = f"acceptance length {number(pooled)} (pooled, {kind}, {result['acceptance']['prompts']} prompts)"
     return text + (f"; {result['speedup']:.2f} times as fast" if result.get("speedup") else "")
 

@@ -91,7 +91,7 @@ def shard_view(cache: Cache, shard: int) -> ShardView:
     members = samples.samples_of_shard(shard)
     commit, record, fault = None, None, ""
     try:
-        commit = read_finished(cache.path, shard, cache.manifest.checksum)
+        commit = read_finished(cache.path, shard, cache.manifest)
     except CacheError as error:
         fault = str(error)
     if commit is not None:

@@ -205,7 +205,7 @@ def _evaluation_plot(views: list[RunView], names: list[str]) -> dict[str, Any] |
     series = []
     for i, (name, view) in enumerate(zip(names, views, strict=True)):
         if view.evaluation:
-            slots = zip(view.evaluation["accepted_by_slot"], view.evaluation["drafted_by_slot"], strict=True)
+            slots = zip(*(view.evaluation.get(f"{name}_by_slot", ()) for name in ("accepted", "drafted")), strict=True)
             shares = [accepted / max(drafted, 1) for accepted, drafted in slots]
             series.append(Series(name=name, x=range(1, len(shares) + 1), y=shares, colour=i))
     if not series:

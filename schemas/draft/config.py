@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from msgspec import Meta
+
+from dflash_offline.schemas.checked import Index, LayerIndex, Size
 from dflash_offline.schemas.draft.config_rules import (
     FULL,
     SIZES,
@@ -36,29 +39,29 @@ class AttentionRule(NamedTuple):
 class DraftConfig:
     """The shape of a DFlash draft and what it must know of its target."""
 
-    hidden_size: int
+    hidden_size: Size
     """H; equal to the target's, whose embeddings and head the draft borrows."""
-    num_hidden_layers: int
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=4096)]
     """Number of draft layers."""
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    intermediate_size: Size
+    vocab_size: Size
     """Rows of the target's embedding table."""
-    target_layer_ids: tuple[int, ...]
+    target_layer_ids: tuple[LayerIndex, ...]
     """Captured target layers, ascending; id i is the output of decoder layer i."""
-    num_target_layers: int
-    block_size: int
+    num_target_layers: Annotated[int, Meta(ge=1, le=4096)]
+    block_size: Size
     """K: one anchor and K - 1 drafted tokens."""
-    mask_token_id: int
+    mask_token_id: Index
     """Token that fills the slots to be predicted."""
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
-    max_position_embeddings: int = 40_960
-    sliding_window: int | None = None
+    max_position_embeddings: Index = 40_960
+    sliding_window: Index | None = None
     """W of the sliding layers; at least a block, so that a window cuts context only. None without such layers."""
-    sliding_layers: tuple[int, ...] = ()
+    sliding_layers: tuple[LayerIndex, ...] = ()
     """Draft layers with a sliding window, ascending."""
     causal_layers: str = "none"
     """Layers in which a block's token does not see the later ones of its block: none, sliding or all."""
@@ -166,16 +169,19 @@ class DraftConfig:
         types = layer_types(config)
         causal = causal_by_layer(types, config.get("is_causal"))
         theta = config.get("rope_theta")
-        return cls(
-            **{name: config[name] for name in SIZES},
-            **{name: first(config, name) for name in ("num_target_layers", "block_size", "mask_token_id")},
-            target_layer_ids=tuple(first(config, "target_layer_ids")),
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=section(config, "rope_parameters")["rope_theta"] if theta is None else theta,
-            sliding_window=config["sliding_window"] if SLIDING in types else None,
-            sliding_layers=tuple(i for i, kind in enumerate(types) if kind == SLIDING),
-            causal_layers="all" if all(causal) else "sliding" if any(causal) else "none",
-        )
+        try:
+            return cls(
+                **{name: config[name] for name in SIZES},
+                **{name: first(config, name) for name in ("num_target_layers", "block_size", "mask_token_id")},
+                target_layer_ids=tuple(first(config, "target_layer_ids")),
+                rms_norm_eps=config["rms_norm_eps"],
+                rope_theta=section(config, "rope_parameters")["rope_theta"] if theta is None else theta,
+                sliding_window=config["sliding_window"] if SLIDING in types else None,
+                sliding_layers=tuple(i for i, kind in enumerate(types) if kind == SLIDING),
+                causal_layers="all" if all(causal) else "sliding" if any(causal) else "none",
+            )
+        except DflashError as error:
+            raise DflashError(f"{where}: {error}") from error
 
     @classmethod
     def read(cls, folder: Path) -> "DraftConfig":

@@ -23,7 +23,7 @@ def read_document(folder: Path) -> dict[str, Any] | str:
         document = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         return "is missing"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read: {error}"
     return document if isinstance(document, dict) else f"is a JSON {type(document).__name__}; expected an object"
 

@@ -6,8 +6,9 @@ Pure Python on config.json, the headers of the weight files and the checksums, a
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from dflash_offline.schemas.checked import Count, checked
 from dflash_offline.schemas.draft.checksums import checksum_faults
 from dflash_offline.schemas.draft.config_rules import (
     SIZES,
@@ -24,12 +25,30 @@ from dflash_offline.schemas.draft.config_rules import (
 from dflash_offline.schemas.draft.formats import CONTEXT_KEYS
 from dflash_offline.schemas.draft.rules import SPECULATORS, TRANSFORMERS, DraftFault, make_fault
 from dflash_offline.schemas.draft.weights import StoredTensor, expected_shapes, read_header, shape_faults
+from dflash_offline.schemas.sealed import parse_json
 
 RECORD = "dflash"
 """Key in the metadata of our weight files, under which stands what the weights were trained with: `RECORDED`."""
 RECORDED = {"target_layer_ids": "layer ids as recorded", "block_size": "block size", "mask_token_id": "mask token"}
 WEIGHTS = "model.safetensors"
 BORROWED = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
+
+
+class _Trained(TypedDict, total=False):
+    caches: list[str]
+    val_samples: Count
+    target: dict[str, Any] | None
+    run: str
+    step: Count
+
+
+def trained_with(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """Return what a weight file's metadata say of its training, None where they do not; `CacheError` if they lie."""
+    if RECORD not in metadata:
+        return None
+    trained: dict[str, Any] = parse_json(metadata[RECORD].encode(), path)
+    checked(trained, _Trained, path, "Export the draft again.")
+    return trained
 
 
 def is_draft(folder: Path) -> bool:
@@ -75,9 +94,9 @@ def _weight_files(folder: Path) -> Found:
         yield "weights", WEIGHTS, "is missing; expected the draft's weights there, or an index of several files"
         return
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         absent = [name for name in names if not (folder / name).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield "weights", index.name, f"cannot be read ({error!r}); expected a weight_map of tensors to files"
         return
     for name in absent:
@@ -90,7 +109,7 @@ def _recorded(config: dict[str, Any], metadata: dict[str, str], name: str) -> Fo
     if RECORD in metadata:
         try:
             trained = {field: json.loads(metadata[RECORD])[field] for field in RECORDED}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             yield "weights", name, f"has a record of its training that cannot be read ({error!r})"
             return
         for field, rule in RECORDED.items():

@@ -1,6 +1,5 @@
 """The tensors of a draft: what they must be, and what a safetensors file says of its own."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from dflash_offline.schemas.sealed import parse_json
 
 _EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
 """How each dtype says that a value is not finite: every bit of its exponent is set."""
@@ -98,7 +99,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         raise ValueError(str(error)) from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size), path)
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():

@@ -12,12 +12,20 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
+from dflash_offline.schemas.checked import Count, checked
 from dflash_offline.schemas.files import append, open_kept
+from dflash_offline.schemas.sealed import parse_json
 from dflash_offline.stages.answers.dialogues import Answer, Dialogue
 
 SYNC_INTERVAL_S = 2.0
 """Seconds of answers that a power cut may cost; a killed process loses none that was noted."""
+_AGAIN = "Remove its folder to have every row answered again."
+
+
+class _Row(TypedDict):
+    row: Count
 
 
 class Journal:
@@ -61,7 +69,7 @@ class Journal:
                 for answer in waiting.pop(dialogue.index, []):
                     dialogue.add(answer)
                 while dialogue.is_open and file.tell() < end:
-                    row, answer = _entry(file.readline())
+                    row, answer = _entry(file.readline(), self.path)
                     if row == dialogue.index:
                         dialogue.add(answer)
                     else:
@@ -75,9 +83,9 @@ def _line(dialogue: Dialogue, answer: Answer) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
-def _entry(line: bytes) -> tuple[int, Answer]:
-    document = json.loads(line[9:])
-    return document.pop("row"), Answer(**document)
+def _entry(line: bytes, path: Path) -> tuple[int, Answer]:
+    document = parse_json(line[9:], path)
+    return checked(document, _Row, path, _AGAIN)["row"], checked(document, Answer, path, _AGAIN)
 
 
 def _valid_bytes(path: Path) -> int:

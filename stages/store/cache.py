@@ -70,7 +70,9 @@ class Cache:
     @cached_property
     def samples(self) -> SampleTable:
         """The plan, its tokens still on disk."""
-        return SampleTable.read(self.path / SAMPLES)
+        samples = SampleTable.read(self.path / SAMPLES)
+        samples.check(self.path / SAMPLES, self.manifest)
+        return samples
 
     @cached_property
     def codec(self) -> FeatureCodec:
@@ -83,7 +85,7 @@ class Cache:
 
     @cached_property
     def _records(self) -> tuple[dict[int, Commit], list[str]]:
-        commits, faults = read_commits(self.path, self.layout.num_shards, self.manifest.checksum)
+        commits, faults = read_commits(self.path, self.manifest)
         self._known.update(commits)
         return commits, faults
 
@@ -121,7 +123,7 @@ class Cache:
     def finished(self, shard: int) -> Commit | None:
         """Return a shard's record as it is now, if it is valid and the files have the recorded sizes, else None."""
         try:
-            return read_finished(self.path, shard, self.manifest.checksum)
+            return read_finished(self.path, shard, self.manifest)
         except CacheError:
             return None
 
@@ -147,7 +149,7 @@ class Cache:
     def _record(self, shard: int) -> Commit:
         """Return a finished shard's record, read alone if no other was asked for."""
         if shard not in self._known:
-            commit = read_finished(self.path, shard, self.manifest.checksum)
+            commit = read_finished(self.path, shard, self.manifest)
             if commit is None:
                 raise CacheError(f"Shard {shard} of {self.path} is not extracted. Repeat the `dflash extract`.")
             self._known[shard] = commit

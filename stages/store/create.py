@@ -14,6 +14,8 @@ from dflash_offline.schemas.manifest import (
     TMP,
     Layout,
     Manifest,
+    StaticFile,
+    check_sections,
 )
 from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.stages.store.array_metadata import write_metadata, write_scale
@@ -40,8 +42,11 @@ def publish_cache(folder: Path, cache: Path, **manifest: Any) -> bool:
     (folder / COMMITS).mkdir()
     (folder / TMP).mkdir()
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    files: dict[str, StaticFile] = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names
+    }
     document = Manifest(files=files, **manifest).to_json()
+    check_sections(document, folder / MANIFEST)
     write_synced(folder / MANIFEST, [sealed_bytes(document)])
     for path in folder.rglob("*"):
         if path.is_dir():

@@ -154,7 +154,7 @@ class _Shards:
         """Return what is wrong with a shard."""
         place = str(commit_path(self.cache.path, shard).relative_to(self.cache.path))
         try:
-            commit = read_commit(self.cache.path, shard, self.cache.manifest.checksum)
+            commit = read_commit(self.cache.path, shard, self.cache.manifest)
         except CacheError as error:
             return [Fault(place=place, what=str(error), shard=shard)]
         if commit is None:

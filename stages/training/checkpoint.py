@@ -11,24 +11,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dflash_offline.schemas.checked import Count, checked, unlike
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import remove_known, sha256_file, sync_folder, write_synced
 from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, STATE
-from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
+from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, STATE, read_saved_state
+from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
 from dflash_offline.stages.training.optimizer import WeightAverage
-from dflash_offline.stages.training.sums import Window
+from dflash_offline.stages.training.sums import Window, no_sums
 
 WEIGHTS, MASTERS, OPTIMIZER = "model.safetensors", "masters.safetensors", "optimizer.safetensors"
 """`WEIGHTS` is validated and exported. With `--ema` it holds the averaged weights, and `MASTERS` the trained ones."""
 FILES = (WEIGHTS, MASTERS, OPTIMIZER, "config.json", STATE)
 """All that a checkpoint may hold; what shows whose it is stands last, and is removed last."""
+_GO_BACK = "Remove its folder to go on from the checkpoint before it."
 _UNFINISHED = re.compile(r"\.step-\d{7,}\.(\d+|building-.+-\d+-[0-9a-f]{8})")
 """The first form is that of older versions."""
 
@@ -37,13 +40,13 @@ _UNFINISHED = re.compile(r"\.step-\d{7,}\.(\d+|building-.+-\d+-[0-9a-f]{8})")
 class TrainState:
     """Where a run stands after a step. Data order and anchors follow from the step, so no generator is kept."""
 
-    step: int
+    step: Count
     """Finished optimizer steps."""
-    best_step: int = 0
+    best_step: Count = 0
     """Step of the best validation so far; 0 for none."""
     best_walk: float = 0.0
     """Its acceptance length in simulated serving."""
-    tokens: int = 0
+    tokens: Count = 0
     """Training tokens seen."""
     window: Window = field(default_factory=Window)
     """Steps that the next row of the log covers; empty also where an older version saved a checkpoint between rows."""
@@ -160,15 +163,13 @@ def read_state(folder: Path) -> TrainState:
     """Return a checkpoint's state after checking every file's sha256."""
     if not (folder / STATE).is_file():
         raise DflashError(f"{folder} has the name of a checkpoint and no {STATE}. Move it away if it is not the run's.")
-    document = read_sealed(folder / STATE)
-    del document["checksum"]
-    for name, digest in document.pop("files").items():
+    saved, document = read_saved_state(folder)
+    for name, digest in saved["files"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise DflashError(
                 f"{folder / name} is missing or damaged. Remove {folder} to go on from the checkpoint before it."
             )
-    window = document.pop("window", {})
-    return TrainState(**document, window=Window(**window | {"sums": tuple(window.get("sums", ()))}))
+    return checked(document, TrainState, folder / STATE)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -187,7 +188,7 @@ def prune_checkpoints(run: Path, keep: int, best_step: int) -> None:
         if folder == best:
             continue
         with suppress(CacheError):
-            if checkpoint_folder(run, read_sealed(folder / STATE)["step"]) == folder:
+            if checkpoint_folder(run, read_saved_state(folder)[0]["step"]) == folder:
                 remove_known(folder, FILES)
 
 
@@ -203,18 +204,37 @@ def restore(
 ) -> TrainState:
     """Load a checkpoint into draft, optimizers and average; returns its state."""
     state = read_state(folder)
-    assert DraftConfig.read(folder) == draft.config, "the run's settings were compared before"
-    draft.load_state_dict(load_file(folder / (MASTERS if average else WEIGHTS)))
+    if DraftConfig.read(folder) != draft.config:
+        raise unlike(folder / "config.json", "it is another draft's than the run's", _GO_BACK)
+    if len(state.window.sums) not in (0, len(no_sums(draft.config.block_size, torch.device("cpu")))):
+        raise unlike(folder / STATE, f"window.sums holds {len(state.window.sums)} numbers", _GO_BACK)
+    draft.load_state_dict(_load_weights(folder / (MASTERS if average else WEIGHTS), draft))
     if average:
-        for name, tensor in load_file(folder / WEIGHTS).items():
+        for name, tensor in _load_weights(folder / WEIGHTS, draft).items():
             average.weights[name].copy_(tensor)
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / OPTIMIZER).items():
-        kind, name = key.split(".", 1)
+    for key, tensor in _load(folder / OPTIMIZER).items():
+        kind, _, name = key.partition(".")
         moments.setdefault(name, {})[kind] = tensor
     for optimizer, name, parameter in _named(optimizers):
+        if name not in moments:
+            raise unlike(folder / OPTIMIZER, f"it holds nothing of {name}", _GO_BACK)
         optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in moments[name].items()}
     return state
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise unlike(path, f"it is no safetensors file ({error})", _GO_BACK) from error
+    return tensors
+
+
+def _load_weights(path: Path, draft: DraftModel) -> dict[str, Tensor]:
+    weights = _load(path)
+    check_draft_weights(weights, draft.config, str(path))
+    return weights
 
 
 def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The draft of a run: its config, from the settings, the cache and the draft it starts from, and what it borrows."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.draft.lint import RECORD
+from dflash_offline.schemas.draft.lint import trained_with
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import MismatchError
 from dflash_offline.schemas.files import sha256_file
@@ -83,8 +82,8 @@ def _target_of(folder: Path) -> dict[str, Any] | None:
         target: dict[str, Any] = RunRecord.read(run.parent).origin["target_identity"]
         return target
     _, metadata = read_header(folder / "model.safetensors")
-    recorded: dict[str, Any] = json.loads(metadata.get(RECORD, "{}"))
-    return recorded.get("target")
+    trained = trained_with(metadata, folder / "model.safetensors")
+    return None if trained is None else trained.get("target")
 
 
 def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft | None) -> DraftConfig:

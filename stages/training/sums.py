@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from dflash_offline.schemas.checked import Count
 from dflash_offline.stages.trainer import DFlashStepMetrics
 
 SUMS = (
@@ -53,12 +55,12 @@ class Window:
 
     sums: tuple[float, ...] = ()
     """As `sums_of` gives them; empty before the first step."""
-    tokens: int = 0
+    tokens: Count = 0
     """Real tokens, padding left out."""
-    samples: int = 0
-    seconds: float = 0.0
+    samples: Count = 0
+    seconds: Annotated[float, Meta(ge=0)] = 0.0
     """Spent by this rank, waiting for data included."""
-    wait_s: float = 0.0
+    wait_s: Annotated[float, Meta(ge=0)] = 0.0
     """Seconds that ranks waited for data, their mean."""
 
     def plus(self, step: "Window") -> "Window":

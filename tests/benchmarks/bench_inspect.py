@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.pipeline.demo import TARGET as EMBEDDED
 from dflash_offline.schemas.commits import Commit, LayerStatistics, ShardFileRecord, commit_path
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, REJECTS, SAMPLES, TARGET, Layout, Manifest
+from dflash_offline.schemas.manifest import CAPTURE_RULE, COMMITS, FEATURES, REJECTS, SAMPLES, TARGET, Layout, Manifest
 from dflash_offline.schemas.samples import Reject, RejectWriter, write_samples
 from dflash_offline.stages.store.create import create_arrays, publish_cache
 
@@ -85,14 +85,26 @@ def make_plan(cache: Path) -> Manifest:
         cache,
         identity={
             "layer_ids": LAYER_IDS,
+            "capture": CAPTURE_RULE,
             "mask_rule": "assistant",
             "target": {"dtype": "bfloat16", "attn_implementation": "sdpa", "end_ids": [2]},
         },
         origin={"target": "made for the benchmark", "software": {}},
-        decoder={"vocab_size": VOCABULARY},
+        decoder={
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"), 64),
+            "hidden_size": layout.hidden_size,
+            "vocab_size": VOCABULARY,
+            "num_hidden_layers": 36,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 40_960,
+        },
         layout=layout,
         plan={
             "samples": NUM_SAMPLES,
+            "tokens": int(num_tokens.sum()),
+            "supervised": int((num_tokens // 2 + 1).sum()),
+            "anchors": int(np.maximum(num_tokens // 2 - 15, 1).sum()),
             "mask_token_id": MASK_TOKEN,
             "block_size": 16,
             "truncated": 0,

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.manifest import FEATURES, SAMPLES, FeatureLayout, Layout, hidden_file
+from dflash_offline.schemas.manifest import CAPTURE_RULE, FEATURES, SAMPLES, FeatureLayout, Layout, hidden_file
 from dflash_offline.schemas.samples import write_samples
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
@@ -154,7 +155,7 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
         read=lambda begin, end: (np.zeros(end - begin, np.uint32), np.ones(end - begin, np.bool_)),
     )
     create_arrays(building / FEATURES, layout, layer_ids, _scales(samples, features))
-    publish_cache(building, cache, identity={"layer_ids": layer_ids}, origin={}, decoder={}, layout=layout, plan={})
+    publish_cache(building, cache, layout=layout, **_sections(layer_ids, lengths, width))
     opened = Cache(cache)
     codec = opened.codec
     encoder = FeatureEncoder(codec)
@@ -169,6 +170,22 @@ def new_store(cache: Path, samples: Sequence[Tensor], features: FeatureLayout) -
     ]
     sums = Sums.of_layers(np.concatenate(values).transpose(1, 0, 2))
     return Store(ShardWriter(opened), codes, sums)
+
+
+def _sections(layer_ids: list[int], lengths: NDArray[np.int64], width: int) -> dict[str, Any]:
+    """Return the manifest's other sections."""
+    sizes = "hidden_size vocab_size num_attention_heads num_key_value_heads head_dim intermediate_size".split()
+    decoder = {"num_hidden_layers": len(layer_ids), "max_position_embeddings": 4096}
+    totals = dict.fromkeys(("tokens", "supervised", "anchors"), int(lengths.sum()))
+    target = {"dtype": "bfloat16", "attn_implementation": "none"}
+    return {
+        "identity": {"target": target, "layer_ids": layer_ids, "capture": CAPTURE_RULE, "mask_rule": "none"},
+        "origin": {"target": "none", "software": {}},
+        "decoder": {**dict.fromkeys(sizes, width), **decoder, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+        "plan": {
+            **{"samples": len(lengths), **totals, "mask_token_id": 1, "block_size": 2, "truncated": 0, "rejects": {}}
+        },
+    }
 
 
 def _scales(

@@ -399,5 +399,5 @@ def test_records_of_shards_that_are_not_of_the_plan_count_for_nothing(cache: Pat
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
     manifest = Cache.open(copy).manifest
     shutil.copy(commit_path(copy, 0), commit_path(copy, 999))
-    commits, faults = read_commits(copy, manifest.layout.num_shards, manifest.checksum)
+    commits, faults = read_commits(copy, manifest)
     assert list(commits) == list(range(manifest.layout.num_shards)) and faults == []

@@ -204,7 +204,7 @@ def test_a_result_of_another_draft_is_refused_when_asked_for_and_passed_over_whe
             export(copy, tmp_path / "draft", "last", evaluation=copy / "eval.json")
         assert not (tmp_path / "draft").exists()
     (copy / "broken.json").write_text("[]")
-    with pytest.raises(DflashError, match="is not a result of `dflash eval --save`"):
+    with pytest.raises(DflashError, match="Name a result of `dflash eval --save`"):
         export(copy, tmp_path / "draft", "last", evaluation=copy / "broken.json")
     export(copy, tmp_path / "draft", "last")
     assert "3.25" not in (tmp_path / "draft/README.md").read_text()
