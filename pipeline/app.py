@@ -15,6 +15,7 @@ from dflash_offline.pipeline.commands.regenerate import regenerate
 from dflash_offline.pipeline.commands.train import train
 from dflash_offline.pipeline.commands.verify import verify
 from dflash_offline.pipeline.options import add_command
+from dflash_offline.pipeline.safe_output import guard_output
 from dflash_offline.stages.cores import limit_threads
 
 OVERVIEW = """\b
@@ -62,6 +63,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line."""
+    guard_output()
     limit_threads()
     app()
 

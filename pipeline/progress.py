@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dflash_offline.pipeline.safe_output import obeyed, safe
 from dflash_offline.stages.progress import Figure, Progress, Silent
 
 INTERVAL_S = 5.0
@@ -100,7 +101,7 @@ class TerminalProgress:
     """Shows a stage's work as a bar on a terminal and as lines elsewhere; safe to use from several threads."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = stream or obeyed(sys.stderr)
         self._live = is_live(self._stream)
         self._lock = threading.Lock()
         self._work: Work | None = None
@@ -109,6 +110,7 @@ class TerminalProgress:
 
     def say(self, text: str) -> None:
         """Print a message above the bar; on a terminal as wide as that, in a log file in one line."""
+        text = safe(text)
         if self._live:
             lines = (textwrap.wrap(line, _width(self._stream), **_WRAPPING) or [""] for line in text.split("\n"))
             text = "\n".join(part for wrapped in lines for part in wrapped)
@@ -155,12 +157,12 @@ class TerminalProgress:
         parts = work.parts(ended)
         while len(parts) > 1 and len(f"{work.what}: {', '.join(parts)}") > room:
             parts.pop()
-        bar.n, bar.desc = work.done, f"{work.what}: {', '.join(parts)}"
+        bar.n, bar.desc = work.done, safe(f"{work.what}: {', '.join(parts)}")
         bar.refresh()
 
     def _print(self, work: Work, *, ended: bool) -> None:
         self._shown = time.monotonic()
-        print(f"{work.what}: {', '.join(work.parts(ended))}", file=self._stream, flush=True)
+        print(safe(f"{work.what}: {', '.join(work.parts(ended))}"), file=self._stream, flush=True)
 
 
 class EventProgress:

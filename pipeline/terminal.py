@@ -2,18 +2,19 @@
 
 import json
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from io import TextIOWrapper
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from dflash_offline.pipeline.safe_output import obeyed, safe
+
 FLATTENED = {"flattened": True}
 """Metadata of a dataclass's field whose own fields JSON has in its place; none of them where it is None."""
 OMITTED_IF_NONE = {"omitted": True}
@@ -25,7 +26,9 @@ def open_console() -> Console:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may hold signs that the output's encoding has not
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    return Console(highlight=False, markup=False, emoji=False, color_system=None if plain else "auto")
+    return _SafeConsole(
+        file=obeyed(sys.stdout), highlight=False, markup=False, emoji=False, color_system=None if plain else "auto"
+    )
 
 
 def has_colour(console: Console) -> bool:
@@ -33,9 +36,13 @@ def has_colour(console: Console) -> bool:
     return console.color_system is not None
 
 
-def safe(text: str) -> str:
-    """Return a text whose control characters a terminal shows instead of obeying them."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+class _SafeConsole(Console):
+    """A console that makes safe whatever it shows, and colours it."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the parts of what is shown; a control of rich's own is none of its text."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(safe(part.text), part.style)
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> Table:

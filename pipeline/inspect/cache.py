@@ -28,7 +28,8 @@ from dflash_offline.pipeline.inspect.shard import (
 )
 from dflash_offline.pipeline.inspect.shard_statistics import PooledLayer, ShardRun, ShardStatistics
 from dflash_offline.pipeline.inspect.warnings import CacheWarning, feature_warnings, layer_warnings, with_warnings
-from dflash_offline.pipeline.terminal import columns, facts, named, open_console, print_json, safe, sparkline
+from dflash_offline.pipeline.safe_output import safe
+from dflash_offline.pipeline.terminal import columns, facts, named, open_console, print_json, sparkline
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.store.cache import Cache

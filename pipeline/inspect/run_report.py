@@ -6,7 +6,8 @@ from typing import Any
 
 from dflash_offline.pipeline.inspect.run import bucket_means, compare
 from dflash_offline.pipeline.inspect.run_view import RunView
-from dflash_offline.pipeline.terminal import open_console, safe, sparkline
+from dflash_offline.pipeline.safe_output import safe
+from dflash_offline.pipeline.terminal import open_console, sparkline
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.stages.progress import readable_seconds
 

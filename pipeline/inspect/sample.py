@@ -14,7 +14,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from dflash_offline.pipeline.inspect.feature_statistics import token_norms
-from dflash_offline.pipeline.terminal import facts, has_colour, open_console, safe, sparkline
+from dflash_offline.pipeline.safe_output import safe
+from dflash_offline.pipeline.terminal import facts, has_colour, open_console, sparkline
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import TARGET

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -219,6 +220,9 @@ def _worker(
     except (DflashError, OSError) as error:
         of_system = isinstance(error, OSError) and error.errno is not None
         sender.send("fault", error if of_system else DflashError(str(error)))
+        raise SystemExit(_FAULT) from None
+    except Exception:  # the command shows it, as it shows everything
+        sender.send("fault", DflashError(f"A bug of dflash in a worker:\n{traceback.format_exc()}"))
         raise SystemExit(_FAULT) from None
 
 
