@@ -10,7 +10,7 @@ OLDEST = .venv-oldest
 FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 LINKED = $(VENV)/linked-$(FILES)
 
-.PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-gpu check-oldest
+.PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-vllm check-gpu check-oldest
 .PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target demo-data format
 .DEFAULT_GOAL := help
 
@@ -37,10 +37,10 @@ LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
   arg-type assignment call-overload func-returns-value index misc operator return-value var-annotated)
 
 test: $(LINKED)
-	$(BIN)/pytest -n 2 -m "not slow and not torture and not gpu and not clients and not browser"
+	$(BIN)/pytest -n 2 -m "not slow and not torture and not gpu and not clients and not vllm and not browser"
 
 test-slow: $(LINKED) ## the tests that take minutes
-	$(BIN)/pytest -m "slow and not torture and not gpu and not clients and not browser"
+	$(BIN)/pytest -m "slow and not torture and not gpu and not clients and not vllm and not browser"
 
 torture: $(LINKED) ## kill and resume twenty times and more; the result must be the same
 	$(BIN)/pytest -m torture
@@ -73,6 +73,9 @@ check-clients: $(LINKED) $(CLIENT_STAMPS) ## compare with the real serving clien
 	DFLASH_ZLAB=$(CURDIR)/$(CLIENTS) DFLASH_TRANSFORMERS=$(CURDIR)/$(CLIENTS)/transformers \
 	  DFLASH_SPECULATORS=$(CURDIR)/$(CLIENTS)/speculators $(BIN)/pytest -m clients
 
+check-vllm: $(LINKED) $(CLIENTS)/vllm/installed ## serve drafts by a real vLLM on the CPU, and compare every round
+	DFLASH_VLLM=$(CURDIR)/$(CLIENTS)/vllm $(BIN)/pytest -m vllm
+
 $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
 	$(BIN)/python -m zipfile -e $(CLIENTS)/dflash-0.1.0-py3-none-any.whl $(CLIENTS)
@@ -89,6 +92,11 @@ $(CLIENTS)/transformers/installed: | $(LINKED)
 $(CLIENTS)/speculators/installed: | $(LINKED)
 	$(BIN)/pip install -q --upgrade --target $(@D) "datasets>=4,<=5.1.0" "openai>=2" "loguru<=0.7.3" pydantic-settings aiohttp
 	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) speculators==0.9.0 hs-connectors==0.9.0 transformers==5.19.0
+	touch $@
+
+# All that vLLM imports to serve text, and nothing that would bring another torch: 1 GB.
+$(CLIENTS)/vllm/installed: tests/clients/vllm.txt | $(LINKED)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) -r $<
 	touch $@
 
 bench-eval: $(LINKED) $(CLIENTS)/dflash | demo/eval.json ## time decoding against z-lab's client, generate and the target alone
