@@ -1,5 +1,6 @@
 """What a step is counted to keep, against what autograd saves and what was seen of compiled layers."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import dry_run, train
 from dflash_offline.stages.training import run as runs
 from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.loader import Batch
 from dflash_offline.stages.training.memory import StepMemory, kept_by_block_token
 from dflash_offline.stages.training.ranks import Ranks
 from dflash_offline.stages.training.run import Training
@@ -126,3 +128,20 @@ def test_a_run_says_when_it_computes_activations_twice(
     monkeypatch.setattr(Training, "_budget", half)
     train(training(cache, tmp_path / "run", val_samples=0).config, Told())
     assert [line for line in said if "half of their activations" in line and "--batch-block-tokens" in line]
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_step_holds_one_micro_batch_however_many_it_adds_up(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: bool
+) -> None:
+    backward, seen, alive = Training._backward, [], []
+
+    def noted(one: Training, batch: Batch) -> Tensor:
+        seen.append(weakref.ref(batch.hidden_states))
+        alive.append(sum(reference() is not None for reference in seen))
+        return backward(one, batch)
+
+    monkeypatch.setattr(Training, "_backward", noted)
+    config = training(cache, tmp_path / "run", steps=2, accumulation=5, batch_tokens=384, val_samples=0).config
+    dry_run(config) if dry else train(config, Silent())
+    assert alive == [1] * 10
