@@ -1,9 +1,11 @@
 """What the data arguments name: files, folders, globs, saved datasets and hub ids, each with its share of rows."""
 
 import json
+import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -130,10 +132,10 @@ class Data:
 def _state(path: Path) -> tuple[int, ...] | None:
     """Return what differs after a file was written to or replaced; None if there is none."""
     try:
-        stat = path.stat()
+        found = path.stat()
     except FileNotFoundError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _source(argument: str, container: str | None) -> Source:
@@ -144,7 +146,7 @@ def _source(argument: str, container: str | None) -> Source:
         files = _folder(path, container)
     elif path.is_file():  # a pipe could be read only once
         files = [identify(path, container=container)]
-    elif matches := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if is_glob else []:
+    elif matches := _glob(path) if is_glob else []:
         files = [file for match in matches for file in _matched(match, container)]
     elif not is_glob or _HUB_SPLIT.fullmatch(place):
         files = _hub(place)
@@ -167,15 +169,54 @@ def _weighted(argument: str) -> tuple[str, float | None]:
     if not 0 < weight <= 1:
         raise BadInputError(
             f"{argument} has weight {number}; expected more than 0 and at most 1: the share of its rows that is taken. "
-            f"To have one file's rows more often, name it twice."
+            f"To have one file's rows more often, name it twice. If {number} is a config of a dataset, name a split of "
+            f"it too, as in {argument}@train."
         )
     return place, weight
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """Return what a pattern matches; `BadInputError` naming a folder on its way that cannot be listed."""
+    parts = pattern.parts
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    base, deepest = Path(*parts[:first]), len(parts) - first
+    for place, folders, _ in os.walk(base, onerror=_refuse_missing) if base.is_dir() else ():
+        if "**" not in parts and len(Path(place).parts) - len(base.parts) + 1 >= deepest:
+            folders.clear()
+    return sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+
+
+def _refuse_missing(error: OSError) -> None:
+    raise BadInputError(
+        f"{error.filename} cannot be read: {error.strerror}. What it holds would be missing: make it readable, remove "
+        f"it, or name the files that are meant."
+    ) from error
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether a path is a plain file; `BadInputError` if that cannot be told, as of a link to nothing."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        _refuse_missing(error)
+        raise
 
 
 def _matched(path: Path, container: str | None) -> list[DataFile]:
     if path.is_dir():
         return _folder(path, container)
-    return [identify(path, container=container)] if path.is_file() else []
+    return [identify(path, container=container)] if _is_file(path) else []
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder and its folders, linked ones too, but for hidden ones; `BadInputError` if some of it
+    cannot be listed."""
+    for place, folders, names in os.walk(folder, onerror=_refuse_missing, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for linked in (Path(place, name) for name in folders if Path(place, name).is_symlink()):
+            if Path(place).resolve().is_relative_to(linked.resolve()):
+                raise BadInputError(f"{linked} leads back to a folder that it lies in. Remove the link.")
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _folder(folder: Path, container: str | None) -> list[DataFile]:
@@ -190,10 +231,11 @@ def _folder(folder: Path, container: str | None) -> list[DataFile]:
         folder = folder / splits[0]
     if (folder / "state.json").is_file():
         return _saved_dataset(folder)
+    paths = sorted(_paths(folder), key=lambda path: path.relative_to(folder).as_posix())
     return [
         identify(path, name=path.relative_to(folder).as_posix(), container=container)
-        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
-        if path.is_file() and _is_data(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        for path in paths
+        if (_is_data(path) or path.is_symlink()) and _is_file(path) and _is_data(path)
     ]
 
 
@@ -218,13 +260,22 @@ def _saved_dataset(folder: Path) -> list[DataFile]:
 
 
 _SLICE = r"\w+(?:\.\w+)*(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\])?(?:\(\w+\))?"
-_HUB_SPLIT = re.compile(rf"[\w.-]+(?:/[\w.-]+)?@{_SLICE}(?: *\+ *{_SLICE})*")
+_HUB_SPLIT = re.compile(rf"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?@{_SLICE}(?: *\+ *{_SLICE})*")
 """A hub id with splits or slices of them, as in owner/name@train[:10%]+test: no glob, though it has brackets."""
 
 
+class _SeveralError(Exception):
+    """A dataset has several configs or splits, and none was named."""
+
+    def __init__(self, what: str, names: Iterable[str], example: str) -> None:
+        super().__init__(f"has the {what} {', '.join(names)}, and none is named. Name one, as in {example}")
+
+
 def _hub(place: str) -> list[DataFile]:
-    """Return the Arrow files that the `datasets` library makes of `owner/name`, or of `owner/name@split`."""
-    name, _, split = place.partition("@")
+    """Return the Arrow files that the `datasets` library makes of `owner/name`, `owner/name@split` or, where it has
+    several configs, `owner/name:config@split`."""
+    whole, _, split = place.partition("@")
+    name, _, config = whole.partition(":")
     is_id = name.count("/") == 1 or ("/" not in name and split)
     if not is_id or name.startswith((".", "/", "~")) or _is_data(Path(name)):
         raise BadInputError(
@@ -238,16 +289,27 @@ def _hub(place: str) -> list[DataFile]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split or "train")
+        configs = [] if config else datasets.get_dataset_config_names(name)
+        if len(configs) > 1:
+            raise _SeveralError("configs", configs, f"{name}:{configs[0]}" + (f"@{split}" if split else ""))
+        named = (name, config) if config else (name,)
+        if not split:
+            splits = datasets.load_dataset(*named)
+            if len(splits) > 1:
+                raise _SeveralError("splits", splits, f"{whole}@{next(iter(splits))}")
+            return [file for dataset in splits.values() for file in _arrow_files(dataset)]
+        dataset = datasets.load_dataset(*named, split=split)
         if "[" not in split:
             return _arrow_files(dataset)
         lengths = {part: info.num_examples for part, info in dataset.info.splits.items()}
         slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
         # The library gives a slice the files of its whole split, so that the rows have to be counted off here.
-        wholes = {part.splitname: _arrow_files(datasets.load_dataset(name, split=part.splitname)) for part in slices}
+        wholes = {part.splitname: _arrow_files(datasets.load_dataset(*named, split=part.splitname)) for part in slices}
         files = [file for part in slices for file in _cut(wholes[part.splitname], range(part.from_, part.to))]
         if sum(len(file.rows or ()) for file in files) != len(dataset):
             raise ValueError("its Arrow files hold other rows than the slice")
+    except _SeveralError as several:
+        raise BadInputError(f"The dataset {place} {several}.") from None
     except Exception as error:  # whatever the library and the dataset provoke
         raise BadInputError(
             f"The dataset {place} cannot be loaded: {first_line(error)}. Check the id, or give files."

@@ -351,17 +351,22 @@ def test_a_hub_id_needs_the_datasets_library_and_is_read_from_its_files(
     saved = save_dataset(tmp_path / "saved", [{"text": "a"}] * 4)
     asked = []
 
-    def load_dataset(name: str, split: str) -> SimpleNamespace:
+    def load_dataset(name: str, split: str | None = None) -> Any:
         asked.append((name, split))
         if split == "none":
             raise ValueError("Unknown split")
-        return SimpleNamespace(cache_files=[{"filename": str(path)} for path in sorted(saved.glob("*.arrow"))])
+        whole = SimpleNamespace(cache_files=[{"filename": str(path)} for path in sorted(saved.glob("*.arrow"))])
+        return whole if split else {"train": whole}
 
     monkeypatch.setattr("dflash_offline.stages.conversations.sources.find_spec", lambda _name: True)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules,
+        "datasets",
+        SimpleNamespace(load_dataset=load_dataset, get_dataset_config_names=lambda _name: ["default"]),
+    )
     assert len(drawn("owner/chats:0.5")[0]) + drawn("owner/chats:0.5")[1].num_not_drawn == 4
     assert len(drawn("owner/chats@test")[0]) == 4
-    assert asked[-1] == ("owner/chats", "test") and asked[0] == ("owner/chats", "train")
+    assert asked[-1] == ("owner/chats", "test") and asked[0] == ("owner/chats", None)
     with pytest.raises(BadInputError, match="owner/chats@none cannot be loaded: Unknown split"):
         drawn("owner/chats@none")
 
@@ -396,7 +401,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Dataset(cache_files=[{"filename": str(path)} for path in files], info=info, split=split)
 
     monkeypatch.setattr("dflash_offline.stages.conversations.sources.find_spec", lambda _name: True)
-    library = SimpleNamespace(load_dataset=load_dataset, ReadInstruction=Instruction)
+    library = SimpleNamespace(
+        load_dataset=load_dataset, ReadInstruction=Instruction, get_dataset_config_names=lambda _name: ["default"]
+    )
     monkeypatch.setitem(sys.modules, "datasets", library)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
