@@ -106,6 +106,7 @@ def load_model(
             device_map=placement,
             trust_remote_code=trust_remote_code,
         )
+    _run_as_asked(model, files.folder, attn_implementation)
     unread = refuse_incomplete_load(files.folder, model, decoder_of(model), loaded)
     if unread:
         parts = sorted({".".join(name.split(".")[:2]) for name in unread})
@@ -145,6 +146,30 @@ def _read_weights(folder: Path, told: list[str], **settings: Any) -> tuple[Any, 
         raise DflashError(
             f"transformers cannot load the model in {folder} as a causal language model: {said}{hint}"
         ) from error
+
+
+def _run_as_asked(model: Any, folder: Path, attn_implementation: str) -> None:
+    """Let what is asked for here decide how the model runs, where its config.json says otherwise.
+
+    transformers lets an attention that the file names go before the one asked for, and the latter is recorded.
+    """
+    parts = {id(part): part for part in (model.config, model.config.get_text_config(decoder=True))}.values()
+    for part in parts:
+        part.return_dict = True
+    if "_attn_implementation" not in (folder / "config.json").read_text():
+        return
+    try:
+        if any(part._attn_implementation != attn_implementation for part in parts):
+            model.set_attn_implementation(attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise DflashError(f"{folder} cannot run with {attn_implementation} attention: {error}") from error
+    found = {str(part._attn_implementation) for part in parts} - {attn_implementation}
+    if found:
+        raise DflashError(
+            f"{folder / 'config.json'} asks for {', '.join(sorted(found))} attention (_attn_implementation), and "
+            f"transformers keeps to it; asked for here is {attn_implementation}. Take that line out of the file, or "
+            f"give --attn-implementation {min(found)}."
+        )
 
 
 @contextmanager

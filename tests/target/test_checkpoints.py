@@ -10,14 +10,15 @@ import pytest
 import torch
 from running import dflash, refused
 from safetensors.torch import load_file, save_file
-from tiny_target import save_conversations
+from tiny_target import save_conversations, save_target, save_tokenizer
 from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from dflash_offline.pipeline.doctor.torch_trials import _describe_target
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target.files import open_target
-from dflash_offline.stages.target.model import load_model
+from dflash_offline.stages.target.model import decoder_of, load_model
 
 Tensors = dict[str, Tensor]
 DOWN = "model.layers.0.mlp.down_proj"
@@ -273,3 +274,32 @@ def test_a_damaged_header_is_refused_by_file(target: Path, tmp_path: Path) -> No
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:200])
     with pytest.raises(DflashError, match=r"model\.safetensors is no sound safetensors file"):
         open_target(str(folder))
+
+
+def _of_text_and_images(folder: Path) -> Path:
+    """Save a tiny model whose decoder has a config within the config."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 304}
+    images = {**small, "image_size": 28, "patch_size": 14}
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=images)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("of_text_and_images", [False, True])
+@pytest.mark.parametrize(("named", "asked"), [("eager", "sdpa"), ("sdpa", "eager")])
+def test_the_attention_that_is_asked_for_goes_before_the_one_in_the_config(
+    of_text_and_images: bool, named: str, asked: str, tmp_path: Path
+) -> None:
+    """It is recorded as what ran, so it must be what runs: in the layers too, not only in the config."""
+    folder = (_of_text_and_images if of_text_and_images else save_target)(tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part |= {"_attn_implementation": named, "return_dict": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(
+        open_target(str(folder)), dtype=torch.float32, device=torch.device("cpu"), attn_implementation=asked
+    )
+    run = {module.config._attn_implementation for module in decoder_of(model).modules() if hasattr(module, "config")}
+    assert run == {asked}
+    assert model(input_ids=torch.arange(4)[None]).logits.shape == (1, 4, 304)
