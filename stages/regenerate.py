@@ -280,7 +280,7 @@ def _answer(
     num_rows, num_open = _survey(config, data, journal, progress)
     progress.start("Answering", num_rows, "rows", done=num_rows - num_open)
     began, num_answers = time.perf_counter(), 0
-    first = FirstAnswers(0 if journal.begun else config.stop_after_rejected)
+    first = FirstAnswers(config.stop_after_rejected)
 
     def note(answered: list[tuple[Dialogue, Answer]], under_way: int | None = None) -> None:
         nonlocal num_answers

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from dflash_offline.schemas.secrets import shown_url
 from dflash_offline.schemas.settings import shared
 from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, SEEDS, Bounds, Option, problems, refuse
 
@@ -111,7 +112,7 @@ class RegenerateConfig:
             except ValueError:
                 usable = False
             if not usable:
-                found.append(f"server is {url!r}; expected a URL, as in http://127.0.0.1:8000/v1.")
+                found.append(f"server is {shown_url(url)!r}; expected a URL, as in http://127.0.0.1:8000/v1.")
         if len(set(self.servers)) < len(self.servers):
             found.append("The same server is named twice; name each once.")
         return found

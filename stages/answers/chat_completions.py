@@ -1,148 +1,196 @@
-"""One request of the OpenAI-compatible chat completions protocol, and the answer that its response holds."""
+"""The OpenAI-compatible chat completions protocol: a request for one answer, and the answer that its response holds."""
 
-import asyncio
 import json
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
-
-import httpx2
+from urllib.parse import urlsplit, urlunsplit
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.secrets import KEY_VARIABLE, Secrets, shown_url
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
-from dflash_offline.stages.answers.dialogues import Answer, Dialogue, Message, own_seed
+from dflash_offline.stages.answers.advice import EMPTY, ENDED_OTHERWISE, REFUSED, SPELLS_KEY, UNREADABLE_CALL
+from dflash_offline.stages.answers.dialogues import (
+    TRUNCATED,
+    Answer,
+    Dialogue,
+    Message,
+    own_seed,
+    with_recorded_ids,
+)
+from dflash_offline.stages.answers.exchange import Client, NoAnswerError
+from dflash_offline.stages.conversations.content import RowFaultError, read_messages, strings
 
-MOST_ANSWER_BYTES = 1 << 26
-LONGEST_RETRY_AFTER_S = 600.0
-REFUSED = "refused by the server"
+NEUTRAL: Mapping[str, float] = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Values that leave the target's own probabilities alone: without them those of the model's generation_config.json, or
+of the server, join in, and greedy answers are not the target's."""
+TOKENS = "return_token_ids"
+"""The field of vLLM that asks for the tokens of prompt and answer."""
 _WRONG_SETTINGS = {401, 402, 403, 404, 405, 501}
 _WRONG_ROW = {400, 413, 414, 422}
 _BUSY = {408, 425, 429, 502, 503, 504}
 """Statuses that say nothing of the row: the server is busy, or its gateway lost it."""
-_FINISHED = {"stop", "eos", "eos_token", "stop_sequence"}
+_FINISHED = {"stop", "eos", "eos_token", "stop_sequence", "tool_calls"}
 
 
-class NoAnswerError(Exception):
-    """A try gave no answer, and the next one may."""
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """An answer, and the tokens of prompt and answer where the server gives them."""
 
-    def __init__(self, what: str, *, of_row: bool, heard: bool = True, retry_after_s: float = 0.0) -> None:
-        super().__init__(what)
-        self.of_row = of_row
-        """Whether the row may be what made the try fail."""
-        self.heard = heard
-        """Whether there was a server at all."""
-        self.retry_after_s = retry_after_s
-        """Seconds that the server asks to be left alone."""
+    answer: Answer
+    prompt_ids: list[int] | None = None
+    ids: list[int] | None = None
 
 
 def endpoint(url: str) -> str:
     """Return where chat completions are asked for, of a base URL with or without its version."""
-    url = url.rstrip("/")
-    if url.endswith("/chat/completions"):
-        return url
-    return f"{url}/chat/completions" if url.count("/") > 2 else f"{url}/v1/chat/completions"
+    parts = urlsplit(url)
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path = f"{path or '/v1'}/chat/completions"
+    return urlunsplit(parts._replace(path=path))
 
 
-async def ask_server(client: Any, url: str, config: RegenerateConfig, dialogue: Dialogue, max_tokens: int) -> Answer:
+def optional_fields(config: RegenerateConfig) -> dict[str, Any]:
+    """Return the fields of a request that a server may not know."""
+    return {**NEUTRAL, **({"top_p": config.top_p} if config.temperature else {}), TOKENS: True}
+
+
+async def ask_server(
+    client: Client, url: str, config: RegenerateConfig, dialogue: Dialogue, max_tokens: int, optional: dict[str, Any]
+) -> Said:
     """Return the server's answer to a dialogue's next turn, or why it is none that can be kept.
 
     Raises `NoAnswerError` where another try may give one, `DflashError` where the settings are wrong.
     """
-    body = bytearray()
-    try:
-        async with (
-            asyncio.timeout(config.timeout_s),
-            client.stream("POST", url, content=_request(config, dialogue, max_tokens)) as response,
-        ):
-            async for piece in response.aiter_bytes():
-                body += piece
-                if len(body) > MOST_ANSWER_BYTES:
-                    raise NoAnswerError(f"more than {MOST_ANSWER_BYTES >> 20} MiB", of_row=True)
-    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-        what = f"cannot connect ({str(error) or type(error).__name__})"
-        raise NoAnswerError(what, of_row=False, heard=False) from error
-    except TimeoutError as error:
-        raise NoAnswerError(f"no answer within {config.timeout_s:g} s", of_row=True) from error
-    except httpx2.RequestError as error:
-        raise NoAnswerError(f"connection broken ({type(error).__name__}: {error})", of_row=True) from error
-    turn, status = f"turn {len(dialogue.answers)}", response.status_code
+    request = _request(config, dialogue, max_tokens) | optional
+    response = await client.post(url, request, max_tokens)
+    turn, status = f"turn {len(dialogue.answers)}", response.status
     if status == 200:
-        return _read(body, turn, max_tokens)
-    what = f"status {status}: {_error_text(body)}"
+        return _read(response.body, dialogue, max_tokens, client.secrets)
+    what = f"status {status}: {response.error}"
     if status in _WRONG_ROW:
-        return Answer(fault=REFUSED, detail=f"{turn}: {what}")
+        return Said(answer=Answer(fault=REFUSED, detail=f"{turn}: {what}"))
     if status in _WRONG_SETTINGS or 300 <= status < 400:
-        raise DflashError(f"{url} says {what}\nCheck --server, --model and the key in OPENAI_API_KEY.")
-    raise NoAnswerError(what, of_row=status not in _BUSY, retry_after_s=retry_after_s(response.headers))
+        raise DflashError(f"{shown_url(url)} says {what}\nCheck --server, --model and the key in {KEY_VARIABLE}.")
+    raise NoAnswerError(what, of_row=status not in _BUSY, retry_after_s=response.retry_after_s)
 
 
-def _request(config: RegenerateConfig, dialogue: Dialogue, max_tokens: int) -> bytes:
+async def tokens_of(client: Client, url: str, config: RegenerateConfig, dialogue: Dialogue, answer: Answer) -> Any:
+    """Return the tokens that the server's chat template makes of a dialogue with its next answer.
+
+    Returns None where the server does not say. `url` is that of chat completions; vLLM tokenizes beside it.
+    """
+    parts = urlsplit(url)
+    root = re.sub(r"(/v\d+)?/chat/completions$", "", parts.path)
+    document = {
+        "model": config.model_name,
+        "messages": [_sent(message) for message in [*dialogue.prompt(len(dialogue.answers)), answer.message()]],
+        "add_generation_prompt": False,
+        **_template_fields(config, dialogue),
+    }
+    response = await client.post(urlunsplit(parts._replace(path=f"{root}/tokenize")), document)
+    try:
+        return json.loads(response.body)["tokens"] if response.status == 200 else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def readings(answer: Answer) -> Iterator[Answer]:
+    """Yield the ways in which an answer may have been said: as it came, and with a thought that the prompt opened."""
+    yield answer
+    before, tag, after = answer.content.partition("</think>")
+    if tag and not answer.reasoning and "<think>" not in before:
+        yield replace(answer, content=f"<think>\n{answer.content}")
+        yield replace(answer, content=f"<think>{answer.content}")
+        yield replace(answer, content=after.strip(), reasoning=before.strip())
+
+
+def _request(config: RegenerateConfig, dialogue: Dialogue, max_tokens: int) -> dict[str, Any]:
     turn = len(dialogue.answers)
     request = {
         "model": config.model_name,
         "messages": [_sent(message) for message in dialogue.prompt(turn)],
         "max_tokens": max_tokens,
         "temperature": config.temperature,
+        **_template_fields(config, dialogue),
     }
-    if config.temperature:
-        request |= {"top_p": config.top_p, "seed": own_seed(config.seed, dialogue.index, turn)}
-    if dialogue.tools:
-        request["tools"] = dialogue.tools
-    if config.chat_template_kwargs:
-        request["chat_template_kwargs"] = config.chat_template_kwargs
-    return json.dumps(request).encode()
+    return request | ({"seed": own_seed(config.seed, dialogue.index, turn)} if config.temperature else {})
+
+
+def _template_fields(config: RegenerateConfig, dialogue: Dialogue) -> dict[str, Any]:
+    fields = {"tools": dialogue.tools, "chat_template_kwargs": config.chat_template_kwargs}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _sent(message: Message) -> Message:
-    """Return a message as requests carry it: reasoning under both names that servers know."""
-    reasoning = message.get("reasoning_content")
-    return message if reasoning is None else {**message, "reasoning": reasoning}
+    """Return a message as requests carry it: reasoning under both names that servers know, arguments as text."""
+    sent = dict(message)
+    if (reasoning := message.get("reasoning_content")) is not None:
+        sent["reasoning"] = reasoning
+    if calls := message.get("tool_calls"):
+        functions = [{**call["function"], "arguments": json.dumps(call["function"]["arguments"])} for call in calls]
+        sent["tool_calls"] = [
+            {"id": f"call_{i}", **call, "function": function}
+            for i, (call, function) in enumerate(zip(calls, functions, strict=True))
+        ]
+    return sent
 
 
-def _read(body: bytearray, turn: str, max_tokens: int) -> Answer:
+def _read(body: bytes, dialogue: Dialogue, max_tokens: int, secrets: Secrets) -> Said:
     """Return the answer that a response holds; `NoAnswerError` if it is none of the protocol's."""
+    turn = f"turn {len(dialogue.answers)}"
     try:
-        choice = json.loads(body)["choices"][0]
+        document = json.loads(body)
+        choice = document["choices"][0]
         message, finish = choice["message"], choice["finish_reason"]
         content = message.get("content") or ""
         reasoning = message.get("reasoning_content") or message.get("reasoning") or None
-        calls = message.get("tool_calls")
         if not (isinstance(content, str) and isinstance(reasoning, str | None) and isinstance(finish, str)):
             raise TypeError("content and finish_reason are no text")
         (content + (reasoning or "")).encode()
+        is_spelled = secrets.spelled_in(text for _, text in strings(message))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"[:200]
-        raise NoAnswerError(f"status 200, but no chat completion ({why})", of_row=True) from error
+        why = secrets.masked(f"{type(error).__name__}: {error}")[:200]
+        raise NoAnswerError(f"status 200, but no chat completion ({why})", of_row=True) from None
+    if is_spelled:
+        return _left_out(SPELLS_KEY, turn)
     if finish == "length":
-        return Answer(fault="truncated answer", detail=f"{turn}: longer than {max_tokens} tokens or the server's room")
-    if calls or finish == "tool_calls":
-        return Answer(fault="answer calls a tool", detail=f"{turn}: nothing here could give the tool's result")
+        return _left_out(TRUNCATED, f"{turn}: longer than {max_tokens} tokens or the server's room")
     if finish not in _FINISHED:
-        return Answer(fault="answer ended otherwise", detail=f"{turn}: finish_reason {finish[:80]!r}")
-    if not content.strip():
-        return Answer(fault="empty answer", detail=turn)
-    return Answer(content=content, reasoning=reasoning)
-
-
-def _error_text(body: bytearray) -> str:
-    text = body[:4096].decode(errors="replace")
-    try:
-        error = json.loads(body)
-        error = error.get("error", error)
-        text = str(error["message"] if isinstance(error, dict) and "message" in error else error)
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    return " ".join(text.split())[:300] or "(nothing more)"
-
-
-def retry_after_s(headers: Any) -> float:
-    """Return the seconds of a Retry-After header, which may also name an instant; 0 without one."""
-    text = headers.get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
+        return _left_out(ENDED_OTHERWISE, f"{turn}: finish_reason {secrets.masked(finish)[:80]!r}")
+    calls = None
+    if message.get("tool_calls") or finish == "tool_calls":
         try:
-            seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if seconds == seconds else 0.0
+            calls = _calls(message, dialogue)
+        except (RowFaultError, LookupError, TypeError, UnicodeEncodeError) as error:
+            return _left_out(UNREADABLE_CALL, f"{turn}: {secrets.masked(str(error))[:200]}")
+    if not content.strip() and not calls:
+        return _left_out(EMPTY, turn)
+    prompt_ids, ids = document.get("prompt_token_ids"), choice.get("token_ids")
+    if not (_is_tokens(prompt_ids) and _is_tokens(ids)):
+        prompt_ids = ids = None
+    return Said(answer=Answer(content=content, reasoning=reasoning, calls=calls), prompt_ids=prompt_ids, ids=ids)
+
+
+def _left_out(fault: str, detail: str) -> Said:
+    return Said(answer=Answer(fault=fault, detail=detail))
+
+
+def _calls(message: Message, dialogue: Dialogue) -> list[Message]:
+    (read,) = read_messages({"messages": [{"role": "assistant", "tool_calls": message.get("tool_calls")}]}).messages
+    for _, text in strings(read["tool_calls"]):
+        text.encode()
+    return with_recorded_ids(read["tool_calls"], dialogue.recorded[len(dialogue.answers)])
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)

@@ -34,10 +34,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open_kept(path, "a")
-        num_bytes = _valid_bytes(path)
-        self._file.truncate(num_bytes)
-        self.begun = num_bytes > 0
-        """Whether answers of an earlier command are in it."""
+        self._file.truncate(_valid_bytes(path))
         self._synced = time.monotonic()
 
     def note(self, noted: Iterable[tuple[Dialogue, Answer]]) -> None:

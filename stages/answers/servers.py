@@ -5,20 +5,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import httpx2
-
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.secrets import KEY_VARIABLE, Secrets, shown_url
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages.answers.chat_completions import endpoint
-from dflash_offline.stages.answers.dialogues import Answer, Dialogue
+from dflash_offline.stages.answers.dialogues import Dialogue
+from dflash_offline.stages.answers.exchange import Client
 from dflash_offline.stages.answers.server_retries import Servers
 from dflash_offline.stages.progress import Progress
 
 ROWS_AHEAD = 64
 """Rows that may be begun after the oldest unfinished one, for each request under way: what is held at once."""
-CONNECT_TIMEOUT_S = 10.0
-MOST_REFUSED = 20
-"""Rows that servers may refuse before their first answer: more are refused for the settings, not for what they say."""
 
 
 class ServerAnswerer:
@@ -27,6 +23,7 @@ class ServerAnswerer:
     def __init__(self, config: RegenerateConfig, progress: Progress) -> None:
         self.config = config
         self.progress = progress
+        self._secrets = Secrets(os.environ.get(KEY_VARIABLE) or None, config.servers)
         self._servers = Servers([endpoint(url) for url in config.servers], config, progress.say)
 
     def identity(self) -> dict[str, Any]:
@@ -35,11 +32,9 @@ class ServerAnswerer:
 
     def origin(self) -> dict[str, Any]:
         """Return what is recorded of the servers and never compared."""
-        return {"servers": list(self.config.servers)}
+        return {"servers": [shown_url(url) for url in self.config.servers]}
 
-    def answer(
-        self, dialogues: Iterable[Dialogue], note: Callable[[list[tuple[Dialogue, Answer]]], None], num_open: int
-    ) -> None:
+    def answer(self, dialogues: Iterable[Dialogue], note: Callable[..., None], num_open: int) -> None:
         """Answer every open turn of the dialogues, and note each answer as it comes.
 
         At most `concurrency` requests are under way. Raises `DflashError` where no server answers any more, or
@@ -52,35 +47,22 @@ class ServerAnswerer:
 
     async def _run(self, window: "_Window", note: Callable[..., None], num_open: int) -> None:
         asyncio.get_running_loop().set_exception_handler(_tell_unless_stopped)
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        timeout = httpx2.Timeout(None, connect=min(CONNECT_TIMEOUT_S, self.config.timeout_s))
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency)
-        held: list[tuple[Dialogue, Answer]] = []
+        config = self.config
         async with (
-            httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client,
+            Client(self._secrets, concurrency=config.concurrency, timeout_s=config.timeout_s) as client,
             asyncio.TaskGroup() as group,
         ):
-            for _ in range(min(self.config.concurrency, num_open)):
-                group.create_task(self._work(client, window, note, held))
-        note(held)
+            for _ in range(min(config.concurrency, num_open)):
+                group.create_task(self._work(client, window, note))
 
-    async def _work(self, client: Any, window: "_Window", note: Callable[..., None], held: list[Any]) -> None:
+    async def _work(self, client: Client, window: "_Window", note: Callable[..., None]) -> None:
         while (dialogue := await window.next()) is not None:
             while dialogue.is_open:
                 answer = await self._servers.ask(client, dialogue)
                 dialogue.add(answer)
-                held.append((dialogue, answer))
-                # A refusal counts as final only once a server has shown that it answers others.
-                if self._servers.num_answers:
-                    note(held)
-                    held.clear()
-                elif len(held) >= MOST_REFUSED:
-                    raise DflashError(
-                        f"The first {len(held)} rows were all refused, the last one so: {answer.detail}\n"
-                        f"Nothing was kept of that. Check --model and the other settings against the server's."
-                    )
-            window.leave(dialogue)
+                if not dialogue.is_open:
+                    window.leave(dialogue)
+                note([(dialogue, answer)], window.oldest)
 
 
 class _Window:
@@ -90,6 +72,11 @@ class _Window:
         self._dialogues: Iterator[Dialogue] = (dialogue for dialogue in dialogues if dialogue.is_open)
         self._most_ahead = most_ahead
         self._unfinished: set[int] = set()
+
+    @property
+    def oldest(self) -> int | None:
+        """The number of the oldest dialogue that is given out and unfinished."""
+        return min(self._unfinished, default=None)
 
     async def next(self) -> Dialogue | None:
         """Return the next open dialogue, once the oldest is near enough; None at the end."""

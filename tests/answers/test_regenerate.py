@@ -53,6 +53,7 @@ def save(path: Path, rows: Rows) -> Path:
 def settings(talker: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
     # What a random target says is seldom what its own tokenizer would make of the text.
     batches = {"batch_rows": 4, "max_new_tokens": MOST, "device": "cpu", "keep_rewritten": True}
+    batches["stop_after_rejected"] = 0
     return {"data": (data,), "out": out, "target": str(talker), **batches, **more}
 
 

@@ -18,7 +18,7 @@ from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchEr
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages import regenerate as stage
 from dflash_offline.stages.answers import servers as server_module
-from dflash_offline.stages.answers.chat_completions import retry_after_s
+from dflash_offline.stages.answers.exchange import retry_after_s
 from dflash_offline.stages.answers.server_retries import PROBE, ServersGoneError
 from dflash_offline.stages.regenerate import Regenerated, regenerate
 
@@ -98,7 +98,7 @@ def test_answers_that_are_none_leave_their_rows_out_counted_and_named(tmp_path: 
     data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"
     with ChatServer(lambda content, _tries: kinds.get(content)) as server:
         done = run(data, out, server)
-    reasons = ["truncated answer", "empty answer", "answer calls a tool", "refused by the server"]
+    reasons = ["truncated answer", "empty answer", "call of a tool cannot be read", "refused by the server"]
     reasons.append("answer ended otherwise")
     assert done.left_out == dict.fromkeys(sorted(reasons), 1) and done.num_rows == 25
     assert [(one["row"], one["reason"]) for one in rejects(out)] == list(zip([4, 5, 8, 9, 10], reasons, strict=True))
