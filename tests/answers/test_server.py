@@ -173,7 +173,7 @@ def test_wrong_settings_stop_at_once(status: str, tmp_path: Path) -> None:
 def test_refusals_alone_stop_the_command_and_none_is_kept(tmp_path: Path) -> None:
     rows = chats(60)
     data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"
-    with ChatServer(lambda _content, _tries: "400") as server, pytest.raises(DflashError, match="were all refused"):
+    with ChatServer(lambda _content, _tries: "400") as server, pytest.raises(DflashError, match="all left out: refused by the server"):
         run(data, out, server)
     with ChatServer() as server:
         run(data, out, server)
@@ -338,7 +338,8 @@ def test_a_signal_keeps_the_answers_and_says_how_to_go_on(number: signal.Signals
             time.sleep(0.005)
         process.send_signal(number)
         _, stderr = process.communicate()
-        assert process.returncode == 128 + number and "The answers so far are kept; repeat the command" in stderr
+        assert process.returncode == 128 + number, stderr
+        assert "The answers so far are kept; repeat the command" in stderr
         assert "Traceback" not in stderr
         before = len(server.requests)
         subprocess.run(command(data, out, server), check=True, capture_output=True)
