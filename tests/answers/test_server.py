@@ -173,7 +173,10 @@ def test_wrong_settings_stop_at_once(status: str, tmp_path: Path) -> None:
 def test_refusals_alone_stop_the_command_and_none_is_kept(tmp_path: Path) -> None:
     rows = chats(60)
     data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"
-    with ChatServer(lambda _content, _tries: "400") as server, pytest.raises(DflashError, match="all left out: refused by the server"):
+    with (
+        ChatServer(lambda _content, _tries: "400") as server,
+        pytest.raises(DflashError, match="all left out: refused by the server"),
+    ):
         run(data, out, server)
     with ChatServer() as server:
         run(data, out, server)
