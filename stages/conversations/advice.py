@@ -7,6 +7,7 @@ from dflash_offline.stages.conversations.loss_mask import SPECIAL_TOKEN, TOKENS_
 from dflash_offline.stages.conversations.rendering import (
     ALL_CONTEXT,
     ANSWER_FIRST,
+    AS_TEXT,
     CONTEXT,
     CONTEXT_LEARNED,
     EMPTY_ANSWER,
@@ -74,6 +75,7 @@ def not_in_text(dropped: Mapping[str, int]) -> str:
 
 
 _NOTES = {
+    AS_TEXT: "the template cannot write them as objects, as others do",
     CONTEXT: "the data marks them as not to be learned, and they are not supervised; take the marks out of the data to "
     "have them supervised",
     CONTEXT_LEARNED: "--mask all supervises every token, whatever the data marks",

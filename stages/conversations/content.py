@@ -36,8 +36,8 @@ class Chat:
     tools: list[dict[str, Any]] | None = None
     context: list[int] = field(default_factory=list)
     """Answers that the data marks as context: they are not to be learned."""
-    unfollowed: list[str] = field(default_factory=list)
-    """What the data marks that no mask can follow."""
+    noted: list[str] = field(default_factory=list)
+    """What is to be said of it beside: marks that no mask can follow, what was converted."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def _chat(
     context = [i for i, (one, mark) in enumerate(pairs) if one["role"] == "assistant" and mark is False]
     others = any(one["role"] != "assistant" and mark for one, mark in pairs)
     # Where every turn has the same mark, as of a column's default, it says nothing of the others'.
-    unfollowed = [OTHERS_LEARNED] if others and len({*marks}) > 1 else []
-    return Chat([one for one, _ in pairs], tools, context, unfollowed + ([ROW_SHARE] if has_share else []))
+    noted = [OTHERS_LEARNED] if others and len({*marks}) > 1 else []
+    return Chat([one for one, _ in pairs], tools, context, noted + ([ROW_SHARE] if has_share else []))
 
 
 def _turns(value: dict[str, Any], key: str) -> list[Any]:

@@ -6,11 +6,12 @@ that turn, then the answer as it is written there. Answers whose prompt goes on 
 the steps of one turn with tools, share a text: what comes before each of them is what a server would be given.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from jinja2 import TemplateError
 
@@ -19,6 +20,7 @@ from dflash_offline.stages.conversations.chat_tokenizer import ChatTokenizer
 from dflash_offline.stages.conversations.content import REASONING_KEYS, Chat, Text
 from dflash_offline.stages.conversations.dropped import CALLS, KIND_OF_ROLE, dropped_parts, is_written_empty
 
+AS_TEXT = "call arguments given to the template as text"
 ALL_CONTEXT = "marked as context"
 CONTEXT, CONTEXT_LEARNED = "answers marked as context", "answers marked as context, and supervised"
 ANSWER_FIRST = "begins with an assistant turn"
@@ -88,6 +90,7 @@ class Renderer:
         """`as_served` is false for a plan of an older version, which left out what a template rewrites."""
         self.tokenizer = tokenizer
         self.config = config
+        self.is_current = as_served
         self.as_served = as_served and config.mask != "all"
         self.has_tags = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.template) is not None
         """Whether the chat template has generation tags."""
@@ -98,6 +101,14 @@ class Renderer:
         `plain` says that messages and tools are of JSON's types.
         """
         plain = plain and not any(REASONING_KEYS[0] in message for message in chat.messages)
+        parts = self._rendered(chat, plain)
+        if self.is_current and _wants_text(parts, chat):
+            others = self._rendered(_with_text_arguments(chat), plain)
+            if not _wants_text(others, chat):
+                return others
+        return parts
+
+    def _rendered(self, chat: Chat, plain: bool) -> list[RenderedPart]:
         whole = result(partial(self._whole, plain=plain), chat)
         if self.as_served and isinstance(whole, UnmaskableError) and whole.args[0] in _OF_AN_ANSWER:
             parts = self._served(chat, plain)
@@ -254,7 +265,38 @@ class Renderer:
     def _notes(self, chat: Chat) -> tuple[str, ...]:
         """Return what a plan says of a conversation's marks."""
         context = [CONTEXT if self.as_served else CONTEXT_LEARNED] if chat.context else []
-        return tuple(sorted([*context, *chat.unfollowed]))
+        return tuple(sorted([*context, *chat.noted]))
+
+
+def _calls(chat: Chat) -> list[dict[str, Any]]:
+    return [call["function"] for message in chat.messages for call in message.get("tool_calls", ())]
+
+
+def _wants_text(parts: list[RenderedPart], chat: Chat) -> bool:
+    """Say whether a template takes call arguments for a text: it fails with objects, or writes them as Python does."""
+    written = [repr(call["arguments"]) for call in _calls(chat) if call["arguments"]]
+    return bool(written) and any(
+        any(one in part.text for one in written)
+        if isinstance(part, Rendered)
+        else not isinstance(part, UnmaskableError) or part.args[0] == REFUSED_TURN
+        for _, part in parts
+    )
+
+
+def _with_text_arguments(chat: Chat) -> Chat:
+    """Return a conversation whose call arguments are texts of JSON, and which says so."""
+
+    def converted(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    messages = [
+        {**message, "tool_calls": [converted(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in chat.messages
+    ]
+    return replace(chat, messages=messages, noted=[*chat.noted, AS_TEXT])
 
 
 def _continued(earlier: Rendered, answer: Rendered) -> Rendered:

@@ -140,6 +140,15 @@ def _state(path: Path) -> tuple[int, ...] | None:
 
 def _source(argument: str, container: str | None) -> Source:
     place, weight = _weighted(argument)
+    try:
+        return Source(argument, tuple(_files(place, container)), weight)
+    except PermissionError as error:
+        _refuse_missing(error)
+        raise
+
+
+def _files(place: str, container: str | None) -> list[DataFile]:
+    """Return the files that an argument without its weight names, in the order in which they are read."""
     path = Path(place).expanduser()
     is_glob = any(sign in place for sign in "*?[")
     if path.is_dir():
@@ -154,7 +163,7 @@ def _source(argument: str, container: str | None) -> Source:
         files = []
     if not files:
         raise BadInputError(f"{place} names no data file. Expected files ending in {', '.join(ENDINGS)}.")
-    return Source(argument, tuple(files), weight)
+    return files
 
 
 def _weighted(argument: str) -> tuple[str, float | None]:
