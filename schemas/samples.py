@@ -231,7 +231,7 @@ def open_table(path: Path, schema: pa.Schema, read_dictionary: list[str] | None 
         metadata, size = file.metadata, path.stat().st_size
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         items = sum(group.column(column).num_values for group in groups for column in range(metadata.num_columns))
-    except (*_FAULTS, TypeError, ValueError) as error:
+    except (*_FAULTS, KeyError, TypeError, ValueError) as error:  # KeyError: no such column to read as a dictionary
         if isinstance(error, CacheError):
             raise
         raise _unreadable(path, error) from error
