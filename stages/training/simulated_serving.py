@@ -16,7 +16,7 @@ from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.loader import Batch
 from dflash_offline.stages.training.sums import no_sums, sums_of
 
-AT_ONCE = {"cpu": 128, "gpu": 1024}
+AT_ONCE = {"cpu": 128, "gpu": 512}
 """Blocks of a row that are drafted at once."""
 
 
