@@ -236,8 +236,8 @@ def test_a_cache_that_was_planned_by_an_older_rule_goes_on_by_it(
 
 
 ONE_TARGET = {
-    "target/config_sha256": "0",
-    "target/weights_sha256/model.safetensors": "0",
+    "target/config_sha256": "0" * 64,
+    "target/weights_sha256/model.safetensors": "0" * 64,
     "target/quantization": "int8",
     "target/tokenizer_sha256": "0",
     "target/chat_template_sha256": "0",

@@ -517,7 +517,7 @@ class Told(Silent):
 
 @pytest.mark.parametrize("field", ["target/weights_sha256/model.safetensors", "target/chat_template_sha256", "capture"])
 def test_a_run_starts_from_a_draft_of_the_same_target_alone(cache: Path, run: Path, tmp_path: Path, field: str) -> None:
-    other = made_otherwise(cache, tmp_path / "other", set_field(f"identity/{field}", "0"))
+    other = made_otherwise(cache, tmp_path / "other", set_field(f"identity/{field}", "0" * 64))
     export(run, tmp_path / "draft")
     for start in (tmp_path / "draft", list_checkpoints(run)[-1]):
         settings = config(cache, tmp_path / "next" / start.name, steps=2, init_from=start)
