@@ -28,8 +28,11 @@ _OUTSIDE_FAULTS = {
 } | _ADVICE.keys()
 """System errors that are no bug of this program: no room, no permission, a broken disk, an impossible name, and those
 whose own text does not say what to do."""
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""Text of torch's error when an allocation on the CPU fails; the error has no class of its own."""
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "failed to map segment", "annot allocate memory")
+"""In errors of torch's allocator, and of libraries that find no room as they are loaded; they have no class of their
+own."""
+_NO_THREAD = ("can't start new thread", "pthread_create", "ThreadPoolBuildError", "esource temporarily unavailable")
+_NO_FILE = "Too many open files"
 _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 """Variables that keep libraries which are loaded from now on from drawing bars of their own."""
 
@@ -80,7 +83,14 @@ def _users_error(error: Exception, go_on: str) -> str | None:
     """Return the message for an error that is no bug of this program; None for a bug."""
     if isinstance(error, DflashError):
         return str(error)
-    if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+    if any(text in str(error) for text in _NO_THREAD):
+        return (
+            f"This process may start no further thread or process: {' '.join(str(error).split())}. Let it have more "
+            f"(`ulimit -u` and `ulimit -v` show the limits), or start fewer: OMP_NUM_THREADS=1. {go_on}".rstrip()
+        )
+    if isinstance(error, ImportError) and _NO_FILE in str(error):
+        return f"{error}. {_ADVICE[errno.EMFILE]}{go_on}".rstrip()
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
         found = " ".join(str(error).split()) or "an array could not be made"
         return f"This process has too little memory: {found}. Let it have more, or do less at once. {go_on}".rstrip()
     if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:

@@ -81,6 +81,25 @@ def test_memory_that_does_not_suffice_is_no_bug(of_torch: bool, capsys: Captured
     assert "too little memory" in events[2]["message"] and events[2]["message"].endswith(" Repeat.")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "too little memory: libtorch_cpu"),
+        (ImportError("libz.so: cannot allocate memory in static TLS block"), "too little memory: libz.so"),
+        (ImportError("liba.so: cannot open shared object file: Too many open files"), "ulimit -n"),
+        (RuntimeError("can't start new thread"), "no further thread or process: can't start new thread"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "OMP_NUM_THREADS=1"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_limit_that_is_met_while_a_library_loads_or_starts_threads_is_no_bug(
+    error: Exception, said: str, capsys: Captured
+) -> None:
+    code, events = ended(error, capsys)
+    assert code == 1 and "traceback" not in events[2]
+    assert said in events[2]["message"] and events[2]["message"].endswith(" Repeat.")
+
+
 def test_a_command_that_ends_well_or_by_an_exit_code_says_so(capsys: Captured) -> None:
     assert [event["event"] for event in ended(None, capsys)[1]] == ["start", "end", "finished"]
     code, events = ended(typer.Exit(1), capsys)
