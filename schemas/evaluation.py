@@ -1,6 +1,7 @@
 """eval.json: what an evaluation of a draft found, and the settings it ran under."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ class Difference:
     prompt: str
     """File and line."""
     position: int
-    """Index in the answer, from 0."""
+    """Index in the answer, from 0: of a token, or of a character where a server gives no tokens."""
     plain_token: int | None
     """The target's own; None where its answer has ended."""
     speculative_token: int | None
@@ -163,6 +164,100 @@ class DecodedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A time over all answers, in seconds."""
+
+    median: float
+    p95: float
+    """Nineteen of twenty are at most this."""
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Return the spread of some seconds; None of none."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return Spread(median=statistics.median(ordered), p95=ordered[math.ceil(0.95 * len(ordered)) - 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What the server counted of its drafting meanwhile; of one that counts little, all but the length is None."""
+
+    acceptance_length: float | None
+    """Tokens a round: the server's own one and the accepted ones; None without a round."""
+    since_start: bool = False
+    """Whether it is the server's average since it was started, of which no part can be told."""
+    rounds: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    """Accepted tokens, those behind the end of an answer included."""
+    accepted_by_slot: tuple[int, ...] | None = None
+    """Of slots 1, 2, ... as many as the server drafts."""
+    other_requests: int = 0
+    """Requests that ended meanwhile and were not ours; below 0 where the server counts fewer than it answered us."""
+    other_tokens: int = 0
+    """Their tokens, and those of others still under way."""
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the server had other work, so that nothing it counted is of our prompts alone."""
+        return self.other_requests != 0 or self.other_tokens != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One pass over all prompts, so many requests at a time."""
+
+    concurrency: int
+    prompts: int
+    tokens: int
+    """Of all answers."""
+    seconds: float
+    """From the first request to the last answer's end."""
+    tokens_per_s: float
+    first_token_s: Spread | None
+    """From a request to its answer's first token."""
+    per_token_s: Spread | None
+    """Of an answer: seconds from its first token to its last / tokens after the first."""
+    counted: Counted | None
+    """None where the server shows no counters that are known here."""
+    acceptance_by_kind: dict[str, Acceptance]
+    """Where the server tells the rounds of each answer."""
+    plain_tokens_per_s: float | None = None
+    """The plain server's, at the same concurrency."""
+    identical: int | None = None
+    """Answers that are the target's own; None where nothing was there to compare, or tokens are drawn."""
+    differences: tuple[Difference, ...] = ()
+    """The other answers."""
+    other_prompts: int = 0
+    """Prompts of which the server's chat template made other tokens than the target's does here."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Tokens/s with the draft / tokens/s of the plain server."""
+        return self.tokens_per_s / self.plain_tokens_per_s if self.plain_tokens_per_s else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A live server, and what it did."""
+
+    url: str
+    """Without what is secret in it."""
+    kind: str
+    """vLLM, SGLang, or unknown, by the counters it shows."""
+    model: str
+    compared_with: str | None
+    """What the answers were compared with: the plain server, the target here, or nothing."""
+    num_speculative_tokens: int | None
+    """Tokens that it drafts in a round, where it says so."""
+    passes: tuple[Served, ...]
+    notes: tuple[str, ...]
+    """What a reader must know of how it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """What an evaluation found, with the settings it ran under; what needs the target is None without one."""
 
@@ -209,6 +304,8 @@ class EvalResult:
     """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
     decoded: tuple[DecodedPrompt, ...] | None = None
     """Every prompt's rounds, if the settings ask to keep them."""
+    service: Service | None = None
+    """What a live server did, if one was measured; without a target the figures above are of its first pass."""
     device: str
     dtype: str
     threads: int

@@ -48,10 +48,19 @@ class _Outcome:
     lookup: LookupDecoding | None
 
 
-def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
-    """Load what the settings name, and return what `evaluate`, or without a target `evaluate_offline`, finds."""
-    if config.target is None:
-        return evaluate_offline(config, progress)
+@dataclass(frozen=True)
+class Loaded:
+    """What an evaluation with a target decodes with."""
+
+    target: Any
+    tokenizer: Any
+    draft: DraftModel
+    trained: dict[str, Any] | None
+
+
+def load(config: EvalConfig, progress: Progress | None = None) -> Loaded:
+    """Return the target and the draft that the settings name, loaded."""
+    assert config.target is not None, "there is a target to load"
     files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
     device = choose_device(config.device)
     dtype = resolve_dtype(config.dtype, device, files.config)
@@ -68,7 +77,14 @@ def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> Eva
         progress=progress,
     )
     check_plain_embeddings(target, files.name)
-    return evaluate(config, target=target, tokenizer=files.tokenizer, draft=draft, trained=trained, progress=progress)
+    return Loaded(target, files.tokenizer, draft, trained)
+
+
+def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
+    """Load what the settings name, and return what `evaluate`, or without a target `evaluate_offline`, finds."""
+    if config.target is None:
+        return evaluate_offline(config, progress)
+    return evaluate(config, **vars(load(config, progress)), progress=progress)
 
 
 def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
@@ -94,7 +110,7 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
             offline=True,
             held_out=samples.held_out,
             **round_figures(rounds, draft.config.block_size),
-            **_machine(device, dtype),
+            **machine(device, dtype),
         )
 
 
@@ -136,7 +152,7 @@ def evaluate(
             **round_figures([_rounds(o) for o in outcomes], draft.config.block_size),
             **_live_figures(config, target, outcomes),
             decoded=tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None,
-            **_machine(target.device, target.dtype),
+            **machine(target.device, target.dtype),
         )
 
 
@@ -299,7 +315,7 @@ def _speedup(outcome: _Outcome) -> float | None:
     return speculative / plain if plain and speculative else None
 
 
-def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the fields of a result that say what it was measured on."""
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return {

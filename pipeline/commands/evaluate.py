@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.commands.served_report import service_lines
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, check_file, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import dflash_line
@@ -28,6 +29,10 @@ BAR_WIDTH = 50
     ("speed and losslessness too", "draft --target Qwen/Qwen3-8B --prompts held_out.jsonl"),
     ("acceptance length alone; no target is loaded", "run --cache cache"),
     ("tokens drawn at a temperature", "run --target Qwen/Qwen3-8B --cache cache --temperature 0.7"),
+    (
+        "as a live server serves it",
+        "draft --server http://127.0.0.1:8000 --prompts own.jsonl --concurrency 1,4,16",
+    ),
 )
 def evaluate(
     settings: Callable[..., EvalConfig],
@@ -56,13 +61,14 @@ def evaluate(
         if html is not None and config.target is not None:
             config = replace(config, keep_rounds=True)
         from dflash_offline.pipeline.pages import eval_page, plots
+        from dflash_offline.stages.eval_served import evaluate_served
         from dflash_offline.stages.evaluate import evaluate_folder, token_decoder
         from dflash_offline.stages.target.model import quiet_libraries
 
         quiet_libraries()
         if html is not None:
             plots.require_matplotlib()
-        result = evaluate_folder(config, progress)
+        result = (evaluate_served if config.server else evaluate_folder)(config, progress)
         text = json.dumps(result.to_json(), indent=1)
         print(text) if json_ else print_report(result)
         if save is not None:
@@ -81,11 +87,14 @@ def print_report(result: EvalResult) -> None:
     """Print the result to stdout, at most 80 columns wide, without colour."""
     config = result.config
     print(f"draft   {config.draft}")
-    print(f"cache   {config.cache}" if config.target is None else f"target  {config.target}")
+    if config.target is not None or config.server is None:
+        print(f"cache   {config.cache}" if config.target is None else f"target  {config.target}")
     for line in _head(result):
         print(line)
-    print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}\n")
-    for part in (_speed_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
+    if result.threads:
+        print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}")
+    print()
+    for part in (service_lines, _speed_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
         for line in part(result):
             print(line)
 
@@ -106,7 +115,7 @@ def _head(result: EvalResult) -> list[str]:
 
 
 def _speed_lines(result: EvalResult) -> list[str]:
-    if result.offline:
+    if result.tokens_per_call is None:
         return []
     return [
         "tokens/s, decoding only",
@@ -152,10 +161,14 @@ def _slots(result: EvalResult) -> list[str]:
 
 
 def _lossless_lines(result: EvalResult) -> list[str]:
-    if result.identical is None:
-        return []
-    lines = [f"identical answers: {result.identical} of {result.acceptance.prompts}"]
-    for d in result.differences:
+    service = result.service.passes if result.service else ()
+    lines, differences = [], [*result.differences, *(d for one in service for d in one.differences)]
+    if result.identical is not None:
+        lines = [f"identical answers: {result.identical} of {result.acceptance.prompts}"]
+    for d in dict.fromkeys(differences):
+        if d.gap is None and d.plain_token is not None and d.speculative_token is not None:
+            lines.append(f"  {d.prompt}, token {d.position}: another token; name --target to see whether it is a tie")
+            continue
         reason = "an answer has ended" if d.gap is None else f"gap {d.gap:.2g}, rounding {d.tolerance:.2g}"
         lines.append(f"  {d.prompt}, token {d.position}: {'tie to rounding' if d.tie else 'NOT A TIE'} ({reason})")
     if result.lossless is False:

@@ -4,10 +4,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dflash_offline.pipeline.commands.served_report import HEADINGS, served_rows
 from dflash_offline.pipeline.pages.page import fitting, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.pipeline.token_text import Decode, token_texts, visible
-from dflash_offline.schemas.evaluation import NOT_LOSSLESS, DecodedPrompt, EvalResult
+from dflash_offline.schemas.evaluation import NOT_LOSSLESS, DecodedPrompt, EvalResult, Served
 
 MOST_BYTES = 6 << 20
 """Of the prompts' rounds on a page; further prompts are left out, and the page says so."""
@@ -26,23 +27,45 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
         note = f"The first {len(shown):,} of {len(decoded):,} prompts; the others would make the page too large."
     if result.offline:
         note = "No prompt was decoded: the cache was walked without a target. Name one with --target to see rounds."
+    elif not decode:
+        note = "No prompt was decoded here: the figures are the server's. Name its target with --target to see rounds."
     confusions = _confusions(decoded, decode) if decode else []
     write_page(
         path,
         "eval.html",
         ("browse.js", "eval.js"),
         title=f"Draft {Path(config.draft).resolve().name}, evaluated",
-        lead=f"{config.draft} against {config.target or config.cache}, "
-        + (f"prompts of {config.prompts or config.cache}" if config.target else "serving walk over cached answers"),
+        lead=_lead(result),
         warnings=_warnings(result),
         facts=_facts(result),
         plots=[draw(plot) for plot in _plots(result)],
         kinds=_kinds(result),
+        service=_service(result),
         confusions=confusions[:MOST_CONFUSIONS],
         confusions_note=f"First rejected token of each round, over all prompts; {_listed(len(confusions))}.",
         prompts=shown,
         prompts_note=note,
     )
+
+
+def _lead(result: EvalResult) -> str:
+    config = result.config
+    if result.offline:
+        return f"{config.draft} against {config.cache}, serving walk over cached answers"
+    against = " and ".join(str(name) for name in (config.target, config.server) if name)
+    return f"{config.draft} against {against}, prompts of {config.prompts or config.cache}"
+
+
+def _service(result: EvalResult) -> dict[str, Any] | None:
+    """Return what a live server did, as tables."""
+    if result.service is None:
+        return None
+    rows = [[int(row[0]), *row[1:]] for row in served_rows(result)]
+    return {
+        "lead": f"{result.service.kind} at {result.service.url}, model {result.service.model}",
+        "headings": HEADINGS,
+        "rows": rows,
+    }
 
 
 def _kinds(result: EvalResult) -> list[list[Any]]:
@@ -58,7 +81,7 @@ def _listed(number: int) -> str:
 
 
 def _warnings(result: EvalResult) -> list[str]:
-    lines = []
+    lines = [f"{note}." for note in result.service.notes] if result.service else []
     if result.lossless is False:
         lines.append(NOT_LOSSLESS)
     if result.acceptance.pooled is not None and result.acceptance.pooled < 1.2:
@@ -91,6 +114,7 @@ def _plots(result: EvalResult) -> list[Plot]:
     slots = list(range(1, result.block_size))
     shares = result.slot_shares()
     rounds = max(result.acceptance.rounds, 1)
+    served = [one for one in (result.service.passes if result.service else ()) if one.counted and one.counted.rounds]
     by_tokens = [number / rounds for number in result.rounds_by_tokens]
     return [
         Plot(
@@ -103,6 +127,7 @@ def _plots(result: EvalResult) -> list[Plot]:
             series=[
                 Series(name="in the answer", x=slots, y=[share for share, _ in shares]),
                 Series(name="if those before are", x=slots, y=[alone for _, alone in shares], colour=1),
+                *(_served_series(one, 2 + i) for i, one in enumerate(served if result.config.target else ())),
             ],
         ),
         Plot(
@@ -114,6 +139,14 @@ def _plots(result: EvalResult) -> list[Plot]:
             series=[Series(name="rounds", x=range(1, result.block_size + 1), y=by_tokens, colour=2)],
         ),
     ]
+
+
+def _served_series(one: Served, colour: int) -> Series:
+    """Return what a server accepted of each slot, of all its rounds."""
+    assert one.counted is not None and one.counted.rounds
+    by_slot = one.counted.accepted_by_slot or ()
+    shares = [number / one.counted.rounds for number in by_slot]
+    return Series(name=f"served, {one.concurrency} at once", x=range(1, len(by_slot) + 1), y=shares, colour=colour)
 
 
 def _prompt(prompt: DecodedPrompt, decode: Decode) -> dict[str, Any]:

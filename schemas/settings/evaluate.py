@@ -3,9 +3,20 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
+from dflash_offline.schemas.secrets import shown_url
 from dflash_offline.schemas.settings import shared
-from dflash_offline.schemas.settings.option import ARGUMENTS, AT_LEAST_1, SEEDS, Option, problems, refuse
+from dflash_offline.schemas.settings.option import ARGUMENTS, AT_LEAST_1, POSITIVE, SEEDS, Option, problems, refuse
+
+
+def is_url(text: str) -> bool:
+    """Say whether a text is the URL of a server."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,19 @@ class EvalConfig:
     prompt_lookup: Annotated[bool, Option(
         "Also decode with prompt lookup, the comparison that needs no draft.", "Answers", "free")] = False
     chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
+    server: Annotated[str | None, Option(
+        "OpenAI-compatible server of the target with the draft, to be measured live; --target is set beside it.",
+        "Server", "resolved", "URL", unset="none")] = None
+    plain_server: Annotated[str | None, Option(
+        "Server of the target alone, to compare answers and speed with.", "Server", "resolved", "URL",
+        unset="none")] = None
+    model: Annotated[str | None, Option(
+        "Name of the model on both servers.", "Server", "resolved", "NAME", unset="the first that each lists")] = None
+    concurrency: Annotated[tuple[int, ...], Option(
+        "Requests under way at a time: a pass over all prompts for each number.", "Server", "free", "N,N")] = (1,)
+    timeout_s: Annotated[float, Option(
+        "Time within which an answer of a server must be complete.", "Server", "free", "SECONDS",
+        bounds=POSITIVE)] = 600.0
     device: shared.Device = "auto"
     dtype: shared.TargetDtype = "auto"
     attn_implementation: shared.AttnImplementation = "sdpa"
@@ -58,9 +82,27 @@ class EvalConfig:
     def _source_problems(self) -> list[str]:
         if (self.prompts is None) == (self.cache is None):
             return ["Give either --prompts FILE or --cache CACHE: one of them is what is decoded."]
+        if self.server is not None:
+            return self._server_problems()
+        if self.plain_server is not None:
+            return ["plain_server is compared with a server of the draft, and none is given. Name it by --server."]
         if self.target is not None:
             return []
         if self.cache is None:
             return ["No target is given. Name one with --target, or walk a cache without it, by --cache CACHE."]
         live = {"temperature": self.temperature > 0, "prompt_lookup": self.prompt_lookup, "repeats": self.repeats > 1}
         return [f"{name} needs --target: a cache is walked without one." for name, given in live.items() if given]
+
+    def _server_problems(self) -> list[str]:
+        found = [
+            f"{name} is {shown_url(url)!r}; expected a URL, as in http://127.0.0.1:8000/v1."
+            for name, url in (("server", self.server), ("plain_server", self.plain_server))
+            if url is not None and not is_url(url)
+        ]
+        if not self.concurrency or min(self.concurrency) < 1:
+            found.append(f"concurrency is {','.join(map(str, self.concurrency))}; expected numbers from 1.")
+        if len(set(self.concurrency)) < len(self.concurrency):
+            found.append("concurrency names a number twice; name each once.")
+        if self.target is None and (self.prompt_lookup or self.repeats > 1):
+            found.append("prompt_lookup and repeats are of a target that is loaded here. Name one by --target.")
+        return found

@@ -6,6 +6,7 @@ bounded by h11 (100 KiB), and all of it by the time limit.
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -69,17 +70,34 @@ class Client:
     async def __aexit__(self, *raised: Any) -> None:
         await self._client.__aexit__(*raised)
 
-    async def post(self, url: str, document: dict[str, Any], num_new_tokens: int = 0) -> Response:
+    async def post(
+        self,
+        url: str,
+        document: dict[str, Any],
+        num_new_tokens: int = 0,
+        on_piece: Callable[[bytes], None] | None = None,
+    ) -> Response:
         """Return the response to a JSON document; `NoAnswerError` if none comes whole and in time.
 
-        It may be as large as the tokens of the request and `num_new_tokens` more need.
+        It may be as large as the tokens of the request and `num_new_tokens` more need. `on_piece` is shown each piece
+        of a body of status 200 as it comes.
         """
-        body, content = bytearray(), json.dumps(document).encode()
+        content = json.dumps(document).encode()
         most_bytes = _MOST_BYTES + _BYTES_OF_NUMBER * len(content) + _BYTES_OF_TOKEN * num_new_tokens
+        return await self._exchange("POST", url, content, most_bytes, on_piece)
+
+    async def get(self, url: str, most_bytes: int = 16 * _MOST_BYTES) -> Response:
+        """Return what stands at a URL, of so many bytes at most."""
+        return await self._exchange("GET", url, None, most_bytes, None)
+
+    async def _exchange(
+        self, method: str, url: str, content: bytes | None, most_bytes: int, on_piece: Callable[[bytes], None] | None
+    ) -> Response:
+        body = bytearray()
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
-                self._client.stream("POST", url, content=content) as response,
+                self._client.stream(method, url, content=content) as response,
             ):
                 coding = response.headers.get("content-encoding", "identity")
                 if coding.strip().lower() != "identity":
@@ -89,6 +107,8 @@ class Client:
                     body += piece
                     if len(body) > most_bytes:
                         raise NoAnswerError(f"more than {most_bytes:,} bytes", of_row=True)
+                    if on_piece and response.status_code == 200:
+                        on_piece(piece)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             what = f"cannot connect ({self.secrets.masked(str(error)) or type(error).__name__})"
             raise NoAnswerError(what, of_row=False, heard=False) from None

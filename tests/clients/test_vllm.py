@@ -17,11 +17,13 @@ from live_vllm import REPAIRS, SCRIPTS, environment, launch_line, run_script, se
 from safetensors.torch import load_file, save_file
 
 from dflash_offline.pipeline.demo import CONVERSATIONS, PROMPTS, TARGET
+from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import SpeculativeDecoding, plain_decode, speculative_decode
 from dflash_offline.stages.draft.weights import load_draft
+from dflash_offline.stages.eval_served import evaluate_served
 from dflash_offline.stages.evaluate import stop_ids
 from dflash_offline.stages.export import export
 from dflash_offline.stages.extract import extract
@@ -243,6 +245,21 @@ def test_over_http_every_round_is_that_of_eval(
     found = chat(server, target, concurrency)
     assert found.tokens == target.plain
     assert found.equal_prompts(own) == NUM_PROMPTS
+
+
+def test_a_live_evaluation_counts_the_rounds_of_the_one_beside_it(
+    server: str, draft: Path, target: Target, own: list[SpeculativeDecoding]
+) -> None:
+    settings = {"target": str(TARGET), "prompts": PROMPTS, "limit": FEW, "max_new_tokens": NEW_TOKENS}
+    result = evaluate_served(EvalConfig(draft=draft, server=server, concurrency=(1, 4, 16), **settings))
+    assert result.service is not None and result.service.notes == ()
+    assert (result.service.kind, result.service.num_speculative_tokens) == ("vLLM", 7)
+    assert result.lossless is True
+    for one in result.service.passes:
+        assert one.counted is not None and not one.counted.is_disturbed
+        assert one.counted.rounds == result.acceptance.rounds == sum(len(done.produced) for done in own[:FEW])
+        assert one.acceptance_by_kind == result.acceptance_by_kind
+        assert (one.identical, one.other_prompts, one.tokens) == (FEW, 0, sum(map(len, target.plain[:FEW])))
 
 
 def test_the_speculators_launch_line_serves_the_draft(
