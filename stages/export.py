@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dflash_offline.schemas.draft.checksums import CARD, CHECKSUMS, checksums_bytes
 from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.config_rules import is_int, read_document
 from dflash_offline.schemas.draft.formats import FORMATS, ZLAB, config_json, tensor_name
 from dflash_offline.schemas.draft.lint import RECORD, lint_draft
 from dflash_offline.schemas.draft.rules import DraftFault
@@ -23,8 +24,9 @@ from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.sealed import read_sealed
 from dflash_offline.schemas.settings.option import choice_problem
-from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
-from dflash_offline.stages.export_card import card
+from dflash_offline.stages.draft.weights import check_draft_weights, draft_state_dict, load_draft, save_weights
+from dflash_offline.stages.export_card import card, converted_card
+from dflash_offline.stages.target.files import target_folder
 from dflash_offline.stages.training.checkpoint import WEIGHTS, checkpoint_folder, list_checkpoints, read_state
 
 ONE_CLIENTS_LIMIT = ("causality in SGLang",)
@@ -36,19 +38,20 @@ class Exported:
     """What `export` left."""
 
     draft: Path
-    step: int
+    step: int | None
+    """Of its training; None of a draft that does not say it."""
     num_parameters: int
     num_bytes: int
     kind: str
     """One of `FORMATS`."""
     target: str
     """As the cache was extracted with."""
-    cache: Path
-    """The first that it was trained from."""
+    cache: Path | None
+    """The first that it was trained from; None of a draft folder, which does not say where that lies."""
 
     def next_line(self, out: Path) -> str:
         """Return what to do next with the draft that the user calls `out`: measure it, if it can be done from here."""
-        if self.kind == ZLAB and self.cache.is_dir():
+        if self.kind == ZLAB and self.cache is not None and self.cache.is_dir():
             source = ("--target", self.target, "--cache", self.cache, "--limit", 20)
             return f"Next: {dflash_line('eval', out, *source)}"
         return f"Next: serve it as {out / CARD} says."
@@ -84,17 +87,12 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     result = _evaluation(run, evaluation, trained)
     target = _target_config(record)
     architectures = record.origin.get("target_architectures") or (target or {}).get("architectures") or []
+    document = config_json(config, kind, record.origin["target"], architectures)
+    said = json.dumps(trained, sort_keys=True)
     with building_folder(out) as temporary:
-        halved = {tensor_name(name, kind): w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
-        metadata = {"format": "pt", RECORD: json.dumps(trained, sort_keys=True)}
-        files = {WEIGHTS: save_weights(temporary / WEIGHTS, halved, metadata)}
-        document = config_json(config, kind, record.origin["target"], architectures)
-        text = json.dumps(document, indent=2) + "\n"
-        files["config.json"] = write_synced(temporary / "config.json", [text.encode()])
+        files = _write_served(temporary, weights, said, document, kind)
         limits = _refuse_faulty(lint_draft(temporary, target), checkpoint)
-        text = card(record, config, state, kind, result, limits)
-        files[CARD] = write_synced(temporary / CARD, [text.encode()])
-        write_synced(temporary / CHECKSUMS, [checksums_bytes(files)])
+        _write_card(temporary, files, card(record, config, state, kind, result, limits))
         _publish(temporary, out)
     return Exported(
         draft=out,
@@ -105,6 +103,69 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
         target=record.origin["target"],
         cache=Path(record.origin["caches"][0]),
     )
+
+
+def export_draft(folder: Path, out: Path, kind: str, target: str | None) -> Exported:
+    """Write a draft folder, ours or another's, in one of `FORMATS`: what `export` writes, but for the card.
+
+    `folder` is of the plain format; what its weights say of their training goes with them. `target` is the model that
+    it drafts for, which only its card and the speculators format name. Raises `DflashError` as `export` does.
+    """
+    if problem := choice_problem("The format", kind, FORMATS):
+        raise DflashError(problem)
+    if target is None:
+        raise DflashError(f"{folder} is a draft, and does not say where its target lies. Name it by --target.")
+    out = output_folder(out, marker="config.json", kind="draft", renamed=True)
+    config = DraftConfig.read(folder)
+    weights = draft_state_dict(load_draft(folder), config)
+    _, metadata = read_header(folder / WEIGHTS)
+    place = target_folder(target, None)
+    model = read_document(place)
+    if isinstance(model, str):
+        raise DflashError(f"{place}/config.json {model}. Name the target's folder or hub id by --target.")
+    document = config_json(config, kind, target, model.get("architectures") or [])
+    with building_folder(out) as temporary:
+        files = _write_served(temporary, weights, metadata.get(RECORD), document, kind)
+        limits = _refuse_faulty(lint_draft(temporary, model), folder)
+        _write_card(temporary, files, converted_card(folder.resolve().name, config, kind, target, limits))
+        _publish(temporary, out)
+    return Exported(
+        draft=out,
+        step=_step(metadata.get(RECORD)),
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
+        num_bytes=(out / WEIGHTS).stat().st_size,
+        kind=kind,
+        target=target,
+        cache=None,
+    )
+
+
+def _step(record: str | None) -> int | None:
+    """Return the step in what a weight file says of its training."""
+    try:
+        step = json.loads(record or "{}")["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if is_int(step, 0) else None
+
+
+def _write_served(
+    temporary: Path, weights: dict[str, torch.Tensor], trained: str | None, document: dict[str, Any], kind: str
+) -> dict[str, str]:
+    """Write the weights, halved and named as the format does, and config.json; returns their sha256 by name."""
+    halved = {tensor_name(name, kind): w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
+    metadata = {"format": "pt", **({} if trained is None else {RECORD: trained})}
+    text = json.dumps(document, indent=2) + "\n"
+    return {
+        WEIGHTS: save_weights(temporary / WEIGHTS, halved, metadata),
+        "config.json": write_synced(temporary / "config.json", [text.encode()]),
+    }
+
+
+def _write_card(temporary: Path, files: dict[str, str], text: str) -> None:
+    """Write the card, and the checksums of all files."""
+    files = {**files, CARD: write_synced(temporary / CARD, [text.encode()])}
+    write_synced(temporary / CHECKSUMS, [checksums_bytes(files)])
 
 
 def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:

@@ -68,15 +68,6 @@ def card(
     if identity["init_from"]:
         made_by.append("init_from")
     recipe = ", ".join(f"{name} {settings.get(name, identity.get(name))}" for name in made_by)
-    texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
-    serving = texts.get(kind, _TRANSFORMERS).format(
-        target=origin["target"],
-        quoted=shlex.quote(origin["target"]),
-        drafted=config.block_size - 1,
-        block=config.block_size,
-        aux=", ".join(str(i + 1) for i in config.target_layer_ids),
-    )
-    limited = "".join(f"\nNot for {line}\n" for line in limits)
     return f"""# DFlash draft for {origin["target"]}
 
 {config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of {config.block_size},
@@ -92,7 +83,32 @@ mask token {config.mask_token_id}. Trained by `dflash-offline` from cached featu
 ## Acceptance
 {_measured(state, result)}
 ## Serving
-{serving}{limited}"""
+{_serving(config, kind, origin["target"], limits)}"""
+
+
+def converted_card(name: str, config: DraftConfig, kind: str, target: str, limits: list[str]) -> str:
+    """Return the model card of a draft that was written from another draft folder, called `name`."""
+    ids = ", ".join(map(str, config.target_layer_ids))
+    return f"""# DFlash draft for {target}
+
+{config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of {config.block_size},
+mask token {config.mask_token_id}. Written by `dflash-offline` from the draft {name}, whose card says how it was made.
+
+## Serving
+{_serving(config, kind, target, limits)}"""
+
+
+def _serving(config: DraftConfig, kind: str, target: str, limits: list[str]) -> str:
+    """Return how each client serves a draft."""
+    texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
+    serving = texts.get(kind, _TRANSFORMERS).format(
+        target=target,
+        quoted=shlex.quote(target),
+        drafted=config.block_size - 1,
+        block=config.block_size,
+        aux=", ".join(str(i + 1) for i in config.target_layer_ids),
+    )
+    return serving + "".join(f"\nNot for {line}\n" for line in limits)
 
 
 def _measured(state: TrainState, result: dict[str, Any] | None) -> str:

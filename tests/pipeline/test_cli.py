@@ -256,3 +256,14 @@ def test_conversations_are_cut_at_the_targets_positions(data: Path, tmp_path: Pa
     result = dflash("extract", data, "--target", short, "--out", tmp_path / "cache", "--block-size", 8)
     assert result.exit_code == 0 and "has 100 positions" in result.stderr
     assert json.loads(dflash("inspect", tmp_path / "cache", "--json").stdout)["length"]["most"] == 100
+
+
+def test_a_draft_folder_is_exported_by_its_target_and_a_run_by_its_own(
+    draft: Path, run: Path, target: Path, tmp_path: Path
+) -> None:
+    told = dflash("export", draft, "--out", tmp_path / "spec", "--format", "speculators", "--target", target)
+    assert told.exit_code == 0 and (tmp_path / "spec/config.json").is_file()
+    refused(dflash("export", draft, "--out", tmp_path / "none"), "--target")
+    refused(dflash("export", draft, "--out", tmp_path / "none", "--checkpoint", "last", "--target", target), "of a run")
+    refused(dflash("export", run, "--out", tmp_path / "none", "--target", target), "knows its target")
+    assert not (tmp_path / "none").exists()

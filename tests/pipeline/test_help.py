@@ -63,7 +63,7 @@ def test_help_tells_what_must_be_given_and_what_holds_otherwise() -> None:
     assert "[default: 16]" in said["extract"]
     assert "decays by e. [default: 7, 5, 4 for blocks of 16, 10, 8]" in said["train"]
     assert "and the anchors. [default: 0]" in said["train"] and "[default: yes]" in said["train"]
-    assert "RUN Run folder made by `dflash train`. [required]" in said["export"]
+    assert "RUN Run folder made by `dflash train`, or a draft folder. [required]" in said["export"]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dflash_offline.schemas.draft.checksums import checksum_faults
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.formats import FORMATS, config_json
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.weights import load_draft
-from dflash_offline.stages.export import choose_checkpoint, export, training_record
+from dflash_offline.stages.export import choose_checkpoint, export, export_draft, training_record
 from dflash_offline.stages.export_card import card
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
@@ -275,3 +276,39 @@ def test_the_card_names_target_cache_and_recipe(run: Path, tmp_path: Path) -> No
         assert text in card
     for text in ("ema", "init_from", "batch_size"):
         assert text not in card
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_draft_folder_becomes_what_its_run_would_be_exported_as(run: Path, tmp_path: Path, kind: str) -> None:
+    name = RunRecord.read(run).origin["target"]
+    plain = export(run, tmp_path / "plain").draft
+    direct, again = export(run, tmp_path / "direct", kind=kind), export_draft(plain, tmp_path / "again", kind, name)
+    for file in ("config.json", "model.safetensors"):
+        assert (again.draft / file).read_bytes() == (direct.draft / file).read_bytes()
+    assert (again.step, again.num_parameters, again.kind) == (direct.step, direct.num_parameters, kind)
+    serving = [(one.draft / "README.md").read_text().partition("## Serving")[2] for one in (again, direct)]
+    assert serving[0] == serving[1] and checksum_faults(again.draft) == []
+
+
+def test_anothers_draft_is_written_too_and_its_faults_are_refused(run: Path, tmp_path: Path) -> None:
+    name = RunRecord.read(run).origin["target"]
+    other = tmp_path / "other"
+    other.mkdir()
+    plain = export(run, tmp_path / "plain").draft
+    weights = {key: w.float() + 1e-4 for key, w in load_file(plain / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"transformers_version": "4.57", "_name_or_path": "x"}))
+    done = export_draft(other, tmp_path / "spec", "speculators", name)
+    assert done.step is None and "the draft other" in (done.draft / "README.md").read_text()
+    stored = load_file(done.draft / "model.safetensors")
+    assert all(torch.equal(stored[key], w.bfloat16()) for key, w in weights.items())
+    with pytest.raises(DflashError, match="Name it by --target"):
+        export_draft(other, tmp_path / "none", "zlab", None)
+    with pytest.raises(DflashError, match="expected zlab, speculators or transformers"):
+        export_draft(other, tmp_path / "none", "gguf", name)
+    weights["fc.weight"][0, 0] = float("nan")
+    save_file(weights, other / "model.safetensors")
+    with pytest.raises(DflashError, match="not finite"):
+        export_draft(other, tmp_path / "none", "zlab", name)
+    assert not (tmp_path / "none").exists()
