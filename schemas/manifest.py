@@ -16,6 +16,9 @@ FORMAT_VERSION = 2
 CAPTURE_RULE = "output of decoder layer i, before any final norm"
 HISTORY_RULE = "as served, a sample an answer where the template rewrites it"
 """How a conversation becomes samples; a cache whose identity says nothing of it left out what a template rewrites."""
+ORDER_RULE = "by length within 64 shards"
+"""How samples are ordered, and that a shard's forwards are those of the least padding; a cache whose identity says
+nothing of it has its samples in the order of the rows."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTS = "rejects.parquet"
@@ -114,6 +117,7 @@ class _Identity(TypedDict):
     layer_ids: Annotated[list[LayerIndex], Meta(min_length=1, max_length=4096)]
     capture: str
     mask_rule: str
+    layout: NotRequired[dict[str, Any]]
 
 
 class _Origin(TypedDict):
@@ -134,6 +138,12 @@ class _Decoder(TypedDict):
     max_position_embeddings: Index
 
 
+class _Split(TypedDict):
+    conversations: Count
+    samples: Count
+    more_tokens: Count
+
+
 class _Plan(TypedDict):
     samples: Annotated[int, Meta(ge=1, le=1 << 31)]
     tokens: Count
@@ -147,6 +157,8 @@ class _Plan(TypedDict):
     formats: NotRequired[Counts]
     not_drawn: NotRequired[Count]
     dropped: NotRequired[Counts]
+    split: NotRequired[_Split]
+    answers_left_out: NotRequired[Counts]
     cpu_threads: NotRequired[Annotated[int, Meta(ge=1, le=4096)]]
     feature_bytes: NotRequired[Count]
 
@@ -230,6 +242,11 @@ class Manifest:
         sections = {name: document[name] for name in ("identity", "origin", "decoder", "plan")}
         return cls(**sections, layout=typed.layout, files=typed.files, checksum=document["checksum"])
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the samples are ordered by `ORDER_RULE`."""
+        return is_by_length(self.identity)
+
     def static_faults(self, cache: Path, *, hashed: bool = True) -> list[tuple[str, str]]:
         """Return (file, what is wrong) for every static file whose size or, if `hashed`, sha256 is another."""
         found = {
@@ -244,6 +261,11 @@ class Manifest:
         if faults:
             listed = "; ".join(f"{name} {what}" for name, what in faults)
             raise CacheError(f"{cache} is damaged: {listed}. Restore it from a copy, or extract again.")
+
+
+def is_by_length(identity: dict[str, Any]) -> bool:
+    """Say whether samples and forwards of a cache of this identity are ordered by `ORDER_RULE`."""
+    return "order" in identity.get("layout", {})
 
 
 def file_fault(path: Path, size: int, sha256: str | None) -> str:

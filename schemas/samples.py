@@ -247,7 +247,7 @@ def _unreadable(path: Path, error: object) -> CacheError:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """The plan, one entry a sample, in the order of the input; everything a reader needs before it opens a feature."""
+    """The plan, one entry a sample; everything a reader needs before it opens a feature."""
 
     sources: tuple[str, ...]
     """Names of the input files."""

@@ -62,11 +62,14 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def choose_samples(cache: Path, trained: dict[str, Any] | None, limit: int | None) -> EvalSamples:
-    """Return the first `limit` samples that the draft's training held out, or, of another cache, of all samples."""
+    """Return the samples of the first rows that the draft's training held out, or, of another cache, of all rows.
+
+    They are `limit` at most. A cache has its samples in the order of their lengths, so the first of them are alike.
+    """
     corpus = Corpus.open((cache,))
     same = trained is not None and corpus.caches[0].manifest.checksum in trained["caches"]
     if trained is None or not same:
-        return EvalSamples(corpus=corpus, samples=corpus.usable[:limit], held_out=False)
+        return EvalSamples(corpus=corpus, samples=_first_rows(corpus, corpus.usable, limit), held_out=False)
     if len(trained["caches"]) > 1:
         raise DflashError(
             f"This draft was trained from {len(trained['caches'])} caches together, and what it held out of {cache} "
@@ -75,7 +78,19 @@ def choose_samples(cache: Path, trained: dict[str, Any] | None, limit: int | Non
     _, samples = corpus.split(trained["val_samples"])
     if not len(samples):
         raise DflashError(f"{cache} has no held-out sample for this draft: its training used all of them.")
-    return EvalSamples(corpus=corpus, samples=samples[:limit], held_out=True)
+    return EvalSamples(corpus=corpus, samples=_first_rows(corpus, samples, limit), held_out=True)
+
+
+def _first_rows(corpus: Corpus, samples: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """Return the samples, ascending, of the rows that come first in the data; those that an older cache has first."""
+    if limit is None or limit >= len(samples):
+        return samples
+    cache = corpus.caches[0]
+    if not cache.manifest.by_length:
+        return samples[:limit]
+    table = cache.samples
+    keys = (table.answer[samples], table.row[samples], table.source_index[samples])
+    return np.sort(samples[np.lexsort(keys)[:limit]])
 
 
 def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:

@@ -77,7 +77,7 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
             free_dropped_memory(target.device)
             written = run_workers(open_worker, config, cache, left, progress)
         else:
-            runner = runner or load_runner(config, target, inputs.identity["target"], progress)
+            runner = runner or load_runner(config, target, inputs.identity, progress)
             written = run_shards(_work(config, cache, runner), left, progress)
         cache = Cache(out, cache.manifest)  # with the records that are there now
     if len(cache.commits) == num_shards:
@@ -103,7 +103,7 @@ def open_worker(config: ExtractConfig) -> Work:
     cache, target = Cache(config.out), choose_target(config)
     identity = target_identity(config, target)
     refuse_other_identity(config.out, {"target": cache.manifest.identity["target"]}, {"target": identity})
-    return _work(config, cache, load_runner(config, target, identity, Silent()))
+    return _work(config, cache, load_runner(config, target, cache.manifest.identity, Silent()))
 
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
@@ -116,7 +116,7 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
     near = next(folder for folder in out.parents if folder.is_dir())
     with building_folder(near / out.name) as folder:
         # A target that cannot be drafted for is refused before any other work.
-        runner = load_runner(config, inputs.target, inputs.identity["target"], progress)
+        runner = load_runner(config, inputs.target, inputs.identity, progress)
         plan, _mask_token_id = plan_samples(inputs, folder, progress)
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)

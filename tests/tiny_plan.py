@@ -1,4 +1,4 @@
-"""A plan of the rows given, for a tiny target."""
+"""A plan of the rows given, for a tiny target, in their order unless asked for otherwise."""
 
 import json
 import tempfile
@@ -27,7 +27,14 @@ def target_files(folder: Path, template: str) -> TargetFiles:
 
 
 def plan(
-    tmp_path: Path, rows: list[Any], template: str = WITH_TAGS, *, as_served: bool = True, **settings: object
+    tmp_path: Path,
+    rows: list[Any],
+    template: str = WITH_TAGS,
+    *,
+    as_served: bool = True,
+    by_length: bool = False,
+    slot_bytes: int = 64,
+    **settings: object,
 ) -> Plan:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -44,4 +51,4 @@ def plan(
     files = target_files(tmp_path / "target", template)
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     encoder = ConversationEncoder(files, config, as_served=as_served)
-    return make_plan(config, Data(config), encoder, 64, folder, lambda _rows: None)
+    return make_plan(config, Data(config), encoder, slot_bytes, folder, lambda _rows: None, by_length=by_length)

@@ -48,7 +48,7 @@ class ExtractConfig:
     device_map: shared.DeviceMap = None
     chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
     batch_tokens: Annotated[int, Option(
-        "Padded tokens of one forward; fewer take less memory.",
+        "Padded tokens of one forward, at most; fewer take less memory.",
         "Target", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192
     layers: Annotated[tuple[int, ...] | None, Option(
         "Target layers to capture, as in 1,9,17; id i is the output of layer i.",

@@ -14,7 +14,7 @@ from dflash_offline.schemas.manifest import FeatureLayout
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture.bad_features import SKIP_HINT, find_bad, listed
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
-from dflash_offline.stages.capture.runner import TargetRunner, micro_batches, spread_out
+from dflash_offline.stages.capture.runner import TargetRunner, spread_out
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.codec import FeatureCodec
 
@@ -66,7 +66,7 @@ def _lossless_states(
     lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))
     parts, bad = [], list[SkippedSample]()
     progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
-    for batch in micro_batches(samples, members, runner.batch_tokens):
+    for batch in runner.batches(samples, members):
         codes, statistics = runner.run_batch(samples, batch, lossless)
         lengths = samples.num_tokens[batch]
         bad_here = find_bad(batch, lengths, statistics.cpu().numpy(), runner.layer_ids)

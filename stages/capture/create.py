@@ -41,7 +41,7 @@ def create_cache(inputs: Inputs, progress: Progress) -> TargetRunner:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
     with building_folder(config.out) as folder:
         # A target that cannot be drafted for is refused before any other work.
-        runner = load_runner(config, target, inputs.identity["target"], progress)
+        runner = load_runner(config, target, inputs.identity, progress)
         plan, mask_token_id = plan_samples(inputs, folder, progress)
         for name, text in [*plan.facts(), ("Shards", f"{plan.num_shards:,}")]:
             progress.say(f"{name}: {text}." if name else f"  {text}.")
@@ -78,7 +78,8 @@ def plan_samples(inputs: Inputs, folder: Path, progress: Progress) -> tuple[Plan
     """Tokenize the data into files of `folder`; returns the plan of its samples, and the mask token."""
     config, files = inputs.config, inputs.target.files
     progress.start("Tokenizing", None, "rows")
-    plan = make_plan(config, inputs.data, inputs.encoder, inputs.layout().slot_bytes, folder, progress.advance)
+    slot_bytes, by_length = inputs.layout().slot_bytes, inputs.by_length
+    plan = make_plan(config, inputs.data, inputs.encoder, slot_bytes, folder, progress.advance, by_length=by_length)
     progress.finish()
     inputs.data.refuse_changed()
     refuse_ids_beyond_table(files, plan)

@@ -15,7 +15,7 @@ from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.inputs import Inputs
-from dflash_offline.stages.capture.runner import TargetRunner, micro_batches, spread_out
+from dflash_offline.stages.capture.runner import TargetRunner
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress, readable_bytes, readable_seconds
@@ -88,9 +88,8 @@ def forecast_cost(inputs: Inputs, runner: TargetRunner, plan: Plan, layout: Layo
     """Return the forecast, from a few micro-batches spread over the plan that are run and compressed in each layout."""
     config, samples, lossless = inputs.config, plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
     progress.start("Measuring", None, "batches")
-    members = spread_out(samples, np.arange(len(samples)), _TIMED_BATCHES * config.batch_tokens)
-    runner.run_batch(samples, members[:1], lossless)[0].cpu()  # warms up
-    batches = list(micro_batches(samples, members, config.batch_tokens))[:_TIMED_BATCHES]
+    batches = _some_batches(runner, samples, plan.num_shards)
+    runner.run_batch(samples, batches[0][:1], lossless)[0].cpu()  # warms up
     tokens, codes, began = 0, torch.empty(0), time.perf_counter()
     for batch in batches:
         batch_codes = runner.run_batch(samples, batch, lossless)[0].cpu()
@@ -123,6 +122,14 @@ def forecast_cost(inputs: Inputs, runner: TargetRunner, plan: Plan, layout: Layo
         + len(inputs.target.files.tokenizer.backend_tokenizer.to_str(pretty=True)),
         free_bytes=free_bytes(config.out) + plan_bytes,  # the plan lies on that disk already
     )
+
+
+def _some_batches(runner: TargetRunner, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
+    """Return a few of the plan's micro-batches, spread over its shards."""
+    shards = np.unique(np.linspace(0, num_shards - 1, _TIMED_BATCHES).round().astype(np.int64)).tolist()
+    batches = [batch for shard in shards for batch in runner.batches(samples, samples.samples_of_shard(shard))]
+    chosen = np.unique(np.linspace(0, len(batches) - 1, _TIMED_BATCHES).round().astype(np.int64)).tolist()
+    return [batches[place] for place in chosen]
 
 
 def _token_bytes(samples: SampleTable, batch: NDArray[np.int64]) -> float:

@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from dflash_offline.schemas.manifest import CAPTURE_RULE, HISTORY_RULE, MANIFEST, Layout, Manifest
+from dflash_offline.schemas.manifest import (
+    CAPTURE_RULE,
+    HISTORY_RULE,
+    MANIFEST,
+    ORDER_RULE,
+    Layout,
+    Manifest,
+    is_by_length,
+)
 from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
@@ -38,6 +46,11 @@ class Inputs:
     data: Data
     identity: dict[str, Any]
     """Every field that decides the cache's content."""
+
+    @property
+    def by_length(self) -> bool:
+        """Whether samples are ordered by length."""
+        return is_by_length(self.identity)
 
     def layout(self, num_shards: int = 0, shard_tokens: int = 0) -> Layout:
         """Return the layout of a cache with this many shards, and token slots in each."""
@@ -72,7 +85,7 @@ def open_inputs(config: ExtractConfig, progress: Progress) -> Inputs:
     made = Manifest.read(out).identity if (out / MANIFEST).exists() else None
     encoder = ConversationEncoder(target.files, config, as_served=made is None or "history" in made)
     data = Data(config)
-    identity = cache_identity(config, target, encoder, data)
+    identity = cache_identity(config, target, encoder, data, by_length=made is None or is_by_length(made))
     return Inputs(config=config, target=target, encoder=encoder, data=data, identity=identity)
 
 
@@ -99,7 +112,7 @@ def target_identity(config: ExtractConfig, target: ChosenTarget) -> dict[str, An
 
 
 def cache_identity(
-    config: ExtractConfig, target: ChosenTarget, encoder: ConversationEncoder, data: Data
+    config: ExtractConfig, target: ChosenTarget, encoder: ConversationEncoder, data: Data, *, by_length: bool
 ) -> dict[str, Any]:
     """Return every field that decides a cache's content."""
     return {
@@ -122,6 +135,7 @@ def cache_identity(
             "shard_mib": config.shard_mib,
             "chunk_tokens": config.chunk_tokens,
             "batch_tokens": config.batch_tokens,
+            **({"order": ORDER_RULE} if by_length else {}),
         },
     }
 

@@ -4,7 +4,7 @@ Axes: B sequences, S positions, N real tokens of a micro-batch, T token slots, L
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences
-from dflash_offline.schemas.manifest import Layout
+from dflash_offline.schemas.manifest import Layout, is_by_length
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
@@ -23,20 +23,50 @@ from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, S
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.target.model import layer_states, load_as_configured
 
+_FORWARD_TOKENS = 512
+"""What a forward costs whatever it holds, in tokens."""
 _CACHED_BYTES = 1 << 20
 """Float32 features that a CPU encodes and measures at once: more of them leave its cache and take fresh memory."""
 
 
-def micro_batches(samples: SampleTable, members: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
-    """Yield samples in length-sorted groups within the token budget of a forward: `batch_tokens` padded tokens.
+def micro_batches(
+    samples: SampleTable, members: NDArray[np.int64], batch_tokens: int, *, least: bool
+) -> list[NDArray[np.int64]]:
+    """Return samples in length-sorted groups within the token budget of a forward: `batch_tokens` padded tokens.
 
-    A sample that is longer than the budget makes a group of its own.
+    A sample that is longer than the budget makes a group of its own. With `least` the groups are those of the least
+    work, padding included, so that a larger budget never makes more of it; without, each is as large as it can be.
     """
     ordered = members[np.argsort(-samples.num_tokens[members], kind="stable")]
-    while len(ordered):
-        count = max(1, batch_tokens // int(samples.num_tokens[ordered[0]]))
-        yield ordered[:count]
-        ordered = ordered[count:]
+    lengths = samples.num_tokens[ordered]
+    most = np.maximum(batch_tokens // lengths, 1)
+    ends = _least_work(lengths, most) if least else _largest(most)
+    return np.split(ordered, ends[:-1])
+
+
+def _largest(most: NDArray[np.int64]) -> list[int]:
+    """Return where each group ends, given how many samples a group may have that begins with each."""
+    ends = [0]
+    while ends[-1] < len(most):
+        ends.append(min(ends[-1] + int(most[ends[-1]]), len(most)))
+    return ends[1:]
+
+
+def _least_work(lengths: NDArray[np.int64], most: NDArray[np.int64]) -> list[int]:
+    """Return where the groups of the least work end: padded tokens, and `_FORWARD_TOKENS` for each group."""
+    count = len(lengths)
+    work = np.full(count + 1, np.iinfo(np.int64).max)
+    begin, work[0] = np.zeros(count + 1, np.int64), 0
+    for first in range(count):
+        after = slice(first + 1, min(first + int(most[first]), count) + 1)
+        with_this = work[first] + _FORWARD_TOKENS + lengths[first] * np.arange(1, after.stop - first)
+        better = with_this < work[after]
+        work[after][better] = with_this[better]
+        begin[after][better] = first
+    ends = [count] if count else []
+    while ends and begin[ends[-1]]:
+        ends.append(int(begin[ends[-1]]))
+    return ends[::-1]
 
 
 def pad_sequences(samples: SampleTable, batch: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -56,12 +86,20 @@ def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int
 class TargetRunner:
     """Runs the target over samples; on a GPU the copies to the host go on a stream of their own."""
 
-    def __init__(self, model: Any, device: torch.device, layer_ids: list[int], batch_tokens: int) -> None:
+    def __init__(
+        self, model: Any, device: torch.device, layer_ids: list[int], batch_tokens: int, *, by_length: bool = True
+    ) -> None:
+        """`by_length` is false for a cache of an older version, whose forwards were made up otherwise."""
         self.model = model
         self.device = device
         self.layer_ids = layer_ids
         self.batch_tokens = batch_tokens
+        self.by_length = by_length
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def batches(self, samples: SampleTable, members: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the micro-batches that the samples are run in."""
+        return micro_batches(samples, members, self.batch_tokens, least=self.by_length)
 
     def buffer(self, layout: Layout, fill: int) -> ShardBuffer:
         """Return a new shard buffer."""
@@ -80,7 +118,7 @@ class TargetRunner:
         `progress` is called with the tokens of each micro-batch.
         """
         batches = []
-        for batch in micro_batches(samples, members, self.batch_tokens):
+        for batch in self.batches(samples, members):
             codes, statistics = self.run_batch(samples, batch, encoder)
             batches.append((batch, self._copy(samples, batch, codes, statistics, buffer)))
             progress(int(samples.num_tokens[batch].sum()))
@@ -147,16 +185,17 @@ def load_runner(
 ) -> TargetRunner:
     """Return the target, loaded and checked to be one that a draft can be served with.
 
-    Raises `MismatchError` if its files are no longer those of `identity`, which were hashed before.
+    Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
     """
     model = load_as_configured(target.files, config, target.dtype, target.device, progress)
     refuse_differences(
         f"{target.files.folder} changed while the target was loaded from it",
-        differences(identity, target_identity(config, target)),
+        differences(identity["target"], target_identity(config, target)),
         ("before", "now"),
         "Repeat the command when nobody writes there any more.",
     )
-    return TargetRunner(model, target.device, list(target.layer_ids), config.batch_tokens)
+    by_length = is_by_length(identity)
+    return TargetRunner(model, target.device, list(target.layer_ids), config.batch_tokens, by_length=by_length)
 
 
 def free_dropped_memory(device: torch.device) -> None:

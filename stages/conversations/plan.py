@@ -3,13 +3,14 @@
 Memory does not grow with the data but for a few numbers of each sample: tokens and rejects go to files as they come.
 """
 
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.advice import DUPLICATE, left_out, not_in_text, noted, split_up
 from dflash_offline.stages.conversations.files import MOST_NAMED, RawRow, refuse_bad_rows
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
+from dflash_offline.stages.conversations.places import ordered, places, shard_slots
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.conversations.tokenize import (
     BAD_ROW,
@@ -131,12 +133,15 @@ def make_plan(
     folder: Path,
     progress: Callable[[int], None],
     num_processes: int | None = None,
+    *,
+    by_length: bool = True,
 ) -> Plan:
     """Return the plan for all rows of the data, its samples and rejects in files of `folder`; a pure function of data
     and settings, whatever the number of processes that tokenize (None for one a core).
 
     `slot_bytes` is the size of one token's raw features; `progress` is called with the rows read since the last
-    call. Raises `BadInputError` naming unusable rows, unless they are to be skipped, and if nothing remains.
+    call; `by_length` is false for a plan of an older version, in the order of the rows. Raises `BadInputError` naming
+    unusable rows, unless they are to be skipped, and if nothing remains.
     """
     tokenizer = RowTokenizer(config, encoder, data.format.row_format)
     with _Collected(folder, encoder.vocab_size) as collected:
@@ -149,7 +154,7 @@ def make_plan(
             refuse_bad_rows(collected.faults, "Mend them, or leave them out with --skip-bad-rows.", num_bad)
         if not collected.num_tokens:
             raise BadInputError(_nothing_left(config, collected.reasons, encoder.mask_rule))
-        num_shards, shard_tokens = collected.write(config, slot_bytes)
+        num_shards, shard_tokens = collected.write(config, slot_bytes, by_length=by_length)
     return Plan(
         folder=folder,
         samples=SampleTable.read(folder / SAMPLES),
@@ -279,57 +284,60 @@ class _Collected:
             place = int(np.argmin(known))
             self.beyond = first + int(np.searchsorted(ends, place, "right")), int(ids[place])
 
-    def write(self, config: ExtractConfig, slot_bytes: int) -> tuple[int, int]:
+    def write(self, config: ExtractConfig, slot_bytes: int, *, by_length: bool) -> tuple[int, int]:
         """Write samples.parquet; returns the number of shards and the slots of each."""
         self._seen.clear()  # its memory is needed now
         num_tokens = np.frombuffer(self.num_tokens, np.int32)
-        shard, start, shard_tokens = _places(num_tokens, config, slot_bytes)
+        shard_tokens = shard_slots(num_tokens, config.chunk_tokens, (config.shard_mib << 20) // slot_bytes)
+        order = ordered(num_tokens, config.chunk_tokens, shard_tokens if by_length else None)
+        shard, start = places(num_tokens[order], config.chunk_tokens, shard_tokens)
         numbers: dict[str, Numbers] = {
-            "row": np.frombuffer(self.row, np.int64),
-            "answer": np.frombuffer(self.answer, np.int32),
-            "num_tokens": num_tokens,
-            "num_supervised": np.frombuffer(self.num_supervised, np.int32),
-            "num_anchors": np.frombuffer(self.num_anchors, np.int32),
+            "row": np.frombuffer(self.row, np.int64)[order],
+            "answer": np.frombuffer(self.answer, np.int32)[order],
+            "num_tokens": num_tokens[order],
+            "num_supervised": np.frombuffer(self.num_supervised, np.int32)[order],
+            "num_anchors": np.frombuffer(self.num_anchors, np.int32)[order],
             "shard": shard,
             "start": start,
         }
         write_samples(
             self.folder / SAMPLES,
             sources=list(self.sources),
-            source_index=np.frombuffer(self.source_index, np.int32),
+            source_index=np.frombuffer(self.source_index, np.int32)[order],
             numbers=numbers,
-            read=self._spooled,
+            read=self._spooled(num_tokens, order),
         )
+        self._renumber(order)
         self.source_index, self.row, self.answer = array("i"), array("q"), array("i")  # they are in the file now
         self.num_tokens, self.num_supervised, self.num_anchors = array("i"), array("i"), array("i")
         return int(shard[-1]) + 1, shard_tokens
 
-    def _spooled(self, begin: int, end: int) -> Tokens:
-        self._ids.seek(4 * begin)
-        self._mask.seek(begin)
-        ids, mask = self._ids.read(4 * (end - begin)), self._mask.read(end - begin)
-        return np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.bool_)
+    def _renumber(self, order: NDArray[np.int64]) -> None:
+        """Let the uses of tokens name samples by their place in `order`."""
+        place = np.empty(len(order) + 1, np.int64)
+        place[order], place[-1] = np.arange(len(order)), -1  # -1 stays -1
+        self.first_uses = place[self.first_uses]
+        if self.beyond is not None:
+            self.beyond = int(place[self.beyond[0]]), self.beyond[1]
 
+    def _spooled(self, num_tokens: NDArray[np.int32], order: NDArray[np.int64]) -> Callable[[int, int], Tokens]:
+        """Return what reads tokens of the samples laid end to end in `order`, whole samples at a time."""
+        lengths = num_tokens[order].astype(np.int64)
+        ends, begins = lengths.cumsum(), (num_tokens.cumsum(dtype=np.int64) - num_tokens)[order]
+        self._ids.flush()
+        self._mask.flush()
 
-def _places(
-    num_tokens: NDArray[np.int32], config: ExtractConfig, slot_bytes: int
-) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
-    """Return each sample's shard and first slot, and the slots of a shard: as many samples as fit, in order, each on
-    a chunk of its own."""
-    chunk = config.chunk_tokens
-    ends = np.cumsum(-(-num_tokens // chunk) * chunk, dtype=np.int64)
-    wanted = (config.shard_mib << 20) // slot_bytes // chunk * chunk
-    longest = -(-int(num_tokens.max()) // chunk) * chunk
-    shard_tokens = int(min(max(wanted, longest), ends[-1]))
-    shard, start = np.zeros(len(ends), np.int32), np.zeros(len(ends), np.int64)
-    first = used = current = 0
-    while first < len(ends):
-        end = int(np.searchsorted(ends, used + shard_tokens, "right"))
-        shard[first:end] = current
-        start[first + 1 : end] = ends[first : end - 1] - used
-        start[first:end] += current * shard_tokens
-        first, used, current = end, int(ends[end - 1]), current + 1
-    return shard, start, shard_tokens
+        def parts(file: BinaryIO, item_bytes: int, some: slice) -> bytes:
+            parts_of = zip((begins[some] * item_bytes).tolist(), (lengths[some] * item_bytes).tolist(), strict=True)
+            return b"".join([os.pread(file.fileno(), size, place) for place, size in parts_of])
+
+        def read(begin: int, end: int) -> Tokens:
+            some = slice(*np.searchsorted(ends, [begin, end], "right").tolist())
+            return np.frombuffer(parts(self._ids, 4, some), np.uint32), np.frombuffer(
+                parts(self._mask, 1, some), np.bool_
+            )
+
+        return read
 
 
 def refuse_ids_beyond_table(target: TargetFiles, plan: Plan) -> None:

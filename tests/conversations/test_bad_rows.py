@@ -27,7 +27,7 @@ def without_tags(tmp_path_factory: pytest.TempPathFactory) -> ConversationEncode
 def planned(made: ConversationEncoder, path: Path, **settings: object) -> Plan:
     config = ExtractConfig(**{"data": (path,), "target": "t", "out": Path("o"), "block_size": 4, **settings})
     folder = Path(tempfile.mkdtemp(dir=path.parent))
-    return make_plan(config, Data(config), made, 64, folder, lambda _rows: None)
+    return make_plan(config, Data(config), made, 64, folder, lambda _rows: None, by_length=False)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -125,7 +125,7 @@ def planned(made: ConversationEncoder, *data: Path | str, **settings: Any) -> Pl
     paths = tuple(Path(path) for path in data)
     config = ExtractConfig(data=paths, target="t", out=Path("o"), block_size=2, mask=made.config.mask, **settings)
     folder = Path(tempfile.mkdtemp(dir=paths[0].parent))
-    return make_plan(config, Data(config), made, 64, folder, lambda _rows: None)
+    return make_plan(config, Data(config), made, 64, folder, lambda _rows: None, by_length=False)
 
 
 @pytest.mark.parametrize("rule", ["assistant", "last-turn", "all"])

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations import tokenize
 from dflash_offline.stages.conversations.content import Chat
@@ -133,9 +134,16 @@ def write_hostile(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def table_place(table: SampleTable, sample: int) -> tuple[int, int]:
+    return int(table.row[sample]), int(table.answer[sample])
+
+
 def compared(plan: Plan, config: ExtractConfig, files: TargetFiles) -> None:
     """Check everything that a plan says against the plain one."""
     plain = plain_plan(config, files)
+    first_place = {token: one[:3] for one in reversed(plain.samples) for token in one[3]}
+    beyond = next(((one[:3], token) for one in plain.samples for token in one[3] if token >= 400), None)
+    plain.samples.sort(key=lambda one: -len(one[3]))  # one window holds them all
     table = plan.samples
     columns = (table.row, table.answer, table.num_anchors)
     found = [
@@ -153,14 +161,14 @@ def compared(plan: Plan, config: ExtractConfig, files: TargetFiles) -> None:
     )
     assert table.num_tokens.tolist() == [len(ids) for *_, ids, _, _ in plain.samples]
     assert table.num_supervised.tolist() == [sum(mask) for *_, mask, _ in plain.samples]
-    first_uses: dict[int, int] = {}
-    for sample, (*_, ids, _, _) in enumerate(plain.samples):
-        for token in ids:
-            first_uses.setdefault(token, sample)
-    known = {token: int(sample) for token, sample in enumerate(plan.first_uses) if sample >= 0}
-    assert known == {token: sample for token, sample in first_uses.items() if token < len(plan.first_uses)}
-    beyond = [(sample, token) for sample, one in enumerate(plain.samples) for token in one[3] if token >= 400]
-    assert plan.beyond == (beyond[0] if beyond else None)
+    known = {
+        token: (table.source(sample), *table_place(table, sample))
+        for token, sample in enumerate(plan.first_uses.tolist())
+        if sample >= 0
+    }
+    assert known == {token: place for token, place in first_place.items() if token < len(plan.first_uses)}
+    place = None if plan.beyond is None else (table.source(plan.beyond[0]), *table_place(table, plan.beyond[0]))
+    assert beyond == (None if plan.beyond is None else (place, plan.beyond[1]))
 
 
 def planned(config: ExtractConfig, files: TargetFiles, folder: Path, num_processes: int = 1) -> Plan:

@@ -159,3 +159,30 @@ def test_the_mask_token_is_a_reserved_one_that_no_sample_contains(tmp_path: Path
     used = int(made.samples.input_ids(0)[5])
     with pytest.raises(DflashError, match=r"occurs in the data, first in rows\.jsonl:1"):
         choose_mask_token(files, made.samples, made.first_uses, used)
+
+
+def test_samples_are_ordered_by_length_within_windows_and_keep_their_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dflash_offline.stages.conversations.places.WINDOW", 2)
+    settings = {"shard_mib": 1, "slot_bytes": 2048}  # 512 slots a shard
+    rows = conversations(60)
+    plain, made = plan(tmp_path, rows, **settings), plan(tmp_path, rows, by_length=True, **settings)
+    table, numbers = made.samples, plain.samples.num_tokens
+    slots = np.cumsum(-(-numbers // 16) * 16)
+    window = (slots - 1) // (2 * made.shard_tokens)
+    assert window[-1] >= 3
+    expected: list[int] = []
+    for number in range(int(window[-1]) + 1):
+        members = [i for i in range(60) if window[i] == number]
+        expected += sorted(members, key=lambda i: numbers[i] if number % 2 else -numbers[i])
+    assert (table.row - 1).tolist() == expected != list(range(60))
+    for sample, row in enumerate(expected):
+        assert np.array_equal(table.input_ids(sample), plain.samples.input_ids(row))
+        assert np.array_equal(table.loss_mask(sample), plain.samples.loss_mask(row))
+        assert table.num_anchors[sample] == plain.samples.num_anchors[row]
+    assert (np.diff(table.start) > 0).all() and (table.start // made.shard_tokens == table.shard).all()
+    assert made.counts() == plain.counts()
+    used = np.flatnonzero(made.first_uses >= 0)
+    assert np.array_equal(used, np.flatnonzero(plain.first_uses >= 0))
+    assert np.array_equal(table.row[made.first_uses[used]], plain.samples.row[plain.first_uses[used]])

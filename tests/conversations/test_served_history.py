@@ -229,4 +229,4 @@ def test_inspect_shows_each_sample_of_a_row_and_the_plan_of_it_all(tmp_path: Pat
     for text in ("1 conversations whose history", "1 answers: begins with an assistant turn"):
         assert text in planned
     assert "1 conversations into 3 samples" in found and "1 answers: begins with" in found
-    assert "rows.jsonl:1, answer 4" in dflash("inspect", tmp_path / "cache", "--sample", 2).stdout
+    assert "rows.jsonl:1, answer 4" in dflash("inspect", tmp_path / "cache", "--sample", 0).stdout

@@ -9,6 +9,8 @@ from running import dflash, refused
 from safetensors.torch import load_file, save_file
 from tiny_target import WITHOUT_TAGS, save_conversations, save_target, save_tokenizer
 
+from dflash_offline.stages.store.cache import Cache
+
 
 @pytest.fixture(scope="module")
 def draft(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -126,8 +128,9 @@ def test_the_pipeline_runs_end_to_end(target: Path, tmp_path: Path) -> None:
 
 
 def test_inspect_prints_a_sample_with_its_supervised_part_marked(cache: Path) -> None:
-    text = dflash("inspect", cache, "--sample", 0).stdout
-    view = json.loads(dflash("inspect", cache, "--sample", 0, "--json").stdout)
+    sample = Cache(cache).samples.row.tolist().index(1)  # of two turns
+    text = dflash("inspect", cache, "--sample", sample).stdout
+    view = json.loads(dflash("inspect", cache, "--sample", sample, "--json").stdout)
     answers = [run["text"] for run in view["runs"] if run["supervised"]]
     *able, tail = answers  # the last answer's end is too short for a block
     assert len(able) == 2 and all(f"[[{answer}]]" in text for answer in able)
@@ -138,7 +141,8 @@ def test_inspect_prints_a_sample_with_its_supervised_part_marked(cache: Path) ->
 def test_inspect_shows_a_row_before_anything_is_extracted(
     target: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    planned = json.loads(dflash("inspect", cache, "--sample", 3, "--json").stdout)
+    sample = Cache(cache).samples.row.tolist().index(4)  # samples are ordered by length
+    planned = json.loads(dflash("inspect", cache, "--sample", sample, "--json").stdout)
     arguments = ("inspect", data, "--target", target, "--block-size", planned["block_size"])
     row = json.loads(dflash(*arguments, "--sample", 3, "--json").stdout)
     assert {name: row[name] for name in ("tokens", "supervised", "anchors", "source", "runs")} == {

@@ -10,8 +10,10 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,16 +28,19 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError, UnsupportedTargetError
 from dflash_offline.schemas.locks import ABANDONED_S
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.runner import micro_batches
-from dflash_offline.stages.extract import extract
+from dflash_offline.stages.capture.create import create_cache
+from dflash_offline.stages.capture.inputs import open_inputs
+from dflash_offline.stages.capture.runner import micro_batches, pad_sequences
+from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.store.verify import verify_cache
 from dflash_offline.stages.target import model as loading
 from dflash_offline.stages.target.files import open_target
-from dflash_offline.stages.target.model import capture_layers, load_model
+from dflash_offline.stages.target.model import capture_layers, layer_states, load_model
 
 ZARR_READER = """
 import sys, json
@@ -99,9 +104,53 @@ def test_capture_sees_layer_outputs_before_the_final_norm(target: Path) -> None:
 
 def test_micro_batches_hold_every_sample_once_and_keep_to_the_budget(cache: Path) -> None:
     samples = Cache.open(cache).samples
-    batches = list(micro_batches(samples, np.arange(len(samples)), 700))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(samples)))
-    assert all(len(batch) * samples.num_tokens[batch].max() <= 700 for batch in batches if len(batch) > 1)
+    for least in (True, False):
+        batches = micro_batches(samples, np.arange(len(samples)), 700, least=least)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(samples)))
+        assert all(len(batch) * samples.num_tokens[batch].max() <= 700 for batch in batches if len(batch) > 1)
+
+
+def test_micro_batches_are_those_of_the_least_work_and_a_larger_budget_never_makes_more() -> None:
+    def least(lengths: tuple[int, ...], budget: int) -> int:
+        """Try every way to cut descending lengths into groups."""
+        works = [0] if not lengths else []
+        for count in range(1, len(lengths) + 1):
+            if count == 1 or count * lengths[0] <= budget:
+                works.append(512 + count * lengths[0] + least(lengths[count:], budget))
+        return min(works)
+
+    chance = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = chance.integers(16, 3000, chance.integers(1, 11)).astype(np.int64)
+        samples, before = cast(SampleTable, SimpleNamespace(num_tokens=lengths)), None
+        for budget in (1000, 4096, 8192, 20_000):
+            groups = [lengths[group] for group in micro_batches(samples, np.arange(len(lengths)), budget, least=True)]
+            work = sum(512 + len(group) * int(group.max()) for group in groups)
+            assert work == least(tuple(sorted(lengths.tolist(), reverse=True)), budget) and work <= (before or work)
+            before = work
+
+
+def test_a_cache_of_an_older_version_goes_on_in_its_order_and_its_micro_batches(
+    extract_config: Settings, tmp_path: Path
+) -> None:
+    config = ExtractConfig(**extract_config | {"batch_tokens": 300, "out": tmp_path / "older"})
+    inputs = open_inputs(config, Silent())
+    layout = {name: value for name, value in inputs.identity["layout"].items() if name != "order"}
+    runner = create_cache(replace(inputs, identity={**inputs.identity, "layout": layout}), Silent())
+    assert plan_only(config, Silent())[0].samples.row.tolist() == list(range(1, 81))
+    extract(config, Silent())
+    cache = Cache.open(config.out)
+    samples = cache.samples
+    assert samples.row.tolist() == list(range(1, 81))
+    for shard in range(cache.layout.num_shards):
+        left = sorted(samples.samples_of_shard(shard).tolist(), key=lambda sample: -samples.num_tokens[sample])
+        while left:
+            longest = int(samples.num_tokens[left[0]])
+            batch, left = left[: max(1, 300 // longest)], left[max(1, 300 // longest) :]
+            states = layer_states(runner.model, torch.from_numpy(pad_sequences(samples, np.array(batch))), [1, 2, 4])
+            for place, sample in enumerate(batch):
+                real = torch.stack([state[place, : samples.num_tokens[sample]] for state in states], dim=1)
+                assert np.array_equal(cache.values(sample), real.bfloat16().float().numpy())
 
 
 def test_the_same_command_again_does_nothing(cache: Path, extract_config: Settings) -> None:
@@ -255,7 +304,7 @@ def test_features_that_are_not_finite_are_refused_with_sample_layer_and_position
     model.model.layers[2].mlp.down_proj.weight.data[3] = float("inf")
     broken = shutil.copytree(target, tmp_path / "broken")
     model.save_pretrained(broken)
-    with pytest.raises(CacheError, match=r"Sample 0 \(chats.jsonl:1\): .* not finite at layer 2, position 0"):
+    with pytest.raises(CacheError, match=r"Sample 0 \(chats.jsonl:\d+\): .* not finite at layer 2, position 0"):
         extract(ExtractConfig(**extract_config | {"target": str(broken)}, out=tmp_path / "cache"), Silent())
     assert _commits(tmp_path / "cache") == 0
 
