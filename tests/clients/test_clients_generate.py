@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -160,6 +161,16 @@ def test_an_export_decodes_alike_in_transformers_own_generator(ours: Ours, run: 
         assert own.tokens == tokens == plain == theirs
         # It tells no lengths, but how often it asked the target: once for the prompt and once a round.
         assert calls == 1 + len(own.produced)
+
+
+def test_the_lines_of_the_card_run_in_transformers_as_they_stand(run: Path, tmp_path: Path) -> None:
+    draft = export(run, tmp_path / "draft", kind="transformers").draft
+    lines = re.findall(r"^    (.*)$", (draft / "README.md").read_text(), re.MULTILINE)
+    program = "\n".join(lines).replace("THIS_FOLDER", str(draft)) + "[0].tolist()"
+    assert program.startswith("import torch") and "assistant_model=draft" in program
+    env = {**os.environ, "PYTHONPATH": os.environ.get("DFLASH_TRANSFORMERS", "")}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_export_loads_in_speculators(run: Path, tmp_path: Path) -> None:
