@@ -157,7 +157,10 @@ def test_too_few_sound_tokens_calibrate_nothing(extract_config: Settings, target
 class HugeChannel:
     """Gives features of which one channel spreads over more than a float32 can tell."""
 
-    layer_ids, batch_tokens = (4,), 64
+    layer_ids = (4,)
+
+    def batches(self, samples: SampleTable, members: np.ndarray) -> list[np.ndarray]:
+        return [members]
 
     def run_batch(self, samples: SampleTable, batch: np.ndarray, encoder: FeatureEncoder) -> tuple[torch.Tensor, ...]:
         states = torch.randn(int(samples.num_tokens[batch].sum()), 1, 8, generator=torch.Generator().manual_seed(0))

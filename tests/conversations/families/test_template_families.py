@@ -156,7 +156,7 @@ def problem(folder: Path, family: Family, target: TargetFiles, shape: str, row: 
         return "" if reason and reason in str(error) else f"{error}, not for {reason!r}"
     if reason:
         return f"kept, not left out for {reason!r}"
-    table = pq.read_table(plan.folder / SAMPLES).to_pylist()
+    table = sorted(pq.read_table(plan.folder / SAMPLES).to_pylist(), key=lambda one: one["answer"])
     tokens = [list(zip(one["input_ids"], one["loss_mask"], strict=True)) for one in table]
     supervised = ["".join(target.tokenizer.decode([i for i, is_said in one if is_said])) for one in tokens]
     text = "".join(target.tokenizer.decode([i for i, _ in one]) for one in tokens)
