@@ -66,7 +66,7 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
         code = 128 + signal_of(error)
         said = f"{error} " if str(error) else "Stopped. "
         if is_first_rank():  # all ranks stop at a signal; one of them says so
-            _report(f"{said}{go_on}".rstrip(), code, events)
+            _report(f"{said}{go_on}".rstrip() + _met_meanwhile(error.__cause__), code, events)
     except Exception as error:
         message = _users_error(error, go_on)
         if message is None and events is None:
@@ -77,6 +77,13 @@ def reported(go_on: str = "", *, quiet: bool = False, log_format: LogFormat = Lo
             events.event("finished", exit_code=code, seconds=round(time.monotonic() - began, 3))
     if code:
         raise typer.Exit(code)
+
+
+def _met_meanwhile(error: BaseException | None) -> str:
+    """Return what to say of the error in which work ended that a signal had been asked to stop."""
+    if not isinstance(error, Exception) or isinstance(error, typer.Exit):
+        return ""
+    return f"\nIt ended in an error meanwhile: {_users_error(error, '') or repr(error)}"
 
 
 def _users_error(error: Exception, go_on: str) -> str | None:

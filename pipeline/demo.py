@@ -1,7 +1,6 @@
 """`dflash demo`: the whole pipeline on the target that ships with the package, each command printed before it runs."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError, dflash_line
-from dflash_offline.stages.stop import STOPS, Stopped, stop_signals
+from dflash_offline.stages.stop import STOPS, Stopped, handled
 
 _EMBEDDED = Path(__file__).resolve().parent / "embedded"
 TARGET = _EMBEDDED / "target"
@@ -55,16 +54,30 @@ def run_demo(out: Path, flags: list[str]) -> None:
 
 
 def _run(command: list[str]) -> int:
-    """Return the exit code of a command, which is passed every signal to stop, so that it can save its work."""
-    process = subprocess.Popen(command, process_group=0)  # what a terminal sends reaches this process alone
-    before = {number: signal.getsignal(number) for number in stop_signals()}
-    for number in before:
-        signal.signal(number, lambda number, _frame: process.send_signal(number))
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """Return the exit code of a command, which is passed every signal to stop, so that it can save its work.
+
+    Raises `Stopped` after such a signal.
+    """
+    came: list[int] = []
+    waiting: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on() -> None:
+        while process is not None and waiting:
+            process.send_signal(waiting.pop())
+
+    def handle(number: int, _frame: object) -> None:
+        came.append(number)
+        waiting.append(number)
+        pass_on()
+
+    with handled(handle):
+        process = subprocess.Popen(command, process_group=0)  # what a terminal sends reaches this process alone
+        pass_on()
+        code = process.wait()
+    if came:
+        raise Stopped(came[0])
+    return code
 
 
 def _print_table(result: dict[str, Any], spent: list[tuple[str, float]]) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,27 +29,76 @@ def signal_of(error: KeyboardInterrupt) -> int:
 
 
 @contextmanager
-def stops_raised() -> Iterator[None]:
-    """Raise `Stopped` in the main thread when such a signal comes; Ctrl-C stays Python's own KeyboardInterrupt.
+def handled(handler: Callable[[int, object], None]) -> Iterator[Callable[[], None]]:
+    """Have these signals call the handler within; yields what ends that sooner.
 
-    In another thread, where no signal arrives, nothing changes.
+    In another thread than the main one, where no signal arrives, nothing changes.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in stop_signals()}
-    for number in before:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _raise)
+    before = {number: signal.getsignal(number) for number in stop_signals()} if _is_main_thread() else {}
+
+    def restore() -> None:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
     try:
-        yield
-    finally:
-        for number, handler in before.items():
+        for number in before:
             signal.signal(number, handler)
+        yield restore
+    finally:
+        restore()
 
 
-def _raise(number: int, _frame: object) -> None:
-    leave_lost_terminal()
-    raise Stopped(number)
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def stops_raised() -> Iterator[None]:
+    """Raise `Stopped` in the main thread when such a signal comes, and at the end if it has not ended the work.
+
+    What is raised amid a destructor is lost, and amid a cleanup it may become another error: that is its cause then.
+    """
+    came: list[int] = []
+    is_over = False
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
+        if not is_over:  # else it is raised below, once the handlers from before are back
+            leave_lost_terminal()
+            raise Stopped(number)
+
+    try:
+        with handled(stop):
+            try:
+                yield
+            finally:
+                is_over = True
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if came:
+            raise Stopped(came[0]) from error
+        raise
+    if came:
+        raise Stopped(came[0])
+
+
+@contextmanager
+def stops_noted(then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Append the first such signal to the list, for work that nothing may be raised amid, and call `then`.
+
+    A second one acts at once.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        noted.append(number)
+        leave_lost_terminal()
+        restore()
+        then()
+
+    with handled(note) as restore:
+        yield noted
 
 
 def leave_lost_terminal() -> None:
@@ -71,8 +120,9 @@ def left_to_this_process() -> Iterator[None]:
     Otherwise a Ctrl-C in a terminal, or a scheduler that signals all processes of a job, would end them first, each
     with an error of its own.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # raises what came before
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

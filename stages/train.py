@@ -4,8 +4,8 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.run import RUN
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
-from dflash_offline.stages.stop import Stopped, leave_lost_terminal, stop_signals
+from dflash_offline.stages.stop import Stopped, stops_noted
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import Batch
@@ -87,29 +87,6 @@ class DryRun:
         return self.seconds_per_step * self.total_steps
 
 
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Append the first signal to stop to the list, so that no step is cut in half; a second one acts at once."""
-    noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in stop_signals()}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(received: int, _frame: object) -> None:
-        noted.append(received)
-        leave_lost_terminal()
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-
-
 def train(config: TrainConfig, progress: Progress) -> Trained:
     """Train the draft to the last step, or go on with the run, and return where it stands.
 
@@ -138,7 +115,7 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
         training.ranks.meet()
         if checkpoint := training.resume():
             progress.say(f"Going on from {checkpoint}.")
-        signals = stack.enter_context(noted_signals())
+        signals = stack.enter_context(stops_noted())
         training.ranks.meet()  # from here on a signal to any rank is noted by it
         log = _open_log(training, stack, progress)
         progress.start("Training", training.total_steps, "steps", done=training.state.step)

@@ -3,6 +3,8 @@
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from dflash_offline.schemas.secrets import KEY_VARIABLE, Secrets, shown_url
@@ -12,6 +14,7 @@ from dflash_offline.stages.answers.dialogues import Dialogue
 from dflash_offline.stages.answers.exchange import Client
 from dflash_offline.stages.answers.server_retries import Servers
 from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.stop import Stopped, stops_noted
 
 ROWS_AHEAD = 64
 """Rows that may be begun after the oldest unfinished one, for each request under way: what is held at once."""
@@ -38,12 +41,30 @@ class ServerAnswerer:
         """Answer every open turn of the dialogues, and note each answer as it comes.
 
         At most `concurrency` requests are under way. Raises `DflashError` where no server answers any more, or
-        where what they say will not change by trying again.
+        where what they say will not change by trying again, and `Stopped` after a signal.
         """
-        try:
-            asyncio.run(self._run(_Window(dialogues, ROWS_AHEAD * self.config.concurrency), note, num_open))
-        except BaseExceptionGroup as failed:
-            raise _first(failed) from None
+        cancel: Callable[[], object] = bool
+
+        async def run() -> None:
+            nonlocal cancel
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+            cancel = partial(loop.call_soon_threadsafe, task.cancel)
+            if not signals:
+                await self._run(_Window(dialogues, ROWS_AHEAD * self.config.concurrency), note, num_open)
+
+        def stop() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                cancel()
+
+        with stops_noted(stop) as signals:
+            try:
+                asyncio.run(run())
+            except BaseException as error:
+                if not signals:
+                    raise _first(error) from None
+        if signals:
+            raise Stopped(signals[0])
 
     async def _run(self, window: "_Window", note: Callable[..., None], num_open: int) -> None:
         asyncio.get_running_loop().set_exception_handler(_tell_unless_stopped)
@@ -94,13 +115,13 @@ class _Window:
 
 
 def _tell_unless_stopped(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Tell of an error that nobody waits for, but not that a signal ended the request it came in."""
+    """Tell of an error that nobody waits for, but not that a second signal ended the request it came in."""
     if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = group
+def _first(error: BaseException) -> BaseException:
+    """Return the error, or the first one of a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

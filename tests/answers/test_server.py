@@ -1,6 +1,7 @@
 """Answers from a real server on loopback that misbehaves: no row is lost, doubled or out of order."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from dflash_offline.stages.answers import servers as server_module
 from dflash_offline.stages.answers.exchange import retry_after_s
 from dflash_offline.stages.answers.server_retries import PROBE, ServersGoneError
 from dflash_offline.stages.regenerate import Regenerated, regenerate
+from dflash_offline.stages.stop import signal_of, stops_raised
 
 Rows = list[dict[str, Any]]
 QUICK: dict[str, Any] = {"backoff_s": 0.005, "rest_s": 0.02, "model": "tiny"}
@@ -347,6 +349,47 @@ def test_a_signal_keeps_the_answers_and_says_how_to_go_on(number: signal.Signals
         before = len(server.requests)
         subprocess.run(command(data, out, server), check=True, capture_output=True)
     assert out.read_text() == expected(rows) and len(server.requests) - before <= 120 - 14
+
+
+class AtLine:
+    """Sends this process a signal before the line of Python, counted from 0, that it then runs in the main thread."""
+
+    def __init__(self, line: float, number: int) -> None:
+        self.num_lines, self._line, self._number = 0, line, number
+
+    def __call__(self, _frame: object, event: str, _value: object) -> "AtLine":
+        if event == "line":
+            self.num_lines += 1
+            if self.num_lines == self._line:
+                os.kill(os.getpid(), self._number)
+        return self
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_instant_of_the_requests_is_a_stop_and_never_another_error(number: int, tmp_path: Path) -> None:
+    rows = chats(5)
+    data = save(tmp_path / "chats.jsonl", rows)
+
+    def run_until(line: float, out: Path) -> int:
+        at = AtLine(line, number)
+        with ChatServer(by_chance(5, "429", "cut")) as server, stops_raised():
+            sys.settrace(at)
+            try:
+                run(data, out, server, concurrency=3)
+            finally:
+                sys.settrace(None)
+        return at.num_lines
+
+    num_lines = run_until(-1, tmp_path / "whole.jsonl")
+    for index in range(4):
+        out = tmp_path / f"{index}.jsonl"
+        line = random.Random(f"{number} {index}").randrange(num_lines // 8, num_lines // 2)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run_until(line, out)
+        assert signal_of(stopped.value) == number
+        with ChatServer() as server:
+            run(data, out, server)
+        assert out.read_text() == expected(rows)
 
 
 def edited_while_answered(data: Path, edit: Callable[[], object]) -> ChatServer:

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import typer
 
 from dflash_offline.pipeline.command import reported
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.stop import STOPS, Stopped, left_to_this_process, stops_raised
 
 
@@ -123,3 +125,59 @@ def test_processes_that_are_started_leave_the_signals_to_the_one_that_started_th
     with pytest.raises(Stopped), stops_raised():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+
+
+class Stopping:
+    """Sends a signal as it is destroyed, where what a handler raises is lost."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ends_in(error: BaseException) -> None:
+    """Answer a signal by another error, as the cleanup of a library may."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise error from None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("work", "more"),
+    [
+        (Stopping, ""),
+        (lambda: ends_in(RuntimeError("shut down")), "\nIt ended in an error meanwhile: RuntimeError('shut down')"),
+        (lambda: ends_in(DflashError("No room.")), "\nIt ended in an error meanwhile: No room."),
+        (lambda: ends_in(typer.Exit(1)), ""),
+        (lambda: ends_in(BaseExceptionGroup("", [KeyboardInterrupt()])), ""),
+    ],
+    ids=["destructor", "bug", "error", "exit", "group"],
+)
+def test_a_signal_is_the_end_whatever_becomes_of_what_it_raised(
+    work: Callable[[], object], more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(each) for each in STOPS]
+    with pytest.raises(typer.Exit) as ended, reported("Repeat."):
+        work()
+    assert ended.value.exit_code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith(f"dflash: Stopped. Repeat.{more}\n")
+    assert [signal.getsignal(each) for each in STOPS] == before
+
+
+def test_a_signal_that_came_just_before_processes_are_started_leaves_the_signals_open() -> None:
+    mask = signal.pthread_sigmask
+    with pytest.raises(Stopped), stops_raised(), pytest.MonkeyPatch.context() as patched:
+        came = iter([False, True])
+
+        def block(how: int, numbers: Iterable[int]) -> object:
+            before = mask(how, numbers)
+            if next(came, False):
+                raise Stopped(signal.SIGTERM)
+            return before
+
+        patched.setattr(signal, "pthread_sigmask", block)
+        with left_to_this_process():
+            pass
+    assert not mask(signal.SIG_BLOCK, []) & set(STOPS)
