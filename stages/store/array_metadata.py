@@ -1,6 +1,6 @@
-"""The zarr v3 metadata of features.zarr: written here, and refused on reading if it says anything else.
+"""The zarr v3 metadata of features.zarr: what zarr-python writes for a layout, and on reading nothing else.
 
-No zarr library is asked: what a stranger's metadata names, such as a filter that unpickles, a codec or a shape, must
+No zarr library reads them: what a stranger's metadata names, such as a filter that unpickles, a codec or a shape, must
 not be obeyed before it is compared. Axes: T token slots, L captured layers, H hidden size.
 """
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import CacheError
@@ -96,17 +95,10 @@ def _array(
     }
 
 
-def write_metadata(folder: Path, layout: Layout, layer_ids: Sequence[int]) -> None:
-    """Make `folder` a zarr v3 group of empty arrays."""
-    for name, document in metadata_documents(layout, layer_ids).items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / METADATA).write_text(json.dumps(document, indent=2))
-
-
-def check_metadata(cache: Path, layout: Layout, layer_ids: Sequence[int]) -> None:
-    """Raise `CacheError` naming file and field if a metadata document of a cache is not the one that is written."""
+def check_metadata(folder: Path, layout: Layout, layer_ids: Sequence[int]) -> None:
+    """Raise `CacheError` naming file and field if a metadata document of features.zarr is not the one expected."""
     for name, wanted in metadata_documents(layout, layer_ids).items():
-        path = cache / FEATURES / name / METADATA
+        path = folder / name / METADATA
         found = parse_json(read_bounded(path, _MOST_BYTES), path)
         if not isinstance(found, dict):
             raise CacheError(f"{path} holds {str(found)[:60]}, expected an object. {_MEND}")
@@ -133,13 +125,6 @@ def _whole_grid(grid: Any, wanted: dict[str, Any]) -> Any:
             if type(rows) is type(columns) is int and 1 <= rows <= whole[0] and 1 <= columns <= whole[1]:
                 return {**others, "configuration": {"chunk_shape": whole}}
     return grid
-
-
-def write_scale(folder: Path, name: str, values: NDArray[np.float32]) -> None:
-    """Write a scale [L, H], whose metadata is in place."""
-    path = folder / name / "c" / "0" / "0"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(zstandard.ZstdCompressor().compress(np.ascontiguousarray(values, "<f4").data))
 
 
 def read_scale(cache: Path, name: str, layout: Layout) -> NDArray[np.float32]:

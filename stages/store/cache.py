@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, SkippedSample, read_commits, read_finished
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import SAMPLES, Manifest, hidden_file
+from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.array_metadata import check_metadata, read_scale
@@ -47,7 +47,7 @@ class Cache:
         self.manifest = Manifest.read(path) if manifest is None else manifest
         self.layout = self.manifest.layout
         self.layer_ids: tuple[int, ...] = tuple(self.manifest.identity["layer_ids"])
-        check_metadata(path, self.layout, self.layer_ids)
+        check_metadata(path / FEATURES, self.layout, self.layer_ids)
         self._known: dict[int, Commit] = {}
         """The commit records that were read."""
         self._shards: OrderedDict[int, ShardFile] = OrderedDict()

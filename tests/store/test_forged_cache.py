@@ -24,7 +24,7 @@ from crc32c import crc32c
 from feature_writer import create, fill_cache
 
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import FeatureLayout, Manifest
+from dflash_offline.schemas.manifest import FEATURES, FeatureLayout, Manifest
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.array_metadata import check_metadata, metadata_documents
 from dflash_offline.stages.store.cache import Cache
@@ -98,11 +98,11 @@ def test_metadata_that_say_anything_else_than_what_is_written_are_refused(copy: 
         for lie in lies(document):
             path.write_text(json.dumps(lie))
             with pytest.raises(CacheError, match=r"zarr\.json"):
-                check_metadata(copy, layout, LAYER_IDS)
+                check_metadata(copy / FEATURES, layout, LAYER_IDS)
                 pytest.fail(f"{name}: {lie}")
             tried += 1
         path.write_bytes(before)
-    check_metadata(copy, layout, LAYER_IDS)
+    check_metadata(copy / FEATURES, layout, LAYER_IDS)
     assert tried > 500
 
 
@@ -169,7 +169,7 @@ def test_zarr_python_writes_the_same_metadata_and_reads_the_scales(sound: Path, 
     changed = shutil.copytree(sound, tmp_path / "changed")
     shutil.rmtree(changed / "features.zarr/feature_step")
     shutil.copytree(tmp_path / "cut/feature_step", changed / "features.zarr/feature_step")
-    check_metadata(changed, cache.layout, LAYER_IDS)
+    check_metadata(changed / FEATURES, cache.layout, LAYER_IDS)
     np.testing.assert_array_equal(Cache(changed).codec.step, cache.codec.step)
 
 
