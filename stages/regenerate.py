@@ -358,7 +358,8 @@ def _notes(dialogue: Dialogue) -> Counter[str]:
     if dialogue.num_cut:
         said["rows end at a call whose result the data does not have"] = 1
         said["answers beyond such a call, not asked for"] = dialogue.num_cut
-    for answer in dialogue.answers:
+    for answer, is_context in zip(dialogue.answers, dialogue.context, strict=False):
+        said["answers are new and marked as context (weight 0), as those in the data"] += is_context
         said["answers were not compared with the tokens that were generated"] += not answer.compared
         if answer.not_taken:
             said[f"answers of a server that does not take {', '.join(answer.not_taken)}: its own values hold"] += 1

@@ -22,6 +22,7 @@ from dflash_offline.stages.conversations.content import (
 )
 from dflash_offline.stages.conversations.files import Row
 from dflash_offline.stages.conversations.sources import Data
+from dflash_offline.stages.conversations.turn_marks import turn_mark
 
 Message = dict[str, Any]
 
@@ -66,6 +67,8 @@ class Dialogue:
     """The turns of others, tools' results among them, before the first answer, before the second, and so on."""
     recorded: list[list[Message]] = field(default_factory=list)
     """The calls that each old answer makes: the results that follow it are theirs."""
+    context: list[bool] = field(default_factory=list)
+    """Whether the data marks each old answer as context, that is not to be learned: so is the one in its place."""
     tools: list[dict[str, Any]] | None = None
     kind: str | None = None
     """The row's group, which is kept."""
@@ -111,7 +114,9 @@ class Dialogue:
 
     def record(self) -> dict[str, Any]:
         """Return the row of the new file."""
-        messages = [*self.prompt(len(self.questions) - 1), self.answers[-1].message()]
+        messages: list[Message] = []
+        for question, answer, is_context in zip(self.questions, self.answers, self.context, strict=False):
+            messages += [*question, answer.message() | ({"weight": 0} if is_context else {})]
         more = {"tools": self.tools, "kind": self.kind, "source": f"{self.source}:{self.line}"}
         return {"messages": messages, **{name: value for name, value in more.items() if value is not None}}
 
@@ -127,7 +132,8 @@ def read_dialogues(data: Data) -> Iterator[Dialogue]:
         dialogue = Dialogue(index=index, source=row.source.name, line=row.line)
         try:
             content = _content(row, data.format.row_format)
-            dialogue.questions, dialogue.recorded, dialogue.tools = _turns(content)
+            dialogue.questions, dialogue.recorded, dialogue.context = _turns(content)
+            dialogue.tools = content.tools if isinstance(content, Chat) else None
         except RowFaultError as fault:
             dialogue.fault = (BAD_ROW, f"{row.place} {fault}")
         except UnanswerableError as unanswerable:
@@ -195,8 +201,16 @@ def _without_answer(turn: Any, speaker: str, said: str) -> Any:
     name = turn.get(speaker)
     if not isinstance(name, str) or SHAREGPT_ROLES.get(name) != "assistant":
         return turn
-    kept = {speaker: name, said: _ANY_ANSWER}
+    kept = {speaker: name, said: _ANY_ANSWER, **({"weight": 0} if _is_context(turn) else {})}
     return {**kept, "tool_calls": turn["tool_calls"]} if _has_calls(turn) else kept
+
+
+def _is_context(turn: Message) -> bool:
+    """Say whether an old answer is marked as context; an unclear mark is replaced with the answer."""
+    try:
+        return turn_mark(turn, "the answer") is False
+    except RowFaultError:
+        return False
 
 
 def _has_calls(turn: Message) -> bool:
@@ -210,12 +224,13 @@ def _has_calls(turn: Message) -> bool:
     return "tool_calls" in read
 
 
-def _turns(content: Content) -> tuple[list[list[Message]], list[list[Message]], list[dict[str, Any]] | None]:
-    """Return what is said before each answer, the calls of each old answer and the tools.
+def _turns(content: Content) -> tuple[list[list[Message]], list[list[Message]], list[bool]]:
+    """Return what is said before each answer, the calls of each old answer, and whether it is marked as context.
 
     Raises `UnanswerableError` if the answers cannot be given anew.
 
-    A turn that nobody answered at the end is one to answer; assistant turns in a row are one answer.
+    A turn that nobody answered at the end is one to answer; assistant turns in a row are one answer,
+    and context if all of them are.
     """
     if isinstance(content, Tokens):
         raise UnanswerableError(TOKENS, "turns cannot be told from tokens")
@@ -224,22 +239,25 @@ def _turns(content: Content) -> tuple[list[list[Message]], list[list[Message]], 
     assert isinstance(content, Chat)
     questions: list[list[Message]] = [[]]
     recorded: list[list[Message]] = [[]]
+    context = [False]
     answered = False
     for index, message in enumerate(content.messages):
         if message["role"] == "assistant":
             if not _has_user_turn(questions[0]):
                 raise UnanswerableError(NO_USER_TURN, f"messages[{index}]")
             recorded[-1] += message.get("tool_calls", [])
+            context[-1] = index in content.context and (context[-1] or not answered)
             answered = True
             continue
         if answered:
             questions.append([])
             recorded.append([])
+            context.append(False)
             answered = False
         questions[-1].append({key: value for key, value in message.items() if key not in REASONING_KEYS})
     if not _has_user_turn(questions[0]):
         raise UnanswerableError(NO_USER_TURN, "the row has no user turn")
-    return questions, recorded, content.tools
+    return questions, recorded, context
 
 
 def _has_user_turn(messages: list[Message]) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.answers.dialogues import Dialogue, read_dialogues
+from dflash_offline.stages.answers.dialogues import Answer, Dialogue, read_dialogues
 from dflash_offline.stages.conversations.sources import Data
+from dflash_offline.stages.regenerate import _notes
 
 ASKED = [{"role": "user", "content": "hi"}]
 
@@ -65,3 +66,42 @@ def test_an_old_answer_of_any_kind_or_none_is_asked_anew(tmp_path: Path, row: di
 def test_what_is_asked_is_judged_as_before(tmp_path: Path, row: dict[str, Any], fault: str) -> None:
     made = dialogue(tmp_path, row)
     assert made.fault is not None and made.fault[0] == fault
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "marked"),
+    [
+        ({"messages": [*ASKED, said("a", weight=0), *ASKED, said("b", weight=1)]}, [True, False]),
+        ({"messages": [*ASKED, said("a", train="false"), *ASKED, said("b", masked=True)]}, [True, True]),
+        ({"messages": [*ASKED, said("a"), *ASKED, said("b")], "weights": [0, 0, 1, 1]}, [True, False]),
+        ({"messages": [*ASKED, said("a", loss=False), said("b", loss=False), *ASKED]}, [True, False]),
+        ({"messages": [*ASKED, said("a", loss=False), said("b"), *ASKED, said("c", mask=1)]}, [False, False]),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "hi"},
+                    {"from": "gpt", "value": "a", "weight": 0},
+                    {"from": "human", "value": "hi"},
+                ]
+            },
+            [True, False],
+        ),
+    ],
+)
+def test_the_mark_of_an_old_answer_is_that_of_the_one_in_its_place(
+    tmp_path: Path, row: dict[str, Any], marked: list[bool]
+) -> None:
+    made = dialogue(tmp_path, row)
+    assert made.questions == [ASKED, ASKED]
+    made.add(Answer(content="new"))
+    assert made.prompt(1) == [*ASKED, said("new"), *ASKED]  # no mark is sent
+    made.add(Answer(content="newer"))
+    answers = [
+        said(text, **({"weight": 0} if mark else {})) for text, mark in zip(("new", "newer"), marked, strict=True)
+    ]
+    assert made.record()["messages"] == [*ASKED, answers[0], *ASKED, answers[1]]
+    assert sum(_notes(made)[what] for what in _notes(made) if "marked as context" in what) == sum(marked)
