@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import typer
 
 from dflash_offline.pipeline.progress import EventProgress, LogFormat, is_live, open_progress
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, missing_memory
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.stop import signal_of, stops_raised
 
@@ -28,9 +28,6 @@ _OUTSIDE_FAULTS = {
 } | _ADVICE.keys()
 """System errors that are no bug of this program: no room, no permission, a broken disk, an impossible name, and those
 whose own text does not say what to do."""
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "failed to map segment", "annot allocate memory")
-"""In errors of torch's allocator, and of libraries that find no room as they are loaded; they have no class of their
-own."""
 _NO_THREAD = ("can't start new thread", "pthread_create", "ThreadPoolBuildError", "esource temporarily unavailable")
 _NO_FILE = "Too many open files"
 _LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -97,8 +94,7 @@ def _users_error(error: Exception, go_on: str) -> str | None:
         )
     if isinstance(error, ImportError) and _NO_FILE in str(error):
         return f"{error}. {_ADVICE[errno.EMFILE]}{go_on}".rstrip()
-    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
-        found = " ".join(str(error).split()) or "an array could not be made"
+    if found := missing_memory(error):
         return f"This process has too little memory: {found}. Let it have more, or do less at once. {go_on}".rstrip()
     if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:
         place = f"{error.filename}: " if error.filename else ""

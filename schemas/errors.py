@@ -2,6 +2,10 @@
 
 import shlex
 
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "failed to map segment", "annot allocate memory")
+"""In errors of torch's allocator, and of libraries that find no room as they are loaded; they have no class of their
+own."""
+
 
 class DflashError(ValueError):
     """A fault in the input or the settings: the command line prints the message and exits 1."""
@@ -30,3 +34,10 @@ class NoValidAnchorsError(DflashError):
 def dflash_line(*arguments: object) -> str:
     """Return a command line that runs as it stands."""
     return shlex.join(["dflash", *map(str, arguments)])
+
+
+def missing_memory(error: BaseException) -> str:
+    """Return what an error says of memory that this process could not have; nothing if it is another error."""
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+        return " ".join(str(error).split()) or "an array could not be made"
+    return ""

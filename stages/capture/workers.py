@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, missing_memory
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
@@ -221,9 +221,16 @@ def _worker(
         of_system = isinstance(error, OSError) and error.errno is not None
         sender.send("fault", error if of_system else DflashError(str(error)))
         raise SystemExit(_FAULT) from None
-    except Exception:  # the command shows it, as it shows everything
-        sender.send("fault", DflashError(f"A bug of dflash in a worker:\n{traceback.format_exc()}"))
+    except Exception as error:  # the command shows it, as it shows everything
+        sender.send("fault", DflashError(_unexpected(error)))
         raise SystemExit(_FAULT) from None
+
+
+def _unexpected(error: Exception) -> str:
+    """Return what to say of an error in a worker that is none of the input or the settings."""
+    if found := missing_memory(error):
+        return f"A worker has too little memory: {found}. Let it have more, or start fewer: --workers."
+    return f"A bug of dflash in a worker:\n{''.join(traceback.format_exception(error))}"
 
 
 def _end_with_the_command() -> None:

@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.paths import free_name
+from dflash_offline.stages.capture.workers import _unexpected
 
 Captured = pytest.CaptureFixture[str]
 
@@ -157,3 +160,25 @@ def test_a_suggested_command_runs_as_it_is_printed_and_names_a_new_folder(tmp_pa
     (tmp_path / "run").mkdir()
     assert free_name(tmp_path / "my cache", "run") == tmp_path / "run-2"
     assert dflash_line("train", Path("my cache"), "--lr", 1) == "dflash train 'my cache' --lr 1"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "--version"])
+@pytest.mark.parametrize("kib", [72, 128])
+def test_a_stack_too_small_for_libraries_is_refused_in_a_word(command: str, kib: int, tmp_path: Path) -> None:
+    line = f'ulimit -s {kib} && exec "$0" -m dflash_offline.pipeline {command} "$1"'
+    run = subprocess.run(["bash", "-c", line, sys.executable, tmp_path], capture_output=True, text=True)
+    assert run.returncode == 1 and f"a stack of {kib} KiB" in run.stderr and "ulimit -s 8192" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "A worker has too little memory: an array could not be made."),
+        (MemoryError("Unable to allocate 8 GiB"), "A worker has too little memory: Unable to allocate 8 GiB."),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), "A worker has too little memory: [enf"),
+        (RuntimeError("shapes differ"), "A bug of dflash in a worker:\nRuntimeError: shapes differ"),
+    ],
+)
+def test_a_worker_without_memory_is_no_bug(error: Exception, said: str) -> None:
+    assert _unexpected(error).startswith(said)
