@@ -163,7 +163,7 @@ def test_a_suggested_command_runs_as_it_is_printed_and_names_a_new_folder(tmp_pa
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "--version"])
-@pytest.mark.parametrize("kib", [72, 128])
+@pytest.mark.parametrize("kib", [128, 192])
 def test_a_stack_too_small_for_libraries_is_refused_in_a_word(command: str, kib: int, tmp_path: Path) -> None:
     line = f'ulimit -s {kib} && exec "$0" -m dflash_offline.pipeline {command} "$1"'
     run = subprocess.run(["bash", "-c", line, sys.executable, tmp_path], capture_output=True, text=True)
