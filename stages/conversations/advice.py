@@ -23,7 +23,8 @@ _TEMPLATE = "--chat-template-kwargs with a chat_template"
 _ADVICE = {
     ALL_CONTEXT: "the data marks every answer that --mask names as one not to be learned; --mask assistant keeps those "
     "with another answer, --mask all supervises every token, and without the marks in the data they are kept",
-    BAD_ROW: "rejects.parquet says what is wrong with each; mend them",
+    BAD_ROW: "without --skip-bad-rows the first are named, and rejects.parquet of a cache says what is wrong with "
+    "each; mend them",
     DUPLICATE: "without --drop-duplicates they are kept",
     TOO_LONG: "split them",
     SPECIAL_TOKEN: "--keep-special-tokens keeps them as the target would be served them; of a plain text every token "
@@ -38,7 +39,8 @@ _ADVICE = {
     f"{_TEMPLATE} that renders them",
     REWRITTEN: "this cache was planned when such conversations were left out: extracting into a new --out keeps them, "
     "a sample an answer",
-    EMPTY_ANSWER: f"{_TEMPLATE} that writes tool calls keeps them",
+    EMPTY_ANSWER: f"{_TEMPLATE} that writes tool calls keeps them, and so does --mask last-turn where the last answer "
+    "is written",
     NO_SUPERVISED: "`dflash regenerate` answers a last turn that nobody answered; --mask all supervises every token; a "
     "larger --max-length keeps answers beyond it",
     NOT_A_BLOCK: "a smaller --block-size keeps them",

@@ -14,6 +14,7 @@ from dflash_offline.stages.conversations.reading import bounds
 from dflash_offline.stages.conversations.reading.apart import read_apart
 from dflash_offline.stages.conversations.reading.json_text import parse_line, read_document, read_lines
 from dflash_offline.stages.conversations.reading.streams import (
+    GET_WHOLE,
     PIECE,
     STREAM_FAULTS,
     NumberedRows,
@@ -108,7 +109,8 @@ def identify(path: Path, *, name: str = "", container: str | None = None) -> Dat
     try:
         container = container or _container(path)
     except STREAM_FAULTS as error:
-        raise BadInputError(f"{path} cannot be read: {first_line(error)}. Name a file of conversations.") from error
+        what_to_do = "Name a file of conversations" if getattr(error, "errno", None) else "Get the whole file"
+        raise BadInputError(f"{path} cannot be read: {first_line(error)}. {what_to_do}.") from error
     return DataFile(path, utf8_name(name or path.name), container)
 
 
@@ -127,7 +129,7 @@ def read_raw_rows(file: DataFile) -> Iterator[RawRow]:
     except (*STREAM_FAULTS, ValueError, RecursionError) as error:
         raise BadInputError(
             f"{file.path} cannot be read as {file.container} after row {line}: {first_line(error)}. "
-            f"Get the whole file, or name its kind with --input-format."
+            f"{getattr(error, 'what_to_do', GET_WHOLE)}."
         ) from error
 
 

@@ -15,6 +15,9 @@ from dflash_offline.stages.conversations.advice import left_out
 QUESTION = {"role": "user", "content": "How deep is it?"}
 ANSWER = {"role": "assistant", "content": "It is 12 m deep, as measured."}
 ALONE = {"messages": [QUESTION, ANSWER]}
+CALL = {"id": "c1", "type": "function", "function": {"name": "depth", "arguments": "{}"}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+CALLED = {"messages": [QUESTION, CALLS, {"role": "tool", "tool_call_id": "c1", "content": "12"}, ANSWER]}
 TWICE = {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}
 FORMATTED = "<|im_start|>user\nHow deep?<|im_end|>\n<|im_start|>assistant\nIt is 12 m deep.<|im_end|>\n"
 THINKING = {"thinking": True}
@@ -40,6 +43,7 @@ WRITES_ANY = {"chat_template": WITHOUT_TAGS}
         (ALONE, WITH_TAGS, {"max_length": 20, "block_size": 16}, {"max_length": 400}),
         ({"messages": [QUESTION]}, WITH_TAGS, {}, {"mask": "all"}),
         ({"messages": [QUESTION, {**ANSWER, "content": "12"}]}, WITH_TAGS, {"block_size": 16}, {"block_size": 4}),
+        (CALLED, WITH_TAGS, {}, {"mask": "last-turn"}),
         ({"text": "12"}, WITH_TAGS, {"block_size": 16}, {"block_size": 2}),
         ({"input_ids": [5] * 9, "loss_mask": [1] * 9}, WITH_TAGS, {"no_reasoning": True}, {"no_reasoning": False}),
     ],
@@ -61,6 +65,7 @@ def test_repetitions_and_bad_rows_name_theirs(tmp_path: Path) -> None:
     made = plan(tmp_path, [ALONE, ALONE, {"messages": 3}], skip_bad_rows=True, drop_duplicates=True)
     told = [left_out(reason, count) for reason, count in made.counts()["rejects"].items()]
     assert told == [
-        "1 rows: bad row (rejects.parquet says what is wrong with each; mend them)",
+        "1 rows: bad row (without --skip-bad-rows the first are named, and rejects.parquet of a cache says what is "
+        "wrong with each; mend them)",
         "1 rows: duplicate (without --drop-duplicates they are kept)",
     ]

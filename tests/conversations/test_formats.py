@@ -46,6 +46,15 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
+def arrow_stream(batches: int, rows: int) -> bytes:
+    sink = pa.BufferOutputStream()
+    batch = pa.RecordBatch.from_pylist([{"text": "a"}] * rows)
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        for _ in range(batches):
+            stream.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
 def save_dataset(folder: Path, rows: Rows) -> Path:
     """Write rows as the `datasets` library saves them to disk: Arrow streams, and a state that lists them."""
     folder.mkdir()
@@ -182,6 +191,17 @@ def test_a_json_array_is_read_in_pieces_of_any_size(
         ("a.json", b'[{"text": "\xff"}]', "invalid start byte"),
         ("a.json", b"[" * 100_000, "recursion"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9000)[:-20], "Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-5], "marker was reached. Get the whole file."),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0) + b"more", "bytes that are not gzip follow"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9000) + b"PK", "after row 9000: bytes that are not gzip"),
+        ("a.json", b'[{"text": "a"}, {"text": oops}, {"text": "b"}]', "row 2 is broken (Expecting value), and where"),
+        (
+            "a.json",
+            b'[{"text": "a"}, {text: "a"}, {"text": "b"}]',
+            "row a line (jsonl), where --skip-bad-rows leaves it out.",
+        ),
+        ("a.arrow", arrow_stream(batches=4, rows=3)[:-200], "as arrow after row 6: Expected to be able to read"),
+        ("a.arrow", arrow_stream(batches=2, rows=200)[:-200], "as arrow after row 200: Expected to be able to read"),
         ("a.parquet", b"PAR1 but not really", "as parquet after row 0"),
         ("a.arrow", b"ARROW1 but not really", "as arrow after row 0"),
     ],

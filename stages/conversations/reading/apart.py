@@ -127,13 +127,19 @@ def serve() -> None:
 
 
 def _grouped(rows: NumberedRows) -> Iterator[list[tuple[int, bytes, str]]]:
-    """Yield the rows some at a time, as many as are worth an answer."""
+    """Yield the rows some at a time, as many as are worth an answer; those before an error first, then raise it."""
     group, size = [], 0
-    for row in rows:
-        group.append(row)
-        size += len(row[1])
-        if size > _ANSWER_BYTES or len(group) == _ANSWER_ROWS:
-            yield group
-            group, size = [], 0
+    failed: Exception | None = None
+    try:
+        for row in rows:
+            group.append(row)
+            size += len(row[1])
+            if size > _ANSWER_BYTES or len(group) == _ANSWER_ROWS:
+                yield group
+                group, size = [], 0
+    except Exception as error:
+        failed = error
     if group:
         yield group
+    if failed is not None:
+        raise failed

@@ -13,6 +13,7 @@ from dflash_offline.stages.conversations.content import MOST_NESTED, is_too_deep
 from dflash_offline.stages.conversations.reading import bounds
 from dflash_offline.stages.conversations.reading.faults import shown
 from dflash_offline.stages.conversations.reading.streams import (
+    GET_WHOLE,
     PIECE,
     NumberedRows,
     first_line,
@@ -28,6 +29,8 @@ _LONGEST_WORD = 16
 
 class _BrokenError(ValueError):
     """A JSON document ends too early or goes on wrongly."""
+
+    what_to_do = GET_WHOLE
 
 
 @dataclass
@@ -141,7 +144,9 @@ def _refuse_broken(error: Exception, buffer: str, number: int) -> None:
     if not isinstance(error, json.JSONDecodeError) or error.msg.startswith("Unterminated string"):
         return
     if error.pos < len(buffer) - _LONGEST_WORD:
-        raise _BrokenError(f"row {number} is broken ({error.msg})") from error
+        broken = _BrokenError(f"row {number} is broken ({error.msg}), and where it ends cannot be told")
+        broken.what_to_do = "Mend it, or write a row a line (jsonl), where --skip-bad-rows leaves it out"
+        raise broken from error
 
 
 def _refuse_larger(buffer: str, at: int, number: int) -> None:

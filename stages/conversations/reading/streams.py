@@ -16,6 +16,8 @@ PIECE = 1 << 16
 """Bytes that are read at once."""
 STREAM_FAULTS = (OSError, EOFError, MemoryError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 """What a file can provoke while it is read."""
+GET_WHOLE = "Get the whole file, or name its kind with --input-format"
+"""What to do about a file that breaks off, or is not what it seems."""
 
 NumberedRows = Iterator[tuple[int, bytes, str]]
 """Of each row its number from 1, what it holds, a line of JSON or a pickled value, and what is wrong with it."""
@@ -43,5 +45,8 @@ def pass_over_line(stream: BinaryIO, number: int) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line without a full stop."""
+    if isinstance(error, gzip.BadGzipFile) and str(error).startswith("Not a gzipped file"):
+        # The first bytes were gzip's, or the file would not have been opened as gzip.
+        return "bytes that are not gzip follow what is compressed; `gzip -dc` writes what stands before them"
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     return lines[0][:200].rstrip(".!") if lines else type(error).__name__
