@@ -18,6 +18,7 @@ from typing import Any
 
 from dflash_offline.stages.conversations.reading import bounds
 from dflash_offline.stages.conversations.reading.streams import STREAM_FAULTS, NumberedRows, first_line
+from dflash_offline.stages.stop import left_to_this_process
 
 _COMMAND = "from dflash_offline.stages.conversations.reading.apart import serve; serve()"
 _ANSWER_BYTES = 1 << 20
@@ -50,9 +51,8 @@ class _Process:
     def __init__(self) -> None:
         self.connection, other = Pipe()
         command = [sys.executable, "-P", "-c", _COMMAND, str(other.fileno())]
-        # In a session of its own, so that Ctrl-C in a terminal reaches the command alone; what a library says as it
-        # crashes is of no use.
-        with other:
+        # What a library says as it crashes is of no use.
+        with other, left_to_this_process():
             self.process = subprocess.Popen(
                 command,
                 pass_fds=[other.fileno()],
@@ -100,7 +100,6 @@ def _ask(question: Any) -> Any:
 
 def serve() -> None:
     """Answer with rows on the connection whose number the command line gives, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import pyarrow as pa
 
     from dflash_offline.stages.conversations.reading.arrow import count_arrow, read_arrow, read_parquet
