@@ -1,4 +1,4 @@
-"""The whole command, asked to stop at random instants, and under limits of memory, files and threads."""
+"""The whole command, asked to stop at random instants, and under limits of memory, files and stack."""
 
 import os
 import random
