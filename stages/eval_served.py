@@ -26,8 +26,8 @@ from dflash_offline.stages.answers.exchange import Client
 from dflash_offline.stages.conversations.prompts import read_prompts
 from dflash_offline.stages.draft.losslessness import compare_answers, first_difference
 from dflash_offline.stages.draft.weights import load_draft
-from dflash_offline.stages.eval_samples import as_prompts, check_cache_fits, choose_samples, draft_folder
 from dflash_offline.stages.evaluate import evaluate, load, machine
+from dflash_offline.stages.evaluation.samples import as_prompts, check_cache_fits, choose_samples, draft_folder
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.serving.measure import LiveServer, Pass, Question, measure
 from dflash_offline.stages.serving.stream import StreamedAnswer

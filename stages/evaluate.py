@@ -28,7 +28,13 @@ from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.pairing import check_draft_fits, check_rewindable
 from dflash_offline.stages.draft.sampling import Chooser, Sampler, SamplingRule
 from dflash_offline.stages.draft.weights import load_draft
-from dflash_offline.stages.eval_samples import as_prompts, check_cache_fits, choose_samples, draft_folder, walk_samples
+from dflash_offline.stages.evaluation.samples import (
+    as_prompts,
+    check_cache_fits,
+    choose_samples,
+    draft_folder,
+    walk_samples,
+)
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.target.files import open_target, steady_positions
 from dflash_offline.stages.target.model import check_plain_embeddings, choose_device, load_model, resolve_dtype

@@ -21,13 +21,17 @@ from dflash_offline.schemas.files import publish, sha256_file, sync_folder, writ
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import TARGET
 from dflash_offline.schemas.paths import output_folder
-from dflash_offline.schemas.run import RUN, RunRecord
-from dflash_offline.schemas.sealed import read_sealed
+from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.option import choice_problem
 from dflash_offline.stages.draft.weights import check_draft_weights, draft_state_dict, load_draft, save_weights
 from dflash_offline.stages.export_card import card, converted_card
 from dflash_offline.stages.target.files import target_folder
-from dflash_offline.stages.training.checkpoint import WEIGHTS, checkpoint_folder, list_checkpoints, read_state
+from dflash_offline.stages.training.checkpoint import (
+    WEIGHTS,
+    choose_checkpoint,
+    read_state,
+    training_record,
+)
 
 ONE_CLIENTS_LIMIT = ("causality in SGLang",)
 """Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""
@@ -55,15 +59,6 @@ class Exported:
             source = ("--target", self.target, "--cache", self.cache, "--limit", 20)
             return f"Next: {dflash_line('eval', out, *source)}"
         return f"Next: serve it as {out / CARD} says."
-
-
-def choose_checkpoint(run: Path, which: str) -> Path:
-    """Return the run's best or last checkpoint; best is by the serving walk, and the last where none was measured."""
-    saved = list_checkpoints(run)
-    if not saved:
-        raise DflashError(f"{run} has no checkpoint yet. Let `dflash train` reach its first one.")
-    best = checkpoint_folder(run, read_state(saved[-1]).best_step)
-    return best if which == "best" and best.is_dir() else saved[-1]
 
 
 def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluation: Path | None = None) -> Exported:
@@ -166,19 +161,6 @@ def _write_card(temporary: Path, files: dict[str, str], text: str) -> None:
     """Write the card, and the checksums of all files."""
     files = {**files, CARD: write_synced(temporary / CARD, [text.encode()])}
     write_synced(temporary / CHECKSUMS, [checksums_bytes(files)])
-
-
-def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
-    """Return what a weight file says of its own training, from the run's sealed record and not from any config."""
-    draft, settings = record.identity["draft"], record.identity["settings"]
-    return {
-        **{name: draft[name] for name in ("target_layer_ids", "block_size", "mask_token_id")},
-        "caches": record.identity["caches"],
-        "target": record.origin["target_identity"],
-        "val_samples": settings["val_samples"],
-        "run": read_sealed(run / RUN)["checksum"],
-        "step": step,
-    }
 
 
 def _refuse_faulty(faults: list[DraftFault], checkpoint: Path) -> list[str]:

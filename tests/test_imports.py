@@ -14,10 +14,10 @@ MAY_IMPORT = {
     "stages": {"schemas", "stages"},
     "pipeline": {"schemas", "stages", "pipeline"},
 }
-STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_samples", "eval_served", "export_card"}
+STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_served", "export_card"}
 LOOSE = {"bounds", "cores", "progress", "stop"}
 """Files of `stages/` that belong to no room and import none."""
-ROOMS = "store target conversations draft capture trainer training answers serving".split()
+ROOMS = "store target conversations draft capture trainer training answers serving evaluation".split()
 """From the ground up: a room imports those before it, never one behind it."""
 
 

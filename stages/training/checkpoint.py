@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +21,8 @@ from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import remove_known, sha256_file, sync_folder, write_synced
 from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, STATE, read_saved_state
-from dflash_offline.schemas.sealed import sealed_bytes
+from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, RUN, STATE, RunRecord, read_saved_state
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
 from dflash_offline.stages.training.optimizer import WeightAverage
@@ -250,3 +251,25 @@ def _named(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[torch.opti
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 yield optimizer, name, parameter
+
+
+def choose_checkpoint(run: Path, which: str) -> Path:
+    """Return the run's best or last checkpoint; best is by the serving walk, and the last where none was measured."""
+    saved = list_checkpoints(run)
+    if not saved:
+        raise DflashError(f"{run} has no checkpoint yet. Let `dflash train` reach its first one.")
+    best = checkpoint_folder(run, read_state(saved[-1]).best_step)
+    return best if which == "best" and best.is_dir() else saved[-1]
+
+
+def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
+    """Return what a weight file says of its own training, from the run's sealed record and not from any config."""
+    draft, settings = record.identity["draft"], record.identity["settings"]
+    return {
+        **{name: draft[name] for name in ("target_layer_ids", "block_size", "mask_token_id")},
+        "caches": record.identity["caches"],
+        "target": record.origin["target_identity"],
+        "val_samples": settings["val_samples"],
+        "run": read_sealed(run / RUN)["checksum"],
+        "step": step,
+    }

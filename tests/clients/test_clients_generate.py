@@ -24,12 +24,13 @@ from dflash_offline.stages.conversations.prompts import encode_prompt, read_prom
 from dflash_offline.stages.draft.decode import SpeculativeDecoding, plain_decode, speculative_decode
 from dflash_offline.stages.draft.weights import draft_state_dict, load_draft
 from dflash_offline.stages.evaluate import stop_ids
-from dflash_offline.stages.export import choose_checkpoint, export
+from dflash_offline.stages.export import export
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import load_model
 from dflash_offline.stages.train import train
+from dflash_offline.stages.training.checkpoint import choose_checkpoint
 
 pytestmark = pytest.mark.clients
 SCRIPTS = Path(__file__).parent

@@ -16,8 +16,8 @@ from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.eval_samples import as_prompts, choose_samples, draft_folder
 from dflash_offline.stages.evaluate import evaluate_folder
+from dflash_offline.stages.evaluation.samples import as_prompts, choose_samples, draft_folder
 from dflash_offline.stages.export import export
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent

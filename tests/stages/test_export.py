@@ -19,11 +19,11 @@ from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.weights import load_draft
-from dflash_offline.stages.export import choose_checkpoint, export, export_draft, training_record
+from dflash_offline.stages.export import export, export_draft
 from dflash_offline.stages.export_card import card
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
-from dflash_offline.stages.training.checkpoint import read_state
+from dflash_offline.stages.training.checkpoint import choose_checkpoint, read_state, training_record
 
 
 @pytest.fixture(scope="module")

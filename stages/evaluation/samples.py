@@ -16,11 +16,10 @@ from dflash_offline.schemas.identity import differences, refuse_differences
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.conversations.prompts import Prompt
 from dflash_offline.stages.draft.model import DraftModel
-from dflash_offline.stages.export import choose_checkpoint, training_record
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.trainer import DFlashTrainerModule
-from dflash_offline.stages.training.checkpoint import read_state
+from dflash_offline.stages.training.checkpoint import choose_checkpoint, read_state, training_record
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import borrowed_parts
 from dflash_offline.stages.training.loader import BatchLoader
