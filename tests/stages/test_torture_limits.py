@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -29,7 +30,7 @@ HOSTILE = {
 def test_stopped_thirty_times_it_says_so_each_time_and_leaves_the_same_bytes(
     cache: Path, extract_config: Settings, tmp_path: Path
 ) -> None:
-    """Every third time with two workers; between SIGTERM, SIGHUP and Ctrl-C by chance."""
+    """Every third time with two workers; SIGTERM, SIGHUP or Ctrl-C by chance. A complete cache is begun anew."""
     out, chance, stopped = tmp_path / "cache", random.Random(0), 0
     for index in range(STOPS):
         number = chance.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -39,6 +40,9 @@ def test_stopped_thirty_times_it_says_so_each_time_and_leaves_the_same_bytes(
         code, said = process.wait(timeout_s=20)
         assert code in (0, 128 + number, -number) and "Traceback" not in said, said
         stopped += code == 128 + number
+        if code == 0:
+            assert content(out) == content(cache)
+            shutil.rmtree(out)
     code, said = run(arguments(extract_config, out))
     assert code == 0 and stopped >= 3, (said, stopped)
     assert content(out) == content(cache) and verify_cache(out, Silent()) == []
