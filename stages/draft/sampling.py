@@ -1,17 +1,22 @@
 """How a token is chosen from logits, and which drafted tokens may stay so that the answer is the target's own.
 
 Greedy: a drafted token stays if it is the target's best. Sampling (Leviathan et al., arXiv 2211.17192): a drafted token
-x, drawn from the draft's q, stays with probability min(1, p(x) / q(x)), p the target's; the first one that does not is
-replaced by a draw from max(p - q, 0), scaled to 1. What comes out is distributed as p, whatever q is.
+x, proposed from q, stays with probability min(1, p(x) / q(x)), p the target's; the first one that does not is replaced
+by a draw from max(p - q, 0), scaled to 1. What comes out is distributed as p, whatever q is. Two proposals are common:
+x drawn from the draft's own distribution, which is then q, and the draft's best token, where q has all on x.
 """
 
 # Axes: Q tokens of one block, V vocabulary. The batch axis is 1 throughout.
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+Proposal = Literal["greedy", "drawn"]
+"""How tokens are drafted where the target's are drawn: the draft's best ones, or drawn from the draft likewise."""
 
 
 class Chooser(Protocol):
@@ -72,8 +77,8 @@ class SamplingRule:
 class Sampler:
     """Draws each token, and keeps drafted ones by rejection sampling; the same seed gives the same answer."""
 
-    def __init__(self, rule: SamplingRule, seed: int, device: torch.device) -> None:
-        self._rule = rule
+    def __init__(self, rule: SamplingRule, seed: int, device: torch.device, *, proposal: Proposal = "drawn") -> None:
+        self._rule, self._proposal = rule, proposal
         self._generator = torch.Generator(device).manual_seed(seed)
         self._drafted_from: Tensor | None = None
 
@@ -81,6 +86,10 @@ class Sampler:
         return self._draw(self._rule.probabilities(logits))
 
     def draft(self, logits: Tensor) -> Tensor:
+        if self._proposal == "greedy":
+            best = logits.argmax(dim=-1)
+            self._drafted_from = F.one_hot(best, logits.shape[-1]).float()
+            return best
         self._drafted_from = self._rule.probabilities(logits)
         return self._draw(self._drafted_from)
 

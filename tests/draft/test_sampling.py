@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 from dflash_offline.stages.draft.model import DraftModel
-from dflash_offline.stages.draft.sampling import Greedy, Sampler, SamplingRule
+from dflash_offline.stages.draft.sampling import Greedy, Proposal, Sampler, SamplingRule
 
 CPU = torch.device("cpu")
+PROPOSALS: tuple[Proposal, ...] = ("greedy", "drawn")
 
 
 def p_value(counts: Tensor, expected: Tensor) -> float:
@@ -38,9 +39,8 @@ class Careless(Sampler):
         return agreed, answer
 
 
-def first_tokens(kind: type[Sampler], rule: SamplingRule, target: Tensor, draft: Tensor, draws: int) -> Tensor:
+def first_tokens(sampler: Sampler, target: Tensor, draft: Tensor, draws: int) -> Tensor:
     """Return how often each token came out first, one round of one drafted token each; logits are [V]."""
-    sampler = kind(rule, 3, CPU)
     counts = torch.zeros(len(target))
     logits = torch.stack((target, torch.zeros_like(target)))[None]
     for _ in range(draws):
@@ -50,13 +50,33 @@ def first_tokens(kind: type[Sampler], rule: SamplingRule, target: Tensor, draft:
     return counts
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("rule", [SamplingRule(temperature=1.0), SamplingRule(temperature=1.3, top_p=0.8)])
-def test_a_round_gives_the_targets_distribution_and_a_careless_one_does_not(rule: SamplingRule) -> None:
+def test_a_round_gives_the_targets_distribution_and_a_careless_one_does_not(
+    rule: SamplingRule, proposal: Proposal
+) -> None:
     generator = torch.Generator().manual_seed(0)
     target, draft = torch.randn(2, 10, generator=generator) * 1.5
     expected = 3000 * rule.probabilities(target)
-    assert p_value(first_tokens(Sampler, rule, target, draft, 3000), expected) > 1e-3
-    assert p_value(first_tokens(Careless, rule, target, draft, 3000), expected) < 1e-4
+    right, careless = (kind(rule, 3, CPU, proposal=proposal) for kind in (Sampler, Careless))
+    assert p_value(first_tokens(right, target, draft, 3000), expected) > 1e-3
+    assert p_value(first_tokens(careless, target, draft, 3000), expected) < 1e-4
+
+
+def test_a_greedy_draft_proposes_its_best_token_which_stays_as_often_as_the_target_would_draw_it() -> None:
+    rule = SamplingRule(temperature=0.8)
+    target, draft = torch.randn(2, 10, generator=torch.Generator().manual_seed(4))
+    best, draws = int(draft.argmax()), 3000
+    sampler = Sampler(rule, 5, CPU, proposal="greedy")
+    logits, kept = torch.stack((target, target))[None], 0
+    for _ in range(draws):
+        drafted = sampler.draft(draft[None, None])
+        assert int(drafted) == best
+        agreed, answer = sampler.verify(torch.cat((torch.zeros_like(drafted), drafted), dim=1), logits)
+        assert agreed == int(answer[0] == best), "a rejected token is never drawn again in its place"
+        kept += agreed
+    p = float(rule.probabilities(target)[best])
+    assert abs(kept - draws * p) < 4 * (draws * p * (1 - p)) ** 0.5
 
 
 def test_a_draft_equal_to_the_target_is_always_kept() -> None:
@@ -103,6 +123,7 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
     return dict(zip(answers, joint.tolist(), strict=True))
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(
     ("rule", "draws"),
     [
@@ -110,19 +131,20 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
         pytest.param(SamplingRule(temperature=0.7, top_p=0.9), 3000, marks=pytest.mark.slow),
     ],
 )
-def test_whole_answers_are_distributed_as_the_targets_own(rule: SamplingRule, draws: int) -> None:
+def test_whole_answers_are_distributed_as_the_targets_own(rule: SamplingRule, draws: int, proposal: Proposal) -> None:
     target, draft = small_pair()
     prompt, length = [1, 2, 0], 3
     wanted = exact(target, prompt, length, rule)
     expected = draws * torch.tensor(list(wanted.values()))
-    sampler, found, kept = Sampler(rule, 7, CPU), Counter[tuple[int, ...]](), Counter[int]()
+    sampler, careless = (kind(rule, 7, CPU, proposal=proposal) for kind in (Sampler, Careless))
+    found, kept = Counter[tuple[int, ...]](), Counter[int]()
     for _ in range(draws):
         decoded = speculative_decode(target, draft, prompt, length, (), sampler)
         found[tuple(decoded.tokens)] += 1
         kept.update(decoded.kept)
     assert len(kept) == 3, "drafted tokens are to be kept sometimes and rejected sometimes"
     assert p_value(torch.tensor([found[answer] for answer in wanted]), expected) > 1e-3
-    careless, faulty = Careless(rule, 7, CPU), Counter[tuple[int, ...]]()
+    faulty = Counter[tuple[int, ...]]()
     for _ in range(draws):
         faulty[tuple(speculative_decode(target, draft, prompt, length, (), careless).tokens)] += 1
     assert p_value(torch.tensor([faulty[answer] for answer in wanted]), expected) < 1e-6
@@ -146,7 +168,8 @@ def test_the_same_seed_gives_the_same_answer_and_another_seed_another() -> None:
 def test_a_temperature_near_zero_is_greedy() -> None:
     target = tiny_target("qwen3")
     draft = DraftModel(tiny_draft_config()).eval()
-    for prompt in random_prompts(2):
+    rule = SamplingRule(temperature=1e-4)
+    for prompt, proposal in itertools.product(random_prompts(2), PROPOSALS):
         greedy = speculative_decode(target, draft, prompt, 24, (), Greedy())
-        cold = speculative_decode(target, draft, prompt, 24, (), Sampler(SamplingRule(temperature=1e-4), 0, CPU))
+        cold = speculative_decode(target, draft, prompt, 24, (), Sampler(rule, 0, CPU, proposal=proposal))
         assert (cold.tokens, cold.produced) == (greedy.tokens, greedy.produced)
