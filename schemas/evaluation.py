@@ -6,15 +6,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from dflash_offline.schemas.checked import Count, Size, checked, unlike
+from dflash_offline.schemas.results.rounds import Acceptance
 from dflash_offline.schemas.sealed import parse_json, read_bounded
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 
 _MOST_BYTES = 1 << 30
 """Of a saved result; with every prompt's rounds it holds every token."""
 NOT_LOSSLESS = "NOT LOSSLESS: the draft changed an answer, which greedy verification never does."
+
+PROPOSALS = {"greedy": "taken greedily, as vLLM does", "drawn": "drawn from the draft"}
+"""The ways of drafting where tokens are drawn; vLLM has the second too, by `draft_sample_method` probabilistic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,66 +41,6 @@ class Difference:
     """Whether rounding alone explains the difference."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Acceptance:
-    """How many tokens the rounds of some prompts produced."""
-
-    prompts: int
-    rounds: int
-    tokens: int
-    """Tokens produced in the rounds; the first token of each answer comes from the prompt's own forward."""
-    pooled: float | None
-    """Acceptance length: tokens / rounds; None without a round."""
-    mean: float | None
-    """Mean of the prompts' own acceptance lengths."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rounds:
-    """The rounds of one answer."""
-
-    kind: str | None
-    """Of its prompt."""
-    produced: list[int]
-    """Tokens of the answer that each round gave."""
-    proposed: list[int]
-    """Tokens that were drafted in each."""
-    kept: list[int]
-    """Drafted tokens of each that are in the answer."""
-
-
-def acceptance(answers: Sequence[Rounds]) -> Acceptance:
-    """Return the acceptance length over some prompts."""
-    produced = [n for answer in answers for n in answer.produced]
-    means = [statistics.fmean(answer.produced) for answer in answers if answer.produced]
-    return Acceptance(
-        prompts=len(answers),
-        rounds=len(produced),
-        tokens=sum(produced),
-        pooled=sum(produced) / len(produced) if produced else None,
-        mean=statistics.fmean(means) if means else None,
-    )
-
-
-def round_figures(answers: Sequence[Rounds], block_size: int) -> dict[str, Any]:
-    """Return the fields of an `EvalResult` that follow from the rounds alone."""
-    kinds = sorted({answer.kind for answer in answers if answer.kind is not None})
-    produced = [n for answer in answers for n in answer.produced]
-    proposed = [n for answer in answers for n in answer.proposed]
-    kept = [n for answer in answers for n in answer.kept]
-    slots = range(1, block_size)
-    return {
-        "block_size": block_size,
-        "acceptance": acceptance(answers),
-        "acceptance_by_kind": {kind: acceptance([a for a in answers if a.kind == kind]) for kind in kinds},
-        "rounds_by_tokens": tuple(produced.count(n) for n in range(1, block_size + 1)),
-        "drafted_by_slot": tuple(sum(n >= slot for n in proposed) for slot in slots),
-        "accepted_by_slot": tuple(sum(n >= slot for n in kept) for slot in slots),
-        "drafted_tokens": sum(proposed),
-        "accepted_tokens": sum(kept),
-    }
-
-
 class _Group(TypedDict):
     pooled: float | None
     prompts: Count
@@ -115,6 +59,11 @@ class _Config(TypedDict):
     temperature: NotRequired[float | None]
 
 
+class _Proposal(TypedDict):
+    name: Literal["greedy", "drawn"]
+    acceptance: _All
+
+
 class _Result(TypedDict):
     """What is read of a saved result, which holds more."""
 
@@ -129,6 +78,7 @@ class _Result(TypedDict):
     accepted_by_slot: NotRequired[list[Count]]
     speedup: NotRequired[float | None]
     acceptance_by_kind: NotRequired[dict[str, _Group]]
+    proposals: NotRequired[list[_Proposal]]
 
 
 def read_result(path: Path, what_to_do: str) -> dict[str, Any]:
@@ -258,6 +208,22 @@ class Service:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProposalFigures:
+    """What one way of drafting gave where tokens are drawn; either leaves answers distributed as the target's own."""
+
+    name: str
+    """Of `PROPOSALS`. greedy: the draft's best token; drawn: one drawn from the draft as the target's are."""
+    acceptance: Acceptance
+    acceptance_by_kind: dict[str, Acceptance]
+    drafted_tokens: int
+    accepted_tokens: int
+    """Drafted tokens that are in an answer."""
+    tokens_per_s: float | None
+    speedup: float | None
+    """tokens_per_s / plain_tokens_per_s."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """What an evaluation found, with the settings it ran under; what needs the target is None without one."""
 
@@ -302,6 +268,8 @@ class EvalResult:
     """The other prompts."""
     lossless: bool | None = None
     """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
+    proposals: tuple[ProposalFigures, ...] = ()
+    """Each way of drafting where tokens are drawn here; the figures above are those of the greedy one."""
     decoded: tuple[DecodedPrompt, ...] | None = None
     """Every prompt's rounds, if the settings ask to keep them."""
     service: Service | None = None

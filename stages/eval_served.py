@@ -9,17 +9,8 @@ from typing import Any
 
 import torch
 
-from dflash_offline.schemas.evaluation import (
-    Acceptance,
-    Counted,
-    Difference,
-    EvalResult,
-    Rounds,
-    Served,
-    Service,
-    round_figures,
-    spread,
-)
+from dflash_offline.schemas.evaluation import Counted, Difference, EvalResult, Served, Service, spread
+from dflash_offline.schemas.results.rounds import Acceptance, Rounds, round_figures
 from dflash_offline.schemas.secrets import KEY_VARIABLE, Secrets, shown_url
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.answers.exchange import Client

@@ -1,9 +1,8 @@
 """`dflash eval`: decode prompts with and without the draft, or walk a cache, and report what the rounds gave."""
 
 import platform
-import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -12,22 +11,16 @@ from typing import Any
 import torch
 
 from dflash_offline.schemas.errors import BadInputError
-from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult, Rounds, round_figures
+from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult, ProposalFigures
+from dflash_offline.schemas.results.rounds import round_figures
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
-from dflash_offline.stages.draft.decode import (
-    LookupDecoding,
-    PlainDecoding,
-    SpeculativeDecoding,
-    plain_decode,
-    prompt_lookup_decode,
-    speculative_decode,
-)
+from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
 from dflash_offline.stages.draft.losslessness import compare_answers
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.pairing import check_draft_fits, check_rewindable
-from dflash_offline.stages.draft.sampling import Chooser, Sampler, SamplingRule
+from dflash_offline.stages.draft.sampling import Proposal
 from dflash_offline.stages.draft.weights import load_draft
+from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, rounds_of, tokens_per_s
 from dflash_offline.stages.evaluation.samples import (
     as_prompts,
     check_cache_fits,
@@ -38,20 +31,6 @@ from dflash_offline.stages.evaluation.samples import (
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.target.files import open_target, steady_positions
 from dflash_offline.stages.target.model import check_plain_embeddings, choose_device, load_model, resolve_dtype
-
-
-@dataclass(frozen=True)
-class _Case:
-    prompt: Prompt
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    case: _Case
-    plain: PlainDecoding
-    speculative: SpeculativeDecoding
-    lookup: LookupDecoding | None
 
 
 @dataclass(frozen=True)
@@ -132,20 +111,21 @@ def evaluate(
     """Decode every prompt by the target alone and with the draft, and return what that shows.
 
     `target` is a transformers causal language model and `draft` a DFlash draft, both loaded with the device and dtype
-    that the settings ask for. The two ways take turns at going first, after one prompt that is not counted.
+    that the settings ask for. The ways take turns at going first, after one prompt that is not counted. Where tokens
+    are drawn, the draft's are proposed in both ways, and the figures are those of the greedy one.
     """
     check_draft_fits(draft.config, target)
     check_rewindable(target, config.target or type(target).__name__)
     cases, held_out = _read_cases(config, tokenizer, target, draft, trained)
-    stops = stop_ids(target, tokenizer)
+    decoder = Decoder(config, target, draft, stop_ids(target, tokenizer))
     progress = progress or Silent()
-    outcomes: list[_Outcome] = []
+    outcomes: list[Outcome] = []
     with _torch_threads(config.threads):
         progress.start("Decoding", len(cases), "prompts")
         try:
-            _decode(config, target, draft, cases[0], stops, 0)
+            decoder.warm_up(cases[0])
             for i, case in enumerate(cases):
-                outcomes.append(_decode_repeatedly(config, target, draft, case, stops, i))
+                outcomes.append(decoder.outcome(case, i))
                 produced = [n for o in outcomes for n in o.speculative.produced]
                 progress.advance(1, acceptance=sum(produced) / max(len(produced), 1))
         finally:
@@ -155,8 +135,11 @@ def evaluate(
             trained=trained,
             offline=False,
             held_out=held_out,
-            **round_figures([_rounds(o) for o in outcomes], draft.config.block_size),
+            **round_figures([rounds_of(o.case, o.speculative) for o in outcomes], draft.config.block_size),
             **_live_figures(config, target, outcomes),
+            proposals=tuple(
+                _proposal(name, outcomes, draft.config.block_size) for name in decoder.proposals if config.temperature
+            ),
             decoded=tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None,
             **machine(target.device, target.dtype),
         )
@@ -186,16 +169,16 @@ def stop_ids(target: Any, tokenizer: Any) -> frozenset[int]:
 
 def _read_cases(
     config: EvalConfig, tokenizer: Any, target: Any, draft: DraftModel, trained: dict[str, Any] | None
-) -> tuple[list[_Case], bool | None]:
+) -> tuple[list[Case], bool | None]:
     held_out = None
     if config.cache is not None:
         samples = choose_samples(config.cache, trained, config.limit)
         check_cache_fits(samples, draft)
-        cases, held_out = [_Case(*pair) for pair in as_prompts(samples)], samples.held_out
+        cases, held_out = [Case(*pair) for pair in as_prompts(samples)], samples.held_out
     else:
         assert config.prompts is not None, "the settings were checked"
         prompts = read_prompts(config.prompts, config.limit)
-        cases = [_Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
+        cases = [Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
     most = steady_positions(target.config.get_text_config(decoder=True))
     for case in cases:
         if most is not None and len(case.ids) + config.max_new_tokens > most:
@@ -217,54 +200,12 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _chooser(config: EvalConfig, device: torch.device, way: str, index: int) -> Chooser | None:
-    """Return what draws the tokens of one decoding, its own draws for each prompt and way; None for greedy."""
-    if not config.temperature:
-        return None
-    seed = random.Random(f"{config.seed} {way} {index}").getrandbits(62)
-    return Sampler(SamplingRule(temperature=config.temperature, top_p=config.top_p), seed, device)
-
-
-def _decode(
-    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], turn: int
-) -> tuple[PlainDecoding, SpeculativeDecoding]:
-    """Return both decodings of a prompt; `turn` decides the draws and, by being even, that plain goes first."""
-    limit, index = config.max_new_tokens, turn // config.repeats
-
-    def plainly() -> PlainDecoding:
-        return plain_decode(target, case.ids, limit, stops, _chooser(config, target.device, "plain", index))
-
-    plain = plainly() if turn % 2 == 0 else None
-    chooser = _chooser(config, target.device, "draft", index)
-    keep = config.keep_rounds
-    speculative = speculative_decode(target, draft, case.ids, limit, stops, chooser, keep_blocks=keep)
-    return plain or plainly(), speculative
-
-
-def _decode_repeatedly(
-    config: EvalConfig, target: Any, draft: DraftModel, case: _Case, stops: frozenset[int], index: int
-) -> _Outcome:
-    """Return a prompt's decodings; their seconds are medians over the repeats."""
-    first = index * config.repeats
-    pairs = [_decode(config, target, draft, case, stops, first + i) for i in range(config.repeats)]
-    plain, speculative = pairs[0]
-    lookup = None
-    if config.prompt_lookup:
-        lookup = prompt_lookup_decode(target, case.ids, config.max_new_tokens, stops, draft.config.block_size - 1)
-    return _Outcome(
-        case,
-        replace(plain, seconds=statistics.median(p.seconds for p, _ in pairs)),
-        replace(speculative, seconds=statistics.median(s.seconds for _, s in pairs)),
-        lookup,
-    )
-
-
-def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> dict[str, Any]:
+def _live_figures(config: EvalConfig, target: Any, outcomes: list[Outcome]) -> dict[str, Any]:
     """Return the fields of a result that need the target."""
     log_probs = [value for o in outcomes for value in o.plain.log_probs]
     tokens = sum(len(o.speculative.tokens) for o in outcomes)
     calls = sum(1 + len(o.speculative.produced) for o in outcomes)
-    plain, speculative = _tokens_per_s(o.plain for o in outcomes), _tokens_per_s(o.speculative for o in outcomes)
+    plain, speculative = tokens_per_s(o.plain for o in outcomes), tokens_per_s(o.speculative for o in outcomes)
     ratios = [ratio for o in outcomes if (ratio := _speedup(o)) is not None]
     lookups = [o.lookup for o in outcomes if o.lookup is not None]
     figures = {
@@ -291,12 +232,22 @@ def _live_figures(config: EvalConfig, target: Any, outcomes: list[_Outcome]) -> 
     }
 
 
-def _rounds(outcome: _Outcome) -> Rounds:
-    done = outcome.speculative
-    return Rounds(kind=outcome.case.prompt.kind, produced=done.produced, proposed=done.proposed, kept=done.kept)
+def _proposal(name: Proposal, outcomes: list[Outcome], block_size: int) -> ProposalFigures:
+    """Return what one way of proposing tokens gave."""
+    done = [(o.case, o.by_proposal[name]) for o in outcomes]
+    plain, speed = tokens_per_s(o.plain for o in outcomes), tokens_per_s(decoded for _, decoded in done)
+    figures = round_figures([rounds_of(*pair) for pair in done], block_size)
+    return ProposalFigures(
+        name=name,
+        tokens_per_s=speed,
+        speedup=speed / plain if plain and speed else None,
+        **{
+            field: figures[field] for field in ("acceptance", "acceptance_by_kind", "drafted_tokens", "accepted_tokens")
+        },
+    )
 
 
-def _decoded(config: EvalConfig, outcome: _Outcome) -> DecodedPrompt:
+def _decoded(config: EvalConfig, outcome: Outcome) -> DecodedPrompt:
     done = outcome.speculative
     return DecodedPrompt(
         prompt=outcome.case.prompt.place,
@@ -310,14 +261,8 @@ def _decoded(config: EvalConfig, outcome: _Outcome) -> DecodedPrompt:
     )
 
 
-def _tokens_per_s(decodings: Iterable[PlainDecoding | SpeculativeDecoding]) -> float | None:
-    timed = [(len(d.tokens) - 1, d.seconds) for d in decodings]
-    tokens, seconds = sum(n for n, _ in timed), sum(s for _, s in timed)
-    return tokens / seconds if tokens and seconds > 0 else None
-
-
-def _speedup(outcome: _Outcome) -> float | None:
-    plain, speculative = _tokens_per_s([outcome.plain]), _tokens_per_s([outcome.speculative])
+def _speedup(outcome: Outcome) -> float | None:
+    plain, speculative = tokens_per_s([outcome.plain]), tokens_per_s([outcome.speculative])
     return speculative / plain if plain and speculative else None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.formats import ZLAB
 from dflash_offline.schemas.draft.rules import SPECULATORS
+from dflash_offline.schemas.evaluation import PROPOSALS
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.stages.training.checkpoint import TrainState
 
@@ -128,6 +129,10 @@ def _measured(state: TrainState, result: dict[str, Any] | None) -> str:
             f"`dflash eval` on {prompts} {what} ({way}, {result['dtype']} on {result['device']}): {pooled} tokens a "
             f"round (mean of prompts {mean}) of at most {result['block_size']}{speed}."
         )
+        lines += [
+            f"- with drafted tokens {PROPOSALS[one['name']]}: {_figure(one['acceptance']['pooled'])}"
+            for one in result.get("proposals", ())
+        ]
         for name, group in result.get("acceptance_by_kind", {}).items():
             lines.append(f"- {name}: {_figure(group['pooled'])} over {group['prompts']} prompts")
     return "\n".join(lines or ["Not measured."]) + "\n"

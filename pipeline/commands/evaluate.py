@@ -13,7 +13,7 @@ from dflash_offline.pipeline.commands.served_report import service_lines
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, check_file, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import dflash_line
-from dflash_offline.schemas.evaluation import NOT_LOSSLESS, EvalResult
+from dflash_offline.schemas.evaluation import NOT_LOSSLESS, PROPOSALS, EvalResult
 from dflash_offline.schemas.files import write_output
 from dflash_offline.schemas.paths import free_name
 from dflash_offline.schemas.run import RUN
@@ -94,7 +94,7 @@ def print_report(result: EvalResult) -> None:
     if result.threads:
         print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}")
     print()
-    for part in (service_lines, _speed_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
+    for part in (service_lines, _speed_lines, _proposal_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
         for line in part(result):
             print(line)
 
@@ -127,6 +127,21 @@ def _speed_lines(result: EvalResult) -> list[str]:
         f"  prompt lookup    {_number(result.prompt_lookup_tokens_per_call, 2):>8}",
         "",
     ]
+
+
+def _proposal_lines(result: EvalResult) -> list[str]:
+    """What each way of drafting gave, where tokens are drawn."""
+    if not result.proposals:
+        return []
+    lines = ["drafted tokens                    pooled    mean  accepted  tokens/s   times"]
+    for one in result.proposals:
+        pooled, mean = one.acceptance.pooled, one.acceptance.mean
+        share = one.accepted_tokens / max(one.drafted_tokens, 1)
+        lines.append(
+            f"  {PROPOSALS[one.name]:<30}{_number(pooled, 2):>8}{_number(mean, 2):>8}{share:>10.1%}"
+            f"{_number(one.tokens_per_s, 1):>10}{_number(one.speedup, 2):>8}"
+        )
+    return [*lines, "what follows is of those drafted greedily", ""]
 
 
 def _acceptance_lines(result: EvalResult) -> list[str]:

@@ -8,7 +8,7 @@ from dflash_offline.pipeline.commands.served_report import HEADINGS, served_rows
 from dflash_offline.pipeline.pages.page import fitting, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.pipeline.token_text import Decode, token_texts, visible
-from dflash_offline.schemas.evaluation import NOT_LOSSLESS, DecodedPrompt, EvalResult, Served
+from dflash_offline.schemas.evaluation import NOT_LOSSLESS, PROPOSALS, DecodedPrompt, EvalResult, Served
 
 MOST_BYTES = 6 << 20
 """Of the prompts' rounds on a page; further prompts are left out, and the page says so."""
@@ -40,6 +40,7 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
         facts=_facts(result),
         plots=[draw(plot) for plot in _plots(result)],
         kinds=_kinds(result),
+        proposals=_proposals(result),
         service=_service(result),
         confusions=confusions[:MOST_CONFUSIONS],
         confusions_note=f"First rejected token of each round, over all prompts; {_listed(len(confusions))}.",
@@ -72,6 +73,17 @@ def _kinds(result: EvalResult) -> list[list[Any]]:
     """Return the acceptance of each kind of prompts, the worst first."""
     kinds = sorted(result.acceptance_by_kind.items(), key=lambda pair: pair[1].pooled or 0)
     return [[visible(kind), group.prompts, group.rounds, group.pooled, group.mean] for kind, group in kinds]
+
+
+def _proposals(result: EvalResult) -> list[list[Any]]:
+    """Return what each way of drafting gave, where tokens were drawn."""
+    return [
+        [
+            *(PROPOSALS[one.name], one.acceptance.pooled, one.acceptance.mean, one.accepted_tokens, one.drafted_tokens),
+            *(one.tokens_per_s, one.speedup),
+        ]
+        for one in result.proposals
+    ]
 
 
 def _listed(number: int) -> str:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.draft.lint import trained_with
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.evaluation import Rounds
 from dflash_offline.schemas.identity import differences, refuse_differences
+from dflash_offline.schemas.results.rounds import Rounds
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.conversations.prompts import Prompt
 from dflash_offline.stages.draft.model import DraftModel

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dflash_offline.pipeline.pages import eval_page
 from dflash_offline.pipeline.pages.eval_page import write_eval_page
 from dflash_offline.pipeline.token_text import token_texts, visible
-from dflash_offline.schemas.evaluation import Acceptance, DecodedPrompt, EvalResult
+from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult
+from dflash_offline.schemas.results.rounds import Acceptance
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dflash_offline.pipeline.commands.evaluate import print_report
+from dflash_offline.pipeline.pages.eval_page import write_eval_page
 from dflash_offline.schemas.errors import BadInputError, DflashError, MismatchError
 from dflash_offline.schemas.evaluation import EvalResult
 from dflash_offline.schemas.settings.evaluate import EvalConfig
@@ -434,3 +435,39 @@ def test_unusable_settings_are_reported_together() -> None:
 def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(temperature: float) -> None:
     with pytest.raises(DflashError, match=r"temperature is .*; expected 0 \(greedy\), or 1e-05 or more"):
         settings(Path("p"), temperature=temperature)
+
+
+def test_where_tokens_are_drawn_both_ways_of_drafting_are_measured_and_named(
+    target: Any, tokenizer: Any, draft: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "p", PROMPTS)
+    config = settings(path, temperature=0.8, keep_rounds=True)
+    found = evaluate(config, target=target, tokenizer=tokenizer, draft=draft)
+    greedy, drawn = found.proposals
+    assert (greedy.name, drawn.name) == ("greedy", "drawn")
+    assert (greedy.acceptance, greedy.acceptance_by_kind) == (found.acceptance, found.acceptance_by_kind)
+    assert greedy.acceptance.rounds != drawn.acceptance.rounds, "two ways, two sets of rounds"
+    assert drawn.acceptance.tokens == greedy.acceptance.tokens == 4 * (LIMIT - 1)
+    assert drawn.speedup == pytest.approx(drawn.tokens_per_s / found.plain_tokens_per_s)
+    # The rounds that are kept are the greedy ones: each block is the draft's best for the text before it.
+    assert found.decoded is not None
+    (one, *_), head = found.decoded, target.get_output_embeddings()
+    with torch.inference_mode():
+        states = target(torch.tensor([one.prompt_ids]), output_hidden_states=True).hidden_states
+        block = torch.tensor([[one.answer[0], *[MASK] * 7]])
+        hidden = draft(
+            position_ids=torch.arange(len(one.prompt_ids) + 8)[None],
+            noise_embedding=target.get_input_embeddings()(block),
+            target_hidden=torch.cat([states[i + 1] for i in draft.config.target_layer_ids], dim=-1),
+        )
+        assert head(hidden)[0, 1:].argmax(dim=-1).tolist() == list(one.drafted[0])
+    print_report(found)
+    lines = capsys.readouterr().out.splitlines()
+    for words, figures in (("taken greedily, as vLLM does", greedy), ("drawn from the draft", drawn)):
+        (line,) = [line for line in lines if words in line]
+        assert f"{figures.acceptance.pooled:.2f}" in line and f"{figures.tokens_per_s:.1f}" in line
+    assert max(map(len, lines[2:])) <= 80
+    page = tmp_path / "page.html"
+    write_eval_page(found, page, lambda ids: " ".join(map(str, ids)))
+    assert "taken greedily, as vLLM does" in page.read_text() and "drawn from the draft" in page.read_text()
+    assert evaluate(settings(path), target=target, tokenizer=tokenizer, draft=draft).proposals == ()

@@ -186,6 +186,21 @@ def test_the_card_says_what_was_measured_if_it_was_with_this_checkpoint(run: Pat
     assert "3.25" in (tmp_path / "draft/README.md").read_text()
 
 
+def test_the_card_names_both_ways_of_drafting(run: Path, tmp_path: Path) -> None:
+    both = [
+        {"name": name, "acceptance": {"pooled": n, "mean": n, "prompts": 12}}
+        for name, n in (("greedy", 2.5), ("drawn", 2.75))
+    ]
+    found = eval_result(run, config={"temperature": 0.7}, proposals=both)
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    export(run, tmp_path / "draft", "last", evaluation=tmp_path / "eval.json")
+    card = (tmp_path / "draft/README.md").read_text()
+    assert (
+        "- with drafted tokens taken greedily, as vLLM does: 2.50" in card
+        and "- with drafted tokens drawn from the draft: 2.75" in card
+    )
+
+
 def test_a_result_without_a_round_is_a_dash_on_the_card(run: Path, tmp_path: Path) -> None:
     empty = {"pooled": None, "mean": None, "prompts": 2}
     found = eval_result(run, acceptance=empty, acceptance_by_kind={"short": empty}, speedup=None)

@@ -1,0 +1,1 @@
+"""What results of `dflash eval` are made of."""
