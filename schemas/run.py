@@ -34,7 +34,7 @@ class _Settings(TypedDict):
 class _Identity(TypedDict):
     settings: _Settings
     caches: Annotated[list[Sha256], Meta(min_length=1)]
-    draft: DraftConfig
+    draft: dict[str, Any]
     init_from: NotRequired[str | None]
 
 
@@ -115,6 +115,7 @@ class RunRecord:
                 f"{FORMAT_VERSION}. Go on with the version that wrote it, or name a new --out."
             )
         checked(document, _Document, path)
+        DraftConfig.from_record(document["identity"]["draft"], path)
         return cls(identity=document["identity"], origin=document["origin"], checksum=document["checksum"])
 
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from dflash_offline.schemas.draft.checksums import CARD, CHECKSUMS, checksums_bytes
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.draft.config_rules import is_int, read_document
+from dflash_offline.schemas.draft.config_rules import read_document
 from dflash_offline.schemas.draft.formats import FORMATS, ZLAB, config_json, tensor_name
 from dflash_offline.schemas.draft.lint import RECORD, lint_draft
 from dflash_offline.schemas.draft.rules import DraftFault
+from dflash_offline.schemas.draft.values import is_int
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
 from dflash_offline.schemas.evaluation import read_result

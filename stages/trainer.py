@@ -3,8 +3,7 @@
 # Axes: B rows, S positions, N anchors, K block size, H hidden size, L captured target layers, V vocabulary.
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,52 +11,19 @@ from torch import Tensor, nn
 from dflash_offline.schemas.draft.config import FULL, AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS, LOSSES
+from dflash_offline.schemas.variants.table import BASE, VARIANTS
 from dflash_offline.stages.draft.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
 from dflash_offline.stages.draft.attention import Blocks, dense_mask, flex_mask, tiled_mask
 from dflash_offline.stages.draft.model import DraftModel, Masks, ProjectedContext
-from dflash_offline.stages.draft.objective import (
-    accepted_prefix,
-    dpace_weights,
-    head_cross_entropy,
-    slot_weights,
-    supervised_slots,
-)
+from dflash_offline.stages.draft.objective import Head, dpace_weights, slot_weights, supervised_slots
+from dflash_offline.stages.draft.step_metrics import DFlashStepMetrics, step_metrics
+from dflash_offline.stages.draft.variants import table as torch_variants
+from dflash_offline.stages.draft.variants.variant import Slots, SlotTerms
 
 logger = logging.getLogger(__name__)
 _FLEX_VARIANTS = 64
 """More variants of flex attention than are ever compiled: for padded rows of any number and length, or of one row, with
 and without gradients, for both kinds of layers. Beyond its limit torch runs it uncompiled, which holds all scores."""
-
-
-@dataclass(frozen=True)
-class DFlashStepMetrics:
-    """What one step computed. Over micro-batches and ranks, add the sums and divide once; never average the means.
-
-    Only `loss` and `loss_sum` carry a gradient. Counts are int64, the rest float32.
-    """
-
-    loss: Tensor
-    """loss_sum / (loss_weight + 1e-6)."""
-    accuracy: Tensor
-    """correct_tokens / valid_tokens; 0 without a supervised slot."""
-    valid_tokens: Tensor
-    """Number of supervised slots."""
-    loss_sum: Tensor
-    """Sum of weight * cross-entropy over supervised slots."""
-    loss_weight: Tensor
-    """Sum of the weights of supervised slots."""
-    correct_tokens: Tensor
-    """Supervised slots whose greedy token is the label."""
-    accept_len: Tensor
-    """accept_len_sum / valid_blocks over all anchors, which is not what serving sees; 0 without a valid block."""
-    accept_len_sum: Tensor
-    """Sum over valid blocks of 1 + number of leading correct slots."""
-    valid_blocks: Tensor
-    """Blocks with at least one supervised slot."""
-    correct_by_slot: Tensor
-    """correct_tokens of slots 1..K-1, [K-1]."""
-    valid_by_slot: Tensor
-    """valid_tokens of slots 1..K-1, [K-1]."""
 
 
 class DFlashTrainerModule(nn.Module):
@@ -69,6 +35,8 @@ class DFlashTrainerModule(nn.Module):
     `compiled` runs the layers of a `DraftModel` and the softmax through `torch.compile`, which fuses the norms, rotary
     embeddings and gates that otherwise go through a GPU's memory one by one; it pays where shapes stay the same.
     Compiled layers keep the share `activation_budget` of what their backward pass needs, and compute the rest again.
+    `loss_settings` are those of the draft's variant, by the names that it gives them; `progress`, which the caller
+    sets, is the share of the run's steps that is done.
     """
 
     def __init__(
@@ -87,6 +55,7 @@ class DFlashTrainerModule(nn.Module):
         head_chunk_slots: int | None = None,
         compiled: bool = False,
         activation_budget: float = 1.0,
+        loss_settings: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.draft_model = draft_model
@@ -101,6 +70,11 @@ class DFlashTrainerModule(nn.Module):
         self.dpace_alpha = dpace_alpha
         self.head_chunk_slots = head_chunk_slots
         self.compiled = compiled
+        self.variant, self._computes = BASE(), torch_variants.BASE
+        if isinstance(draft_model, DraftModel):
+            self.variant, self._computes = draft_model.config.variant, torch_variants.variant_of(draft_model.config)
+        self.loss_settings = {**self.variant.loss_settings, **(loss_settings or {})}
+        self.progress = 1.0
         self._said_fallback = False
         problems = self._setting_problems()
         if problems:
@@ -150,12 +124,11 @@ class DFlashTrainerModule(nn.Module):
                 f"The given anchors are empty: expected at least one supervised position with a whole block after it, "
                 f"at S = {seq_len} and K = {self.block_size}."
             )
-        position, supervised = supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size)
-        labels = input_ids.gather(1, position.flatten(1)).view_as(position)
+        position, supervised = self._supervised(anchors, keep, loss_mask, document_ids)
         # How many there are is waited for here, where a GPU has little to do, and not behind the draft.
         slots = supervised.flatten().nonzero()[:, 0]
-        ce, correct = self._cross_entropy(input_ids, hidden_states, document_ids, anchors, keep, labels, slots)
-        return self._metrics(ce, correct, supervised, slots)
+        terms = self._terms(input_ids, hidden_states, document_ids, anchors, keep, position, slots)
+        return self._metrics(terms, supervised, slots)
 
     @torch.no_grad()
     def project_context(
@@ -179,21 +152,30 @@ class DFlashTrainerModule(nn.Module):
         keep_mask: Tensor,
         is_trained: Tensor,
     ) -> tuple[Tensor, DFlashStepMetrics]:
-        """Return how many slots of every block are right before the first wrong one, int64 [B, N], and metrics.
+        """Return how many slots of every block are right before the first wrong one, int64 [1 + P, B, N], and metrics.
 
-        Each block is drafted whole, as serving would; slots beyond its document are never right. The metrics are those
-        of the blocks that bool [B, N] `is_trained` names, as `forward` gives them.
+        Each block is drafted whole, as serving would; slots beyond its document are never right. Behind the tokens that
+        are served stand the P other ways to choose them that the variant measures. Where a choice depends on the
+        tokens before it, it is made after the true ones, which up to the first wrong one they are. The metrics are
+        those of the blocks that bool [B, N] `is_trained` names, as `forward` gives them.
         """
         anywhere = torch.ones_like(loss_mask)
-        position, real = supervised_slots(anchors, keep_mask, anywhere, document_ids, self.block_size)
-        labels = input_ids.gather(1, position.flatten(1)).view_as(position)
+        position, real = self._supervised(anchors, keep_mask, anywhere, document_ids)
         slots = real.flatten().nonzero()[:, 0]
-        ce, correct = self._cross_entropy(input_ids, context, document_ids, anchors, keep_mask, labels, slots)
-        right = torch.zeros_like(real).masked_scatter(real, correct)
-        _, supervised = supervised_slots(anchors, is_trained, loss_mask, document_ids, self.block_size)
+        terms = self._terms(input_ids, context, document_ids, anchors, keep_mask, position, slots)
+        chosen = (terms.correct, *(terms.paths[name] for name in self.variant.paths))
+        right = torch.stack([torch.zeros_like(real).masked_scatter(real, correct) for correct in chosen])
+        _, supervised = self._supervised(anchors, is_trained, loss_mask, document_ids)
         (theirs,) = supervised.flatten()[slots].nonzero(as_tuple=True)
-        metrics = self._metrics(ce[theirs], correct[theirs], supervised, slots[theirs])
+        metrics = self._metrics(terms.of(theirs), supervised, slots[theirs])
         return right.cumprod(dim=-1).sum(dim=-1), metrics
+
+    def _supervised(
+        self, anchors: Tensor, keep: Tensor, loss_mask: Tensor, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `supervised_slots` of the draft's variant."""
+        geometry = self.variant.first_slot, self.variant.label_offset
+        return supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size, *geometry)
 
     def _sample_anchor_positions(
         self, seq_len: int, loss_mask: Tensor, device: torch.device, generator: torch.Generator | None = None
@@ -275,58 +257,47 @@ class DFlashTrainerModule(nn.Module):
         masks = {kind: make(blocks, rule) for kind, rule in rules.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _cross_entropy(
+    def _terms(
         self,
         input_ids: Tensor,
         context: Tensor | ProjectedContext,
         document_ids: Tensor | None,
         anchors: Tensor,
         keep: Tensor,
-        labels: Tensor,
+        position: Tensor,
         slots: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy float32 [M] of some slots, and which of them are right.
+    ) -> SlotTerms:
+        """Return the terms of some slots.
 
-        `labels` is int64 [B, N, K-1], `slots`, int64 [M], the numbers of those slots among all.
+        `position` is int64 [B, N, n], where all slots' labels stand; `slots`, int64 [M], the numbers of some of them.
         """
-        # Every block's K - 1 slots stand behind its anchor among the hidden states.
-        rows = slots + slots // (self.block_size - 1) + 1
+        # The slots of a block that predict stand behind its others among the hidden states.
+        first = self.variant.first_slot
+        rows = slots + (slots // (self.block_size - first) + 1) * first
         if self.compiled:
             torch._dynamo.maybe_mark_dynamic(rows, 0)
         hidden = self._draft(input_ids, context, document_ids, anchors, keep, rows)
-        return head_cross_entropy(
-            hidden, labels.flatten()[slots], self.target_lm_head, self.head_chunk_slots, self.compiled
+        labels, previous = (input_ids.gather(1, (position - back).flatten(1)).flatten()[slots] for back in (0, 1))
+        head = Head(linear=self.target_lm_head, chunk_slots=self.head_chunk_slots, compiled=self.compiled)
+        return self._computes.terms(
+            self.draft_model,
+            Slots(hidden=hidden, labels=labels, previous=previous),
+            head,
+            self.loss_settings,
+            self.progress,
         )
 
-    def _metrics(self, ce: Tensor, correct: Tensor, supervised: Tensor, slots: Tensor) -> DFlashStepMetrics:
-        """Return the metrics of the supervised slots, bool [B, N, K-1]; their numbers, `ce` and `correct` are [M]."""
-        weight = self._weights(ce.detach(), supervised).flatten()[slots]
-        loss_sum, loss_weight = (weight * ce).sum(), weight.sum()
-        correct = torch.zeros_like(supervised).masked_scatter(supervised, correct)
-        valid_tokens, correct_tokens = supervised.sum(), correct.sum()
-        valid = supervised.any(dim=-1)
-        accept_len_sum = ((1 + accepted_prefix(correct, supervised)) * valid).sum()
-        valid_blocks = valid.sum()
-        return DFlashStepMetrics(
-            loss=loss_sum / (loss_weight + 1e-6),
-            accuracy=correct_tokens / valid_tokens.clamp(min=1),
-            valid_tokens=valid_tokens,
-            loss_sum=loss_sum,
-            loss_weight=loss_weight,
-            correct_tokens=correct_tokens,
-            accept_len=accept_len_sum / valid_blocks.clamp(min=1),
-            accept_len_sum=accept_len_sum,
-            valid_blocks=valid_blocks,
-            correct_by_slot=correct.sum(dim=(0, 1)),
-            valid_by_slot=supervised.sum(dim=(0, 1)),
-        )
+    def _metrics(self, terms: SlotTerms, supervised: Tensor, slots: Tensor) -> DFlashStepMetrics:
+        """Return the metrics of the supervised slots, bool [B, N, n]; their numbers and terms are [M]."""
+        return step_metrics(terms, self._weights(terms.ce, supervised).flatten()[slots], supervised)
 
     def _weights(self, ce: Tensor, supervised: Tensor) -> Tensor:
-        """Return the weight of every slot, float32 [B, N, K-1]; `ce` is the detached cross-entropy [M]."""
+        """Return the weight of every slot, float32 [B, N, n]; `ce` is the detached cross-entropy [M]."""
         if self.loss_type == "dpace":
             probability = torch.zeros(supervised.shape, device=ce.device).masked_scatter(supervised, torch.exp(-ce))
             return dpace_weights(probability, supervised, self.dpace_alpha)
-        return slot_weights(self.block_size, self.loss_decay_gamma, ce.device).expand(supervised.shape)
+        weights = slot_weights(self.block_size, self.loss_decay_gamma, ce.device, self.variant.first_slot)
+        return weights.expand(supervised.shape)
 
     def _checked_length(self, input_ids: Tensor, hidden_states: Tensor, loss_mask: Tensor) -> int:
         if not input_ids.shape == loss_mask.shape == hidden_states.shape[:2]:
@@ -352,6 +323,9 @@ class DFlashTrainerModule(nn.Module):
             problems.append(f"loss_decay_gamma is {self.loss_decay_gamma}; expected more than 0, or None for no decay.")
         if not 0 <= self.dpace_alpha <= 1:
             problems.append(f"dpace_alpha is {self.dpace_alpha}; expected 0 to 1.")
+        if unknown := self.loss_settings.keys() - self.variant.loss_settings.keys():
+            known = sorted(self.variant.loss_settings) or "none"
+            problems.append(f"loss_settings has {sorted(unknown)}; expected those of this draft's variant: {known}.")
         rows = self.target_embed_tokens.weight.shape[0]
         if not 0 <= self.mask_token_id < rows:
             problems.append(f"mask_token_id is {self.mask_token_id}; expected a row of the table, 0 to {rows - 1}.")
@@ -364,17 +338,20 @@ class DFlashTrainerModule(nn.Module):
                         f"{getattr(config, name)}; expected the same."
                     )
         else:
-            problems += _foreign_problems(getattr(self.draft_model, "config", None))
+            problems += _foreign_problems(self.draft_model)
         return problems
 
 
-def _foreign_problems(config: object) -> list[str]:
-    """Return why another project's draft, which gets one mask for all layers, would not be trained as it is served."""
+def _foreign_problems(draft: nn.Module) -> list[str]:
+    """Return why another project's draft, called as a base draft with one mask for all layers, would be trained as it
+    is not served."""
+    config, ours = getattr(draft, "config", None), "Load the folder with dflash_offline.stages.draft.weights.load_draft"
     kinds = set(getattr(config, "layer_types", None) or [FULL])
+    if type(draft).__name__ in VARIANTS.keys() - {BASE.architecture}:
+        return [f"The draft is another project's {type(draft).__name__}; expected its {BASE.architecture}. {ours}."]
     if kinds == {FULL} and not getattr(config, "is_causal", False):
         return []
     return [
         f"The draft's config has layer_types {sorted(kinds)} and is_causal {getattr(config, 'is_causal', None)}; "
-        f"expected full attention that is not causal. Load the folder with "
-        f"dflash_offline.stages.draft.weights.load_draft, which masks every layer as it is served."
+        f"expected full attention that is not causal. {ours}, which masks every layer as it is served."
     ]

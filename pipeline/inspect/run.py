@@ -14,7 +14,7 @@ import msgspec
 from dflash_offline.pipeline.inspect.run_view import Comparison, Rows, RunCache, RunView
 from dflash_offline.pipeline.inspect.run_warnings import run_warnings
 from dflash_offline.schemas.checked import Count
-from dflash_offline.schemas.draft.weights import expected_shapes
+from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.evaluation import read_result
 from dflash_offline.schemas.identity import flatten
@@ -62,7 +62,7 @@ def read_run(run: Path) -> RunView:
         last_training=training[-1] if training else None,
         last_validation=validation[-1] if validation else None,
         written_s_ago=_age_s(run / METRICS),
-        parameters=sum(math.prod(shape) for shape in expected_shapes(draft).values()),
+        parameters=sum(math.prod(shape) for shape in DraftConfig.from_record(draft, run / RUN).shapes.values()),
         draft=draft,
         settings=settings,
         init_from=record.identity.get("init_from"),

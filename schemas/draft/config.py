@@ -1,13 +1,13 @@
 """The draft's shape and its config.json, as z-lab's reference client, vLLM and SGLang read it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta
 
-from dflash_offline.schemas.checked import Index, LayerIndex, Size
+from dflash_offline.schemas.checked import Index, LayerIndex, Size, checked, unlike
 from dflash_offline.schemas.draft.config_rules import (
     FULL,
     SIZES,
@@ -15,13 +15,15 @@ from dflash_offline.schemas.draft.config_rules import (
     causal_by_layer,
     config_faults,
     draft_format,
-    first,
     layer_types,
     read_document,
-    section,
 )
 from dflash_offline.schemas.draft.rules import RULES, DraftFault
+from dflash_offline.schemas.draft.values import first, section
+from dflash_offline.schemas.draft.weights import expected_shapes
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.variants.table import BASE, VARIANTS, find_variant
+from dflash_offline.schemas.variants.variant import Variant
 
 CAUSAL_LAYERS = ("none", "sliding", "all")
 
@@ -65,6 +67,8 @@ class DraftConfig:
     """Draft layers with a sliding window, ascending."""
     causal_layers: str = "none"
     """Layers in which a block's token does not see the later ones of its block: none, sliding or all."""
+    variant: Variant = field(default_factory=BASE)
+    """What the draft has beyond the parts of every draft."""
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -77,6 +81,11 @@ class DraftConfig:
         causal = {FULL: self.causal_layers == "all", SLIDING: self.causal_layers != "none"}
         windows = {FULL: None, SLIDING: self.sliding_window}
         return {kind: AttentionRule(windows[kind], causal[kind]) for kind in sorted(set(self.layer_types))}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The exact key set of the draft's weights, with every shape."""
+        return expected_shapes(vars(self), self.variant)
 
     def __post_init__(self) -> None:
         every_layer_slides = self.sliding_layers == tuple(range(self.num_hidden_layers)) != ()
@@ -122,8 +131,8 @@ class DraftConfig:
         causal = {rule.causal for rule in self.attention_rules.values()}
         said = causal.pop() if len(causal) == 1 else None
         plain = self.attention_rules == {FULL: AttentionRule()}
-        return {
-            "architectures": ["DFlashDraftModel"],
+        document = {
+            "architectures": [BASE.architecture],
             "model_type": "qwen3",
             **dflash,
             "dflash_config": dflash if said is None else {**dflash, "causal": said},
@@ -151,11 +160,31 @@ class DraftConfig:
             "use_cache": True,
             "dtype": "bfloat16",
         }
+        return self.variant.written(document)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return all fields as a run's record holds them; those of a variant stand beside the others."""
+        own = {"architecture": self.variant.architecture, **vars(self.variant)}
+        shared = {name: value for name, value in vars(self).items() if name != "variant"}
+        return shared if isinstance(self.variant, BASE) else shared | own
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], path: Path) -> "DraftConfig":
+        """Return the draft of a run's record; `CacheError` naming `path` and what cannot be right."""
+        name = record.get("architecture", BASE.architecture)
+        if name not in VARIANTS:
+            raise unlike(path, f"the draft's architecture is {name!r}, and known are {', '.join(VARIANTS)}")
+        shared = checked({name: value for name, value in record.items() if name != "variant"}, cls, path)
+        try:
+            return replace(shared, variant=checked(record, VARIANTS[name], path))
+        except DflashError as error:
+            raise unlike(path, str(error)) from error
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str) -> "DraftConfig":
         """Return the draft described by a config.json; `where` names the file in errors."""
-        if (kind := draft_format(config)) != "zlab":
+        kind, variant = draft_format(config), find_variant(config)
+        if kind != "zlab":
             raise DflashError(
                 f"{where} is of the {kind} format; this command reads the zlab format. Export the run again with "
                 f"`dflash export --format zlab`, and name that folder."
@@ -166,6 +195,7 @@ class DraftConfig:
                 f"{where} cannot be read as a DFlash draft's:\n  {listed}\n"
                 f"Name a folder written by `dflash export`, or another sound DFlash draft."
             )
+        assert variant is not None, "an unknown one is a fault"
         types = layer_types(config)
         causal = causal_by_layer(types, config.get("is_causal"))
         theta = config.get("rope_theta")
@@ -179,6 +209,7 @@ class DraftConfig:
                 sliding_window=config["sliding_window"] if SLIDING in types else None,
                 sliding_layers=tuple(i for i, kind in enumerate(types) if kind == SLIDING),
                 causal_layers="all" if all(causal) else "sliding" if any(causal) else "none",
+                variant=variant.read(config),
             )
         except DflashError as error:
             raise DflashError(f"{where}: {error}") from error

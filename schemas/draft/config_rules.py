@@ -1,20 +1,19 @@
 """What a draft's config.json must say for our own reader and every client, one function for each group of rules."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from dflash_offline.schemas.draft.rules import SPECULATORS, TRANSFORMERS, DraftFault, make_fault
+from dflash_offline.schemas.draft.values import Found, first, is_int, is_number, say, section
+from dflash_offline.schemas.variants.table import BASE, VARIANTS, find_variant
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size", "max_position_embeddings"),
 )
-Found = Iterator[tuple[str, str, str]]
-"""Rule, place, what."""
 
 
 def read_document(folder: Path) -> dict[str, Any] | str:
@@ -44,7 +43,7 @@ def config_faults(config: Mapping[str, Any], target: Mapping[str, Any] | None = 
         SPECULATORS: (speculators,),
         TRANSFORMERS: (transformers,),
     }[kind]
-    found = [fault for rule in (sizes, layer_ids, block_and_mask, rotary, *rules) for fault in rule(flat)]
+    found = [fault for rule in (sizes, layer_ids, block_and_mask, rotary, *rules, variant) for fault in rule(flat)]
     if target is not None:
         found += fits_target(flat, target)
     return [make_fault(*one, kind) for one in dict.fromkeys(found)]
@@ -57,27 +56,6 @@ def flat_config(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     ids = config.get("aux_hidden_state_layer_ids")
     shifted = [i - 1 if is_int(i) else i for i in ids] if isinstance(ids, list) else ids
     return {**section(config, "transformer_layer_config"), **config, "target_layer_ids": shifted}
-
-
-def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
-    """Say whether a value is a whole number, of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Say whether a value is a finite number."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return an object within a config; empty if there is none."""
-    value = config.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def say(value: object) -> str:
-    """Return a value as messages name it."""
-    return "absent" if value is None else json.dumps(value)
 
 
 def sizes(config: dict[str, Any]) -> Found:
@@ -119,12 +97,6 @@ def layer_ids(config: dict[str, Any]) -> Found:
         yield "last layer", "target_layer_ids", what
 
 
-def first(config: Mapping[str, Any], name: str) -> Any:
-    """Return a field as most clients read it: from `dflash_config`, else from the top."""
-    nested = section(config, "dflash_config")
-    return nested[name] if name in nested else config.get(name)
-
-
 def spread_layers(num_layers: int, count: int) -> list[int]:
     """Return the layers that z-lab's reference client reads by default, `count` of them spread over a target."""
     if count == 1:
@@ -144,9 +116,11 @@ def block_and_mask(config: dict[str, Any]) -> Found:
 
 def names(config: dict[str, Any]) -> Found:
     """What makes a client take the folder for a DFlash draft."""
-    if config.get("architectures") != ["DFlashDraftModel"]:
-        what = f'is {say(config.get("architectures"))}; expected ["DFlashDraftModel"]'
-        yield "architecture", "architectures", what
+    if config.get("architectures") is None:
+        yield "no architecture", "architectures", f"is absent; expected {say([BASE.architecture])}"
+    elif find_variant(config) is None:
+        known = " or ".join(say([name]) for name in VARIANTS)
+        yield "architecture", "architectures", f"is {say(config['architectures'])}; expected {known}"
     if config.get("model_type") != "qwen3":
         yield "model type", "model_type", f'is {say(config.get("model_type"))}; expected "qwen3", for every target'
     for name, harmless in (("input_embedding_scale", 1), ("output_multiplier", 1), ("final_logit_softcapping", None)):
@@ -159,6 +133,7 @@ def nested_fields(config: dict[str, Any]) -> Found:
     nested = section(config, "dflash_config")
     if config.get("dflash_config") is not None and not isinstance(config["dflash_config"], dict):
         yield "config", "dflash_config", f"is {say(config['dflash_config'])}; expected an object"
+    kind = find_variant(config)
     for name, rule, where_nested_only in (
         ("block_size", "block size", "one place"),
         ("target_layer_ids", "layer ids", "nested layer ids"),
@@ -168,6 +143,8 @@ def nested_fields(config: dict[str, Any]) -> Found:
         top, inner = config.get(name), nested.get(name)
         if top is None and inner is None:
             yield rule, name, "is absent; expected at the top and in dflash_config"
+        elif top is None and kind is not None and name in kind.nested_only:
+            continue
         elif top is None:
             yield "one place", name, "is absent; expected at the top as in dflash_config"
         elif inner is None:
@@ -273,8 +250,9 @@ def speculators(config: dict[str, Any]) -> Found:
     """What the speculators format adds."""
     methods = section(config, "speculators_config").get("proposal_methods")
     verifier = section(section(config, "speculators_config"), "verifier")
-    if config.get("speculators_model_type") != "dflash" or not isinstance(config.get("transformer_layer_config"), dict):
-        what = f'is {say(config.get("speculators_model_type"))}; expected "dflash" and a transformer_layer_config'
+    if find_variant(config) is None or not isinstance(config.get("transformer_layer_config"), dict):
+        known = " or ".join(say(kind.speculators[0]) for kind in VARIANTS.values() if kind.speculators)
+        what = f"is {say(config.get('speculators_model_type'))}; expected {known} and a transformer_layer_config"
         yield "speculators config", "speculators_model_type", what
     architectures = verifier.get("architectures")
     named = isinstance(architectures, list) and architectures and all(isinstance(name, str) for name in architectures)
@@ -305,6 +283,13 @@ def transformers(config: dict[str, Any]) -> Found:
     types, number = config.get("layer_types"), config.get("num_hidden_layers")
     if not isinstance(types, list) or len(types) != number or any(kind not in (FULL, SLIDING) for kind in types):
         yield "default layers", "layer_types", f"is {say(types)}; expected {number} entries, none by default"
+
+
+def variant(config: dict[str, Any]) -> Found:
+    """The fields of the draft's own variant."""
+    kind = find_variant(config)
+    if kind is not None:
+        yield from kind.faults(config)
 
 
 def fits_target(config: dict[str, Any], target: Mapping[str, Any]) -> Found:

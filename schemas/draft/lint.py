@@ -12,20 +12,18 @@ from dflash_offline.schemas.checked import Count, checked
 from dflash_offline.schemas.draft.checksums import checksum_faults
 from dflash_offline.schemas.draft.config_rules import (
     SIZES,
-    Found,
     config_faults,
     draft_format,
-    first,
     flat_config,
-    is_int,
     read_document,
-    say,
     spread_layers,
 )
 from dflash_offline.schemas.draft.formats import CONTEXT_KEYS
 from dflash_offline.schemas.draft.rules import SPECULATORS, TRANSFORMERS, DraftFault, make_fault
+from dflash_offline.schemas.draft.values import Found, first, is_int, say
 from dflash_offline.schemas.draft.weights import StoredTensor, expected_shapes, read_header, shape_faults
 from dflash_offline.schemas.sealed import parse_json
+from dflash_offline.schemas.variants.table import find_variant
 
 RECORD = "dflash"
 """Key in the metadata of our weight files, under which stands what the weights were trained with: `RECORDED`."""
@@ -123,13 +121,16 @@ def _recorded(config: dict[str, Any], metadata: dict[str, str], name: str) -> Fo
 
 def _tensors(config: dict[str, Any], tensors: dict[str, StoredTensor], kind: str) -> Found:
     ids = first(config, "target_layer_ids")
+    variant = find_variant(config)
+    if variant is None or any(variant.faults(config)):
+        return  # named above, as below; the shapes follow from these
     if any(not is_int(config.get(name), 1) for name in SIZES) or not isinstance(ids, list):
-        return  # named above; the shapes follow from these
+        return
     if config["num_hidden_layers"] > len(tensors):
         what = f"is {config['num_hidden_layers']}, and there are only {len(tensors)} tensors; expected 11 in each layer"
         yield "missing", "num_hidden_layers", what
         return
-    expected = expected_shapes({**config, "target_layer_ids": ids})
+    expected = expected_shapes({**config, "target_layer_ids": ids}, variant.read(config))
     if config.get("attention_bias"):
         biased = {name: shape for name, shape in expected.items() if ".self_attn." in name and "_proj." in name}
         expected |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in biased.items()}

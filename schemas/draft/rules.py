@@ -45,7 +45,10 @@ def make_fault(name: str, place: str, what: str, kind: str = "zlab") -> DraftFau
 
 RULES = {
     "config": Rule("every client builds the draft from config.json", EVERY),
-    "architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG), clear=True),
+    "architecture": Rule("clients choose their draft class by this name, and it says what the tensors are for", EVERY),
+    "no architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG), clear=True),
+    "variant's shape": Rule("clients build the variant's own parts by these numbers", EVERY),
+    "nested variant's shape": Rule("vLLM looks for it in dflash_config alone", (VLLM,), clear=True),
     "model type": Rule(
         "it chooses the config class, and only Qwen3's has the fields and the defaults that a draft is read with",
         EVERY,

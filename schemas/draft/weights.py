@@ -9,19 +9,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dflash_offline.schemas.sealed import parse_json
+from dflash_offline.schemas.variants.variant import Variant
 
 _EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
 """How each dtype says that a value is not finite: every bit of its exponent is set."""
 CHUNK_BYTES = 64 << 20
 
 
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(sizes: Mapping[str, Any], variant: Variant) -> dict[str, tuple[int, ...]]:
     """Return the exact key set of a draft's weights with every shape, as all clients read them.
 
-    `config` holds the sizes and the layer ids of a draft's config.json, or the fields of a `DraftConfig`.
+    `sizes` holds the sizes and the layer ids of a draft's config.json, or the fields of a `DraftConfig`.
     """
-    hidden, head_dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
-    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    hidden, head_dim, inner = sizes["hidden_size"], sizes["head_dim"], sizes["intermediate_size"]
+    queries, keys = sizes["num_attention_heads"] * head_dim, sizes["num_key_value_heads"] * head_dim
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -36,13 +37,13 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (hidden, inner),
     }
     shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, len(config["target_layer_ids"]) * hidden),
+        "fc.weight": (hidden, len(sizes["target_layer_ids"]) * hidden),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
     }
-    for i in range(config["num_hidden_layers"]):
+    for i in range(sizes["num_hidden_layers"]):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    return shapes | variant.shapes(sizes)
 
 
 Shape = tuple[int, ...]

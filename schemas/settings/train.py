@@ -19,6 +19,7 @@ from dflash_offline.schemas.settings.option import (
     refuse,
 )
 from dflash_offline.schemas.settings.shared import DEVICE
+from dflash_offline.schemas.variants.table import NAMES
 
 LOSSES = ("dflash", "dpace")
 ATTENTION_BACKENDS = ("flex_attention", "sdpa", "eager")
@@ -102,6 +103,29 @@ class TrainConfig:
     gamma: Annotated[float | None, Option(
         "Slots over which the loss weight of `--loss dflash` decays by e.",
         "Loss", "identity", "SLOTS", unset="7, 5, 4 for blocks of 16, 10, 8", bounds=POSITIVE)] = None
+    variant: Annotated[str | None, Option(
+        "Variant of the draft: dflash; or dflash2, with convolutions within the block and a selector of candidates.",
+        "Draft", "resolved", "NAME", unset="dflash, or that of --init-from", choices=tuple(NAMES))] = None
+    conv_kernel_size: Annotated[int | None, Option(
+        "Slots that a convolution of `--variant dflash2` reads: the own one and those before it.",
+        "Draft", "resolved", "SLOTS", unset="2, as published", bounds=AT_LEAST_1)] = None
+    conv_group_size: Annotated[int | None, Option(
+        "Channels of such a convolution that share a kernel made from the token; a divisor of the draft's width.",
+        "Draft", "resolved", "CHANNELS", unset="16, as published", bounds=AT_LEAST_1)] = None
+    selector_rank: Annotated[int | None, Option(
+        "Width of the codes by which the selector of `--variant dflash2` scores a token after the one before it.",
+        "Draft", "resolved", "WIDTH", unset="256, as published", bounds=AT_LEAST_1)] = None
+    selector_top_k: Annotated[int | None, Option(
+        "Candidates of a slot among which the selector chooses.",
+        "Draft", "resolved", "TOKENS", unset="16, as published", bounds=AT_LEAST_1)] = None
+    selector_loss_alpha: Annotated[float | None, Option(
+        "Weight of the selector's loss; with 0 it learns nothing and changes nothing.",
+        "Loss", "resolved", "WEIGHT", unset="1",
+        bounds=Bounds("0 or more, and finite", lambda value: 0 <= value < math.inf))] = None
+    selector_warmup_ratio: Annotated[float | None, Option(
+        "Share of the steps in which the weight of the selector's loss rises from zero.",
+        "Loss", "resolved", "SHARE", unset="0",
+        bounds=Bounds("0 to 1", lambda value: 0 <= value <= 1))] = None
     draft_layers: Annotated[int | None, Option(
         "Number of draft layers.",
         "Draft", "recorded", "LAYERS", unset="as many as target layers are read", bounds=AT_LEAST_1)] = None

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from dflash_offline.stages.draft.model import DraftCache, DraftModel
+from dflash_offline.stages.draft.layers import DraftCache
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.sampling import Chooser, Greedy
+from dflash_offline.stages.draft.variants.table import variant_of
 from dflash_offline.stages.target.model import capture_layers
 
 ROWS_SCORED_AT_ONCE = 64
@@ -102,6 +104,7 @@ class _BlockDraft:
         self._chooser = chooser
         table = target.get_input_embeddings().weight
         self._draft, self._table, self._head = draft, table, target.get_output_embeddings()
+        self._variant = variant_of(config)
         self._cache = DraftCache()
         self._ids = torch.full((1, config.block_size), config.mask_token_id, device=table.device)
         # The table's raw rows: whatever a target's embedding module does beyond the look-up is not part of a block.
@@ -123,7 +126,7 @@ class _BlockDraft:
             past_key_values=self._cache,
         )
         self._cache.crop(start)
-        ids[:, 1:] = self._chooser.draft(self._head(hidden[:, 1:]))
+        ids[:, 1:] = self._variant.propose(self._draft, hidden[:, 1:], self._head, ids[0, :1], self._chooser)
         return ids
 
 

@@ -6,17 +6,19 @@ by a draw from max(p - q, 0), scaled to 1. What comes out is distributed as p, w
 x drawn from the draft's own distribution, which is then q, and the draft's best token, where q has all on x.
 """
 
-# Axes: Q tokens of one block, V vocabulary. The batch axis is 1 throughout.
+# Axes: Q tokens of one block, V vocabulary, k candidates of a slot. The batch axis is 1 throughout.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Proposal = Literal["greedy", "drawn"]
 """How tokens are drafted where the target's are drawn: the draft's best ones, or drawn from the draft likewise."""
+Scores = Callable[[int, Tensor], Tensor]
+"""Scores float32 [1, k] of a slot's candidates, by the slot's number and the token chosen before it, int64 [1]."""
 
 
 class Chooser(Protocol):
@@ -28,11 +30,59 @@ class Chooser(Protocol):
     def draft(self, logits: Tensor) -> Tensor:
         """Return the drafted tokens, int64 [1, Q - 1] of [1, Q - 1, V]; `verify` is told of the same block."""
 
+    def walk(self, ids: Tensor, scores: Scores, anchor: Tensor) -> Tensor:
+        """Return the drafted tokens, int64 [1, Q - 1], each chosen among its slot's candidates after the one before it.
+
+        `ids` are the candidates [Q - 1, k], `anchor` int64 [1] is the token before the first.
+        """
+
     def verify(self, block: Tensor, logits: Tensor) -> tuple[int, list[int]]:
         """Return how many drafted tokens of the block [1, Q] stay, and those followed by the target's own next one.
 
         `logits` [1, Q, V] are the target's after each token of the block.
         """
+
+
+def _walk(ids: Tensor, scores: Scores, anchor: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    tokens, previous = [], anchor
+    for slot, candidates in enumerate(ids):
+        previous = candidates[pick(scores(slot, previous))]
+        tokens.append(previous)
+    return torch.stack(tokens, dim=1)
+
+
+@dataclass(frozen=True)
+class DenseProposal:
+    """What a block's tokens were drawn from: a distribution over the vocabulary for each slot."""
+
+    q: Tensor
+    """float32 [Q - 1, V]."""
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Return the probability of each drafted token, [Q - 1]."""
+        return self.q.gather(1, tokens[:, None])[:, 0]
+
+    def left(self, p: Tensor, slot: int) -> Tensor:
+        """Return max(p - q, 0) of a slot, [V]."""
+        return (p - self.q[slot]).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class SparseProposal:
+    """What a block's tokens were drawn from: for each slot a distribution over a few tokens, none of them twice."""
+
+    ids: Tensor
+    """int64 [Q - 1, k]."""
+    q: Tensor
+    """float32 [Q - 1, k]."""
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Return the probability of each drafted token, [Q - 1]."""
+        return (self.q * (self.ids == tokens[:, None])).sum(dim=-1)
+
+    def left(self, p: Tensor, slot: int) -> Tensor:
+        """Return max(p - q, 0) of a slot, [V]."""
+        return p.index_add(0, self.ids[slot], -self.q[slot]).clamp(min=0)
 
 
 class Greedy:
@@ -43,6 +93,9 @@ class Greedy:
 
     def draft(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+    def walk(self, ids: Tensor, scores: Scores, anchor: Tensor) -> Tensor:
+        return _walk(ids, scores, anchor, lambda row: row.argmax(dim=-1))
 
     def verify(self, block: Tensor, logits: Tensor) -> tuple[int, list[int]]:
         # One transfer a round; the comparison of two short lists costs nothing.
@@ -80,18 +133,35 @@ class Sampler:
     def __init__(self, rule: SamplingRule, seed: int, device: torch.device, *, proposal: Proposal = "drawn") -> None:
         self._rule, self._proposal = rule, proposal
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._drafted_from: Tensor | None = None
+        self._drafted_from: DenseProposal | SparseProposal | None = None
 
     def choose(self, logits: Tensor) -> Tensor:
         return self._draw(self._rule.probabilities(logits))
 
     def draft(self, logits: Tensor) -> Tensor:
         if self._proposal == "greedy":
-            best = logits.argmax(dim=-1)
-            self._drafted_from = F.one_hot(best, logits.shape[-1]).float()
-            return best
-        self._drafted_from = self._rule.probabilities(logits)
-        return self._draw(self._drafted_from)
+            return self._all_on(logits.argmax(dim=-1))
+        q = self._rule.probabilities(logits)
+        self._drafted_from = DenseProposal(q[0])
+        return self._draw(q)
+
+    def walk(self, ids: Tensor, scores: Scores, anchor: Tensor) -> Tensor:
+        if self._proposal == "greedy":
+            return self._all_on(Greedy().walk(ids, scores, anchor))
+        rows: list[Tensor] = []
+
+        def pick(row: Tensor) -> Tensor:
+            rows.append((row / self._rule.temperature).softmax(dim=-1))
+            return self._draw(rows[-1])
+
+        tokens = _walk(ids, scores, anchor, pick)
+        self._drafted_from = SparseProposal(ids, torch.cat(rows))
+        return tokens
+
+    def _all_on(self, tokens: Tensor) -> Tensor:
+        """Note that each of these tokens, int64 [1, Q - 1], was certain to be drafted."""
+        self._drafted_from = SparseProposal(tokens[0, :, None], torch.ones_like(tokens[0, :, None], dtype=torch.float))
+        return tokens
 
     def verify(self, block: Tensor, logits: Tensor) -> tuple[int, list[int]]:
         wanted = self._rule.probabilities(logits[0])
@@ -99,14 +169,13 @@ class Sampler:
         agreed = 0
         if len(drafted):
             assert self._drafted_from is not None, "a block is verified after it was drafted"
-            chosen = drafted[:, None]
-            p, q = wanted[:-1].gather(1, chosen)[:, 0], self._drafted_from[0].gather(1, chosen)[:, 0]
+            p, q = wanted[:-1].gather(1, drafted[:, None])[:, 0], self._drafted_from.of(drafted)
             draws = torch.rand(len(drafted), generator=self._generator, device=p.device)
             agreed = int((draws * q < p).int().cumprod(dim=0).sum())
         last = wanted[agreed]
         if agreed < len(drafted):
             assert self._drafted_from is not None
-            left = (last - self._drafted_from[0, agreed]).clamp(min=0)
+            left = self._drafted_from.left(last, agreed)
             # Nothing is left only where p and q agree to rounding; then p itself is right.
             last = torch.where(left.sum() > 0, left, last)
         return agreed, [*drafted[:agreed].tolist(), int(self._draw(last[None] / last.sum()))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.checksums import refuse_changed
 from dflash_offline.schemas.draft.config import DraftConfig
-from dflash_offline.schemas.draft.weights import expected_shapes, shape_faults
+from dflash_offline.schemas.draft.weights import shape_faults
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.files import Piece, write_synced
 from dflash_offline.stages.draft.model import DraftModel
@@ -21,7 +21,7 @@ from dflash_offline.stages.draft.model import DraftModel
 def check_draft_weights(weights: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
     """Raise `MismatchError` naming every missing key, unexpected key and wrong shape; `where` names the file."""
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
-    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, expected_shapes(vars(config)))]
+    problems = [f"{name} {what}" for _, name, what in shape_faults(shapes, config.shapes)]
     if problems:
         raise MismatchError(
             f"{where} does not hold the weights its config.json describes:\n  "

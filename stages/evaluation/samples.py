@@ -148,7 +148,7 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
     try:
         with torch.inference_mode():
             for batch in loader.stream(parts, threads=1):
-                (prefixes, _), masks = draft_everywhere(module, batch), batch.loss_mask.cpu().numpy()
+                ((prefixes, *_), _), masks = draft_everywhere(module, batch), batch.loss_mask.cpu().numpy()
                 for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
                     source = cache.samples.source(sample)
                     several = [turn for turn in turns(mask) if turn[0] < turn[1]]

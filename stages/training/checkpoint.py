@@ -207,7 +207,8 @@ def restore(
     state = read_state(folder)
     if DraftConfig.read(folder) != draft.config:
         raise unlike(folder / "config.json", "it is another draft's than the run's", _GO_BACK)
-    if len(state.window.sums) not in (0, len(no_sums(draft.config.block_size, torch.device("cpu")))):
+    none = no_sums(draft.config.variant, draft.config.block_size, torch.device("cpu"))
+    if len(state.window.sums) not in (0, len(none)):
         raise unlike(folder / STATE, f"window.sums holds {len(state.window.sums)} numbers", _GO_BACK)
     draft.load_state_dict(_load_weights(folder / (MASTERS if average else WEIGHTS), draft))
     if average:

@@ -1,6 +1,7 @@
 """The draft of a run: its config, from the settings, the cache and the draft it starts from, and what it borrows."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.lint import trained_with
 from dflash_offline.schemas.draft.weights import read_header
-from dflash_offline.schemas.errors import MismatchError
+from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
 from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.variants.table import BASE, NAMES
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.training.corpus import Corpus
@@ -66,7 +69,10 @@ class StartDraft:
 
     def refuse_other_config(self, config: DraftConfig) -> None:
         """Raise `MismatchError` with a table of fields if the run's draft is not this one's continuation."""
-        have, want = ({k: v for k, v in asdict(c).items() if k not in MAY_DIFFER} for c in (self.config, config))
+        start = self.config
+        if start.variant.architecture in config.variant.starts_from:
+            start = replace(start, variant=config.variant)
+        have, want = ({k: v for k, v in c.to_record().items() if k not in MAY_DIFFER} for c in (start, config))
         refuse_differences(
             f"{self.folder} is not a draft that this run can start from",
             differences(have, want),
@@ -74,6 +80,10 @@ class StartDraft:
             "Leave out the settings that ask for another shape, train from a cache of the draft's own target and "
             "layers, or train without --init-from.",
         )
+
+    def load_into(self, draft: nn.Module) -> None:
+        """Give a run's draft these weights; what its variant has beyond them stays as drawn and changes nothing."""
+        draft.load_state_dict({**draft.state_dict(), **self.weights})
 
 
 def _target_of(folder: Path) -> dict[str, Any] | None:
@@ -100,7 +110,7 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
     layers = config.layers or (start.config.target_layer_ids if start else corpus.caches[0].layer_ids)
     for cache in corpus.caches:
         _refuse_unfit_cache(cache, block_size, layers)
-    defaults = asdict(start.config) if start else {**manifest.decoder, "num_hidden_layers": len(layers)}
+    defaults = start.config.to_record() if start else {**manifest.decoder, "num_hidden_layers": len(layers)}
     asked: dict[str, Any] = {
         "num_hidden_layers": config.draft_layers,
         "num_attention_heads": config.draft_heads,
@@ -121,10 +131,42 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
         mask_token_id=int(manifest.plan["mask_token_id"]),
         **sizes,
         **_attention(config, start, sizes["num_hidden_layers"]),
+        variant=_variant(config, start),
     )
     if start:
         start.refuse_other_config(draft_config)
     return draft_config
+
+
+def _variant(config: TrainConfig, start: StartDraft | None) -> Variant:
+    """Return the draft's variant; what is not asked for is that of the draft it starts from, if it is of the same.
+
+    Raises `DflashError` naming every setting that belongs to another variant.
+    """
+    begun = start.config.variant if start else None
+    kind = NAMES[config.variant] if config.variant else type(begun) if begun else BASE
+    settings = {each: _settings(each) for each in NAMES.values()}
+    asked = {name: value for name in {*chain(*settings.values())} if (value := getattr(config, name)) is not None}
+    if others := sorted(asked.keys() - settings[kind]):
+        owners = {name: [each.name for each, names in settings.items() if name in names] for name in others}
+        listed = "\n  ".join(f"{name} is a setting of the variant {' or '.join(owners[name])}." for name in others)
+        raise DflashError(
+            f"This run's draft is of the variant {kind.name}, which these settings do not belong to:\n  {listed}\n"
+            f"Leave them out, or name the variant by --variant."
+        )
+    defaults = vars(begun) if isinstance(begun, kind) else {}
+    own = {name: asked[name] for name in _fields(kind) if name in asked}
+    return kind(**{**defaults, **own})
+
+
+def _fields(kind: type[Variant]) -> list[str]:
+    assert is_dataclass(kind)
+    return [field.name for field in fields(kind)]
+
+
+def _settings(kind: type[Variant]) -> set[str]:
+    """Return the settings that are a variant's own: its fields, and those of its loss."""
+    return {*_fields(kind), *kind.loss_settings}
 
 
 def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:

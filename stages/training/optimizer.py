@@ -1,7 +1,7 @@
 """AdamW or Muon over float32 weights, the learning-rate schedule, and averaged weights."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,16 +12,17 @@ MOMENTUM = 0.95
 
 
 def make_optimizers(
-    parameters: Iterable[tuple[str, nn.Parameter]], name: str, learning_rate: float, weight_decay: float
+    draft: nn.Module, name: str, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that step together; each group keeps its parameters' names. Matrices decay, norms do not.
+    """Return the optimizers that step together; each group keeps its parameters' names.
 
+    Matrices, which are the weights of linear layers, decay; norms, kernels of convolutions and tables of codes do not.
     "adamw" is fused AdamW. "muon" orthogonalizes the update of every matrix (momentum, then Newton-Schulz) and leaves
-    the norms to AdamW; its updates are scaled to AdamW's size, so that learning rates carry over.
+    the others to AdamW; its updates are scaled to AdamW's size, so that learning rates carry over.
     """
-    named = list(parameters)
-    matrices = {n: p for n, p in named if p.dim() > 1}
-    vectors = {n: p for n, p in named if p.dim() <= 1}
+    linear = {id(module.weight) for module in draft.modules() if isinstance(module, nn.Linear)}
+    matrices = {n: p for n, p in draft.named_parameters() if id(p) in linear}
+    vectors = {n: p for n, p in draft.named_parameters() if id(p) not in linear}
 
     def group(members: dict[str, nn.Parameter], decay: float) -> dict[str, object]:
         return {"params": list(members.values()), "names": list(members), "weight_decay": decay}

@@ -3,7 +3,6 @@
 import json
 import platform
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -72,7 +71,9 @@ def _identity(training: Training) -> dict[str, Any]:
         del settings["batch_block_tokens"]  # earlier runs have no bound, and refuse to be given one
     for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
         del settings[name]
-    draft = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training.draft_config).items()}
+    settings |= training.loss_settings
+    record = training.draft_config.to_record()
+    draft = {name: list(v) if isinstance(v, tuple) else v for name, v in record.items()}
     caches = [cache.manifest.checksum for cache in training.corpus.caches]
     return {"settings": settings, "caches": caches, "draft": draft, "init_from": training.start_sha256}
 

@@ -71,15 +71,13 @@ class Training:
         torch.manual_seed(config.seed)
         self.draft = DraftModel(self.draft_config)
         if start:
-            self.draft.load_state_dict(start.weights)
+            start.load_into(self.draft)
         self.draft.to(self.device)
         on_gpu = self.device.type == "cuda"
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu)
         self.compiled = on_gpu if config.compile is None else config.compile
         self.backend = default_backend(self.device) if config.attention_backend == "auto" else config.attention_backend
-        self.optimizers = make_optimizers(
-            self.draft.named_parameters(), config.optimizer, config.learning_rate, config.weight_decay
-        )
+        self.optimizers = make_optimizers(self.draft, config.optimizer, config.learning_rate, config.weight_decay)
         self.average = WeightAverage(self.draft, config.ema) if config.ema else None
         self.train_samples, self.val_samples = corpus.split(config.val_samples)
         if config.patience and not len(self.val_samples):
@@ -145,7 +143,15 @@ class Training:
             loss_type=config.loss,
             compiled=self.compiled,
             activation_budget=self.activation_budget,
+            loss_settings=self.loss_settings,
         )
+
+    @property
+    def loss_settings(self) -> dict[str, float]:
+        """Settings of the loss of the draft's variant, each as asked for, or its default."""
+        defaults = self.draft_config.variant.loss_settings
+        asked = {name: getattr(self.config, name) for name in defaults}
+        return {name: default if asked[name] is None else asked[name] for name, default in defaults.items()}
 
     @property
     def gamma(self) -> float | None:
@@ -218,7 +224,8 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-        local, tokens, samples, wait_s = no_sums(self.draft_config.block_size, self.device), 0, 0, 0.0
+        local, tokens, samples, wait_s = self._no_sums(), 0, 0, 0.0
+        self.module.progress = self.state.step / self.total_steps
         for number, batch in enumerate(batches, start=1):
             is_last = number == self.config.accumulation
             with self.ranks.adding_gradients(self._parameters) if is_last else nullcontext():
@@ -251,7 +258,7 @@ class Training:
         window = self.state.window
         self.state = replace(self.state, window=Window())
         return {
-            **window.means(),
+            **window.means(self.draft_config),
             "learning_rate": last.learning_rate,
             "grad_norm": last.grad_norm,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
@@ -320,25 +327,33 @@ class Training:
         """
         batches = self.batching.batches(self.val_samples)[self.ranks.rank :: self.ranks.count]
         stream = self.loader(VAL_SEED).stream(((rows, 0) for rows in batches), self.config.loader_threads)
-        sums, serving = no_sums(self.draft_config.block_size, self.device), ServingSums()
+        paths = self.draft_config.variant.paths
+        sums, servings = self._no_sums(), [ServingSums() for _ in ("served", *paths)]
         self.draft.eval()
+        self.module.progress = 1.0  # so that the losses of all validations compare
         with self.average.served(self.draft) if self.average else nullcontext():
             for batch in stream:
                 with self.autocast:
-                    documents, found = simulate_serving(self.module, batch)
+                    walks, found = simulate_serving(self.module, batch)
                 sums += found
-                for turns in documents:
-                    serving.add(turns)
+                for serving, documents in zip(servings, walks, strict=True):
+                    for turns in documents:
+                        serving.add(turns)
         self.draft.train()
-        totals = torch.tensor(serving.totals, dtype=torch.float64, device=self.device)
-        serving = ServingSums(*self.ranks.add(totals).tolist())
+        totals = torch.tensor([each.totals for each in servings], dtype=torch.float64, device=self.device)
+        serving, *others = (ServingSums(*each) for each in self.ranks.add(totals).tolist())
+        means = means_of(self.ranks.add(sums).tolist(), self.draft_config)
         if serving.pooled > self.state.best_walk:
             self.state = replace(self.state, best_step=self.state.step, best_walk=serving.pooled)
         return {
-            **{f"val_{name}": value for name, value in means_of(self.ranks.add(sums).tolist()).items()},
+            **{f"val_{name}": value for name, value in means.items()},
             "val_serving_walk": serving.pooled,
             "val_serving_walk_mean_of_samples": serving.mean_of_samples,
+            **{f"val_serving_walk_{name}": other.pooled for name, other in zip(paths, others, strict=True)},
         }
+
+    def _no_sums(self) -> torch.Tensor:
+        return no_sums(self.draft_config.variant, self.draft_config.block_size, self.device)
 
     @property
     def is_stale(self) -> bool:

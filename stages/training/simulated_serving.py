@@ -77,24 +77,26 @@ def simulate_turn(first: int, last: int, prefix: NDArray[np.int64]) -> list[int]
 def draft_everywhere(
     module: DFlashTrainerModule, batch: Batch, anchors_at_once: int | None = None
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Return how many drafted tokens a block anchored at each position gets right, int64 [B, S], and the step's sums.
+    """Return how many drafted tokens a block anchored at each position gets right, int64 [1 + P, B, S]; and sums.
 
-    0 where the position cannot anchor. A block is drafted at every supervised position, whole as in serving, also
-    where the text ends within it; by default as many in a row at once as keep the device busy. The batch's own anchors
-    are among these positions, so that its sums, as a forward pass over it gives them, need no drafting of their own.
+    Behind those of the tokens that are served stand those of the P other paths that the draft's variant measures. 0
+    where the position cannot anchor. A block is drafted at every supervised position, whole as in serving, also where
+    the text ends within it; by default as many in a row at once as keep the device busy. The batch's own anchors are
+    among these positions, so that its sums, as a forward pass over it gives them, need no drafting of their own.
     """
     anchors_at_once = anchors_at_once or AT_ONCE["cpu" if batch.input_ids.is_cpu else "gpu"]
     num_rows, seq_len = batch.input_ids.shape
-    prefix = torch.zeros(num_rows, seq_len, dtype=torch.int64, device=batch.input_ids.device)
-    is_anchor = torch.zeros_like(prefix).scatter_add_(1, batch.anchors, batch.keep_mask.long()) > 0
-    sums = no_sums(module.block_size, prefix.device)
+    paths = 1 + len(module.variant.paths)
+    prefix = torch.zeros(paths, num_rows, seq_len, dtype=torch.int64, device=batch.input_ids.device)
+    is_anchor = torch.zeros_like(prefix[0]).scatter_add_(1, batch.anchors, batch.keep_mask.long()) > 0
+    sums = no_sums(module.variant, module.block_size, prefix.device)
     context = module.project_context(batch.input_ids, batch.hidden_states, batch.document_ids)
     for anchors, keep in _every_anchor(batch.loss_mask, anchors_at_once, module.compiled):
         is_trained = is_anchor.gather(1, anchors) & keep
         lengths, metrics = module.serve(
             batch.input_ids, context, batch.loss_mask, batch.document_ids, anchors, keep, is_trained
         )
-        prefix.scatter_add_(1, anchors, lengths)
+        prefix.scatter_add_(2, anchors.expand(paths, -1, -1), lengths)
         sums += sums_of(metrics)
     return prefix.cpu().numpy(), sums
 
@@ -111,12 +113,18 @@ def _every_anchor(loss_mask: Tensor, at_once: int, alike: bool) -> Iterator[tupl
         yield order[:, begin : begin + at_once], keep[:, begin : begin + at_once]
 
 
-def simulate_serving(module: DFlashTrainerModule, batch: Batch) -> tuple[list[list[list[int]]], Tensor]:
-    """Return the tokens produced by each round of each assistant turn of each document, and the step's sums."""
+def simulate_serving(module: DFlashTrainerModule, batch: Batch) -> tuple[list[list[list[list[int]]]], Tensor]:
+    """Return the tokens produced by each round of each assistant turn of each document; and the step's sums.
+
+    The documents are those of the served draft, then again those of each other path that its variant measures.
+    """
     prefixes, sums = draft_everywhere(module, batch)
     masks = batch.loss_mask.cpu().numpy()
-    rounds = [
-        [simulate_turn(first, last, prefixes[row, start:stop]) for first, last in turns(masks[row, start:stop])]
-        for row, start, stop in batch.spans
+    walks = [
+        [
+            [simulate_turn(first, last, prefix[row, start:stop]) for first, last in turns(masks[row, start:stop])]
+            for row, start, stop in batch.spans
+        ]
+        for prefix in prefixes
     ]
-    return rounds, sums
+    return walks, sums

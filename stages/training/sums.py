@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
 import torch
@@ -9,6 +10,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from dflash_offline.schemas.checked import Count
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.trainer import DFlashStepMetrics
 
 SUMS = (
@@ -24,25 +27,49 @@ SUMS = (
 
 
 def sums_of(metrics: DFlashStepMetrics) -> Tensor:
-    """Return one micro-batch's sums as one float64 vector, [6 + 2 (K-1)], in the order of `SUMS`."""
-    return torch.cat([getattr(metrics, name).detach().double().reshape(-1) for name in SUMS])
+    """Return one micro-batch's sums as one float64 vector, in the order of `SUMS`; what a variant adds stands behind.
+
+    These are the sums of the parts of its loss, and of each path the accepted lengths and the correct tokens by slot.
+    """
+    own = [getattr(metrics, name) for name in SUMS]
+    own += metrics.part_sums.values()
+    own += [each for path in metrics.paths.values() for each in (path.accept_len_sum, path.correct_by_slot)]
+    return torch.cat([each.detach().double().reshape(-1) for each in own])
 
 
-def no_sums(block_size: int, device: torch.device) -> Tensor:
-    """Return the sums of nothing, float64 [6 + 2 (K-1)]."""
-    return torch.zeros(6 + 2 * (block_size - 1), dtype=torch.float64, device=device)
+def no_sums(variant: Variant, block_size: int, device: torch.device) -> Tensor:
+    """Return the sums of nothing, float64 [6 + 2 n] and what the variant adds; n slots of a block predict."""
+    slots = block_size - variant.first_slot
+    length = 6 + 2 * slots + len(variant.losses) + len(variant.paths) * (1 + slots)
+    return torch.zeros(length, dtype=torch.float64, device=device)
 
 
-def means_of(sums: Sequence[float]) -> dict[str, Any]:
-    """Return loss, accuracy (also by slot) and acceptance length over all anchors, given added-up sums."""
-    loss, weight, correct, valid, accepted, blocks, *by_slot = sums
-    slots = len(by_slot) // 2
-    return {
+def means_of(sums: Sequence[float], config: DraftConfig) -> dict[str, Any]:
+    """Return loss, accuracy (also by slot) and acceptance length over all anchors, given added-up sums.
+
+    Those of a variant's other paths bear their names, and what it makes of them stands behind.
+    """
+    variant, left = config.variant, iter(sums)
+    slots = config.block_size - variant.first_slot
+    loss, weight, correct, valid, accepted, blocks = islice(left, 6)
+    correct_by_slot, valid_by_slot = list(islice(left, slots)), list(islice(left, slots))
+
+    def shares(by_slot: Sequence[float]) -> list[float]:
+        return [round(c / max(v, 1), 4) for c, v in zip(by_slot, valid_by_slot, strict=True)]
+
+    means = {
         "loss": loss / (weight + 1e-6),
         "accuracy": correct / max(valid, 1),
-        "accuracy_by_slot": [round(c / max(v, 1), 4) for c, v in zip(by_slot[:slots], by_slot[slots:], strict=True)],
+        "accuracy_by_slot": shares(correct_by_slot),
         "accept_len_over_anchors": accepted / max(blocks, 1),
+        **{name: next(left) / (weight + 1e-6) for name in variant.losses},
     }
+    further: dict[str, Any] = {}
+    for path in variant.paths:
+        means[f"accept_len_over_anchors_{path}"] = next(left) / max(blocks, 1)
+        by_slot = list(islice(left, slots))
+        further |= {f"accuracy_{path}": sum(by_slot) / max(valid, 1), f"accuracy_{path}_by_slot": shares(by_slot)}
+    return means | variant.figures(means | further)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +101,11 @@ class Window:
             wait_s=self.wait_s + step.wait_s,
         )
 
-    def means(self) -> dict[str, Any]:
+    def means(self, config: DraftConfig) -> dict[str, Any]:
         """Return the means and rates of these steps, as a row of the log names them."""
-        means = means_of(self.sums)
-        del means["accuracy_by_slot"]
+        means = means_of(self.sums, config)
         return {
-            **means,
+            **{name: value for name, value in means.items() if not name.endswith("_by_slot")},
             "tokens_per_s": self.tokens / self.seconds,
             "samples_per_s": self.samples / self.seconds,
             "data_wait_share": self.wait_s / self.seconds,

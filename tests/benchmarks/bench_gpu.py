@@ -77,7 +77,7 @@ class Bench:
         self.head, self.table = target_ends(self.config, self.device, torch.bfloat16)
         with self.device:
             self.draft = DraftModel(self.config)
-        self.optimizers = make_optimizers(self.draft.named_parameters(), "adamw", 1e-4, 0.01)
+        self.optimizers = make_optimizers(self.draft, "adamw", 1e-4, 0.01)
 
     def module(self, name: str) -> DFlashTrainerModule:
         """Return a trainer of the draft's own weights."""

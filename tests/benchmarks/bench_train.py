@@ -58,7 +58,7 @@ class Side:
         self.config, self.row = setting(tiny)
         head, table = target_ends(self.config, CPU, torch.float32)
         self.draft = DraftModel(self.config)
-        self.optimizers = make_optimizers(self.draft.named_parameters(), "adamw", 1e-4, 0.01)
+        self.optimizers = make_optimizers(self.draft, "adamw", 1e-4, 0.01)
         module = DFlashTrainerModule(
             self.draft, head, table, self.config.mask_token_id, 16, "sdpa", loss_decay_gamma=GAMMA
         )

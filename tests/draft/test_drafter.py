@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from tiny import ATTENTION, tiny_draft, tiny_draft_config
 from torch import Tensor, nn
 
-from dflash_offline.schemas.draft.weights import expected_shapes
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.stages.draft import model as drafter
 from dflash_offline.stages.draft.model import DraftCache, DraftModel, RMSNorm, rotary_inv_freq, rotary_table
@@ -40,7 +39,7 @@ def write_draft(draft: DraftModel, folder: Path) -> dict[str, Tensor]:
 def test_draft_has_exactly_the_keys_and_shapes_the_clients_read(layers: int) -> None:
     draft = tiny_draft(num_hidden_layers=layers)
     found = {name: tuple(w.shape) for name, w in draft.state_dict().items()}
-    assert found == expected_shapes(vars(draft.config))
+    assert found == draft.config.shapes
     assert not any("rotary" in name or "embed" in name or "head" in name for name in found)
 
 

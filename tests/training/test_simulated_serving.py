@@ -99,14 +99,15 @@ def test_prefixes_equal_drafting_one_block_at_a_time() -> None:
     for row in range(2):
         batch.input_ids[row, 7:10] = torch.tensor(_slow_draft(module, batch, row, 6)[:3])
     batch.loss_mask[:, 6] = True
-    prefixes, _ = draft_everywhere(module, batch, anchors_at_once=5)
+    (prefixes,), _ = draft_everywhere(module, batch, anchors_at_once=5)
     assert prefixes.max() >= 3
     for row in range(2):
         for anchor in batch.loss_mask[row].nonzero()[:, 0].tolist():
             if anchor:
                 assert prefixes[row, anchor] == _slow_prefix(module, batch, row, anchor)
         assert (prefixes[row][~batch.loss_mask[row].numpy()] == 0).all()
-    produced = [sum(map(sum, turns)) for turns in simulate_serving(module, batch)[0]]
+    (documents,), _ = simulate_serving(module, batch)
+    produced = [sum(map(sum, turns)) for turns in documents]
     expected = [sum(last - first for first, last in turns(mask.numpy())) for mask in batch.loss_mask]
     assert produced == expected
 

@@ -1,0 +1,48 @@
+"""The base draft, DFlash (arXiv 2602.06036): a block in one pass, each slot by itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dflash_offline.schemas.draft.values import Found
+from dflash_offline.schemas.variants.variant import Curve, Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlash:
+    """Nothing beyond what every draft has."""
+
+    name: ClassVar[str] = "dflash"
+    architecture: ClassVar[str] = "DFlashDraftModel"
+    speculators: ClassVar[tuple[str, str] | None] = ("dflash", "DFlashSpeculator")
+    transformers: ClassVar[bool] = True
+    starts_from: ClassVar[tuple[str, ...]] = ()
+    nested_only: ClassVar[tuple[str, ...]] = ()
+    first_slot: ClassVar[int] = 1
+    label_offset: ClassVar[int] = 0
+    loss_settings: ClassVar[Mapping[str, float]] = {}
+    losses: ClassVar[tuple[str, ...]] = ()
+    paths: ClassVar[tuple[str, ...]] = ()
+    curves: ClassVar[tuple[Curve, ...]] = ()
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return no further tensor."""
+        return {}
+
+    def written(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Return the document as it is."""
+        return document
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "DFlash":
+        """Return the variant, which has no fields."""
+        return cls()
+
+    @classmethod
+    def faults(cls, config: dict[str, Any]) -> Found:
+        """Yield nothing."""
+        yield from ()
+
+    def figures(self, means: Mapping[str, Any]) -> dict[str, Any]:
+        """Return no further metric."""
+        return {}

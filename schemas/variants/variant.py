@@ -1,0 +1,60 @@
+"""What a variant of the draft says of itself, without torch: its fields, its tensors, its place in config.json."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from dflash_offline.schemas.draft.values import Found
+
+Sizes = Mapping[str, Any]
+"""The sizes of a draft's config.json, as a checked document or the fields of a `DraftConfig` give them."""
+Curve = tuple[str, str, str]
+"""Which rows of the log, training or validation; which metric of them; what it is."""
+
+
+class Variant(Protocol):
+    """A variant's own fields; two are equal if these are.
+
+    Its modules, loss and drafting are in `stages/draft/variants`, under the same architecture.
+    """
+
+    name: ClassVar[str]
+    """What a user calls it."""
+    architecture: ClassVar[str]
+    """What config.json calls it."""
+    speculators: ClassVar[tuple[str, str] | None]
+    """The model type and the architecture that the speculators format knows it by; None if that has no such draft."""
+    transformers: ClassVar[bool]
+    """Whether transformers' own generator has such a draft."""
+    starts_from: ClassVar[tuple[str, ...]]
+    """Architectures of drafts without its own tensors that it can start from; it then drafts at first what they do."""
+    nested_only: ClassVar[tuple[str, ...]]
+    """Fields of every draft that its config.json has in `dflash_config` alone, and not at the top as well."""
+    first_slot: ClassVar[int]
+    """First slot of a block that predicts."""
+    label_offset: ClassVar[int]
+    """Slot k of anchor a predicts the token at a + label_offset + k."""
+    loss_settings: ClassVar[Mapping[str, float]]
+    """Settings of its loss, by the names that a user knows them by, with their defaults."""
+    losses: ClassVar[tuple[str, ...]]
+    """Parts of its loss that are measured by themselves."""
+    paths: ClassVar[tuple[str, ...]]
+    """Other ways to choose a block's tokens whose accepted length is measured beside that of the served one."""
+    curves: ClassVar[tuple[Curve, ...]]
+    """Its metrics, as reports show them."""
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return its tensors beyond those of every draft, with their shapes."""
+
+    def written(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Return the config.json of every draft as this variant's clients read it, its own fields included."""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Variant":
+        """Return the fields that a config.json without faults has."""
+
+    @classmethod
+    def faults(cls, config: dict[str, Any]) -> Found:
+        """Yield what is wrong with its fields in a config.json."""
+
+    def figures(self, means: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its further metrics, given those that are measured of every path and part of the loss."""

@@ -1,0 +1,206 @@
+"""DFlash 2: grouped convolutions around attention and MLP, and a selector among each slot's best candidates.
+
+Both begin as if they were not there: a draft that starts from a base draft's weights drafts what that one does.
+"""
+
+# Axes: B rows, Q block tokens (in training N blocks of K), G channel groups, M slots, H hidden size, V vocabulary,
+# c slots that a convolution reads, k candidates, r rank of the selector.
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.stages.draft.attention import Mask
+from dflash_offline.stages.draft.layers import DraftCache, DraftLayer, KeysValues, Rotary
+from dflash_offline.stages.draft.objective import Head, top_candidates
+from dflash_offline.stages.draft.sampling import Chooser
+from dflash_offline.stages.draft.variants.variant import Slots, SlotTerms
+
+SELECTOR = "candidate_selector"
+SLOTS_AT_ONCE = 2048
+"""Slots whose candidates' codes are held at once: 32 MiB for 16 candidates of rank 256."""
+CODE_STD = 0.02
+"""Deviation of the predecessors' codes at the start; the successors' are zero, so that no score changes."""
+
+
+def convolve(values: Tensor, base: Tensor, dynamic: Tensor, block_size: int) -> Tensor:
+    """Return y_t = sum over o < c of (base[o] + dynamic[t, o]) * v_{t-o} within each block, zero before its first slot.
+
+    `values` is [B, Q, H], `base` [c, H], `dynamic` [B, Q, c, G], one number for the H / G channels of a group. Q is a
+    number of whole blocks, or a part of one.
+    """
+    taps, groups = dynamic.shape[-2:]
+    size = min(values.shape[1], block_size)
+    blocks = values.reshape(-1, size, groups, values.shape[-1] // groups)
+    kernels = dynamic.reshape(-1, size, taps, groups, 1)
+    base = base.to(values.dtype).view(taps, *blocks.shape[2:])
+    mixed = (base[0] + kernels[:, :, 0]) * blocks
+    for offset in range(1, min(taps, size)):
+        earlier = F.pad(blocks[:, :-offset], (0, 0, 0, 0, offset, 0))
+        mixed = mixed + (base[offset] + kernels[:, :, offset]) * earlier
+    return mixed.view_as(values)
+
+
+class BlockConvolution(nn.Module):
+    """Two convolutions, before and after a sublayer, whose kernels follow from the tokens that enter the sublayer."""
+
+    def __init__(self, config: DraftConfig, variant: DFlash2) -> None:
+        super().__init__()
+        taps, hidden = variant.conv_kernel_size, config.hidden_size
+        self.block_size, self.groups = config.block_size, hidden // variant.conv_group_size
+        self.base_kernel = nn.Parameter(torch.zeros(2, taps, hidden))
+        self.kernel_projection = nn.Linear(hidden, 2 * taps * self.groups, bias=False)
+        with torch.no_grad():
+            self.base_kernel[:, 0] = 1.0
+        nn.init.zeros_(self.kernel_projection.weight)
+
+    def kernels(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both sides' dynamic kernels [B, Q, c, G] for the sublayer's input [B, Q, H]."""
+        taps = self.base_kernel.shape[1]
+        before, after = self.kernel_projection(normed).unflatten(-1, (2, taps, self.groups)).unbind(dim=2)
+        return before, after
+
+    def forward(self, values: Tensor, dynamic: Tensor, side: int) -> Tensor:
+        """Return what enters (side 0) or leaves (side 1) the sublayer, [B, Q, H], convolved."""
+        return convolve(values, self.base_kernel[side], dynamic, self.block_size)
+
+
+class ConvolvedLayer(nn.Module):
+    """A draft layer with convolutions around its attention and its MLP; the context does not pass through them."""
+
+    def __init__(self, layer: DraftLayer, config: DraftConfig, variant: DFlash2) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention_conv = BlockConvolution(config, variant)
+        self.mlp_conv = BlockConvolution(config, variant)
+
+    def forward(
+        self,
+        block: Tensor,
+        context: Tensor | KeysValues,
+        rotary: Rotary,
+        mask: Mask,
+        cache: DraftCache | None,
+        backend: str,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Return the block after the layer, of its B * Q rows those of `rows` alone if given; they need the others."""
+        normed = self.input_layernorm(block)
+        before, after = self.attention_conv.kernels(normed)
+        entering = self.attention_conv(normed, before, 0)
+        attended = self.self_attn(entering, context, rotary, mask, cache, backend)
+        block = block + self.attention_conv(attended, after, 1)
+        normed = self.post_attention_layernorm(block)
+        before, after = self.mlp_conv.kernels(normed)
+        block = block + self.mlp_conv(self.mlp(self.mlp_conv(normed, before, 0)), after, 1)
+        return block if rows is None else block.flatten(0, 1).index_select(0, rows)
+
+
+class CandidateSelector(nn.Module):
+    """Scores a slot's candidates by the token before it: S(p, b) = U(b) + <A[p] * (P h), B[b]>, in float32."""
+
+    def __init__(self, config: DraftConfig, variant: DFlash2) -> None:
+        super().__init__()
+        self.top_k = variant.selector_top_k
+        shape = config.vocab_size, variant.selector_rank
+        self.predecessor_codebook = nn.Parameter(torch.empty(shape))
+        self.successor_codebook = nn.Parameter(torch.zeros(shape))
+        self.hidden_projection = nn.Linear(config.hidden_size, variant.selector_rank, bias=False)
+        nn.init.normal_(self.predecessor_codebook, std=CODE_STD)
+        nn.init.normal_(self.hidden_projection.weight, std=config.hidden_size**-0.5)
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        """Return P h as float32 [..., r], given h [..., H]."""
+        return F.linear(hidden.float(), self.hidden_projection.weight.float())
+
+    def scores(self, values: Tensor, ids: Tensor, projected: Tensor, previous: Tensor) -> Tensor:
+        """Return S [M, k] of the candidates `ids` with logits `values` after the tokens `previous` [M].
+
+        `projected`, [M, r], is P h of each slot.
+        """
+        wanted = F.embedding(previous, self.predecessor_codebook).float() * projected
+        codes = F.embedding(ids, self.successor_codebook).float()
+        return values + (codes @ wanted[:, :, None])[:, :, 0]
+
+
+def extend_layer(layer: DraftLayer, config: DraftConfig, /) -> nn.Module:
+    """Return the layer with convolutions, at first identities."""
+    return ConvolvedLayer(layer, config, _fields(config))
+
+
+def heads(config: DraftConfig, /) -> dict[str, nn.Module]:
+    """Return the selector, at first silent."""
+    return {SELECTOR: CandidateSelector(config, _fields(config))}
+
+
+def terms(draft: nn.Module, slots: Slots, head: Head, settings: Mapping[str, float], progress: float, /) -> SlotTerms:
+    """Return the draft's cross-entropy and the selector's, which is that among the candidates after the true token.
+
+    Slots whose label is no candidate add nothing to the selector's. It reads hidden states and logits without a
+    gradient, so the draft below learns from its own cross-entropy alone.
+    """
+    selector = _selector(draft)
+    ce, correct, values, ids = head.candidates(slots.hidden, slots.labels, selector.top_k)
+    with torch.autocast(slots.hidden.device.type, enabled=False):
+        scores = _scores(selector, slots, values, ids)
+    is_truth = ids == slots.labels[:, None]
+    covered = is_truth.any(dim=-1)
+    selector_ce = torch.where(covered, scores.logsumexp(dim=-1) - (scores * is_truth).sum(dim=-1), 0.0)
+    return SlotTerms(
+        loss=ce + selector_weight(settings, progress) * selector_ce,
+        ce=ce.detach(),
+        correct=_chosen(scores, ids) == slots.labels,
+        parts={"draft_loss": ce.detach(), "selector_loss": selector_ce.detach()},
+        paths={"without_selector": correct, "oracle": covered},
+    )
+
+
+def selector_weight(settings: Mapping[str, float], progress: float) -> float:
+    """Return the weight of the selector's loss: a linear warm-up over its share of the steps, then a constant."""
+    warmup = settings["selector_warmup_ratio"]
+    return settings["selector_loss_alpha"] * (min(1.0, progress / warmup) if warmup else 1.0)
+
+
+def propose(draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, chooser: Chooser, /) -> Tensor:
+    """Return the tokens of a walk over the slots' candidates, each scored after the token chosen before it."""
+    selector = _selector(draft)
+    values, ids = top_candidates(head(hidden)[0], selector.top_k)
+    projected = selector.projected(hidden[0])
+
+    def scores(slot: int, previous: Tensor) -> Tensor:
+        here = slice(slot, slot + 1)
+        return selector.scores(values[here], ids[here], projected[here], previous)
+
+    return chooser.walk(ids, scores, anchor)
+
+
+def _scores(selector: CandidateSelector, slots: Slots, values: Tensor, ids: Tensor) -> Tensor:
+    """Return the scores [M, k]; their codes are looked up again in the backward pass, some slots at a time."""
+    projected = selector.projected(slots.hidden.detach())
+    parts = zip(*(part.split(SLOTS_AT_ONCE) for part in (values, ids, projected, slots.previous)), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([selector.scores(*part) for part in parts])
+    return torch.cat(
+        [checkpoint(selector.scores, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    )
+
+
+def _chosen(scores: Tensor, ids: Tensor) -> Tensor:
+    return ids.gather(-1, scores.argmax(dim=-1, keepdim=True))[..., 0]
+
+
+def _selector(draft: nn.Module) -> CandidateSelector:
+    selector = draft.get_submodule(SELECTOR)
+    assert isinstance(selector, CandidateSelector)
+    return selector
+
+
+def _fields(config: DraftConfig) -> DFlash2:
+    assert isinstance(config.variant, DFlash2)
+    return config.variant
