@@ -34,7 +34,7 @@ from dflash_offline.stages.training.checkpoint import (
     training_record,
 )
 
-ONE_CLIENTS_LIMIT = ("causality in SGLang",)
+ONE_CLIENTS_LIMIT = ("causality in SGLang", "head in vLLM")
 """Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""
 
 

@@ -61,18 +61,17 @@ def card(
     """
     origin, identity = record.origin, record.identity
     settings = identity["settings"]
-    ids = ", ".join(map(str, config.target_layer_ids))
     instead = "epochs" if settings["steps"] else "steps"
     made_by = [name for name in _RECIPE if settings.get(name) is not None and name != instead]
     if set(settings["weights"]) == {1.0}:
         made_by.remove("weights")
     if identity["init_from"]:
         made_by.append("init_from")
+    made_by += [name for name in config.variant.loss_settings if name in settings]
     recipe = ", ".join(f"{name} {settings.get(name, identity.get(name))}" for name in made_by)
     return f"""# DFlash draft for {origin["target"]}
 
-{config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of {config.block_size},
-mask token {config.mask_token_id}. Trained by `dflash-offline` from cached features of the target to step {state.step}.
+{_shape(config)} Trained by `dflash-offline` from cached features of the target to step {state.step}.
 
 | | |
 |---|---|
@@ -89,11 +88,9 @@ mask token {config.mask_token_id}. Trained by `dflash-offline` from cached featu
 
 def converted_card(name: str, config: DraftConfig, kind: str, target: str, limits: list[str]) -> str:
     """Return the model card of a draft that was written from another draft folder, called `name`."""
-    ids = ", ".join(map(str, config.target_layer_ids))
     return f"""# DFlash draft for {target}
 
-{config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of {config.block_size},
-mask token {config.mask_token_id}. Written by `dflash-offline` from the draft {name}, whose card says how it was made.
+{_shape(config)} Written by `dflash-offline` from the draft {name}, whose card says how it was made.
 
 ## Serving
 {_serving(config, kind, target, limits)}"""
@@ -110,6 +107,17 @@ def _serving(config: DraftConfig, kind: str, target: str, limits: list[str]) -> 
         aux=", ".join(str(i + 1) for i in config.target_layer_ids),
     )
     return serving + "".join(f"\nNot for {line}\n" for line in limits)
+
+
+def _shape(config: DraftConfig) -> str:
+    """Return what a draft is: first its variant, if that is not the base, with its fields."""
+    ids = ", ".join(map(str, config.target_layer_ids))
+    own = ", ".join(f"{name} {value}" for name, value in vars(config.variant).items())
+    variant = f"{config.variant.summary}\nIts {own}.\n" if config.variant.summary else ""
+    return (
+        f"{variant}{config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of "
+        f"{config.block_size},\nmask token {config.mask_token_id}."
+    )
 
 
 def _measured(state: TrainState, result: dict[str, Any] | None) -> str:

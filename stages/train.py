@@ -179,9 +179,12 @@ def _train_steps(training: Training, signals: list[int], progress: Progress, log
 def _validate(training: Training, progress: Progress, log: Log) -> None:
     row, step = training.validate(), training.state.step
     log(step, row)
+    paths = training.draft_config.variant.paths
+    others = "".join(f"; {name.replace('_', ' ')} {row[f'val_serving_walk_{name}']:.2f}" for name in paths)
     progress.say(
         f"step {step}: held-out loss {row['val_loss']:.3f}, accuracy {row['val_accuracy']:.3f}, acceptance length "
-        f"{row['val_serving_walk']:.2f} in the serving walk, {row['val_accept_len_over_anchors']:.2f} over all anchors"
+        f"{row['val_serving_walk']:.2f} in the serving walk, {row['val_accept_len_over_anchors']:.2f} over all "
+        f"anchors{others}"
     )
 
 

@@ -9,6 +9,7 @@ from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.safe_output import safe
 from dflash_offline.pipeline.terminal import open_console, sparkline
 from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.variants.table import VARIANTS, own_fields
 from dflash_offline.stages.progress import readable_seconds
 
 _BESIDE_CURVE = 52
@@ -25,12 +26,18 @@ CURVES = (
     ("training", "tokens_per_s", "tokens/s"),
     ("training", "data_wait_share", "waiting for data, share"),
     ("training", "peak_memory_gib", "peak memory, GiB"),
+    *((curve.kind, curve.metric, curve.label) for kind in VARIANTS.values() for curve in kind.curves),
 )
-"""Which rows, which metric of them, and what it is."""
+"""Which rows, which metric of them, and what it is; a variant's are shown of runs that have them."""
+BY_SLOT = {
+    "val_accuracy_by_slot": "Accuracy by slot",
+    **{metric: title for kind in VARIANTS.values() for metric, title in kind.by_slot.items()},
+}
+"""Metrics of held-out samples with a value for each slot."""
 SHOWN_SETTINGS = (
     "loss gamma optimizer learning_rate warmup_ratio weight_decay clip ema packing batch_tokens batch_size num_anchors "
     "accumulation_times_ranks dtype seed val_samples val_every weights"
-).split()
+).split() + [name for kind in VARIANTS.values() for name in kind.loss_settings]
 
 
 def curve(values: Sequence[float], low: float, high: float) -> str:
@@ -56,10 +63,12 @@ def print_run(view: RunView) -> None:
             values = [row[name] for row in rows[kind] if row.get(name) is not None]
             signs = curve(means, min(means), max(means))
             print(f"{label:<35} {signs:<{columns}} {number(values[0]):>7} {number(values[-1]):>7}")
-    if view.last_validation:
-        print(f"\nAccuracy by slot, held-out, step {view.last_validation['step']:,}")
-        for slot, share in enumerate(view.last_validation.get("val_accuracy_by_slot", ()), start=1):
-            print(f"  {slot:>3}  {share or 0:>6.1%}  {'#' * round(50 * min(max(share or 0, 0), 1))}".rstrip())
+    last = view.last_validation or {}
+    for metric, title in BY_SLOT.items():
+        if metric in last:
+            print(f"\n{title}, held-out, step {last['step']:,}")
+            for slot, share in enumerate(last[metric], start=1):
+                print(f"  {slot:>3}  {share or 0:>6.1%}  {'#' * round(50 * min(max(share or 0, 0), 1))}".rstrip())
     print(f"\nNext: {dflash_line('inspect', view.run, '--html', 'run.html')}")
 
 
@@ -75,7 +84,7 @@ def _lines(view: RunView) -> list[tuple[str, str]]:
         (
             "Draft",
             f"{view.parameters:,} parameters: {draft['num_hidden_layers']} layers, blocks of {draft['block_size']}, "
-            f"target layers {', '.join(map(str, draft['target_layer_ids']))}",
+            f"target layers {', '.join(map(str, draft['target_layer_ids']))}{_variant_text(draft)}",
         ),
         ("Settings", settings_text(view.settings)),
     ]
@@ -83,6 +92,13 @@ def _lines(view: RunView) -> list[tuple[str, str]]:
     if view.evaluation:
         lines.append(("Evaluation", evaluation_text(view.evaluation)))
     return lines
+
+
+def _variant_text(draft: dict[str, Any]) -> str:
+    """Return the draft's variant and its fields; nothing for a base draft, whose record does not name it."""
+    if (kind := VARIANTS.get(draft.get("architecture", ""))) is None:
+        return ""
+    return f"; {kind.name}: " + ", ".join(f"{name} {draft[name]}" for name in own_fields(kind))
 
 
 def progress_text(view: RunView) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.pipeline.inspect.run import EVALUATION, bucket_means, compare, settings_table
-from dflash_offline.pipeline.inspect.run_report import CURVES, best_text, evaluation_text, progress_text
+from dflash_offline.pipeline.inspect.run_report import BY_SLOT, CURVES, best_text, evaluation_text, progress_text
 from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.pages.page import link, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.variants.table import VARIANTS
 
 CACHE_PAGE, EVALUATION_PAGE = "report.html", "eval.html"
 """Pages that are linked if they are there: in the cache's folder, and in the run's."""
@@ -139,9 +140,15 @@ def _plots(views: list[RunView], names: list[str]) -> Iterator[Plot]:
     """Yield the plots that the runs have metrics for."""
     anchors = {"accept_len_over_anchors": "training", "val_accept_len_over_anchors": "held-out"}
     walks = {"val_serving_walk": "pooled", "val_serving_walk_mean_of_samples": "mean of samples"}
-    yield from _plot(views, names, "Loss", {"loss": "training", "val_loss": "held-out"}, "loss")
-    yield from _plot(views, names, "Acceptance length, serving walk", walks, "tokens a round", SERVING_NOTE)
-    yield from _plot(views, names, "Acceptance length, mean over all anchors", anchors, "tokens a block", ANCHORS_NOTE)
+    plots = {
+        "Loss": ({"loss": "training", "val_loss": "held-out"}, "loss", ""),
+        "Acceptance length, serving walk": (walks, "tokens a round", SERVING_NOTE),
+        "Acceptance length, mean over all anchors": (anchors, "tokens a block", ANCHORS_NOTE),
+    }
+    for each in [each for kind in VARIANTS.values() for each in kind.curves]:
+        plots.setdefault(each.plot, ({}, "share", ""))[0][each.metric] = each.name
+    for title, (curves, unit, note) in plots.items():
+        yield from _plot(views, names, title, curves, unit, note)
     yield from _slot_plots(views, names)
     for name, title, unit in (
         ("learning_rate", "Learning rate", "learning rate"),
@@ -177,23 +184,29 @@ def _plot(
 
 
 def _slot_plots(views: list[RunView], names: list[str]) -> Iterator[Plot]:
-    everything = [row for view in views for row in view.validation]
+    for metric, title in BY_SLOT.items():
+        yield from _slot_plots_of(views, names, metric, title)
+
+
+def _slot_plots_of(views: list[RunView], names: list[str], metric: str, title: str) -> Iterator[Plot]:
+    """Yield a plot of each run that has the metric, all on one scale."""
+    everything = [row for view in views for row in view.validation if metric in row]
     last = max((row["step"] for row in everything), default=0)
-    most = max((accuracy or 0 for row in everything for accuracy in row["val_accuracy_by_slot"]), default=0)
+    most = max((share or 0 for row in everything for share in row[metric]), default=0)
     for name, view in zip(names, views, strict=True):
-        rows = view.validation
-        slots = len(rows[-1]["val_accuracy_by_slot"]) if rows else 0
+        rows = [row for row in view.validation if metric in row]
+        slots = len(rows[-1][metric]) if rows else 0
         series = []
         for slot in range(slots):
-            by_step = [{"step": row["step"], "y": row["val_accuracy_by_slot"][slot]} for row in rows]
+            by_step = [{"step": row["step"], "y": row[metric][slot]} for row in rows]
             x, y = bucket_means(by_step, "y", POINTS)
             series.append(Series(name=f"{slot + 1}", x=x, y=y, shade=slot / max(slots - 1, 1), points=len(x) < 30))
         if series:
             yield Plot(
-                title="Accuracy by slot" + ("" if len(views) == 1 else f", {name}"),
+                title=title + ("" if len(views) == 1 else f", {name}"),
                 note="Held-out samples; blue is the first slot after the anchor, red the last.",
                 x_label="step",
-                y_label="accuracy",
+                y_label="share",
                 series=series,
                 y_range=(0, min(1.0, most * 1.08 + 0.02)),
                 x_range=(0, last * 1.03 + 1),

@@ -114,8 +114,10 @@ class DraftConfig:
             )
         return problems
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the complete config.json; every field that some client needs, and none that a Qwen3 config lacks.
+    def shared_json(self) -> dict[str, Any]:
+        """Return the config.json of a base draft of this shape.
+
+        It has every field that some client needs, and none that a Qwen3 config lacks.
 
         Block size, layer ids and mask id stand both at the top and in `dflash_config`, and the rotary base both
         in `rope_theta` and in `rope_parameters`: clients differ in where they look. So does causality, in `is_causal`
@@ -131,7 +133,7 @@ class DraftConfig:
         causal = {rule.causal for rule in self.attention_rules.values()}
         said = causal.pop() if len(causal) == 1 else None
         plain = self.attention_rules == {FULL: AttentionRule()}
-        document = {
+        return {
             "architectures": [BASE.architecture],
             "model_type": "qwen3",
             **dflash,
@@ -160,7 +162,10 @@ class DraftConfig:
             "use_cache": True,
             "dtype": "bfloat16",
         }
-        return self.variant.written(document)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the complete config.json, as the clients of the draft's variant read it."""
+        return self.variant.written(self.shared_json())
 
     def to_record(self) -> dict[str, Any]:
         """Return all fields as a run's record holds them; those of a variant stand beside the others."""

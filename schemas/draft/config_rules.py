@@ -251,7 +251,7 @@ def speculators(config: dict[str, Any]) -> Found:
     methods = section(config, "speculators_config").get("proposal_methods")
     verifier = section(section(config, "speculators_config"), "verifier")
     if find_variant(config) is None or not isinstance(config.get("transformer_layer_config"), dict):
-        known = " or ".join(say(kind.speculators[0]) for kind in VARIANTS.values() if kind.speculators)
+        known = " or ".join(say(kind.speculators) for kind in VARIANTS.values() if kind.speculators)
         what = f"is {say(config.get('speculators_model_type'))}; expected {known} and a transformer_layer_config"
         yield "speculators config", "speculators_model_type", what
     architectures = verifier.get("architectures")
@@ -303,3 +303,14 @@ def fits_target(config: dict[str, Any], target: Mapping[str, Any]) -> Found:
         found, wanted = first(config, ours), text.get(theirs)
         if None not in (found, wanted) and found != wanted:
             yield "target", ours, f"is {found}; expected {wanted}, the target's {theirs}"
+    kind = find_variant(config)
+    if kind is not None and kind.needs_plain_head and _quantizes_head(section(text, "quantization_config")):
+        yield "head in vLLM", "quantization_config", "of the target covers lm_head; expected a head in plain numbers"
+
+
+def _quantizes_head(quantization: dict[str, Any]) -> bool:
+    """Say whether a target's quantization_config covers its head, in the two formats that may."""
+    ignored = quantization.get("ignore")
+    spared = [str(name) for name in ignored] if isinstance(ignored, list) else []
+    packed = quantization.get("quant_method") == "compressed-tensors" and not any("lm_head" in name for name in spared)
+    return packed or quantization.get("lm_head") is True

@@ -25,9 +25,15 @@ def config_json(config: DraftConfig, kind: str, target: str, architectures: list
 
     `target` names the target and `architectures` are its config's, which only the speculators format holds.
     """
-    document = config.to_json()
     if kind == ZLAB:
-        return document
+        return config.to_json()
+    document, variant = config.shared_json(), config.variant
+    known = {SPECULATORS: variant.speculators is not None, TRANSFORMERS: variant.transformers}
+    if not known[kind]:
+        raise DflashError(
+            f"The {kind} format has no draft of the variant {variant.name} ({variant.architecture}). Export it with "
+            f"--format zlab."
+        )
     types, causal = document["layer_types"], _causal(document)
     if kind == TRANSFORMERS:
         if any(causal) or SLIDING in types:
@@ -47,7 +53,7 @@ def config_json(config: DraftConfig, kind: str, target: str, architectures: list
             f"{target} in its cache says them. Put the cache back where the run was started from, or export it with "
             f"--format zlab."
         )
-    return _speculators(document, not any(causal), target, architectures)
+    return {**variant.speculators_fields(), **_speculators(document, not any(causal), target, architectures)}
 
 
 def tensor_name(name: str, kind: str) -> str:
@@ -77,8 +83,6 @@ def _transformers(document: dict[str, Any]) -> dict[str, Any]:
 def _speculators(document: dict[str, Any], non_causal: bool, target: str, architectures: list[str]) -> dict[str, Any]:
     """The layer ids there are entries of transformers' hidden states, one more than a draft's own ids."""
     return {
-        "architectures": ["DFlashSpeculator"],
-        "speculators_model_type": "dflash",
         "speculators_version": "0.9.0",
         "transformer_layer_config": {name: document[name] for name in _LAYER_FIELDS},
         "draft_vocab_size": document["vocab_size"],

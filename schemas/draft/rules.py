@@ -130,6 +130,9 @@ RULES = {
     "causality in SGLang": Rule(
         "SGLang reads neither key: sliding layers are causal there and full ones are not", (SGLANG,), clear=True
     ),
+    "head in vLLM": Rule(
+        "vLLM takes the candidates of this variant from an unquantized head alone", (VLLM,), clear=True
+    ),
     "weights": Rule("the weights are read from safetensors files", EVERY),
     "format": Rule("transformers before 5 refuses a file whose metadata does not name its format", (ZLAB,)),
     "prefix": Rule("vLLM adds `model.` itself, and then finds no parameter of that name", (VLLM,)),

@@ -14,8 +14,10 @@ class DFlash:
 
     name: ClassVar[str] = "dflash"
     architecture: ClassVar[str] = "DFlashDraftModel"
-    speculators: ClassVar[tuple[str, str] | None] = ("dflash", "DFlashSpeculator")
+    speculators: ClassVar[str | None] = "dflash"
     transformers: ClassVar[bool] = True
+    needs_plain_head: ClassVar[bool] = False
+    summary: ClassVar[str] = ""
     starts_from: ClassVar[tuple[str, ...]] = ()
     nested_only: ClassVar[tuple[str, ...]] = ()
     first_slot: ClassVar[int] = 1
@@ -24,6 +26,7 @@ class DFlash:
     losses: ClassVar[tuple[str, ...]] = ()
     paths: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar[tuple[Curve, ...]] = ()
+    by_slot: ClassVar[Mapping[str, str]] = {}
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return no further tensor."""
@@ -32,6 +35,10 @@ class DFlash:
     def written(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return the document as it is."""
         return document
+
+    def speculators_fields(self) -> dict[str, Any]:
+        """Return its names there."""
+        return {"architectures": ["DFlashSpeculator"], "speculators_model_type": self.speculators}
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "DFlash":

@@ -13,14 +13,27 @@ from dflash_offline.schemas.variants.dflash import DFlash
 from dflash_offline.schemas.variants.variant import Curve, Sizes
 
 
+def _walk(path: str, name: str) -> Curve:
+    walk = "Acceptance length, serving walk"
+    return Curve("validation", f"val_serving_walk_{path}", f"serving walk, {name}", walk, name)
+
+
+def _share(metric: str, name: str) -> Curve:
+    return Curve("validation", metric, f"{name}, share", "Selector", name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DFlash2:
     """Shapes of the convolutions and of the selector; the defaults are those of the published drafts."""
 
     name: ClassVar[str] = "dflash2"
     architecture: ClassVar[str] = "DFlash2DraftModel"
-    speculators: ClassVar[tuple[str, str] | None] = ("dflash2", "DFlash2DraftModel")
+    speculators: ClassVar[str | None] = "dflash2"
     transformers: ClassVar[bool] = False
+    needs_plain_head: ClassVar[bool] = True
+    summary: ClassVar[str] = (
+        "A DFlash 2 draft: convolutions within the block, and a selector that walks over each slot's best candidates."
+    )
     starts_from: ClassVar[tuple[str, ...]] = (DFlash.architecture,)
     nested_only: ClassVar[tuple[str, ...]] = ("block_size",)
     first_slot: ClassVar[int] = 1
@@ -29,13 +42,14 @@ class DFlash2:
     losses: ClassVar[tuple[str, ...]] = ("draft_loss", "selector_loss")
     paths: ClassVar[tuple[str, ...]] = ("without_selector", "oracle")
     curves: ClassVar[tuple[Curve, ...]] = (
-        ("validation", "val_serving_walk_without_selector", "serving walk without the selector"),
-        ("validation", "val_serving_walk_oracle", "serving walk, best of the top k"),
-        ("validation", "val_top_k_recall", "truth in the top k, held-out"),
-        ("validation", "val_selector_accuracy_where_covered", "selector's accuracy there, held-out"),
-        ("training", "draft_loss", "training loss without the selector"),
-        ("training", "selector_loss", "training loss of the selector"),
+        _walk("without_selector", "without the selector"),
+        _walk("oracle", "best candidates"),
+        _share("val_top_k_recall", "truth among candidates"),
+        _share("val_selector_accuracy_where_covered", "chosen where among them"),
+        Curve("training", "draft_loss", "training loss without selector", "Loss", "training, without selector"),
+        Curve("training", "selector_loss", "training loss of the selector", "Loss", "training, selector"),
     )
+    by_slot: ClassVar[Mapping[str, str]] = {"val_top_k_recall_by_slot": "Truth among the candidates by slot"}
 
     conv_kernel_size: Size = 2
     """c: slots that a convolution reads, the own one and those before it."""
@@ -70,6 +84,10 @@ class DFlash2:
         said = {"is_causal": nested["causal"]} if "causal" in nested else {}
         kept = {name: value for name, value in document.items() if name not in self.nested_only}
         return {**kept, **said, "architectures": [self.architecture], "dflash_config": nested}
+
+    def speculators_fields(self) -> dict[str, Any]:
+        """Return its names there, and its fields."""
+        return {"architectures": [self.architecture], "speculators_model_type": self.speculators, **asdict(self)}
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "DFlash2":

@@ -1,14 +1,26 @@
 """What a variant of the draft says of itself, without torch: its fields, its tensors, its place in config.json."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from dflash_offline.schemas.draft.values import Found
 
 Sizes = Mapping[str, Any]
 """The sizes of a draft's config.json, as a checked document or the fields of a `DraftConfig` give them."""
-Curve = tuple[str, str, str]
-"""Which rows of the log, training or validation; which metric of them; what it is."""
+
+
+class Curve(NamedTuple):
+    """A metric as reports show it."""
+
+    kind: str
+    """Which rows of the log have it: training or validation."""
+    metric: str
+    label: str
+    """What it is, for a line of the terminal."""
+    plot: str
+    """Title of the plot that it stands in; one that all drafts have, or its own."""
+    name: str
+    """What it is called there."""
 
 
 class Variant(Protocol):
@@ -21,10 +33,14 @@ class Variant(Protocol):
     """What a user calls it."""
     architecture: ClassVar[str]
     """What config.json calls it."""
-    speculators: ClassVar[tuple[str, str] | None]
-    """The model type and the architecture that the speculators format knows it by; None if that has no such draft."""
+    speculators: ClassVar[str | None]
+    """What the speculators format calls it; None if that has no such draft."""
     transformers: ClassVar[bool]
     """Whether transformers' own generator has such a draft."""
+    needs_plain_head: ClassVar[bool]
+    """Whether vLLM serves it only where the target's head is not quantized."""
+    summary: ClassVar[str]
+    """What a card says of it, a sentence; empty for the base."""
     starts_from: ClassVar[tuple[str, ...]]
     """Architectures of drafts without its own tensors that it can start from; it then drafts at first what they do."""
     nested_only: ClassVar[tuple[str, ...]]
@@ -41,12 +57,17 @@ class Variant(Protocol):
     """Other ways to choose a block's tokens whose accepted length is measured beside that of the served one."""
     curves: ClassVar[tuple[Curve, ...]]
     """Its metrics, as reports show them."""
+    by_slot: ClassVar[Mapping[str, str]]
+    """Its metrics of held-out samples that have a value for each slot, with what they are."""
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return its tensors beyond those of every draft, with their shapes."""
 
     def written(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json of every draft as this variant's clients read it, its own fields included."""
+
+    def speculators_fields(self) -> dict[str, Any]:
+        """Return what its config.json in the speculators format has beyond, or other than, every draft's."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Variant":

@@ -1,6 +1,6 @@
 """The draft of a run: its config, from the settings, the cache and the draft it starts from, and what it borrows."""
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dflash_offline.schemas.identity import differences, refuse_differences, whe
 from dflash_offline.schemas.manifest import CAPTURE_RULE, EMBEDDINGS, TARGET
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.schemas.variants.table import BASE, NAMES
+from dflash_offline.schemas.variants.table import BASE, NAMES, own_fields
 from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.store.cache import Cache
@@ -155,18 +155,13 @@ def _variant(config: TrainConfig, start: StartDraft | None) -> Variant:
             f"Leave them out, or name the variant by --variant."
         )
     defaults = vars(begun) if isinstance(begun, kind) else {}
-    own = {name: asked[name] for name in _fields(kind) if name in asked}
+    own = {name: asked[name] for name in own_fields(kind) if name in asked}
     return kind(**{**defaults, **own})
-
-
-def _fields(kind: type[Variant]) -> list[str]:
-    assert is_dataclass(kind)
-    return [field.name for field in fields(kind)]
 
 
 def _settings(kind: type[Variant]) -> set[str]:
     """Return the settings that are a variant's own: its fields, and those of its loss."""
-    return {*_fields(kind), *kind.loss_settings}
+    return {*own_fields(kind), *kind.loss_settings}
 
 
 def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:
