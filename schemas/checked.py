@@ -15,6 +15,8 @@ from dflash_offline.schemas.errors import CacheError
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Size = Annotated[int, Meta(ge=1, le=1 << 26)]
 """Of a matrix, a block or a window."""
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
+"""Of a step of work."""
 Index = Annotated[int, Meta(ge=0, le=1 << 31)]
 LayerIndex = Annotated[int, Meta(ge=0, lt=4096)]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]

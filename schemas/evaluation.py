@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from dflash_offline.schemas.checked import Count, Size, checked, unlike
+from dflash_offline.schemas.checked import Count, Seconds, Size, checked, unlike
+from dflash_offline.schemas.results.draft_lengths import DraftLengths
 from dflash_offline.schemas.results.rounds import Acceptance
 from dflash_offline.schemas.sealed import parse_json, read_bounded
 from dflash_offline.schemas.settings.evaluate import EvalConfig
@@ -64,6 +65,27 @@ class _Proposal(TypedDict):
     acceptance: _All
 
 
+class _Pass(TypedDict):
+    concurrency: Size
+    round_s: NotRequired[Seconds | None]
+    plain_step_s: NotRequired[Seconds | None]
+
+
+class _Service(TypedDict):
+    num_speculative_tokens: NotRequired[Size | None]
+    passes: list[_Pass]
+
+
+class _Expected(TypedDict):
+    concurrency: Size
+    num_speculative_tokens: Size
+    speedup: list[float] | None
+
+
+class _Lengths(TypedDict):
+    expected: list[_Expected]
+
+
 class _Result(TypedDict):
     """What is read of a saved result, which holds more."""
 
@@ -79,6 +101,8 @@ class _Result(TypedDict):
     speedup: NotRequired[float | None]
     acceptance_by_kind: NotRequired[dict[str, _Group]]
     proposals: NotRequired[list[_Proposal]]
+    service: NotRequired[_Service | None]
+    draft_lengths: NotRequired[_Lengths | None]
 
 
 def read_result(path: Path, what_to_do: str) -> dict[str, Any]:
@@ -87,6 +111,9 @@ def read_result(path: Path, what_to_do: str) -> dict[str, Any]:
     typed = checked(result, _Result, path, what_to_do)
     if len(typed.get("drafted_by_slot", ())) != len(typed.get("accepted_by_slot", ())):
         raise unlike(path, "drafted_by_slot is not as long as accepted_by_slot", what_to_do)
+    for one in (typed.get("draft_lengths") or {"expected": []})["expected"]:
+        if one["speedup"] is not None and one["num_speculative_tokens"] > len(one["speedup"]):
+            raise unlike(path, "num_speculative_tokens is more than there are speed-ups of", what_to_do)
     return result
 
 
@@ -172,6 +199,10 @@ class Served:
     """Of an answer: seconds from its first token to its last / tokens after the first."""
     counted: Counted | None
     """None where the server shows no counters that are known here."""
+    round_s: float | None = None
+    """Seconds of a round, the prompts' own forwards left out; None where the server's rounds are not known."""
+    plain_step_s: float | None = None
+    """Seconds of a token after an answer's first on the plain server, at the same concurrency."""
     acceptance_by_kind: dict[str, Acceptance]
     """Where the server tells the rounds of each answer."""
     plain_tokens_per_s: float | None = None
@@ -234,6 +265,8 @@ class EvalResult:
     """Whether cached samples were walked without the target."""
     held_out: bool | None
     """Whether the cache's samples were held out of this draft's training; None for prompts of a file."""
+    prompt_set: dict[str, Any] | None = None
+    """The public set that the prompts are of: its dataset, and the revision or the local copy's hash."""
     block_size: int
     """K: the anchor and K - 1 drafted tokens; also the most tokens one round can produce."""
     acceptance: Acceptance
@@ -270,6 +303,8 @@ class EvalResult:
     """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
     proposals: tuple[ProposalFigures, ...] = ()
     """Each way of drafting where tokens are drawn here; the figures above are those of the greedy one."""
+    draft_lengths: DraftLengths | None = None
+    """What shorter blocks give and how many tokens to draft, if the settings ask for it."""
     decoded: tuple[DecodedPrompt, ...] | None = None
     """Every prompt's rounds, if the settings ask to keep them."""
     service: Service | None = None

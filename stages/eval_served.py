@@ -15,10 +15,13 @@ from dflash_offline.schemas.secrets import KEY_VARIABLE, Secrets, shown_url
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.answers.exchange import Client
 from dflash_offline.stages.conversations.prompts import read_prompts
+from dflash_offline.stages.conversations.reading.public_sets import describe_set
 from dflash_offline.stages.draft.losslessness import compare_answers, first_difference
 from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.evaluate import evaluate, load, machine
+from dflash_offline.stages.evaluation.draft_lengths import advise, walk_lengths
 from dflash_offline.stages.evaluation.samples import as_prompts, check_cache_fits, choose_samples, draft_folder
+from dflash_offline.stages.evaluation.served_costs import costs_of, round_seconds, saved_costs, step_seconds
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.serving.measure import LiveServer, Pass, Question, measure
 from dflash_offline.stages.serving.stream import StreamedAnswer
@@ -41,9 +44,9 @@ def evaluate_served(config: EvalConfig, progress: Progress | None = None) -> Eva
     there is, and nothing but the draft's config is read here. Raises `DflashError` if a prompt gets no answer.
     """
     assert config.server is not None, "the settings were checked"
-    progress, loaded, local = progress or Silent(), None, None
+    progress, loaded, local, lengths = progress or Silent(), None, None, None
     folder, trained = draft_folder(config.draft)
-    draft = load_draft(folder)
+    draft, saved = load_draft(folder), saved_costs(config, trained)
     if config.target is not None:
         loaded = load(config, progress)
         local = evaluate(replace(config, keep_rounds=True), **vars(loaded), progress=progress)
@@ -52,12 +55,17 @@ def evaluate_served(config: EvalConfig, progress: Progress | None = None) -> Eva
         samples = choose_samples(config.cache, trained, config.limit)
         check_cache_fits(samples, draft)
         questions, held_out = [Question(prompt=p, ids=ids) for p, ids in as_prompts(samples)], samples.held_out
+        if config.draft_lengths and local is None:
+            lengths = advise(walk_lengths(samples, draft, progress)[1], (), saved, config)
     else:
         assert config.prompts is not None, "the settings were checked"
-        questions = [Question(prompt=prompt) for prompt in read_prompts(config.prompts, config.limit)]
+        prompts = loaded.prompts if loaded is not None else None
+        prompts = prompts or read_prompts(config.prompts, config.limit, config.seed)
+        questions = [Question(prompt=prompt) for prompt in prompts]
         if local is not None:
             assert local.decoded is not None, "they were asked for"
             questions = [replace(q, ids=list(d.prompt_ids)) for q, d in zip(questions, local.decoded, strict=True)]
+    lengths = local.draft_lengths if local is not None else lengths
     server, passes, plain = asyncio.run(_ask(config, questions, progress))
     references = _references(questions, local, plain)
     target = loaded.target if loaded else None
@@ -69,23 +77,30 @@ def evaluate_served(config: EvalConfig, progress: Progress | None = None) -> Eva
         url=shown_url(config.server),
         kind=server.kind,
         model=server.model,
-        compared_with=None
-        if config.temperature
-        else "the plain server"
-        if plain
-        else "the target here"
-        if local
-        else None,
+        compared_with=None if config.temperature else _compared_with(plain, local),
         num_speculative_tokens=server.num_speculative_tokens,
         passes=served,
-        notes=(*server.notes, *_notes(served, server, draft.config.block_size)),
+        notes=(*server.notes, *_notes(served, server, draft.config.block_size), *_unasked(questions)),
     )
-    shown = replace(config, server=service.url, plain_server=config.plain_server and shown_url(config.plain_server))
     if local is not None:
         found = replace(local, decoded=local.decoded if config.keep_rounds else None)
     else:
         found = _of_the_server(config, questions, passes[0], served[0], trained, held_out, draft.config.block_size)
-    return replace(found, config=shown, service=service, lossless=_lossless(found.lossless, served))
+    if lengths is not None:
+        lengths = advise(lengths.lengths, lengths.costs, [*saved, *costs_of(service)], config)
+    return replace(
+        found,
+        config=replace(config, server=service.url, plain_server=config.plain_server and shown_url(config.plain_server)),
+        service=service,
+        draft_lengths=lengths,
+        lossless=_lossless(found.lossless, served),
+    )
+
+
+def _compared_with(plain: list[Pass] | None, local: EvalResult | None) -> str | None:
+    if plain:
+        return "the plain server"
+    return "the target here" if local else None
 
 
 async def _ask(
@@ -144,6 +159,8 @@ def _served(
         first_token_s=spread([first - a.began for a, first, _, _ in timed if first is not None]),
         per_token_s=spread([(last - first) / (n - 1) for _, first, last, n in timed if first and last and n > 1]),
         counted=one.counted,
+        round_s=round_seconds(one.answers, one.counted),
+        plain_step_s=step_seconds(plain.answers) if plain else None,
         acceptance_by_kind=kinds,
         plain_tokens_per_s=plain.num_tokens / plain.seconds if plain else None,
         identical=len(one.answers) - len(differences) if compared else None,
@@ -214,6 +231,7 @@ def _of_the_server(
         trained=trained,
         offline=False,
         held_out=held_out,
+        prompt_set=describe_set(config.prompts) if config.prompts is not None else None,
         **figures,
         identical=served.identical,
         differences=served.differences,
@@ -269,6 +287,14 @@ def _notes(served: tuple[Served, ...], server: LiveServer, block_size: int) -> l
     if server.kind == "vLLM" and drafts is None:
         found.append("the server counts no drafts: it was started without --speculative-config")
     return list(dict.fromkeys(found))
+
+
+def _unasked(questions: list[Question]) -> list[str]:
+    """Return a note on the turns that were not asked, since they stand behind answers that nothing here gives."""
+    later = sum(len(question.prompt.then) for question in questions)
+    if not later:
+        return []
+    return [f"{later} later turns were not asked: they follow the target's answers. Name --target to ask them too"]
 
 
 def _lossless(here: bool | None, served: tuple[Served, ...]) -> bool | None:

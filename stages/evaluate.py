@@ -4,7 +4,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -12,15 +12,19 @@ import torch
 
 from dflash_offline.schemas.errors import BadInputError
 from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult, ProposalFigures
+from dflash_offline.schemas.results.draft_lengths import DraftLengths, ServedCost
 from dflash_offline.schemas.results.rounds import round_figures
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.stages.conversations.prompts import encode_prompt, read_prompts
+from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
+from dflash_offline.stages.conversations.reading.public_sets import describe_set
 from dflash_offline.stages.draft.losslessness import compare_answers
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.pairing import check_draft_fits, check_rewindable
 from dflash_offline.stages.draft.sampling import Proposal
 from dflash_offline.stages.draft.weights import load_draft
+from dflash_offline.stages.evaluation.costs import measure_costs
 from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, rounds_of, tokens_per_s
+from dflash_offline.stages.evaluation.draft_lengths import advise, decode_lengths, walk_lengths
 from dflash_offline.stages.evaluation.samples import (
     as_prompts,
     check_cache_fits,
@@ -28,6 +32,8 @@ from dflash_offline.stages.evaluation.samples import (
     draft_folder,
     walk_samples,
 )
+from dflash_offline.stages.evaluation.served_costs import saved_costs
+from dflash_offline.stages.evaluation.turns import all_turns, stop_ids
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.target.files import open_target, steady_positions
 from dflash_offline.stages.target.model import check_plain_embeddings, choose_device, load_model, resolve_dtype
@@ -41,6 +47,8 @@ class Loaded:
     tokenizer: Any
     draft: DraftModel
     trained: dict[str, Any] | None
+    prompts: list[Prompt] | None
+    """Those that the settings name, with their later turns; None where a cache is."""
 
 
 def load(config: EvalConfig, progress: Progress | None = None) -> Loaded:
@@ -51,8 +59,9 @@ def load(config: EvalConfig, progress: Progress | None = None) -> Loaded:
     dtype = resolve_dtype(config.dtype, device, files.config)
     folder, trained = draft_folder(config.draft)
     draft = load_draft(folder, dtype, device)
-    if config.prompts is not None:
-        read_prompts(config.prompts, config.limit)  # a faulty file is named before the target's weights are read
+    prompts = None
+    if config.prompts is not None:  # a faulty file is named before the target's weights are read
+        prompts = read_prompts(config.prompts, config.limit, config.seed)
     target = load_model(
         files,
         dtype=dtype,
@@ -62,7 +71,9 @@ def load(config: EvalConfig, progress: Progress | None = None) -> Loaded:
         progress=progress,
     )
     check_plain_embeddings(target, files.name)
-    return Loaded(target, files.tokenizer, draft, trained)
+    if prompts is not None:
+        prompts = all_turns(prompts, config, target, files.tokenizer, progress or Silent())
+    return Loaded(target, files.tokenizer, draft, trained, prompts)
 
 
 def evaluate_folder(config: EvalConfig, progress: Progress | None = None) -> EvalResult:
@@ -86,15 +97,18 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
     samples = choose_samples(config.cache, trained, config.limit)
     check_cache_fits(samples, draft)
     with _torch_threads(config.threads):
-        rounds = walk_samples(samples, draft, progress or Silent())
-        if len({turn.kind for turn in rounds}) == 1:  # one input file is no kind of its own
-            rounds = [replace(turn, kind=None) for turn in rounds]
+        progress, lengths, saved = progress or Silent(), None, saved_costs(config, trained)
+        if config.draft_lengths:
+            rounds, lengths = walk_lengths(samples, draft, progress)
+        else:
+            (rounds,) = walk_samples(samples, [draft], progress)
         return EvalResult(
             config=config,
             trained=trained,
             offline=True,
             held_out=samples.held_out,
             **round_figures(rounds, draft.config.block_size),
+            draft_lengths=advise(lengths, (), saved, config) if lengths else None,
             **machine(device, dtype),
         )
 
@@ -106,6 +120,7 @@ def evaluate(
     tokenizer: Any,
     draft: DraftModel,
     trained: dict[str, Any] | None = None,
+    prompts: list[Prompt] | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Decode every prompt by the target alone and with the draft, and return what that shows.
@@ -116,9 +131,13 @@ def evaluate(
     """
     check_draft_fits(draft.config, target)
     check_rewindable(target, config.target or type(target).__name__)
-    cases, held_out = _read_cases(config, tokenizer, target, draft, trained)
-    decoder = Decoder(config, target, draft, stop_ids(target, tokenizer))
     progress = progress or Silent()
+    if prompts is None and config.prompts is not None:
+        prompts = all_turns(
+            read_prompts(config.prompts, config.limit, config.seed), config, target, tokenizer, progress
+        )
+    cases, held_out = _cases(config, tokenizer, target, draft, trained, prompts)
+    decoder, saved = Decoder(config, target, draft, stop_ids(target, tokenizer)), saved_costs(config, trained)
     outcomes: list[Outcome] = []
     with _torch_threads(config.threads):
         progress.start("Decoding", len(cases), "prompts")
@@ -135,14 +154,29 @@ def evaluate(
             trained=trained,
             offline=False,
             held_out=held_out,
+            prompt_set=describe_set(config.prompts) if config.prompts is not None else None,
             **round_figures([rounds_of(o.case, o.speculative) for o in outcomes], draft.config.block_size),
             **_live_figures(config, target, outcomes),
+            draft_lengths=_draft_lengths(decoder, outcomes, saved, progress) if config.draft_lengths else None,
             proposals=tuple(
                 _proposal(name, outcomes, draft.config.block_size) for name in decoder.proposals if config.temperature
             ),
             decoded=tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None,
             **machine(target.device, target.dtype),
         )
+
+
+def _draft_lengths(
+    decoder: Decoder, outcomes: list[Outcome], saved: list[ServedCost], progress: Progress
+) -> DraftLengths:
+    """Return what shorter blocks give on the prompts, and what to draft by the costs of the steps here."""
+    lengths = decode_lengths(decoder, outcomes, progress)
+    texts = sorted((o.case.ids + o.plain.tokens[: len(o.plain.tokens) // 2] for o in outcomes), key=len)
+    fresh = round(lengths[-1].acceptance.pooled or 1)
+    costs = measure_costs(
+        decoder.target, decoder.draft, texts[len(texts) // 2], fresh, decoder.config.concurrency, progress
+    )
+    return advise(lengths, costs, saved, decoder.config)
 
 
 def token_decoder(config: EvalConfig) -> Callable[[list[int]], str]:
@@ -157,18 +191,13 @@ def token_decoder(config: EvalConfig) -> Callable[[list[int]], str]:
     return decode
 
 
-def stop_ids(target: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end an answer: the target's generation settings', else the tokenizer's."""
-    ids = target.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _read_cases(
-    config: EvalConfig, tokenizer: Any, target: Any, draft: DraftModel, trained: dict[str, Any] | None
+def _cases(
+    config: EvalConfig,
+    tokenizer: Any,
+    target: Any,
+    draft: DraftModel,
+    trained: dict[str, Any] | None,
+    prompts: list[Prompt] | None,
 ) -> tuple[list[Case], bool | None]:
     held_out = None
     if config.cache is not None:
@@ -176,8 +205,7 @@ def _read_cases(
         check_cache_fits(samples, draft)
         cases, held_out = [Case(*pair) for pair in as_prompts(samples)], samples.held_out
     else:
-        assert config.prompts is not None, "the settings were checked"
-        prompts = read_prompts(config.prompts, config.limit)
+        assert prompts is not None, "the settings were checked"
         cases = [Case(prompt, encode_prompt(prompt, tokenizer, config.chat_template_kwargs)) for prompt in prompts]
     most = steady_positions(target.config.get_text_config(decoder=True))
     for case in cases:

@@ -193,6 +193,12 @@ def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[s
             f"{given} was measured with another draft: {measured}; expected run {trained['run']}, step "
             f"{trained['step']}. Evaluate this checkpoint, or leave --eval out."
         )
+    for one in (result.get("draft_lengths") or {}).get("expected", ()):
+        if one["num_speculative_tokens"] >= trained["block_size"]:
+            raise MismatchError(
+                f"{given} advises to draft {one['num_speculative_tokens']} tokens; expected fewer than the block size "
+                f"{trained['block_size']}. Evaluate this checkpoint again, or leave --eval out."
+            )
     return result
 
 

@@ -17,8 +17,8 @@ _RECIPE = (
 )
 """Settings that decide a run, in the order in which the card lists those that it has."""
 
-_ZLAB = """A block holds one anchor and {drafted} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
-
+_ZLAB = """A block holds one anchor and {trained} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
+{advice}
     vllm serve {quoted} --speculative-config \\
       '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
@@ -27,7 +27,7 @@ _ZLAB = """A block holds one anchor and {drafted} drafted tokens; vLLM counts th
 """
 _SPECULATORS = """The speculators format. Its layer ids are {aux}, one more than those above: entries of
 transformers' hidden states, of which entry 0 is the embedding. Embeddings and head are the target's own.
-
+{advice}
     vllm serve {quoted} --speculative-config \\
       '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
@@ -35,7 +35,7 @@ SGLang does not read this format; for it, export with `--format zlab` and serve 
 """
 _TRANSFORMERS = """For transformers' own generator, 5.23 or newer. vLLM and SGLang want the draft exported with
 `--format zlab`, and then {drafted} speculative tokens in vLLM and {block} draft tokens in SGLang.
-
+{advice}
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, MuseGlimmerAssistantModel
 
@@ -83,7 +83,7 @@ def card(
 ## Acceptance
 {_measured(state, result)}
 ## Serving
-{_serving(config, kind, origin["target"], limits)}"""
+{_serving(config, kind, origin["target"], limits, _expected(result))}"""
 
 
 def converted_card(name: str, config: DraftConfig, kind: str, target: str, limits: list[str]) -> str:
@@ -93,17 +93,26 @@ def converted_card(name: str, config: DraftConfig, kind: str, target: str, limit
 {_shape(config)} Written by `dflash-offline` from the draft {name}, whose card says how it was made.
 
 ## Serving
-{_serving(config, kind, target, limits)}"""
+{_serving(config, kind, target, limits, [])}"""
 
 
-def _serving(config: DraftConfig, kind: str, target: str, limits: list[str]) -> str:
-    """Return how each client serves a draft."""
+def _expected(result: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return how many tokens to draft at each concurrency, where that was measured."""
+    found: list[dict[str, Any]] = ((result or {}).get("draft_lengths") or {}).get("expected", [])
+    return found
+
+
+def _serving(config: DraftConfig, kind: str, target: str, limits: list[str], expected: list[dict[str, Any]]) -> str:
+    """Return how each client serves a draft, with as many drafted tokens as the first of `expected` says."""
+    drafted = expected[0]["num_speculative_tokens"] if expected else config.block_size - 1
     texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
     serving = texts.get(kind, _TRANSFORMERS).format(
         target=target,
         quoted=shlex.quote(target),
-        drafted=config.block_size - 1,
-        block=config.block_size,
+        trained=config.block_size - 1,
+        drafted=drafted,
+        block=drafted + 1,
+        advice="".join(f"{_advice(one)}\n" for one in expected),
         aux=", ".join(str(i + 1) for i in config.target_layer_ids),
     )
     return serving + "".join(f"\nNot for {line}\n" for line in limits)
@@ -118,6 +127,13 @@ def _shape(config: DraftConfig) -> str:
         f"{variant}{config.num_hidden_layers} draft layers that read the outputs of target layers {ids}; blocks of "
         f"{config.block_size},\nmask token {config.mask_token_id}."
     )
+
+
+def _advice(one: dict[str, Any]) -> str:
+    number, speedup = one["num_speculative_tokens"], one.get("speedup")
+    times = f", {speedup[number - 1]:.2f} times plain decoding" if speedup else ""
+    requests = f"{one['concurrency']} request" + ("" if one["concurrency"] == 1 else "s")
+    return f"With {requests} at a time, drafting {number} should be fastest{times}."
 
 
 def _measured(state: TrainState, result: dict[str, Any] | None) -> str:

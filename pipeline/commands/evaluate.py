@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dflash_offline.pipeline.command import reported
+from dflash_offline.pipeline.commands.length_report import length_lines
 from dflash_offline.pipeline.commands.served_report import service_lines
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, check_file, command
 from dflash_offline.pipeline.progress import LogFormat
@@ -29,6 +30,10 @@ BAR_WIDTH = 50
     ("speed and losslessness too", "draft --target Qwen/Qwen3-8B --prompts held_out.jsonl"),
     ("acceptance length alone; no target is loaded", "run --cache cache"),
     ("tokens drawn at a temperature", "run --target Qwen/Qwen3-8B --cache cache --temperature 0.7"),
+    (
+        "how many tokens to draft, at 1 and 8 requests",
+        "run --target Qwen/Qwen3-8B --cache cache --draft-lengths --concurrency 1,8",
+    ),
     (
         "as a live server serves it",
         "draft --server http://127.0.0.1:8000 --prompts own.jsonl --concurrency 1,4,16",
@@ -94,7 +99,16 @@ def print_report(result: EvalResult) -> None:
     if result.threads:
         print(f"{result.dtype} on {result.device}, {_count(result.threads, 'thread')}")
     print()
-    for part in (service_lines, _speed_lines, _proposal_lines, _acceptance_lines, _histogram, _slots, _lossless_lines):
+    for part in (
+        service_lines,
+        _speed_lines,
+        _proposal_lines,
+        _acceptance_lines,
+        length_lines,
+        _histogram,
+        _slots,
+        _lossless_lines,
+    ):
         for line in part(result):
             print(line)
 

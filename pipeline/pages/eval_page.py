@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dflash_offline.pipeline.commands.length_report import advice, length_rows
 from dflash_offline.pipeline.commands.served_report import HEADINGS, served_rows
 from dflash_offline.pipeline.pages.page import fitting, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
@@ -41,6 +42,7 @@ def write_eval_page(result: EvalResult, path: Path, decode: Decode | None = None
         plots=[draw(plot) for plot in _plots(result)],
         kinds=_kinds(result),
         proposals=_proposals(result),
+        lengths=_lengths(result),
         service=_service(result),
         confusions=confusions[:MOST_CONFUSIONS],
         confusions_note=f"First rejected token of each round, over all prompts; {_listed(len(confusions))}.",
@@ -73,6 +75,16 @@ def _kinds(result: EvalResult) -> list[list[Any]]:
     """Return the acceptance of each kind of prompts, the worst first."""
     kinds = sorted(result.acceptance_by_kind.items(), key=lambda pair: pair[1].pooled or 0)
     return [[visible(kind), group.prompts, group.rounds, group.pooled, group.mean] for kind, group in kinds]
+
+
+def _lengths(result: EvalResult) -> dict[str, Any] | None:
+    """Return what each number of drafted tokens gives and costs, and how many to draft."""
+    found = result.draft_lengths
+    if found is None:
+        return None
+    headings, rows = length_rows(found)
+    lines = [line.strip() for one in found.expected for line in advice(one)] + [*found.notes]
+    return {"headings": [visible(one) for one in headings], "rows": rows, "lines": [visible(line) for line in lines]}
 
 
 def _proposals(result: EvalResult) -> list[list[Any]]:

@@ -1,5 +1,6 @@
 """Reading prompts from JSONL and turning them into the tokens a target is given."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,13 @@ from dflash_offline.stages.bounds import bounded
 from dflash_offline.stages.conversations.chat_tokenizer import template_origin
 from dflash_offline.stages.conversations.content import RowFaultError, checked_text, read_messages, template_kwargs
 from dflash_offline.stages.conversations.files import Row, identify, read_rows, refuse_bad_rows
+from dflash_offline.stages.conversations.reading.public_sets import (
+    SETS,
+    chosen_rows,
+    fetched_rows,
+    named_set,
+    turns_of,
+)
 from dflash_offline.stages.conversations.rendering import MOST_RENDERED
 
 WHAT_TO_DO = (
@@ -33,10 +41,18 @@ class Prompt:
     text: str | None = None
     kind: str | None = None
     """Group that statistics are given for."""
+    then: tuple[str, ...] = ()
+    """What the user says next, each after the answer to all before it."""
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Return the file's first `limit` prompts; `BadInputError` naming every line that is not one."""
+def read_prompts(path: Path, limit: int | None = None, seed: int = 0) -> list[Prompt]:
+    """Return the file's first `limit` prompts; `BadInputError` naming every line that is not one.
+
+    `path` may name a public set instead, of which the seed draws `limit` prompts.
+    """
+    if named := named_set(path):
+        return _set_prompts(*named, limit, seed)
+    _refuse_misspelt(path)
     prompts: list[Prompt] = []
     faults: list[str] = []
     for count, row in enumerate(read_rows(identify(path)), start=1):
@@ -50,6 +66,34 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise BadInputError(f"{path} holds no prompt. {WHAT_TO_DO}")
     return prompts
+
+
+def _set_prompts(name: str, file: Path | None, limit: int | None, seed: int) -> list[Prompt]:
+    """Return the prompts of a public set, from a local copy where one is named."""
+    if file is None:
+        rows = [(f"{name}:{i}", row) for i, row in enumerate(fetched_rows(name), start=1)]
+    else:
+        read = list(read_rows(identify(file)))
+        refuse_bad_rows([f"{row.place} {row.fault}" for row in read if row.fault], "Fetch the file again.")
+        rows = [(row.place, row.value) for row in read]
+    prompts = []
+    for place, row in (rows[i] for i in chosen_rows(len(rows), limit, seed)):
+        (first, *others), kind = turns_of(name, row, place)
+        messages = [{"role": "user", "content": first}]
+        prompts.append(Prompt(place=place, messages=messages, kind=kind, then=tuple(others)))
+    if not prompts:
+        raise BadInputError(f"{file or name} holds no row. Fetch it again.")
+    return prompts
+
+
+def _refuse_misspelt(path: Path) -> None:
+    """Raise `BadInputError` for what is no file and has no ending either, so that a public set may have been meant."""
+    if not path.exists() and len(path.parts) == 1 and not path.suffix:
+        near = difflib.get_close_matches(path.name, SETS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise BadInputError(
+            f"{path} is no file here, and no public set of prompts; expected a file, or one of {', '.join(SETS)}.{hint}"
+        )
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:

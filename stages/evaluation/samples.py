@@ -1,5 +1,6 @@
 """The samples of a cache that a draft did not train on, as prompts for decoding or to be walked without the target."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,16 +123,20 @@ def check_cache_fits(chosen: EvalSamples, draft: DraftModel) -> None:
     )
 
 
-def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> list[Rounds]:
-    """Return the serving walk of every assistant turn, with the draft on its own device and in its own dtype.
+def walk_samples(chosen: EvalSamples, drafts: Sequence[DraftModel], progress: Progress) -> list[list[Rounds]]:
+    """Return each draft's serving walk of every assistant turn, on its own device and in its own dtype.
 
-    The kind of a turn is the input file of its sample.
+    The drafts read the same layers, each of which is read once; the first has the longest block. The kind of a turn is
+    the input file of its sample, if there are several.
     """
-    config, cache, device = draft.config, chosen.cache, next(draft.parameters()).device
+    config, cache, device = drafts[0].config, chosen.cache, next(drafts[0].parameters()).device
     head, table = borrowed_parts(cache, device)
-    module = DFlashTrainerModule(
-        draft, head, table, config.mask_token_id, block_size=config.block_size, attention_backend="sdpa"
-    )
+    modules = [
+        DFlashTrainerModule(
+            *(draft, head, table, config.mask_token_id), block_size=draft.config.block_size, attention_backend="sdpa"
+        )
+        for draft in drafts
+    ]
     loader = BatchLoader(
         chosen.corpus,
         layer_ids=config.target_layer_ids,
@@ -143,25 +148,28 @@ def walk_samples(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> 
     )
     order = chosen.samples[np.argsort(cache.samples.num_tokens[chosen.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
-    walked: list[Rounds] = []
+    walked: list[list[Rounds]] = [[] for _ in drafts]
+    several_files = len({cache.samples.source(i) for i in chosen.samples.tolist()}) > 1
     progress.start("Walking", len(order), "samples")
     try:
         with torch.inference_mode():
             for batch in loader.stream(parts, threads=1):
-                ((prefixes, *_), _), masks = draft_everywhere(module, batch), batch.loss_mask.cpu().numpy()
-                for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
-                    source = cache.samples.source(sample)
-                    several = [turn for turn in turns(mask) if turn[0] < turn[1]]
-                    walked += [_walked(source, *turn, prefix, config.block_size) for turn in several]
+                masks = batch.loss_mask.cpu().numpy()
+                for module, rounds in zip(modules, walked, strict=True):
+                    (prefixes, *_), _ = draft_everywhere(module, batch)
+                    for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
+                        kind = cache.samples.source(sample) if several_files else None
+                        several = [turn for turn in turns(mask) if turn[0] < turn[1]]
+                        rounds += [_walked(kind, *turn, prefix, module.block_size) for turn in several]
                 progress.advance(len(batch.samples))
     finally:
         progress.finish()
     return walked
 
 
-def _walked(source: str, first: int, last: int, prefix: NDArray[np.int64], block_size: int) -> Rounds:
+def _walked(kind: str | None, first: int, last: int, prefix: NDArray[np.int64], block_size: int) -> Rounds:
     produced, kept, anchor = simulate_turn(first, last, prefix), [], first
     for tokens in produced:
         kept.append(min(int(prefix[anchor]), tokens))
         anchor += tokens
-    return Rounds(kind=source, produced=produced, proposed=[block_size - 1] * len(produced), kept=kept)
+    return Rounds(kind=kind, produced=produced, proposed=[block_size - 1] * len(produced), kept=kept)

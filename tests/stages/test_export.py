@@ -4,6 +4,7 @@ import ast
 import json
 import shlex
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,36 @@ def test_the_card_says_what_was_measured_if_it_was_with_this_checkpoint(run: Pat
     (copy / "eval.json").write_text(json.dumps(eval_result(copy)))
     export(copy, tmp_path / "draft", "last")
     assert "3.25" in (tmp_path / "draft/README.md").read_text()
+
+
+def expected(concurrency: int, number: int) -> dict[str, object]:
+    return {"concurrency": concurrency, "num_speculative_tokens": number, "speedup": [1.5, 2.0, 2.5, 2.25, 2, 2, 2]}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_launch_lines_draft_as_many_tokens_as_was_found_fastest(run: Path, tmp_path: Path, kind: str) -> None:
+    found = eval_result(run, draft_lengths={"expected": [expected(1, 3), expected(8, 2)]})
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    export(run, tmp_path / "draft", "last", kind, evaluation=tmp_path / "eval.json")
+    card = (tmp_path / "draft/README.md").read_text()
+    assert "With 1 request at a time, drafting 3 should be fastest, 2.50 times plain decoding." in card
+    assert "With 8 requests at a time, drafting 2 should be fastest, 2.00 times plain decoding." in card
+    if kind == "transformers":
+        assert "then 3 speculative tokens in vLLM and 4 draft tokens in SGLang" in card
+    else:
+        assert '"num_speculative_tokens": 3}' in card
+        assert ("--speculative-num-draft-tokens 4" in card) == (kind == "zlab")
+    export(run, tmp_path / "plain", "last", kind)
+    plain = (tmp_path / "plain/README.md").read_text()
+    assert "should be fastest" not in plain and ("7 speculative" in plain or '"num_speculative_tokens": 7}' in plain)
+
+
+def test_advice_to_draft_more_than_a_block_holds_is_refused(run: Path, tmp_path: Path) -> None:
+    for number, error in ((8, DflashError), (7, None)):
+        found = eval_result(run, draft_lengths={"expected": [{**expected(1, number), "speedup": None}]})
+        (tmp_path / "eval.json").write_text(json.dumps(found))
+        with pytest.raises(error, match="fewer than the block size 8") if error else nullcontext():
+            export(run, tmp_path / "draft", "last", evaluation=tmp_path / "eval.json")
 
 
 def test_the_card_names_both_ways_of_drafting(run: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ _READABLE = "text, numbers, lists, structs, maps and JSON"
 
 Reader = Callable[[Any], Any]
 """Takes a value as pyarrow gives it, and returns what it means; raises `RowFaultError`."""
+_ASKED = {"instruction", "input"}
+"""Columns of a public set of prompts whose rows are texts too."""
 
 
 def read_parquet(path: Path) -> NumberedRows:
@@ -177,4 +179,5 @@ def _columns(schema: pa.Schema) -> list[str] | None:
     """Return the columns that rows are made of; None where there is none of them, for all."""
     if ROW_KEYS.isdisjoint(schema.names):
         return None
-    return [name for name in schema.names if name in ROW_KEYS or name in MARK_KEYS]
+    asked = _ASKED if _ASKED.issubset(schema.names) else set()
+    return [name for name in schema.names if name in ROW_KEYS or name in MARK_KEYS or name in asked]

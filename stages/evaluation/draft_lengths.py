@@ -1,0 +1,88 @@
+"""Every shorter block: how much of it is accepted, by passes of its own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dflash_offline.schemas.results.draft_lengths import DraftLength, DraftLengths, ServedCost, StepCosts
+from dflash_offline.schemas.results.rounds import Rounds, round_figures
+from dflash_offline.schemas.settings.evaluate import EvalConfig
+from dflash_offline.stages.draft.decode import SpeculativeDecoding
+from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, rounds_of, tokens_per_s
+from dflash_offline.stages.evaluation.expected import expected_speeds
+from dflash_offline.stages.evaluation.samples import EvalSamples, walk_samples
+from dflash_offline.stages.progress import Progress
+
+
+def shortened(draft: DraftModel, block_size: int) -> DraftModel:
+    """Return a draft of the same weights, which are shared, for blocks of another size."""
+    with torch.device("meta"):
+        other = DraftModel(replace(draft.config, block_size=block_size), draft.attention_backend)
+    other.load_state_dict(draft.state_dict(), assign=True)
+    return other.eval()
+
+
+def decode_lengths(decoder: Decoder, outcomes: Sequence[Outcome], progress: Progress) -> tuple[DraftLength, ...]:
+    """Return what every block size from 2 gives on the prompts of `outcomes`, which are those of the whole block.
+
+    The sizes take turns at going first, so that none has the warmer machine.
+    """
+    block_size = decoder.draft.config.block_size
+    sizes = list(range(2, block_size))
+    drafts = {size: shortened(decoder.draft, size) for size in sizes}
+    done: dict[int, list[SpeculativeDecoding]] = {size: [] for size in sizes}
+    progress.start("Decoding with shorter blocks", len(outcomes), "prompts")
+    try:
+        for i, outcome in enumerate(outcomes):
+            for size in sizes[i % max(len(sizes), 1) :] + sizes[: i % max(len(sizes), 1)]:
+                done[size].append(decoder.speculate(outcome.case, i, draft=drafts[size]))
+            progress.advance(1)
+    finally:
+        progress.finish()
+    done[block_size] = [outcome.speculative for outcome in outcomes]
+    cases = [outcome.case for outcome in outcomes]
+    return tuple(_decoded_length(size, cases, done[size]) for size in [*sizes, block_size])
+
+
+def walk_lengths(
+    chosen: EvalSamples, draft: DraftModel, progress: Progress
+) -> tuple[list[Rounds], tuple[DraftLength, ...]]:
+    """Return the rounds of whole blocks over a cache's samples, and what every block size from 2 gives."""
+    sizes = range(draft.config.block_size, 1, -1)
+    walked = walk_samples(chosen, [shortened(draft, size) for size in sizes], progress)
+    lengths = [draft_length(size, rounds) for size, rounds in zip(sizes, walked, strict=True)]
+    return walked[0], tuple(reversed(lengths))
+
+
+def _decoded_length(size: int, cases: list[Case], done: list[SpeculativeDecoding]) -> DraftLength:
+    rounds = [rounds_of(case, one) for case, one in zip(cases, done, strict=True)]
+    return draft_length(size, rounds, tokens_per_s(done))
+
+
+def draft_length(block_size: int, rounds: Sequence[Rounds], speed: float | None = None) -> DraftLength:
+    """Return what the rounds of blocks of one size come to."""
+    figures = round_figures(rounds, block_size)
+    return DraftLength(
+        num_speculative_tokens=block_size - 1,
+        acceptance=figures["acceptance"],
+        acceptance_by_kind=figures["acceptance_by_kind"],
+        tokens_per_s=speed,
+    )
+
+
+def advise(
+    lengths: tuple[DraftLength, ...], costs: Sequence[StepCosts], served: Sequence[ServedCost], config: EvalConfig
+) -> DraftLengths:
+    """Return the lengths with the speeds to expect of them, and what would tell more."""
+    expected, notes = expected_speeds(lengths, costs, served), []
+    known = {one.concurrency for one in expected}
+    if missing := [str(number) for number in config.concurrency if number not in known]:
+        notes.append(
+            f"what a round costs at {', '.join(missing)} at a time is not known: name --target, or give --speeds of a "
+            f"server at two or more numbers of drafted tokens"
+        )
+    if any(one.speedup is None for one in expected):
+        notes.append("plain decoding was not timed on the server: name --plain-server to see how much faster it is")
+    return DraftLengths(lengths=lengths, costs=tuple(costs), expected=expected, notes=tuple(notes))
