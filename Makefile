@@ -73,8 +73,8 @@ check-clients: $(LINKED) $(CLIENT_STAMPS) ## compare with the real serving clien
 	DFLASH_ZLAB=$(CURDIR)/$(CLIENTS) DFLASH_TRANSFORMERS=$(CURDIR)/$(CLIENTS)/transformers \
 	  DFLASH_SPECULATORS=$(CURDIR)/$(CLIENTS)/speculators $(BIN)/pytest -m clients
 
-check-vllm: $(LINKED) $(CLIENTS)/vllm/installed ## serve drafts by a real vLLM on the CPU, and compare every round
-	DFLASH_VLLM=$(CURDIR)/$(CLIENTS)/vllm $(BIN)/pytest -m vllm
+check-vllm: $(LINKED) $(CLIENTS)/vllm/installed $(CLIENTS)/triton/installed ## serve drafts by a real vLLM on the CPU, and compare every round
+	DFLASH_VLLM=$(CURDIR)/$(CLIENTS)/vllm DFLASH_TRITON=$(CURDIR)/$(CLIENTS)/triton $(BIN)/pytest -m vllm
 
 $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
@@ -97,6 +97,11 @@ $(CLIENTS)/speculators/installed: | $(LINKED)
 # All that vLLM imports to serve text, and nothing that would bring another torch: 1 GB.
 $(CLIENTS)/vllm/installed: tests/clients/vllm.txt | $(LINKED)
 	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) -r $<
+	touch $@
+
+# By itself, for vLLM takes its newer model runner wherever it finds Triton.
+$(CLIENTS)/triton/installed: | $(LINKED)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) triton==3.8.0
 	touch $@
 
 bench-eval: $(LINKED) $(CLIENTS)/dflash | demo/eval.json ## time decoding against z-lab's client, generate and the target alone

@@ -1,4 +1,15 @@
-"""A real vLLM, in the folder that DFLASH_VLLM names: a script run to its end, or its server while it is wanted."""
+"""A real vLLM, in the folder that DFLASH_VLLM names: prompts decoded offline, a script run, or its server.
+
+How to hold an exported draft of any kind against it, in a test with the marker `vllm`:
+
+    found = decode_live(tmp_path, draft, prompts, new_runner=True)   # prompts: lists of token ids
+    found.tokens, found.accepted, found.equal_prompts(own)           # own: this project's SpeculativeDecodings
+
+`new_runner` takes vLLM's V2 model runner, which alone serves drafts of mixed layers, DFlash 2 and DSpark; Triton's
+interpreter runs its kernels, some fifty times slower, so few prompts and short answers. `settings` go to vLLM's
+speculative_config (`{"method": "dspark"}`). Outside `make check-vllm`, DFLASH_VLLM and DFLASH_TRITON name the folders
+that it makes (`make .clients/vllm/installed .clients/triton/installed`).
+"""
 
 import json
 import os
@@ -11,14 +22,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from dflash_offline.pipeline.demo import TARGET
+from dflash_offline.stages.draft.decode import SpeculativeDecoding
+
+VERSION = "0.32.0"
 SCRIPTS = Path(__file__).parent
-REPAIRS = SCRIPTS / "vllm_repairs"
+REPAIRS, INTERPRETER = SCRIPTS / "vllm_repairs", SCRIPTS / "triton_interpreter"
+RUNNERS = {False: "vllm.v1.worker.cpu_model_runner", True: "vllm.v1.worker.cpu.model_runner"}
+"""Modules of vLLM's two model runners, by whether it is the newer one."""
 ON_A_CPU = ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
 ON_A_CPU += ["--enforce-eager", "--generation-config", "vllm", "--per-request-spec-decode-metrics", "detailed"]
 START_S = 480.0
@@ -26,9 +44,7 @@ START_S = 480.0
 
 def environment(*more: Path, **variables: str) -> dict[str, str]:
     """Return the environment that finds vLLM and its repairs, and `more` folders before them."""
-    folder = os.environ.get("DFLASH_VLLM")
-    if not folder:
-        pytest.fail("DFLASH_VLLM names no folder of vLLM's packages: run `make check-vllm`, which makes it.")
+    folder = packages("DFLASH_VLLM")
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
@@ -37,6 +53,67 @@ def environment(*more: Path, **variables: str) -> dict[str, str]:
     }
     settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CACHE_ROOT": f"{folder}/cache"}
     return {**os.environ, **settings, "PYTHONPATH": ":".join(map(str, (*more, folder, REPAIRS))), **variables}
+
+
+def interpreted() -> dict[str, str]:
+    """Return the environment in which vLLM also finds Triton, whose interpreter runs the kernels of the V2 runner."""
+    return environment(packages("DFLASH_TRITON"), INTERPRETER, TRITON_INTERPRET="1")
+
+
+def packages(variable: str) -> Path:
+    """Return the folder of packages that an environment variable names."""
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.fail(f"{variable} names no folder of packages: run `make check-vllm`, which makes it.")
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class Client:
+    """What vLLM decoded, an entry for each prompt."""
+
+    tokens: list[list[int]]
+    accepted: list[list[int]]
+    """Drafted tokens that each round took, also those behind the answer's last one."""
+
+    def equal_prompts(self, own: list[SpeculativeDecoding]) -> int:
+        """Return how many prompts have the same number of rounds, and the same accepted count in every one."""
+        return sum(
+            len(theirs) == len(one.produced)
+            and [min(pair) for pair in zip(theirs, one.produced, strict=True)] == one.kept
+            for theirs, one in zip(self.accepted, own, strict=True)
+        )
+
+
+def decode_live(
+    folder: Path,
+    draft: Path,
+    prompts: list[list[int]],
+    *,
+    target: Path = TARGET,
+    max_new_tokens: int = 256,
+    num_speculative_tokens: int = 7,
+    temperature: float = 0.0,
+    dtype: str = "float32",
+    new_runner: bool = False,
+    is_repaired: bool = True,
+    settings: dict[str, Any] | None = None,
+) -> Client:
+    """Return what vLLM decodes with a draft, offline, in a process of its own; its files go to `folder`.
+
+    The prompt of index i is drawn with seed i where the temperature is above 0. Without `is_repaired` the CPU build
+    keeps its faults. `settings` join vLLM's speculative_config.
+    """
+    job = {"draft": str(draft), "target": str(target), "prompts": prompts, "max_new_tokens": max_new_tokens}
+    job |= {"temperature": temperature, "dtype": dtype}
+    job |= {"speculative": {"num_speculative_tokens": num_speculative_tokens, **(settings or {})}}
+    (folder / "job.json").write_text(json.dumps(job))
+    env = interpreted() if new_runner else environment()
+    env |= {} if is_repaired else {"VLLM_PLUGINS": ""}
+    result = run_script(SCRIPTS / "vllm_generate.py", folder / "job.json", folder / "result.json", env=env)
+    assert (result["version"], result["repaired"]) == (VERSION, is_repaired)
+    assert result["runner"] == RUNNERS[new_runner]
+    return Client(result["tokens"], result["accepted"])
 
 
 def run_script(script: Path, *arguments: Path, env: dict[str, str]) -> dict[str, Any]:

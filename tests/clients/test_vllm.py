@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,8 +16,20 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from live_vllm import REPAIRS, SCRIPTS, environment, launch_line, run_script, served
+from live_vllm import (
+    INTERPRETER,
+    REPAIRS,
+    VERSION,
+    Client,
+    decode_live,
+    environment,
+    launch_line,
+    packages,
+    run_script,
+    served,
+)
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from dflash_offline.pipeline.demo import CONVERSATIONS, PROMPTS, TARGET
 from dflash_offline.schemas.settings.evaluate import EvalConfig
@@ -22,6 +37,8 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import SpeculativeDecoding, plain_decode, speculative_decode
+from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.draft.sampling import Chooser, Proposal, Sampler, SamplingRule
 from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.eval_served import evaluate_served
 from dflash_offline.stages.evaluate import stop_ids
@@ -35,8 +52,10 @@ from dflash_offline.stages.train import train
 pytestmark = pytest.mark.vllm
 NUM_PROMPTS = int(os.environ.get("DFLASH_VLLM_PROMPTS", "200"))
 FEW = min(NUM_PROMPTS, 20)
+INTERPRETED = min(NUM_PROMPTS, 6)
+"""Prompts for the runner whose kernels are interpreted."""
 NEW_TOKENS = 256
-VERSION = "0.32.0"
+TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,8 @@ class Target:
     ids: list[list[int]]
     plain: list[list[int]]
     decode: Callable[..., SpeculativeDecoding]
-    """Of (draft, prompt's ids)."""
+    """Of (draft, prompt's ids), and what chooses the tokens where they are drawn."""
+    model: PreTrainedModel
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +78,11 @@ def target() -> Target:
     ids = [encode_prompt(prompt, files.tokenizer, {}) for prompt in prompts]
     stops = sorted(stop_ids(model, files.tokenizer))
     plain = [plain_decode(model, prompt, NEW_TOKENS, stops).tokens for prompt in ids]
-    return Target(
-        prompts, ids, plain, lambda draft, prompt: speculative_decode(model, draft, prompt, NEW_TOKENS, stops)
-    )
+
+    def decode(draft: DraftModel, prompt: list[int], chooser: Chooser | None = None) -> SpeculativeDecoding:
+        return speculative_decode(model, draft, prompt, NEW_TOKENS, stops, chooser)
+
+    return Target(prompts, ids, plain, decode, model)
 
 
 @pytest.fixture(scope="module")
@@ -92,35 +114,6 @@ def own(target: Target, draft: Path) -> list[SpeculativeDecoding]:
     return found
 
 
-@dataclass(frozen=True)
-class Client:
-    """What vLLM decoded."""
-
-    tokens: list[list[int]]
-    accepted: list[list[int]]
-    """Drafted tokens that each round took, also those behind the answer's last one."""
-
-    def equal_prompts(self, own: list[SpeculativeDecoding]) -> int:
-        """Return how many prompts have the same number of rounds, and the same accepted count in every one."""
-        return sum(
-            len(theirs) == len(one.produced)
-            and [min(pair) for pair in zip(theirs, one.produced, strict=True)] == one.kept
-            for theirs, one in zip(self.accepted, own, strict=True)
-        )
-
-
-def offline(folder: Path, draft: Path, prompts: list[list[int]], env: dict[str, str] | None = None) -> Client:
-    """Decode prompts in a process of vLLM's own; one with the repairs, unless `env` leaves them out."""
-    job = {"draft": str(draft), "target": str(TARGET), "prompts": prompts}
-    job |= {"max_new_tokens": NEW_TOKENS, "num_speculative_tokens": 7}
-    (folder / "job.json").write_text(json.dumps(job))
-    env = env or environment()
-    result = run_script(SCRIPTS / "vllm_generate.py", folder / "job.json", folder / "result.json", env=env)
-    assert result["version"] == VERSION
-    assert result["repaired"] == ("VLLM_PLUGINS" not in env)
-    return Client(result["tokens"], result["accepted"])
-
-
 def changed(draft: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Return a copy of a draft whose config is another, without the checksums of what it was."""
     shutil.copytree(draft, folder, ignore=shutil.ignore_patterns("checksums.json"))
@@ -141,11 +134,14 @@ def causal(config: dict[str, Any]) -> None:
     config["is_causal"] = config["dflash_config"]["causal"] = True
 
 
-def windows(config: dict[str, Any], *, is_causal: bool) -> None:
-    """Let every layer see a window of 16 positions."""
-    config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+def windows(config: dict[str, Any], *, is_causal: bool | None, full_layers: int = 0) -> None:
+    """Let all layers but the last `full_layers` see a window of 16 positions; with None those alone are causal."""
+    sliding = config["num_hidden_layers"] - full_layers
+    config["layer_types"] = ["sliding_attention"] * sliding + ["full_attention"] * full_layers
     config["sliding_window"], config["use_sliding_window"] = 16, True
-    config["is_causal"] = config["dflash_config"]["causal"] = is_causal
+    for place, name in ((config, "is_causal"), (config["dflash_config"], "causal")):
+        place.pop(name, None)
+        place |= {} if is_causal is None else {name: is_causal}
 
 
 def test_the_repairs_are_still_needed(tmp_path: Path) -> None:
@@ -157,7 +153,7 @@ def test_the_repairs_are_still_needed(tmp_path: Path) -> None:
 def test_offline_every_round_is_that_of_eval(
     draft: Path, target: Target, own: list[SpeculativeDecoding], tmp_path: Path
 ) -> None:
-    found = offline(tmp_path, draft, target.ids)
+    found = decode_live(tmp_path, draft, target.ids)
     assert found.tokens == target.plain
     assert found.equal_prompts(own) == NUM_PROMPTS
 
@@ -170,7 +166,7 @@ def test_a_planted_mistake_leaves_the_answers_and_changes_rounds(
     own: list[SpeculativeDecoding],
     tmp_path: Path,
 ) -> None:
-    found = offline(tmp_path, changed(draft, tmp_path / "planted", mistake), target.ids)
+    found = decode_live(tmp_path, changed(draft, tmp_path / "planted", mistake), target.ids)
     assert found.tokens == target.plain
     assert found.equal_prompts(own) < NUM_PROMPTS
 
@@ -186,7 +182,7 @@ def test_norms_of_each_layer_are_kept_apart_by_the_repairs_alone(
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     loaded = load_draft(other)
     ours = [target.decode(loaded, prompt) for prompt in target.ids[:FEW]]
-    found = offline(tmp_path, other, target.ids[:FEW], None if is_repaired else environment(VLLM_PLUGINS=""))
+    found = decode_live(tmp_path, other, target.ids[:FEW], is_repaired=is_repaired)
     assert found.tokens == target.plain[:FEW]
     assert (found.equal_prompts(ours) == FEW) is is_repaired
 
@@ -194,22 +190,134 @@ def test_norms_of_each_layer_are_kept_apart_by_the_repairs_alone(
 def test_the_speculators_format_gives_the_same_rounds(
     run: Path, target: Target, own: list[SpeculativeDecoding], tmp_path: Path
 ) -> None:
-    found = offline(tmp_path, export(run, tmp_path / "draft", kind="speculators").draft, target.ids[:FEW])
+    found = decode_live(tmp_path, export(run, tmp_path / "draft", kind="speculators").draft, target.ids[:FEW])
     assert found.tokens == target.plain[:FEW]
     assert found.equal_prompts(own[:FEW]) == FEW
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True, None])
 def test_sliding_windows_are_served_as_they_are_evaluated(
-    is_causal: bool, draft: Path, target: Target, own: list[SpeculativeDecoding], tmp_path: Path
+    is_causal: bool | None, draft: Path, target: Target, own: list[SpeculativeDecoding], tmp_path: Path
 ) -> None:
     sliding = changed(draft, tmp_path / "sliding", partial(windows, is_causal=is_causal))
     loaded = load_draft(sliding)
     ours = [target.decode(loaded, prompt) for prompt in target.ids[:FEW]]
     assert [one.kept for one in ours] != [one.kept for one in own[:FEW]], "the window is to be felt"
-    found = offline(tmp_path, sliding, target.ids[:FEW])
+    found = decode_live(tmp_path, sliding, target.ids[:FEW])
     assert found.tokens == target.plain[:FEW]
     assert found.equal_prompts(ours) == FEW
+
+
+def test_the_backend_for_interpreted_kernels_is_still_needed() -> None:
+    code = "from vllm.triton_utils import HAS_TRITON; print(HAS_TRITON)"
+    found = []
+    for more in ([INTERPRETER], []):
+        env = environment(packages("DFLASH_TRITON"), *more, TRITON_INTERPRET="1")
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+        found.append(done.stdout.split()[-1:])
+    assert found == [["True"], ["False"]], "a backend that is not needed can go"
+
+
+def test_the_newer_model_runner_gives_the_same_rounds(
+    draft: Path, target: Target, own: list[SpeculativeDecoding], tmp_path: Path
+) -> None:
+    found = decode_live(tmp_path, draft, target.ids[:INTERPRETED], new_runner=True)
+    assert found.tokens == target.plain[:INTERPRETED]
+    assert found.equal_prompts(own[:INTERPRETED]) == INTERPRETED
+
+
+@pytest.mark.parametrize("is_causal", [False, True, None])
+def test_mixed_sliding_and_full_layers_are_served_as_they_are_evaluated(
+    is_causal: bool | None, draft: Path, target: Target, tmp_path: Path
+) -> None:
+    prompts, ours = target.ids[:INTERPRETED], {}
+    for full in (0, 1):
+        mixed = changed(draft, tmp_path / f"{full}", partial(windows, is_causal=is_causal, full_layers=full))
+        loaded = load_draft(mixed)
+        ours[full] = [target.decode(loaded, prompt) for prompt in prompts]
+    assert [one.kept for one in ours[0]] != [one.kept for one in ours[1]], "the full layer is to be felt"
+    found = decode_live(tmp_path, mixed, prompts, new_runner=True)
+    assert found.tokens == target.plain[:INTERPRETED]
+    assert found.equal_prompts(ours[1]) == INTERPRETED
+
+
+def rounds_of_tokens(taken: list[list[int]], tokens: list[list[int]]) -> tuple[float, float]:
+    """Return the rounds for each token behind the first, and the standard error of that ratio over prompts."""
+    rounds = torch.tensor([len(one) for one in taken], dtype=torch.float64)
+    behind = torch.tensor([len(one) - 1 for one in tokens], dtype=torch.float64)
+    ratio = rounds.sum() / behind.sum()
+    return float(ratio), float((rounds - ratio * behind).square().sum().sqrt() / behind.sum())
+
+
+@pytest.mark.parametrize(("policy", "proposal"), [("greedy", "greedy"), ("probabilistic", "drawn")])
+def test_drawn_answers_take_as_many_rounds_as_in_eval(
+    policy: str, proposal: Proposal, draft: Path, target: Target, tmp_path: Path
+) -> None:
+    rule, cpu, loaded = SamplingRule(temperature=TEMPERATURE), torch.device("cpu"), load_draft(draft)
+    choosers = [Sampler(rule, seed, cpu, proposal=proposal) for seed in range(NUM_PROMPTS)]
+    ours = [target.decode(loaded, prompt, chooser) for prompt, chooser in zip(target.ids, choosers, strict=True)]
+    own_rate, own_error = rounds_of_tokens([one.produced for one in ours], [one.tokens for one in ours])
+    settings = {"draft_sample_method": policy}
+    found = decode_live(tmp_path, draft, target.ids, temperature=TEMPERATURE, settings=settings)
+    rate, error = rounds_of_tokens(found.accepted, found.tokens)
+    assert abs(rate - own_rate) < 4 * (error**2 + own_error**2) ** 0.5, (rate, error, own_rate, own_error)
+
+
+@torch.inference_mode()
+def next_token(target: Target, ids: list[int], temperature: float) -> torch.Tensor:
+    """Return the target's own distribution of the token behind `ids`, float64 [V]."""
+    logits = target.model(torch.tensor([ids])).logits[0, -1].double()
+    return (logits / temperature).softmax(-1)
+
+
+def chi_square(counts: Counter[int], probabilities: torch.Tensor) -> tuple[float, int]:
+    """Return the statistic and its degrees of freedom; tokens expected fewer than five times count as one."""
+    total = sum(counts.values())
+    seen = torch.zeros_like(probabilities)
+    for token, count in counts.items():
+        seen[token] = count
+    often = probabilities * total >= 5
+    wanted = torch.cat([probabilities[often], probabilities[~often].sum()[None]]) * total
+    seen = torch.cat([seen[often], seen[~often].sum()[None]])
+    kept = wanted > 1
+    return float(((seen - wanted).square() / wanted)[kept].sum()), max(int(kept.sum()) - 1, 0)
+
+
+def test_drawn_tokens_are_distributed_as_the_targets_own(draft: Path, target: Target, tmp_path: Path) -> None:
+    temperature, draws = 2.0, 40 * NUM_PROMPTS
+    prompt = target.ids[0]
+    found = decode_live(tmp_path, draft, [prompt] * draws, temperature=temperature, max_new_tokens=4)
+    statistic, freedom = 0.0, 0
+    for length in range(4):  # the first token is drawn from the prompt alone, the others are drafted and verified
+        behind = defaultdict[tuple[int, ...], Counter[int]](Counter)
+        for tokens in found.tokens:
+            if len(tokens) > length:
+                behind[tuple(tokens[:length])][tokens[length]] += 1
+        for before, counts in behind.items():
+            one, more = chi_square(counts, next_token(target, [*prompt, *before], temperature))
+            statistic, freedom = statistic + one, freedom + more
+    assert freedom > 20
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5, (statistic, freedom)
+
+
+def test_in_bfloat16_rounds_and_answers_stay_near_those_of_float32(
+    draft: Path, target: Target, own: list[SpeculativeDecoding], tmp_path: Path
+) -> None:
+    """Near, not equal: bfloat16 keeps 8 bits, so that two tokens of nearly one logit change places.
+
+    What is held: each token's logit in the float32 target, given the tokens before it, lies within 0.5 of the best,
+    and the rounds for a token within a tenth of float32's.
+    """
+    found = decode_live(tmp_path, draft, target.ids, dtype="bfloat16")
+    gaps = []
+    for prompt, tokens in zip(target.ids, found.tokens, strict=True):
+        with torch.inference_mode():
+            logits = target.model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        gaps.append(logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0])
+    assert torch.cat(gaps).max() < 0.5
+    rate, _ = rounds_of_tokens(found.accepted, found.tokens)
+    own_rate, _ = rounds_of_tokens([one.produced for one in own], target.plain)
+    assert abs(rate / own_rate - 1) < 0.1
 
 
 @pytest.fixture(scope="module")

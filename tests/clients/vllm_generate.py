@@ -5,9 +5,9 @@ Runs in a process of its own and imports nothing of this project; vLLM is found 
     python vllm_generate.py JOB RESULT
 
 JOB is JSON: draft (a folder; None decodes by the target alone), target, prompts (lists of token ids), max_new_tokens,
-num_speculative_tokens, temperature. RESULT becomes JSON: tokens, and accepted, the drafted tokens that each round took,
-both lists with an entry for each prompt; version; repaired, whether the plugin was at work; runner, the model runner's
-class.
+temperature, dtype, speculative (what joins vLLM's speculative_config). RESULT becomes JSON: tokens, and accepted, the
+drafted tokens that each round took, both lists with an entry for each prompt; version; repaired, whether the plugin was
+at work; runner, the model runner's module.
 """
 
 import json
@@ -27,11 +27,10 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
     """Return the job's result."""
     speculative = None
     if job["draft"] is not None:
-        speculative = {"method": "dflash", "model": job["draft"]}
-        speculative["num_speculative_tokens"] = job["num_speculative_tokens"]
+        speculative = {"method": "dflash", "model": job["draft"], **job["speculative"]}
     llm = LLM(
         model=job["target"],
-        dtype="float32",
+        dtype=job["dtype"],
         max_model_len=512,
         max_num_seqs=8,
         enforce_eager=True,
@@ -41,9 +40,11 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         per_request_spec_decode_metrics="detailed",
         speculative_config=speculative,
     )
-    temperature = job.get("temperature", 0.0)
-    settings = SamplingParams(temperature=temperature, seed=0, max_tokens=job["max_new_tokens"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    settings = [
+        SamplingParams(temperature=job["temperature"], seed=seed, max_tokens=job["max_new_tokens"])
+        for seed in range(len(prompts))
+    ]
     answers = [request.outputs[0] for request in llm.generate(prompts, settings, use_tqdm=False)]
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     return {

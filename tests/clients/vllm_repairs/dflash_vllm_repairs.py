@@ -36,10 +36,13 @@ def repair() -> None:
             ops.rms_norm(normed[i], keys[i], self._k_norm_weights[i], self._rms_norm_eps)
         return normed
 
-    def expand(x: torch.Tensor, ends: torch.Tensor, num: int, old: int = 0, new: int = 0) -> torch.Tensor:
+    def expand(
+        x: torch.Tensor, ends: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
         """Return each request's value once for every token of it; `ends` are the requests' ends among the tokens."""
         counts = torch.diff(ends, prepend=ends.new_zeros(1))
-        return torch.where(x == old, new, x).to(x.dtype).repeat_interleave(counts, output_size=num)
+        values = torch.where(x == replace_from, replace_to, x).to(x.dtype)
+        return values.repeat_interleave(counts, output_size=num_tokens)
 
     DFlashQwen3Model._normalize_context_k = normalize_context_k
     rejection_sampler.expand_batch_to_tokens = expand

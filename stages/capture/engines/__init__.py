@@ -1,0 +1,1 @@
+"""Engines that run the target beside transformers: what is installed, how they start, and what proves their states."""

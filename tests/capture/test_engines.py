@@ -1,0 +1,226 @@
+"""Extraction by an engine: the same cache as transformers makes, or a refusal that says what the engine got wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pretended_vllm import installed, pretend
+from running import Settings
+from torch import Tensor
+
+from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
+from dflash_offline.schemas.identity import differences
+from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
+from dflash_offline.stages.capture.inputs import open_inputs
+from dflash_offline.stages.extract import extract, plan_only
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.verify import verify_cache
+
+__all__ = ["installed"]
+
+
+def by_engine(config: Settings, out: Path, **changes: object) -> ExtractConfig:
+    return ExtractConfig(**config | {"engine": "vllm"} | changes, out=out)
+
+
+@pytest.mark.parametrize("layout", [{}, {"features": "rounded"}, {"features": "scaled"}])
+def test_an_engines_cache_holds_what_transformers_holds(
+    layout: Settings, extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = pretend(monkeypatch)
+    extract(ExtractConfig(**extract_config | layout, out=tmp_path / "own"), Silent())
+    extract(by_engine(extract_config, tmp_path / "other", **layout), Silent())
+    assert [engine.was_shut for engine in engines] == [True]
+    assert verify_cache(tmp_path / "other", Silent()) == []
+    own, other = Cache.open(tmp_path / "own"), Cache.open(tmp_path / "other")
+    assert own.usable().tolist() == other.usable().tolist() == list(range(len(own.samples)))
+    step = own.layout.features.expected_error or 2**-8
+    for sample in own.usable().tolist():
+        values, others = own.values(sample).astype(np.float64), other.values(sample).astype(np.float64)
+        assert (np.abs(values - others) <= 2 * step * np.abs(values) + 2e-2 * values.std()).all()
+        assert np.linalg.norm(values - others) < 1e-2 * np.linalg.norm(values)
+
+
+def test_an_engine_goes_on_with_what_is_left(
+    extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "cache"
+    engines = pretend(monkeypatch)
+    extract(by_engine(extract_config, tmp_path / "whole"), Silent())
+    pretend(monkeypatch, dies_after=engines[0].ran - 5)  # within the last shard
+    with pytest.raises(DflashError, match=r"vLLM's engine stopped: RuntimeError: worker 0 died. Finished shards"):
+        extract(by_engine(extract_config, out), Silent())
+    begun = Cache(out)
+    assert 0 < len(begun.commits) < begun.layout.num_shards
+    engines = pretend(monkeypatch)
+    extracted = extract(by_engine(extract_config, out), Silent())
+    assert extracted.shards_written == begun.layout.num_shards - len(begun.commits)
+    assert Cache.open(out).commits.items() >= begun.commits.items()
+    assert extract(by_engine(extract_config, out), Silent()).shards_written == 0
+    assert len(engines) == 1, "where nothing is left no engine starts"
+
+
+def test_a_plan_alone_leaves_no_engine(
+    extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = pretend(monkeypatch)
+    _, layout, forecast = plan_only(by_engine(extract_config, tmp_path / "cache"), Silent())
+    assert layout.num_shards > 1 and forecast.tokens_per_s > 0
+    assert [engine.was_shut for engine in engines] == [True] and list(tmp_path.glob("cache*")) == []
+
+
+def swapped(states: list[Tensor]) -> list[Tensor]:
+    """Return the states of a step with those of two requests exchanged, as far as both are long."""
+    if len(states) < 2:
+        return states
+    first, second = states[0].clone(), states[1].clone()
+    shorter = min(len(first), len(second))
+    first[:shorter], second[:shorter] = states[1][:shorter], states[0][:shorter]
+    return [first, second, *states[2:]]
+
+
+def others_prefix(states: list[Tensor]) -> list[Tensor]:
+    """Return the states of a step with the first 16 tokens of its last request in all others."""
+    return [torch.cat([states[-1][:16], state[16:]]) for state in states]
+
+
+def padded(states: list[Tensor]) -> list[Tensor]:
+    """Return the states of a step as padding on the left that is not taken off would give them."""
+    return [torch.roll(state, 1, 0) for state in states]
+
+
+def repeated(states: list[Tensor]) -> list[Tensor]:
+    """Return the states of a step whose second layer is the first once more."""
+    return [state[:, [0, 0, 2]] for state in states]
+
+
+@pytest.mark.parametrize(
+    ("plant", "said"),
+    [
+        ({"shift": 1}, "layer 1 is off by [+]1: the target's layer 2 fits better"),
+        ({"shift": -1}, "layer 4 is off by -1: the target's layer 3 fits better"),
+        ({"change": swapped}, "in a batch: sample .* they are those of sample"),
+        ({"change": others_prefix}, "in a batch: sample .* has other states at 1[0-9] tokens, from [0-9] to 15"),
+        ({"change": padded}, "one at a time: sample 0 has other states"),
+        ({"change": repeated}, "layer 2 is off by -1"),
+        ({"change": lambda states: [state.fill_(torch.nan) for state in states]}, "differs from the target's by nan"),
+        ({"change": lambda states: [state.zero_() for state in states]}, "differs from the target's by 100"),
+        ({"other_ids": True}, "vLLM ran other token ids than it was given"),
+        ({"gives_states": False}, "handed over no states"),
+    ],
+)
+def test_an_engine_whose_states_are_not_the_targets_writes_nothing(
+    plant: Settings,
+    said: str,
+    extract_config: Settings,
+    installed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engines = pretend(monkeypatch, **plant)
+    with pytest.raises(DflashError, match=f"(?s){said}"):
+        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+    assert [engine.was_shut for engine in engines] == [True]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_bad_features_are_refused_or_left_out_as_for_transformers(
+    extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = pretend(monkeypatch)
+
+    def spoil(states: list[Tensor]) -> list[Tensor]:
+        if engines[-1].ran > 120 and not spoilt:
+            spoilt.append(states[0][3, 1].fill_(torch.inf))
+        return states
+
+    spoilt: list[Tensor] = []
+    engines = pretend(monkeypatch, change=spoil)
+    with pytest.raises(CacheError, match="a feature is not finite at layer 2, position 3"):
+        extract(by_engine(extract_config, tmp_path / "refused"), Silent())
+    spoilt.clear()
+    extracted = extract(by_engine(extract_config, tmp_path / "cache", on_bad_features="skip"), Silent())
+    assert extracted.num_skipped == 1 and verify_cache(tmp_path / "cache", Silent()) == []
+
+
+ENGINE_SETTINGS: dict[str, tuple[Settings, set[str]]] = {
+    "tensor_parallel_size": ({"tensor_parallel_size": 2}, {"engine.tensor_parallel_size"}),
+    "quantization": ({"quantization": "fp8"}, {"engine.quantization"}),
+    "kv_cache_dtype": ({"kv_cache_dtype": "fp8"}, {"engine.kv_cache_dtype"}),
+    "engine_args": ({"engine_args": {"seed": 1}}, {"engine.args", "engine.args.seed"}),
+    "prefix caching": ({"engine_args": {"enable_prefix_caching": False}}, {"engine.prefix_caching"}),
+    "gpu_memory_utilization": ({"gpu_memory_utilization": 0.5}, set()),
+}
+
+
+@pytest.mark.parametrize("setting", ENGINE_SETTINGS)
+def test_settings_of_the_engine_are_told_by_their_own_fields(
+    setting: str, extract_config: Settings, installed: Path, tmp_path: Path
+) -> None:
+    changes, fields = ENGINE_SETTINGS[setting]
+    plain, other = (
+        open_inputs(by_engine(extract_config, tmp_path / "out", **more), Silent()).identity for more in ({}, changes)
+    )
+    assert {name for name, _, _ in differences(plain, other)} == fields
+
+
+def test_a_cache_takes_no_shards_of_another_engine_or_release(
+    cache: Path, extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "engine" not in Manifest.read(cache).identity, "without it transformers is meant, as in older caches"
+    with pytest.raises(MismatchError, match=r"engine.name .* cache: .absent.  now: vllm"):
+        extract(by_engine(extract_config, cache), Silent())
+    pretend(monkeypatch)
+    extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+    with pytest.raises(MismatchError, match=r"engine.name .* cache: vllm  now: .absent"):
+        extract(ExtractConfig(**extract_config, out=tmp_path / "cache"), Silent())
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.1\n")
+    with pytest.raises(MismatchError, match=r"engine.version .* cache: 0.32.0  now: 0.33.1"):
+        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+
+
+def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, installed: Path, tmp_path: Path) -> None:
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.11.0\n")
+    with pytest.raises(DflashError, match=r"vLLM 0.11.0 is installed, and --engine vllm needs 0.32 or later"):
+        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+    (installed / "METADATA").unlink()
+    installed.rmdir()
+    with pytest.raises(DflashError, match=r"needs vLLM, which is not installed here. Install it: pip install"):
+        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is a setting of vllm, and the engine is transformers"),
+        ({"engine_args": {"seed": 1}}, "engine_args is a setting of vllm"),
+        ({"engine": "vllm", "engine_args": {"model": "x"}}, "engine_args holds model, which this program sets itself"),
+        ({"engine": "vllm", "device_map": "auto"}, "device_map is a setting of transformers"),
+        ({"engine": "vlm"}, "Did you mean vllm?"),
+        ({"engine": "vllm", "gpu_memory_utilization": 1.5}, "above 0, and at most 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: Settings, said: str, extract_config: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(DflashError, match=said.replace("?", r"\?")):
+        ExtractConfig(**extract_config | settings, out=tmp_path)
+
+
+def test_shared_memory_is_another_processs_too_and_goes_with_its_users() -> None:
+    memory = SharedMemory()
+    begin = memory.grow(100)
+    code = (
+        "import sys, torch; from dflash_offline.stages.capture.engines.shared_memory import SharedMemory; "
+        "SharedMemory(sys.argv[1]).view(int(sys.argv[2]), (2, 3), torch.bfloat16).fill_(1.5)"
+    )
+    for place in (begin, memory.grow(10_000)):
+        subprocess.run([sys.executable, "-c", code, memory.path, str(place)], check=True)
+        assert memory.view(place, (2, 3), torch.bfloat16).eq(1.5).all()
+    assert not list(Path("/dev/shm").glob("*dflash*"))
