@@ -1,21 +1,25 @@
 """Stage one: run the frozen target over conversations once and keep the hidden states of chosen layers."""
 
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import MANIFEST, Layout
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.capture.create import create_cache, plan_samples
 from dflash_offline.stages.capture.encode import FeatureEncoder
+from dflash_offline.stages.capture.engines.installed import engine_identity
+from dflash_offline.stages.capture.extractor import Extractor, load_extractor
 from dflash_offline.stages.capture.forecast import Forecast, forecast_cost, free_bytes, refuse_too_large, rest_bytes
-from dflash_offline.stages.capture.inputs import choose_target, open_inputs, target_identity
-from dflash_offline.stages.capture.runner import TargetRunner, free_dropped_memory, load_runner
+from dflash_offline.stages.capture.inputs import ChosenTarget, Inputs, choose_target, open_inputs, target_identity
 from dflash_offline.stages.capture.workers import Work, run_shards, run_workers
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
@@ -52,13 +56,20 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     Raises `MismatchError` if the folder holds a cache of something else, and `DflashError` for unusable input.
     """
     inputs = open_inputs(config, progress)
-    config, target, out = inputs.config, inputs.target, inputs.config.out
-    runner: TargetRunner | None = None
-    if not (out / MANIFEST).exists():
-        if config.rank:
-            wait_for_plan(out, config.plan_timeout_s, progress)
-        else:
-            runner = create_cache(inputs, progress)
+    with ExitStack() as held:
+        runner: Extractor | None = None
+        if not (inputs.config.out / MANIFEST).exists():
+            if config.rank:
+                wait_for_plan(inputs.config.out, config.plan_timeout_s, progress)
+            else:
+                runner = create_cache(inputs, progress)
+                held.callback(runner.close)
+        return _extract(inputs, runner, progress)
+
+
+def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Extracted:
+    """Run what is left of a cache that is there; `runner` is what made it, if this process did."""
+    config, out = inputs.config, inputs.config.out
     cache = Cache(out)
     refuse_other_identity(out, cache.manifest.identity, inputs.identity)
     cache.manifest.check_static_files(out)
@@ -73,12 +84,14 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         if not config.ignore_free_space:
             _refuse_no_room(cache)
         if config.workers > 1:
-            runner = None  # worker processes load the target anew and need its memory
-            free_dropped_memory(target.device)
+            if runner:
+                runner.close()  # worker processes load the target anew and need its memory
             written = run_workers(open_worker, config, cache, left, progress)
-        else:
-            runner = runner or load_runner(config, target, inputs.identity, progress)
+        elif runner:
             written = run_shards(_work(config, cache, runner), left, progress)
+        else:
+            with closing(_started(config, inputs.target, inputs.identity, cache.samples, progress)) as runner:
+                written = run_shards(_work(config, cache, runner), left, progress)
         cache = Cache(out, cache.manifest)  # with the records that are there now
     if len(cache.commits) == num_shards:
         _finish(config, cache, progress)
@@ -102,8 +115,21 @@ def open_worker(config: ExtractConfig) -> Work:
     """Return what runs an existing cache's shards in a worker process; `MismatchError` if its target is not theirs."""
     cache, target = Cache(config.out), choose_target(config)
     identity = target_identity(config, target)
-    refuse_other_identity(config.out, {"target": cache.manifest.identity["target"]}, {"target": identity})
-    return _work(config, cache, load_runner(config, target, cache.manifest.identity, Silent()))
+    have = {name: cache.manifest.identity.get(name) for name in ("target", "engine")}
+    refuse_other_identity(config.out, have, {"target": identity, "engine": None, **engine_identity(config)})
+    return _work(config, cache, _started(config, target, cache.manifest.identity, cache.samples, Silent()))
+
+
+def _started(
+    config: ExtractConfig, target: ChosenTarget, identity: dict[str, Any], samples: SampleTable, progress: Progress
+) -> Extractor:
+    """Return what runs the target, ready to run the plan's samples."""
+    runner = load_extractor(config, target, identity, progress)
+    with ExitStack() as opened:
+        opened.callback(runner.close)
+        runner.start(samples, progress)
+        opened.pop_all()
+    return runner
 
 
 def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, Forecast]:
@@ -114,16 +140,19 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
     if begun:
         refuse_other_identity(out, begun.manifest.identity, inputs.identity)
     near = next(folder for folder in out.parents if folder.is_dir())
-    with building_folder(near / out.name) as folder:
-        # A target that cannot be drafted for is refused before any other work.
-        runner = load_runner(config, inputs.target, inputs.identity, progress)
+    # A target that cannot be drafted for is refused before any other work.
+    with (
+        building_folder(near / out.name) as folder,
+        closing(load_extractor(config, inputs.target, inputs.identity, progress)) as runner,
+    ):
         plan, _mask_token_id = plan_samples(inputs, folder, progress)
+        runner.start(plan.samples, progress)
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)
     return plan, layout, forecast.of_rest(begun) if begun else forecast
 
 
-def _work(config: ExtractConfig, cache: Cache, runner: TargetRunner) -> Work:
+def _work(config: ExtractConfig, cache: Cache, runner: Extractor) -> Work:
     """Return what runs a cache's shards in this process."""
     if runner.device.type == "cpu":  # the last bits of a product depend on the number of threads
         torch.set_num_threads(cache.manifest.plan["cpu_threads"])

@@ -14,7 +14,8 @@ from dflash_offline.schemas.manifest import FeatureLayout
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture.bad_features import SKIP_HINT, find_bad, listed
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
-from dflash_offline.stages.capture.runner import TargetRunner, spread_out
+from dflash_offline.stages.capture.extractor import Extractor
+from dflash_offline.stages.capture.runner import spread_out
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.codec import FeatureCodec
 
@@ -25,7 +26,7 @@ _LEAST_SOUND = 0.5
 
 
 def calibrated_scales(
-    runner: TargetRunner, samples: SampleTable, step: float, *, skip_bad: bool, progress: Progress
+    runner: Extractor, samples: SampleTable, step: float, *, skip_bad: bool, progress: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return center and step of each layer and channel, float32 [L, H]; a function of plan and target alone.
 
@@ -60,7 +61,7 @@ def calibrated_scales(
 
 
 def _lossless_states(
-    runner: TargetRunner, samples: SampleTable, members: NDArray[np.int64], progress: Progress
+    runner: Extractor, samples: SampleTable, members: NDArray[np.int64], progress: Progress
 ) -> tuple[Tensor, list[SkippedSample]]:
     """Return the features of the sound members, bfloat16 [tokens, L, H], and the members with bad features."""
     lossless = FeatureEncoder(FeatureCodec(FeatureLayout()))

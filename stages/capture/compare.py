@@ -4,6 +4,7 @@ Axes: T tokens, L captured layers, H hidden size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,11 +120,43 @@ class _Difference:
         return np.where(self._by_channel == 0, 0.0, errors)
 
 
+class LayerComparison:
+    """Each captured layer beside the target's, and beside the target's layers before and after it, sample by sample.
+
+    A draft trained on layers that are off by one shows no fault in training and is served badly.
+    """
+
+    def __init__(self, layer_ids: Sequence[int], num_layers: int, hidden_size: int) -> None:
+        self._made_of = (layer_ids, num_layers, hidden_size)
+        self._by_layer = {
+            layer: {near: _Difference(hidden_size) for near in range(max(layer - 1, 0), min(layer + 2, num_layers))}
+            for layer in layer_ids
+        }
+        self.around = sorted({near for differences in self._by_layer.values() for near in differences})
+        """Ids of the target's layers that are compared, in order."""
+
+    def add(self, stored: NDArray[np.float32], states: Sequence[NDArray[np.float32]]) -> None:
+        """Add a sample: its captured features [T, L, H], and the target's own of the layers `around`, [T, H] each."""
+        for column, differences in enumerate(self._by_layer.values()):
+            for near, difference in differences.items():
+                difference.add(stored[:, column], states[self.around.index(near)])
+
+    def anew(self) -> "LayerComparison":
+        """Return one of the same layers without samples."""
+        return LayerComparison(*self._made_of)
+
+    def fits(self, largest_error: float, largest_channel_error: float) -> list[LayerFit]:
+        """Return how each captured layer compares, with what may be explained of either error."""
+        return [
+            _fit(layer, differences, largest_error, largest_channel_error)
+            for layer, differences in self._by_layer.items()
+        ]
+
+
 def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> list[LayerFit]:
     """Run the target again on samples drawn by seed and return how each stored layer compares.
 
-    Each layer is also compared with the target's layers before and after it: a draft trained on layers that are off by
-    one shows no fault in training and is served badly. Raises `MismatchError` if the target is not the cache's.
+    Raises `MismatchError` if the target is not the cache's.
     """
     cache = Cache.open(path)
     finished = cache.usable()
@@ -131,25 +164,17 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
         raise CacheError(f"{path} has no finished shard to compare with the target. Let `dflash extract` finish one.")
     device = choose_device(rerun.device)
     files, model = _open_recorded(cache, rerun, device, progress)
-    hidden_size, last = cache.layout.hidden_size, files.num_layers - 1
-    by_layer = {
-        layer: {near: _Difference(hidden_size) for near in range(max(layer - 1, 0), min(layer + 1, last) + 1)}
-        for layer in cache.layer_ids
-    }
-    around = sorted({near for differences in by_layer.values() for near in differences})
+    comparison = LayerComparison(cache.layer_ids, files.num_layers, cache.layout.hidden_size)
     drawn = np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
     progress.start("Running the target", len(drawn), "samples")
     for sample in np.sort(drawn).tolist():
         ids = torch.from_numpy(cache.samples.input_ids(sample).astype(np.int64))[None].to(device)
-        states = [state[0].float().cpu().numpy() for state in layer_states(model, ids, around)]
-        stored = cache.values(sample)
-        for column, differences in enumerate(by_layer.values()):
-            for near, difference in differences.items():
-                difference.add(stored[:, column], states[around.index(near)])
+        states = layer_states(model, ids, comparison.around)
+        comparison.add(cache.values(sample), [state[0].float().cpu().numpy() for state in states])
         progress.advance(1)
     progress.finish()
     expected_error = cache.layout.features.expected_error
-    return [_fit(layer, differences, expected_error) for layer, differences in by_layer.items()]
+    return comparison.fits(LARGEST_ERROR + expected_error, LARGEST_CHANNEL_ERROR + expected_error)
 
 
 def _open_recorded(
@@ -178,7 +203,9 @@ def _open_recorded(
     return files, model
 
 
-def _fit(layer_id: int, differences: dict[int, _Difference], expected_error: float) -> LayerFit:
+def _fit(
+    layer_id: int, differences: dict[int, _Difference], largest_error: float, largest_channel_error: float
+) -> LayerFit:
     """Return how a stored layer compares, from its differences to the target's layers around it."""
     channels = {near: difference.channel_errors() for near, difference in differences.items()}
     medians = {near: float(np.median(errors)) for near, errors in channels.items()}
@@ -195,6 +222,6 @@ def _fit(layer_id: int, differences: dict[int, _Difference], expected_error: flo
         best_layer_id=best,
         best_channel_error=medians[best],
         is_finite=differences[layer_id].is_finite(),
-        largest_error=LARGEST_ERROR + expected_error,
-        largest_channel_error=LARGEST_CHANNEL_ERROR + expected_error,
+        largest_error=largest_error,
+        largest_channel_error=largest_channel_error,
     )

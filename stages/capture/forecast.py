@@ -14,15 +14,14 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
+from dflash_offline.stages.capture.extractor import Extractor
 from dflash_offline.stages.capture.inputs import Inputs
-from dflash_offline.stages.capture.runner import TargetRunner
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress, readable_bytes, readable_seconds
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.chunks import encode_chunk
 from dflash_offline.stages.store.codec import FeatureCodec
-from dflash_offline.stages.target.model import embedding_tensors
 
 _TIMED_BATCHES = 4
 _TIMED_S = 2.0
@@ -84,7 +83,7 @@ class Forecast:
         )
 
 
-def forecast_cost(inputs: Inputs, runner: TargetRunner, plan: Plan, layout: Layout, progress: Progress) -> Forecast:
+def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout, progress: Progress) -> Forecast:
     """Return the forecast, from a few micro-batches spread over the plan that are run and compressed in each layout."""
     config, samples, lossless = inputs.config, plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
     progress.start("Measuring", None, "batches")
@@ -118,13 +117,13 @@ def forecast_cost(inputs: Inputs, runner: TargetRunner, plan: Plan, layout: Layo
             kind: int(ratio * num_tokens * layout.slot_bytes) + same_bytes for kind, ratio in ratios.items()
         },
         plan_bytes=plan_bytes,
-        target_bytes=sum(tensor.nbytes for tensor in embedding_tensors(runner.model).values())
+        target_bytes=sum(tensor.nbytes for tensor in runner.embeddings().values())
         + len(inputs.target.files.tokenizer.backend_tokenizer.to_str(pretty=True)),
         free_bytes=free_bytes(config.out) + plan_bytes,  # the plan lies on that disk already
     )
 
 
-def _some_batches(runner: TargetRunner, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
+def _some_batches(runner: Extractor, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
     """Return a few of the plan's micro-batches, spread over its shards."""
     shards = np.unique(np.linspace(0, num_shards - 1, _TIMED_BATCHES).round().astype(np.int64)).tolist()
     batches = [batch for shard in shards for batch in runner.batches(samples, samples.samples_of_shard(shard))]

@@ -16,6 +16,7 @@ from dflash_offline.schemas.manifest import (
 )
 from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress
@@ -118,6 +119,7 @@ def cache_identity(
     return {
         "target": target_identity(config, target),
         "device": target.device.type,
+        **engine_identity(config),
         "layer_ids": list(target.layer_ids),
         "capture": CAPTURE_RULE,
         "data": data.identity(),

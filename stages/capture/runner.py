@@ -21,7 +21,7 @@ from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.inputs import ChosenTarget, target_identity
 from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, ShardBuffer, token_statistics
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.target.model import layer_states, load_as_configured
+from dflash_offline.stages.target.model import embedding_tensors, layer_states, load_as_configured
 
 _FORWARD_TOKENS = 512
 """What a forward costs whatever it holds, in tokens."""
@@ -84,7 +84,7 @@ def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int
 
 
 class TargetRunner:
-    """Runs the target over samples; on a GPU the copies to the host go on a stream of their own."""
+    """Runs the target by transformers; on a GPU the copies to the host go on a stream of their own."""
 
     def __init__(
         self, model: Any, device: torch.device, layer_ids: list[int], batch_tokens: int, *, by_length: bool = True
@@ -95,7 +95,21 @@ class TargetRunner:
         self.layer_ids = layer_ids
         self.batch_tokens = batch_tokens
         self.by_length = by_length
+        # On a CPU forward and encoder share cores, so they take turns.
+        self.num_buffers = 1 if device.type == "cpu" else 2
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """Return the target's embedding table, and its head unless it is the same, where they lie."""
+        return embedding_tensors(self.model)
+
+    def start(self, samples: SampleTable, progress: Progress) -> None:
+        """Be ready at once: the target is loaded."""
+
+    def close(self) -> None:
+        """Drop the target, and give back its memory so that other processes can have it."""
+        self.model = None
+        free_dropped_memory(self.device)
 
     def batches(self, samples: SampleTable, members: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return the micro-batches that the samples are run in."""

@@ -4,6 +4,7 @@ Axes: N real tokens of a micro-batch, T token slots, L captured layers, H hidden
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -91,6 +92,13 @@ class FilledShard:
     """Of each layer's stored features; None where they are too large for float32."""
 
 
+class Copies(Protocol):
+    """What puts codes in a buffer while others work."""
+
+    def synchronize(self) -> None:
+        """Wait until all of them are there, and what is known of their tokens; raises what went wrong."""
+
+
 @dataclass
 class QueuedShard:
     """A shard whose forwards are queued; `wait` until its codes are in the buffer."""
@@ -100,7 +108,7 @@ class QueuedShard:
     layer_ids: list[int]
     batches: list[tuple[NDArray[np.int64], Tensor]]
     """For each micro-batch its samples and the `TOKEN_STATISTICS` of each real token and layer, float32 [N, L, 7]."""
-    copied: torch.cuda.Event | None
+    copied: "Copies | None"
 
     def wait(self) -> FilledShard:
         """Wait for the copies and set every other slot to the fill value, those of samples with bad features too."""

@@ -26,7 +26,7 @@ from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture.encode import FeatureEncoder
-from dflash_offline.stages.capture.runner import TargetRunner
+from dflash_offline.stages.capture.extractor import Extractor
 from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
 from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.stop import left_to_this_process
@@ -43,7 +43,7 @@ class Work:
     """What one process needs to run a cache's shards."""
 
     writer: ShardWriter
-    runner: TargetRunner
+    runner: Extractor
     encoder: FeatureEncoder
     bad_features: BadFeatures
 
@@ -90,7 +90,7 @@ def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> 
     """
     writer, runner = work.writer, work.runner
     free: SimpleQueue[ShardBuffer] = SimpleQueue()
-    for _ in range(1 if runner.device.type == "cpu" else 2):
+    for _ in range(runner.num_buffers):
         free.put(runner.buffer(writer.cache.layout, work.encoder.codec.fill))
 
     def write(shard: int, queued: QueuedShard, started: float, claim: ExitStack) -> None:
