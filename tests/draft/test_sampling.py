@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.variants.dflash import DFlash
+from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.sampling import Greedy, Proposal, Sampler, SamplingRule
@@ -39,28 +42,33 @@ class Careless(Sampler):
         return agreed, answer
 
 
-def first_tokens(sampler: Sampler, target: Tensor, draft: Tensor, draws: int) -> Tensor:
-    """Return how often each token came out first, one round of one drafted token each; logits are [V]."""
+def first_tokens(sampler: Sampler, target: Tensor, draft: Tensor, draws: int, top_k: int) -> Tensor:
+    """Return how often each token came out first, one round of one drafted token each; logits are [V].
+
+    With `top_k` it is drafted by a walk over so many candidates.
+    """
+    values, ids = draft[None].topk(top_k)
     counts = torch.zeros(len(target))
     logits = torch.stack((target, torch.zeros_like(target)))[None]
     for _ in range(draws):
-        drafted = sampler.draft(draft[None, None])
+        drafted = sampler.walk(ids, lambda *_: values, ids[0, :1]) if top_k else sampler.draft(draft[None, None])
         _, answer = sampler.verify(torch.cat((torch.zeros_like(drafted), drafted), dim=1), logits)
         counts[answer[0]] += 1
     return counts
 
 
+@pytest.mark.parametrize("top_k", [0, 4])
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("rule", [SamplingRule(temperature=1.0), SamplingRule(temperature=1.3, top_p=0.8)])
 def test_a_round_gives_the_targets_distribution_and_a_careless_one_does_not(
-    rule: SamplingRule, proposal: Proposal
+    rule: SamplingRule, proposal: Proposal, top_k: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     target, draft = torch.randn(2, 10, generator=generator) * 1.5
     expected = 3000 * rule.probabilities(target)
     right, careless = (kind(rule, 3, CPU, proposal=proposal) for kind in (Sampler, Careless))
-    assert p_value(first_tokens(right, target, draft, 3000), expected) > 1e-3
-    assert p_value(first_tokens(careless, target, draft, 3000), expected) < 1e-4
+    assert p_value(first_tokens(right, target, draft, 3000, top_k), expected) > 1e-3
+    assert p_value(first_tokens(careless, target, draft, 3000, top_k), expected) < 1e-4
 
 
 def test_a_greedy_draft_proposes_its_best_token_which_stays_as_often_as_the_target_would_draw_it() -> None:
@@ -103,14 +111,17 @@ def test_top_p_keeps_the_likeliest_tokens_that_reach_it() -> None:
 VOCAB = 5
 
 
-def small_pair() -> tuple[PreTrainedModel, DraftModel]:
-    """Return a random target of five tokens and a random draft of blocks of three."""
+def small_pair(variant: Variant) -> tuple[PreTrainedModel, DraftModel]:
+    """Return a random target of five tokens and a random draft of blocks of three, of which every part matters."""
     torch.manual_seed(1)
     shape = {**SHAPE, "vocab_size": VOCAB, "hidden_size": 16, "head_dim": 4, "intermediate_size": 16}
     target = Qwen3ForCausalLM(Qwen3Config(**{**shape, "num_hidden_layers": 3})).eval().requires_grad_(False)
     changes = {"vocab_size": VOCAB, "hidden_size": 16, "head_dim": 4, "intermediate_size": 16, "num_hidden_layers": 1}
     changes |= {"target_layer_ids": (0, 1), "num_target_layers": 3, "mask_token_id": 4}
-    return target, DraftModel(DraftConfig(**{**vars(tiny_draft_config(3)), **changes})).eval()
+    draft = DraftModel(DraftConfig(**{**vars(tiny_draft_config(3)), **changes, "variant": variant})).eval()
+    for parameter in (p for name, p in draft.named_parameters() if "_conv." in name or "selector" in name):
+        torch.nn.init.normal_(parameter, std=0.7)
+    return target, draft
 
 
 @torch.inference_mode()
@@ -123,6 +134,7 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
     return dict(zip(answers, joint.tolist(), strict=True))
 
 
+@pytest.mark.parametrize("variant", [DFlash(), DFlash2(conv_group_size=4, selector_rank=3, selector_top_k=3)])
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(
     ("rule", "draws"),
@@ -131,8 +143,10 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
         pytest.param(SamplingRule(temperature=0.7, top_p=0.9), 3000, marks=pytest.mark.slow),
     ],
 )
-def test_whole_answers_are_distributed_as_the_targets_own(rule: SamplingRule, draws: int, proposal: Proposal) -> None:
-    target, draft = small_pair()
+def test_whole_answers_are_distributed_as_the_targets_own(
+    rule: SamplingRule, draws: int, proposal: Proposal, variant: Variant
+) -> None:
+    target, draft = small_pair(variant)
     prompt, length = [1, 2, 0], 3
     wanted = exact(target, prompt, length, rule)
     expected = draws * torch.tensor(list(wanted.values()))

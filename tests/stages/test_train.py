@@ -31,6 +31,7 @@ from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.schemas.settings.option import options
 from dflash_offline.schemas.settings.toml import read_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
+from dflash_offline.schemas.variants.table import VARIANTS, own_fields
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
@@ -210,6 +211,7 @@ SAID: dict[str, tuple[object, object]] = {
     "block_size": (8, 6),
     "loss": ("dflash", "dpace"),
     "gamma": (4.0, 5.0),
+    "variant": ("dflash", "dflash2"),
     "draft_layers": (1, 2),
     "draft_heads": (4, 2),
     "draft_kv_heads": (2, 1),
@@ -249,7 +251,8 @@ def test_the_role_of_every_setting_is_tried_by_what_a_resume_may_say() -> None:
     free = {name for name, option in options(TrainConfig).items() if option.role == "free"}
     assert free == FREE.keys() - {"batch_size"} | {"out"}
     by_content = {"caches", "init_from"}
-    assert options(TrainConfig).keys() - free == SAID.keys() | by_content | {"batch_size"}
+    of_a_variant = {name for kind in VARIANTS.values() for name in (*own_fields(kind), *kind.loss_settings)}
+    assert options(TrainConfig).keys() - free == SAID.keys() | by_content | of_a_variant | {"batch_size"}
 
 
 @pytest.mark.parametrize("name", SAID)
