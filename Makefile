@@ -11,7 +11,7 @@ FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' 
 LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-vllm check-gpu check-oldest
-.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train target demo-data format
+.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train bench-variants target demo-data format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -124,6 +124,9 @@ bench-data: $(LINKED) ## planning beside the bare tokenizer on two cores, and me
 
 bench-extract: $(LINKED) ## extraction's rate beside the forward alone; on a GPU: make bench-extract ARGS=--gpu
 	$(BIN)/python tests/benchmarks/bench_extract.py $(ARGS)
+
+bench-variants: $(LINKED) ## what the draft's variants are worth, on two targets and by five seeds (hours; goes on where it ended)
+	$(BIN)/python tests/benchmarks/bench_variants.py --out variants-run
 
 target: $(LINKED) ## train the embedded target again, into target-run/ (about an hour)
 	PYTHONPATH=tests $(BIN)/python -m embedded_target.train_target --out target-run/first --steps 3200 --seed 0

@@ -6,7 +6,8 @@ unpacked package `dflash`.
     python zlab_generate.py JOB RESULT
 
 JOB is JSON: draft and target (folders), prompts (lists of token ids), max_new_tokens, stop_ids.
-RESULT becomes JSON: tokens and acceptance_lengths, a list for each prompt; missing_keys and unexpected_keys.
+RESULT becomes JSON: tokens and acceptance_lengths, a list for each prompt; missing_keys and unexpected_keys; and the
+draft's class, which is the one that its config.json names.
 """
 
 import json
@@ -32,7 +33,8 @@ def load_client() -> Any:
 def decode(job: dict[str, Any]) -> dict[str, Any]:
     """Return the job's result."""
     client = load_client()
-    draft, info = client.DFlashDraftModel.from_pretrained(
+    (architecture,) = json.loads(Path(job["draft"], "config.json").read_text())["architectures"]
+    draft, info = getattr(client, architecture).from_pretrained(
         job["draft"], dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
     target = AutoModelForCausalLM.from_pretrained(job["target"], dtype=torch.float32, attn_implementation="sdpa")
@@ -51,6 +53,7 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         tokens.append(run.output_ids[0, len(prompt) :].tolist())
         acceptance_lengths.append(run.acceptance_lengths)
     return {
+        "class": type(draft).__name__,
         "tokens": tokens,
         "acceptance_lengths": acceptance_lengths,
         "missing_keys": sorted(map(str, info["missing_keys"])),

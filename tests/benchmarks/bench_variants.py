@@ -1,0 +1,291 @@
+"""What a draft variant is worth: base drafts, wider ones and DFlash 2, trained alike on two targets, by several seeds.
+
+Usage: python tests/benchmarks/bench_variants.py --out variants [--seeds 5] [--steps 400]
+
+The first target is the embedded one with the demo's conversations, the second is trained here by `second_target`, with
+answers of its own. Each has one cache; every draft trains on it with the demo's settings, half its batch and equally
+many steps, but those that start from a trained base draft, which take a quarter. What is compared is the serving walk
+over the cache's held-out samples after the last step; DFlash 2's also by the logits alone, that is without its
+selector, which learns from detached values and so leaves the rest of the draft as it would be without it. A run that is there is not made again, so that more seeds go on
+where fewer ended. `--table` only prints what is there.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from second_target.rows import write
+from second_target.train import train as train_second_target
+from sides import interleaved, machine, median_ratio
+from steps import packed_row, target_ends
+
+from dflash_offline.pipeline.demo import BLOCK_SIZE, CONVERSATIONS, TARGET
+from dflash_offline.schemas.run import CHECKPOINTS, METRICS
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.regenerate import RegenerateConfig
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.draft.decode import speculative_decode
+from dflash_offline.stages.draft.weights import load_draft
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.regenerate import regenerate
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.target.files import open_target
+from dflash_offline.stages.target.model import load_model
+from dflash_offline.stages.train import train
+from dflash_offline.stages.trainer import DFlashTrainerModule
+from dflash_offline.stages.training.checkpoint import list_checkpoints
+from dflash_offline.stages.training.optimizer import make_optimizers
+
+CPU = torch.device("cpu")
+LAYERS = 2
+RANK, TAPS, GROUP = 64, 2, 16
+HELD_OUT = 250
+ROWS = 3000
+SECOND_STEPS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One target's cache and the runs on it."""
+
+    folder: Path
+    steps: int
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def target(self) -> Path:
+        return TARGET if self.folder.name == "embedded" else self.folder / "target"
+
+    def run(self, side: str, seed: int) -> Path:
+        return self.folder / f"runs-{self.steps}" / f"{side}-{seed}"
+
+    def settings(self, side: str, seed: int) -> TrainConfig:
+        shared: dict[str, Any] = {
+            "caches": (self.cache,),
+            "out": self.run(side, seed),
+            "seed": seed,
+            "steps": self.steps,
+            "val_every": self.steps,
+            "val_samples": HELD_OUT,
+            "save_every": self.steps,
+            "optimizer": "muon",
+            "learning_rate": 6e-3,
+            "packing": False,
+            "batch_size": 8,
+            "num_anchors": 16,
+            "loss": "dpace",
+            "draft_layers": LAYERS,
+        }
+        return TrainConfig(**{**shared, **SIDES[side](self, seed)})
+
+    def base_draft(self, seed: int) -> Path:
+        """Return the last checkpoint of a base run."""
+        return self.run("base", seed) / CHECKPOINTS / f"step-{self.steps:07}"
+
+
+def prepare_embedded(folder: Path) -> None:
+    """Make the cache of the demo's conversations."""
+    extract(
+        ExtractConfig(
+            data=(CONVERSATIONS,), target=str(TARGET), out=folder / "cache", block_size=BLOCK_SIZE, shard_mib=64
+        ),
+        Silent(),
+    )
+
+
+def prepare_second(folder: Path) -> None:
+    """Train the second target, let it answer its prompts, and make its cache."""
+    target, rows, own = folder / "target", folder / "rows.jsonl", folder / "own.jsonl"
+    if not (target / "model.safetensors").is_file():
+        train_second_target(target, SECOND_STEPS, 0)
+    if not own.is_file():
+        write(rows, ROWS, "train", 1_000_000)  # a stream that the target was not trained on
+        regenerate(RegenerateConfig(data=(rows,), target=str(target), out=own, max_new_tokens=200), Silent())
+    extract(
+        ExtractConfig(
+            data=(own,), target=str(target), out=folder / "cache", block_size=BLOCK_SIZE, num_layers=3, shard_mib=64
+        ),
+        Silent(),
+    )
+
+
+TARGETS: dict[str, Callable[[Path], None]] = {"embedded": prepare_embedded, "second": prepare_second}
+
+
+def dflash2(**changes: Any) -> dict[str, Any]:
+    return {"variant": "dflash2", "selector_rank": RANK, "conv_kernel_size": TAPS, "conv_group_size": GROUP, **changes}
+
+
+def wide(bench: Bench, seed: int) -> dict[str, Any]:
+    """Return a feed-forward so much wider that the base draft has as many parameters as DFlash 2."""
+    decoder = Cache.open(bench.cache).manifest.decoder
+    hidden = decoder["hidden_size"]
+    convolutions = LAYERS * 2 * (2 * TAPS * hidden + 2 * TAPS * (hidden // GROUP) * hidden)
+    extra = 2 * decoder["vocab_size"] * RANK + hidden * RANK + convolutions
+    return {"draft_intermediate_size": decoder["intermediate_size"] + round(extra / (3 * hidden * LAYERS))}
+
+
+def from_base(bench: Bench, seed: int) -> dict[str, Any]:
+    steps = bench.steps // 4
+    return dflash2(init_from=bench.base_draft(seed), steps=steps, val_every=steps, save_every=steps)
+
+
+SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
+    "base": lambda bench, seed: {},
+    "wide": wide,
+    "dflash2": lambda bench, seed: dflash2(),
+    "from-base": from_base,
+}
+"""Settings by which a side's runs differ."""
+
+
+def some_prompts(cache: Path, num: int, length: int) -> list[list[int]]:
+    """Return the first tokens of samples of all lengths."""
+    samples = Cache.open(cache).samples
+    return [samples.input_ids(i * len(samples) // num)[:length].tolist() for i in range(num)]
+
+
+def last_validation(run: Path) -> dict[str, Any] | None:
+    """Return the last row of metrics with a validation; None if the run is not there."""
+    if not (run / METRICS).is_file():
+        return None
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return next((row for row in reversed(rows) if "val_serving_walk" in row), None)
+
+
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the last validation of a run; None if the run has not come to its end."""
+    row = last_validation(config.out)
+    return row if row is not None and row["step"] == config.steps else None
+
+
+def do_run(bench: Bench, side: str, seed: int) -> None:
+    """Train one draft to its end, unless that is done."""
+    config = bench.settings(side, seed)
+    if finished(config):
+        return
+    began = time.process_time()
+    trained = train(config, Silent())
+    row = finished(config)
+    assert row is not None
+    seconds = time.process_time() - began
+    print(
+        f"{time.strftime('%H:%M:%S')} {bench.folder.name} {side} {seed}: {row['val_serving_walk']:.3f}, "
+        f"{trained.parameters:,} parameters, {seconds:.0f} s of CPU",
+        flush=True,
+    )
+
+
+def spread_of(values: list[float]) -> str:
+    """Return mean and standard deviation."""
+    deviation = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+    return f"{statistics.mean(values):.2f} ({deviation})"
+
+
+def table(bench: Bench, seeds: int) -> list[str]:
+    """Return a line a side: its serving walk over the seeds that are there, each of them, and its parameters."""
+    lines = [f"{bench.folder.name}: serving walk after {bench.steps} steps, mean (standard deviation of seeds); each"]
+    for side in SIDES:
+        configs = [bench.settings(side, seed) for seed in range(seeds)]
+        rows = [row for row in map(finished, configs) if row is not None]
+        if not rows:
+            continue
+        walks = [row["val_serving_walk"] for row in rows]
+        line = f"  {side:<13} {spread_of(walks):<13}{', '.join(f'{walk:.2f}' for walk in walks):<32}"
+        if "val_serving_walk_without_selector" in rows[0]:
+            plain, oracle = (
+                [row[f"val_serving_walk_{path}"] for row in rows] for path in ("without_selector", "oracle")
+            )
+            line += f" by the logits alone {spread_of(plain)}, best of the candidates {spread_of(oracle)}"
+        lines.append(line)
+    return lines
+
+
+class Timed:
+    """A trained draft of one side: a training step on a row of its shapes, and decoding with it."""
+
+    def __init__(self, bench: Bench, side: str) -> None:
+        folder = list_checkpoints(bench.run(side, 0))[-1]
+        self.draft, trained = load_draft(folder), load_draft(folder).train()
+        config = trained.config
+        self.parameters = sum(p.numel() for p in trained.parameters())
+        self._row = packed_row(config, (100,) * 8, (16,) * 8, CPU, torch.float32)
+        head, embedding = target_ends(config, CPU, torch.float32)
+        size = config.block_size
+        self._module = DFlashTrainerModule(
+            trained, head, embedding, config.mask_token_id, size, "sdpa", loss_type="dpace"
+        )
+        self._optimizers = make_optimizers(trained, "muon", 1e-6, 0.01)
+
+    def step(self) -> None:
+        self._row.step(self._module).loss.backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def print_costs(bench: Bench, rounds: int) -> None:
+    """Print what a training step and a round of decoding take on each side, timed in turn, and the base's beside it."""
+    sides = {side: Timed(bench, side) for side in SIDES if finished(bench.settings(side, 0)) and side != "from-base"}
+    files = open_target(str(bench.target))
+    target = load_model(files, dtype=torch.float32, device=CPU)
+    prompts = some_prompts(bench.cache, 6, 40)
+    num: dict[str, int] = {}
+
+    def decode(side: str) -> None:
+        runs = [speculative_decode(target, sides[side].draft, prompt, 64, ()) for prompt in prompts]
+        num[side] = sum(len(run.produced) for run in runs)
+
+    steps = interleaved({side: timed.step for side, timed in sides.items()}, rounds)
+    decoding = interleaved({side: partial(decode, side) for side in sides}, rounds)
+    by_round = {side: [seconds / num[side] for seconds in decoding[side]] for side in sides}
+    print(f"{bench.folder.name}: medians of {rounds} rounds, one thread; ratios to the base draft's in the same round")
+    for side, timed in sides.items():
+        step, each = statistics.median(steps[side]), statistics.median(by_round[side])
+        print(
+            f"  {side:<13} {timed.parameters:>9,} parameters; a step {1e3 * step:.0f} ms, "
+            f"{median_ratio(steps, 'base', side):.2f} times; a round, draft and verification, {1e3 * each:.2f} ms, "
+            f"{median_ratio(by_round, 'base', side):.2f} times"
+        )
+
+
+def main() -> None:
+    """Read the command line, do the runs that are missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("variants"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 leaves it out")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine(), flush=True)
+    benches = [Bench(folder=args.out / name, steps=args.steps) for name in args.targets]
+    for bench in benches if not args.table else ():
+        if not (bench.cache / "manifest.json").is_file():
+            TARGETS[bench.folder.name](bench.folder)
+    for seed in range(args.seeds) if not args.table else ():
+        for bench in benches:
+            for side in args.sides:
+                do_run(bench, side, seed)
+    for bench in benches:
+        print("\n".join(table(bench, args.seeds)))
+        if args.rounds:
+            print_costs(bench, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
