@@ -80,6 +80,17 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(cache: Path, one: Path,
     assert states[0]["tokens"] == states[1]["tokens"]
 
 
+@pytest.mark.slow
+def test_two_ranks_equal_one_with_twice_the_accumulation_of_a_draft_with_a_selector(
+    cache: Path, tmp_path: Path
+) -> None:
+    changes = {"variant": "dflash2", "selector_rank": 8, "conv_group_size": 8, "steps": 6}
+    finish(start(1, cache, tmp_path / "one", accumulation=2, **changes))
+    finish(start(2, cache, tmp_path / "two", **changes))
+    names = "loss", "draft_loss", "selector_loss", "accuracy", "top_k_recall", "val_serving_walk_without_selector"
+    assert_same_run(tmp_path / "two", tmp_path / "one", *names)
+
+
 SUM_OF_GRADIENTS = """
 import torch
 from dflash_offline.stages.training.ranks import Ranks, joined_ranks
