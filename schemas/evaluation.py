@@ -200,9 +200,10 @@ class Served:
     counted: Counted | None
     """None where the server shows no counters that are known here."""
     round_s: float | None = None
-    """Seconds of a round, the prompts' own forwards left out; None where the server's rounds are not known."""
+    """Seconds of a round of every request under way, its share of the prompts' forwards with it; None where the server
+    does not count rounds, or others used it."""
     plain_step_s: float | None = None
-    """Seconds of a token after an answer's first on the plain server, at the same concurrency."""
+    """The same of a token on the plain server, at the same concurrency."""
     acceptance_by_kind: dict[str, Acceptance]
     """Where the server tells the rounds of each answer."""
     plain_tokens_per_s: float | None = None

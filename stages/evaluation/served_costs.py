@@ -1,33 +1,33 @@
 """What a round took on live servers: of the one that is measured, and of results that were saved before."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import BadInputError, MismatchError
-from dflash_offline.schemas.evaluation import Counted, Service, read_result
+from dflash_offline.schemas.evaluation import Service, read_result
 from dflash_offline.schemas.results.draft_lengths import ServedCost
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.stages.serving.stream import StreamedAnswer
+from dflash_offline.stages.serving.measure import Pass
 
 _WHAT_TO_DO = "Name a result of `dflash eval --server URL --save FILE`."
 
 
-def step_seconds(answers: Sequence[StreamedAnswer]) -> float | None:
-    """Return the seconds of a token after the first of an answer, over all answers; None where none has a second."""
-    timed = [(a.first, a.last, (a.num_tokens or 0) - 1) for a in answers]
-    seconds = sum(last - first for first, last, _ in timed if first is not None and last is not None)
-    tokens = sum(more for *_, more in timed if more > 0)
-    return seconds / tokens if tokens and seconds > 0 else None
+def step_seconds(one: Pass, concurrency: int) -> float | None:
+    """Return the seconds of a token after the first of an answer, its share of the prompts' forwards with them.
+
+    They are of the whole pass, since what is sent together may be read late: when a token came is not exact.
+    """
+    tokens = one.num_tokens - len(one.answers)
+    return one.seconds * min(concurrency, len(one.answers)) / tokens if tokens > 0 else None
 
 
-def round_seconds(answers: Sequence[StreamedAnswer], counted: Counted | None) -> float | None:
-    """Return the seconds of a round, the prompts' own forwards left out; None where the rounds were not counted."""
-    step, tokens = step_seconds(answers), sum(max((a.num_tokens or 0) - 1, 0) for a in answers)
+def round_seconds(one: Pass, concurrency: int) -> float | None:
+    """Return the seconds of a round likewise; None where the server did not count the rounds of these answers."""
+    step, counted = step_seconds(one, concurrency), one.counted
     if step is None or counted is None or counted.is_disturbed:
         return None
     if counted.rounds:
-        return step * tokens / counted.rounds
+        return step * (one.num_tokens - len(one.answers)) / counted.rounds
     return step * counted.acceptance_length if counted.acceptance_length else None
 
 

@@ -15,7 +15,7 @@ from tiny_decoding import fitted_draft, random_prompts, tiny_target
 from dflash_offline.pipeline.commands.evaluate import print_report
 from dflash_offline.pipeline.pages.eval_page import write_eval_page
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.evaluation import EvalResult
+from dflash_offline.schemas.evaluation import Counted, EvalResult
 from dflash_offline.schemas.results.draft_lengths import DraftLength, ServedCost, StepCosts
 from dflash_offline.schemas.results.rounds import Acceptance
 from dflash_offline.schemas.settings.evaluate import EvalConfig
@@ -25,9 +25,10 @@ from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.evaluate import evaluate, evaluate_folder
 from dflash_offline.stages.evaluation.costs import measure_costs
 from dflash_offline.stages.evaluation.expected import FITTED, HERE, SCALED, expected_speeds
-from dflash_offline.stages.evaluation.served_costs import saved_costs
+from dflash_offline.stages.evaluation.served_costs import round_seconds, saved_costs, step_seconds
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.serving.measure import Pass
 from dflash_offline.stages.train import train
 
 LIMIT = 24
@@ -306,18 +307,18 @@ def test_settings_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
         refused(dflash("eval", "draft", *flags), said)
 
 
-def test_rounds_of_a_stream_are_timed_from_the_first_token_on() -> None:
-    from dflash_offline.schemas.evaluation import Counted
-    from dflash_offline.stages.evaluation.served_costs import round_seconds, step_seconds
+def test_rounds_of_a_pass_share_its_seconds() -> None:
+    answers: list[Any] = [SimpleNamespace(num_tokens=n) for n in (11, 6, 1)]
 
-    answers: list[Any] = [
-        SimpleNamespace(first=1.0, last=3.0, num_tokens=11),
-        SimpleNamespace(first=2.0, last=3.0, num_tokens=6),
-        SimpleNamespace(first=5.0, last=5.0, num_tokens=1),
-        SimpleNamespace(first=None, last=None, num_tokens=0),
-    ]
-    assert step_seconds(answers) == pytest.approx(3.0 / 15)
-    assert round_seconds(answers, Counted(acceptance_length=3.0, rounds=5)) == pytest.approx(3.0 / 5)
-    assert round_seconds(answers, Counted(acceptance_length=2.5, since_start=True)) == pytest.approx(2.5 * 3.0 / 15)
-    assert round_seconds(answers, Counted(acceptance_length=3.0, rounds=5, other_requests=1)) is None
-    assert round_seconds(answers, None) is None and step_seconds(answers[2:]) is None
+    def seconds(concurrency: int, **counted: Any) -> float | None:
+        told = Counted(**({"acceptance_length": 3.0} | counted))
+        return round_seconds(Pass(answers=answers, seconds=2.0, counted=told), concurrency)
+
+    assert seconds(1, rounds=5) == pytest.approx(2.0 / 5)
+    assert seconds(2, rounds=5) == pytest.approx(2.0 * 2 / 5)
+    assert seconds(8, rounds=5) == pytest.approx(2.0 * 3 / 5), "no more are under way than there are"
+    assert seconds(1, since_start=True) == pytest.approx(3.0 * 2.0 / 15)
+    assert seconds(1, rounds=5, other_requests=1) is None
+    assert round_seconds(Pass(answers=answers, seconds=2.0, counted=None), 1) is None
+    assert step_seconds(Pass(answers=answers, seconds=2.0, counted=None), 2) == pytest.approx(2.0 * 2 / 15)
+    assert step_seconds(Pass(answers=answers[2:], seconds=2.0, counted=None), 1) is None
