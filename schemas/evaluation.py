@@ -65,6 +65,11 @@ class _Proposal(TypedDict):
     acceptance: _All
 
 
+class _PromptSet(TypedDict):
+    name: str
+    dataset: str
+
+
 class _Pass(TypedDict):
     concurrency: Size
     round_s: NotRequired[Seconds | None]
@@ -101,6 +106,7 @@ class _Result(TypedDict):
     speedup: NotRequired[float | None]
     acceptance_by_kind: NotRequired[dict[str, _Group]]
     proposals: NotRequired[list[_Proposal]]
+    prompt_set: NotRequired[_PromptSet | None]
     service: NotRequired[_Service | None]
     draft_lengths: NotRequired[_Lengths | None]
 
@@ -314,6 +320,15 @@ class EvalResult:
     dtype: str
     threads: int
     versions: dict[str, str]
+
+    @property
+    def prompts_shown(self) -> str:
+        """What was asked, in words: the file or the cache, or a public set and where it came from."""
+        if self.prompt_set is None:
+            return str(self.config.prompts or self.config.cache)
+        revision = self.prompt_set.get("revision")
+        origin = f"at {revision[:12]}" if revision else f"from {self.prompt_set['file']}"
+        return f"{self.prompt_set['name']}, {self.prompt_set['dataset']} {origin}"
 
     def slot_shares(self) -> list[tuple[float, float]]:
         """Return the share of each slot's tokens that are in an answer: of all drafted, and of those with no rejected

@@ -148,6 +148,7 @@ def _measured(state: TrainState, result: dict[str, Any] | None) -> str:
         config, prompts = result["config"], result["acceptance"]["prompts"]
         way = f"temperature {config['temperature']}" if config.get("temperature") else "greedy"
         what = "cached turns, without the target" if result.get("offline") else "prompts"
+        what += f" of {asked['name']} ({asked['dataset']})" if (asked := result.get("prompt_set")) else ""
         speed = f", {result['speedup']:.2f} times the target alone" if result.get("speedup") else ""
         lines.append(
             f"`dflash eval` on {prompts} {what} ({way}, {result['dtype']} on {result['device']}): {pooled} tokens a "

@@ -120,6 +120,8 @@ def _head(result: EvalResult) -> list[str]:
         lines = [f"serving walk over {_count(prompts, 'cached turn')}, {block}; no target was run"]
     else:
         lines = [f"{_count(prompts, 'prompt')}, {block}, at most {config.max_new_tokens} new tokens"]
+    if result.prompt_set is not None:
+        lines.append(f"prompts of {result.prompts_shown}")
     if result.held_out is not None:
         others = "all samples: another cache trained it, or it does not say which"
         lines.append("held out of its training" if result.held_out else others)

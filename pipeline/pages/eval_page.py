@@ -56,7 +56,7 @@ def _lead(result: EvalResult) -> str:
     if result.offline:
         return f"{config.draft} against {config.cache}, serving walk over cached answers"
     against = " and ".join(str(name) for name in (config.target, config.server) if name)
-    return f"{config.draft} against {against}, prompts of {config.prompts or config.cache}"
+    return f"{config.draft} against {against}, prompts of {result.prompts_shown}"
 
 
 def _service(result: EvalResult) -> dict[str, Any] | None:

@@ -185,7 +185,7 @@ def test_a_second_turn_follows_the_targets_answer_to_the_first() -> None:
     assert [one.prompt for one in found.decoded] == ["mt-bench:1", "mt-bench:1, turn 2", "mt-bench:2"]
     assert {kind: one.prompts for kind, one in found.acceptance_by_kind.items()} == {"writing": 2, "math": 1}
     assert found.prompt_set is not None and found.prompt_set["revision"] == "e3a795c5e9a82ee40611c416b8a7786c73198991"
-    assert found.prompt_set["dataset"] == "HuggingFaceH4/mt_bench_prompts"
+    assert found.prompts_shown == "mt-bench, HuggingFaceH4/mt_bench_prompts at e3a795c5e9a8"
 
 
 def test_the_command_reads_a_copy_and_records_its_bytes(target: Path, run: Path, tmp_path: Path) -> None:

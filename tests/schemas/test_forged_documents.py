@@ -185,7 +185,9 @@ def test_every_forged_field_of_a_run_is_refused_or_does_no_harm(
             **{"acceptance": group, "acceptance_by_kind": {"short": group}, "config": {"temperature": 0.0}},
             **{"trained": {"run": "0" * 64, "step": 4}, "dtype": "float32", "device": "cpu", "block_size": 8},
             **{"drafted_by_slot": [2], "accepted_by_slot": [1], "offline": False, "speedup": 1.5},
-            **{"proposals": [{"name": "drawn", "acceptance": group}]},
+            **{"proposals": [{"name": "drawn", "acceptance": group}], "prompt_set": {"name": "a", "dataset": "b"}},
+            **{"service": {"num_speculative_tokens": 1, "passes": [{"concurrency": 1, "round_s": 0.1}]}},
+            **{"draft_lengths": {"expected": [{"concurrency": 1, "num_speculative_tokens": 1, "speedup": [1.5]}]}},
         }))  # fmt: skip
         uses.append(lambda: read_result(path, "Name another."))
     content = path.read_text()
