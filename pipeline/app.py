@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dflash_offline.pipeline.commands.demo import demo
+from dflash_offline.pipeline.commands.diagnose import diagnose
 from dflash_offline.pipeline.commands.doctor import doctor
 from dflash_offline.pipeline.commands.evaluate import evaluate
 from dflash_offline.pipeline.commands.export import export
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (regenerate, extract, inspect, verify, train, export, evaluate, demo, doctor)
+COMMANDS = (regenerate, extract, inspect, verify, train, export, evaluate, diagnose, demo, doctor)
 """In the order of the help."""
 
 

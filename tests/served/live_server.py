@@ -5,11 +5,23 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 K = 7
 """Tokens that it drafts in a round."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An answer as tokens, those of the prompt's forward and then of each round, and how it came about."""
+
+    rounds: list[list[int]]
+    accepted: list[int]
+    """Drafted tokens that each round took, those behind the answer's end included."""
+    prompt_ids: list[int]
 
 
 def answer_to(said: str) -> list[list[int]]:
@@ -23,10 +35,21 @@ def answer_to(said: str) -> list[list[int]]:
 class LiveServer:
     """Serves in a thread until it is left; `kind` decides what it shows of itself, `fault` how it misbehaves."""
 
-    def __init__(self, kind: str = "vllm", fault: str = "", *, tells_rounds: bool = False, wrong: str = "") -> None:
+    def __init__(
+        self,
+        kind: str = "vllm",
+        fault: str = "",
+        *,
+        tells_rounds: bool = False,
+        wrong: str = "",
+        decode: Callable[[dict[str, Any]], Decoded] | None = None,
+        num_drafted: int = K,
+    ) -> None:
+        """`decode` answers a request, by default with tokens of no meaning; `num_drafted` are drafted in a round."""
         self.kind, self.fault, self.tells_rounds, self.wrong = kind, fault, tells_rounds, wrong
+        self.decode, self.num_drafted = decode, num_drafted
         self.counts: Counter[str] = Counter()
-        self.by_slot = [0] * K
+        self.by_slot = [0] * num_drafted
         self.requests: list[dict[str, Any]] = []
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
@@ -75,7 +98,9 @@ class LiveServer:
         state = {"avg_spec_accept_length": length, "last_gen_throughput": 1.0}
         shown = {"/v1/models": json.dumps({"data": [{"id": "the-model"}]})}
         if self.kind == "sglang":
-            shown["/server_info"] = json.dumps({"internal_states": [state], "speculative_num_draft_tokens": K + 1})
+            shown["/server_info"] = json.dumps(
+                {"internal_states": [state], "speculative_num_draft_tokens": self.num_drafted + 1}
+            )
         if self.kind == "vllm":
             shown["/metrics"] = self._metrics()
         text = shown.get(handler.path)
@@ -111,27 +136,30 @@ class LiveServer:
             handler.end_headers()
             handler.wfile.write(b'{"error": {"message": "Unknown field: return_token_ids"}}')
             return
-        rounds = answer_to(str(said))
+        decoded = self.decode(request) if self.decode else None
+        rounds = decoded.rounds if decoded else answer_to(str(said))
         if self.wrong and self.wrong in str(said):
             rounds[-1][-1] += 1
-        accepted = [len(tokens) - 1 for tokens in rounds[1:]]
+        accepted = decoded.accepted if decoded else [len(tokens) - 1 for tokens in rounds[1:]]
         with self._lock:
             self.requests.append({"path": handler.path, **request})
             other = self.fault == "others" and len(self.requests) == 3
             self.counts += Counter(requests=1, tokens=sum(map(len, rounds)), drafts=len(accepted))
-            self.counts += Counter(drafted=K * len(accepted), accepted=sum(accepted))
+            self.counts += Counter(drafted=self.num_drafted * len(accepted), accepted=sum(accepted))
             self.counts += Counter({"other requests": 2, "tokens": 50}) if other else Counter()
             for number in accepted:
                 for slot in range(number):
                     self.by_slot[slot] += 1
         handler.send_response(200)
         handler.end_headers()
-        for event in self._events(request, rounds, accepted):
+        for event in self._events(request, rounds, accepted, decoded.prompt_ids if decoded else None):
             handler.wfile.write(event)
             handler.wfile.flush()
             time.sleep(0.002)
 
-    def _events(self, request: dict[str, Any], rounds: list[list[int]], accepted: list[int]) -> list[bytes]:
+    def _events(
+        self, request: dict[str, Any], rounds: list[list[int]], accepted: list[int], prompt_ids: list[int] | None
+    ) -> list[bytes]:
         key = "delta" if "messages" in request else None
         chunks = []
         for tokens in rounds:
@@ -140,9 +168,11 @@ class LiveServer:
             if request.get("return_token_ids"):
                 choice["token_ids"] = tokens
             chunks.append({"choices": [choice]})
+        if prompt_ids is not None:
+            chunks[0]["prompt_token_ids"] = prompt_ids
         usage: dict[str, Any] = {"choices": [], "usage": {"completion_tokens": sum(map(len, rounds))}}
         if self.tells_rounds:
-            told = {"per_step_drafted": [K] * len(accepted), "per_step_accepted": accepted}
+            told = {"per_step_drafted": [self.num_drafted] * len(accepted), "per_step_accepted": accepted}
             usage["metrics"] = {"speculative_decoding": told}
         lines = [f"data: {json.dumps(event)}\n\n".encode() for event in (*chunks, usage)] + [b"data: [DONE]\n\n"]
         planted = {
