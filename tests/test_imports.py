@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "stages": {"schemas", "stages"},
     "pipeline": {"schemas", "stages", "pipeline"},
 }
-STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_served", "export_card"}
+STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_served", "export_card", "diagnose"}
 LOOSE = {"bounds", "cores", "progress", "stop"}
 """Files of `stages/` that belong to no room and import none."""
 ROOMS = "store target conversations draft capture trainer training answers serving evaluation".split()
@@ -80,7 +80,7 @@ def test_a_folder_has_fourteen_files_at_most_and_its_purpose_in_a_line(folder: P
 
 
 def test_help_loads_neither_torch_nor_what_else_takes_long() -> None:
-    commands = [[], ["regenerate"], ["extract"], ["train"], ["eval"], ["doctor"]]
+    commands = [[], ["regenerate"], ["extract"], ["train"], ["eval"], ["diagnose"], ["doctor"]]
     slow = "torch transformers numpy pyarrow zarr numcodecs matplotlib rich"
     helped = without_torch(*([*command, "--help"] for command in commands), missing=slow)
     assert all("Usage:" in printed for printed in helped)

@@ -3,7 +3,6 @@
 Axes: S positions of a text, K block size, H hidden size, L layers read.
 """
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,15 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.stages.draft.attention import Blocks, dense_mask
 from dflash_offline.stages.draft.decode import plain_decode
-from dflash_offline.stages.draft.model import DraftCache, DraftModel
+from dflash_offline.stages.draft.model import DraftModel, ProjectedContext
+from dflash_offline.stages.draft.sampling import Greedy
+from dflash_offline.stages.draft.variants.table import variant_of
 from dflash_offline.stages.evaluation.changes import EMBEDDING, Change
 from dflash_offline.stages.evaluation.samples import EvalSamples
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.training.simulated_serving import turns
 
+_AT_ONCE = 16
+"""Texts whose states are held, and that are walked together."""
 Counts = NDArray[np.float64]
 """Of rounds: how many there were, and how many accepted at least 1, 2, ... of their drafted tokens."""
 
@@ -121,38 +126,61 @@ class Walker:
         self._draft, self._head, self._table = draft, head, table
 
     @torch.inference_mode()
-    def rounds(self, text: KnownText, states: Mapping[int, Tensor], change: Change) -> list[int]:
-        """Return how many drafted tokens each round accepts under a change, those behind the answer's end included."""
-        draft, block = run_as(self._draft, change.config), change.config.block_size
-        features = torch.cat([states[tap] for tap in change.taps], dim=-1)[None].to(self._table.dtype)
-        ids = torch.full((block,), change.config.mask_token_id, device=self._table.device)
-        cache, held, anchor, accepted = DraftCache(), 0, text.first, list[int]()
-        while anchor < text.last:
-            ids[0] = text.ids[anchor]
-            end = anchor + change.sees_anchor
-            positions = torch.cat((torch.arange(held, end), torch.arange(anchor, anchor + block)))
-            hidden = draft(
-                position_ids=positions[None].to(self._table.device),
-                noise_embedding=self._table[ids][None],
-                target_hidden=features[:, held:end],
-                past_key_values=cache,
-            )
-            cache.crop(end)
-            held = end
-            drafted = self._head(hidden[0, 1:]).argmax(dim=-1).tolist()
-            known = text.ids[anchor + 1 : anchor + block]
-            accepted.append(next((i for i, token in enumerate(known) if drafted[i] != token), len(known)))
-            anchor += accepted[-1] + 1
-        if accepted and anchor - 1 == text.last and len(text.ids) == text.last + 1:
-            accepted[-1] = min(accepted[-1] + text.beyond, block - 1)
+    def rounds(
+        self, texts: Sequence[KnownText], states: Sequence[Mapping[int, Tensor]], change: Change
+    ) -> list[list[int]]:
+        """Return how many drafted tokens each round accepts under a change, as far as each text is known.
+
+        The texts take their rounds together, one of each at a time.
+        """
+        draft, device = self._run_as(change.config), self._table.device
+        features = [torch.cat([one[tap] for tap in change.taps], dim=-1) for one in states]
+        padded = pad_sequence(features, batch_first=True).to(self._table.dtype)
+        context = draft.project_context(torch.arange(padded.shape[1], device=device)[None], padded)
+        accepted: list[list[int]] = [[] for _ in texts]
+        anchors = [text.first for text in texts]
+        while rows := [i for i, text in enumerate(texts) if anchors[i] < text.last]:
+            at = torch.tensor([anchors[i] for i in rows], device=device)
+            tokens = torch.tensor([texts[i].ids[anchors[i]] for i in rows], device=device)
+            blocks = self._draft_blocks(draft, _select(context, rows, device), at, tokens, change.sees_anchor)
+            for i, drafted in zip(rows, blocks, strict=True):
+                known = texts[i].ids[anchors[i] + 1 : anchors[i] + change.config.block_size]
+                accepted[i].append(next((j for j, token in enumerate(known) if drafted[j] != token), len(known)))
+                anchors[i] += accepted[i][-1] + 1
         return accepted
 
+    def _draft_blocks(
+        self, draft: DraftModel, context: ProjectedContext, anchors: Tensor, tokens: Tensor, sees_anchor: bool
+    ) -> list[list[int]]:
+        """Return the tokens [B, K - 1] drafted behind the anchors [B], whose tokens are given."""
+        config, chooser = draft.config, Greedy()
+        ids = torch.full((len(tokens), config.block_size), config.mask_token_id, device=tokens.device)
+        ids[:, 0] = tokens
+        ends = (anchors + int(sees_anchor))[:, None]
+        blocks = Blocks(ends, torch.ones_like(ends, dtype=torch.bool), None, context.length, config.block_size)
+        hidden = draft(
+            position_ids=anchors[:, None] + torch.arange(config.block_size, device=tokens.device),
+            noise_embedding=self._table[ids],
+            target_hidden=context,
+            attention_mask={kind: dense_mask(blocks, rule) for kind, rule in config.attention_rules.items()},
+        )
+        variant = variant_of(config)
+        return [
+            variant.propose(draft, row[None, 1:], self._head, token[None], chooser)[0].tolist()
+            for row, token in zip(hidden, tokens, strict=True)
+        ]
 
-def run_as(draft: DraftModel, config: DraftConfig) -> DraftModel:
-    """Return the same weights, run by another config."""
-    other = copy.copy(draft)
-    other.config = config
-    return other
+    def _run_as(self, config: DraftConfig) -> DraftModel:
+        """Return the same weights, run by another config."""
+        with torch.device("meta"):
+            draft = DraftModel(config)
+        draft.load_state_dict(self._draft.state_dict(), assign=True)
+        return draft.eval()
+
+
+def _select(context: ProjectedContext, rows: list[int], device: torch.device) -> ProjectedContext:
+    index = torch.tensor(rows, device=device)
+    return ProjectedContext(tuple((keys[index], values[index]) for keys, values in context.layers))
 
 
 def count_rounds(accepted: Sequence[int], num_slots: int) -> Counts:
@@ -166,6 +194,16 @@ def walk_all(
 ) -> Iterator[list[list[int]]]:
     """Yield, for each text, the rounds under each change; the text's states are read once."""
     wanted = {tap for change in changes for tap in change.taps}
-    for text in texts:
-        found = states.taps(text, wanted)
-        yield [walker.rounds(text, found, change) for change in changes]
+    for begin in range(0, len(texts), _AT_ONCE):
+        some = texts[begin : begin + _AT_ONCE]
+        found = [states.taps(text, wanted) for text in some]
+        walked = [walker.rounds(some, found, change) for change in changes]
+        for i, text in enumerate(some):
+            yield [as_counted(text, rounds[i], change) for rounds, change in zip(walked, changes, strict=True)]
+
+
+def as_counted(text: KnownText, accepted: list[int], change: Change) -> list[int]:
+    """Return the rounds as a server counts them: with what it accepts behind the answer's end, if they get so far."""
+    if text.beyond and text.first + sum(accepted) + len(accepted) == text.last + 1:
+        return [*accepted[:-1], min(accepted[-1] + text.beyond, change.config.block_size - 1)]
+    return accepted
