@@ -11,9 +11,9 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.diagnose import DiagnoseConfig
 from dflash_offline.stages.conversations.prompts import Prompt, read_prompts
 from dflash_offline.stages.evaluate import stop_ids
-from dflash_offline.stages.evaluation import changes
-from dflash_offline.stages.evaluation.changes import Change, possible_changes
-from dflash_offline.stages.evaluation.diagnosis import (
+from dflash_offline.stages.evaluation.diagnosis import changes
+from dflash_offline.stages.evaluation.diagnosis.changes import Change, possible_changes
+from dflash_offline.stages.evaluation.diagnosis.findings import (
     EACH_PROMPT,
     EXPLAINED,
     HEALTHY,
@@ -25,17 +25,22 @@ from dflash_offline.stages.evaluation.diagnosis import (
     Rates,
     Tried,
 )
-from dflash_offline.stages.evaluation.known_text import Counts, KnownText, cached_texts
-from dflash_offline.stages.evaluation.likelihood import (
+from dflash_offline.stages.evaluation.diagnosis.known_text import Counts, KnownText, cached_texts
+from dflash_offline.stages.evaluation.diagnosis.likelihood import (
     Verdict,
     deviance,
     judge_other_prompts,
     judge_prompt_by_prompt,
     judge_same_prompts,
 )
-from dflash_offline.stages.evaluation.remedies import remedies
-from dflash_offline.stages.evaluation.served_profile import ServedProfile, ask_server, saved_profile, typed_profile
-from dflash_offline.stages.evaluation.trials import (
+from dflash_offline.stages.evaluation.diagnosis.remedies import remedies
+from dflash_offline.stages.evaluation.diagnosis.served_profile import (
+    ServedProfile,
+    ask_server,
+    saved_profile,
+    typed_profile,
+)
+from dflash_offline.stages.evaluation.diagnosis.trials import (
     Bench,
     Trial,
     answer_all,

@@ -14,7 +14,7 @@ from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.files import write_output
 from dflash_offline.schemas.settings.diagnose import DiagnoseConfig
 from dflash_offline.schemas.settings.option import Option
-from dflash_offline.stages.evaluation.diagnosis import (
+from dflash_offline.stages.evaluation.diagnosis.findings import (
     EACH_PROMPT,
     EXPLAINED,
     HEALTHY,

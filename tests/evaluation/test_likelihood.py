@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dflash_offline.stages.evaluation.known_text import count_rounds
-from dflash_offline.stages.evaluation.likelihood import (
+from dflash_offline.stages.evaluation.diagnosis.known_text import count_rounds
+from dflash_offline.stages.evaluation.diagnosis.likelihood import (
     deviance,
     judge_other_prompts,
     judge_prompt_by_prompt,

@@ -22,8 +22,8 @@ from dflash_offline.stages.draft.decode import plain_decode
 from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.eval_served import evaluate_served
 from dflash_offline.stages.evaluate import evaluate_folder, stop_ids
-from dflash_offline.stages.evaluation import changes
-from dflash_offline.stages.evaluation.diagnosis import (
+from dflash_offline.stages.evaluation.diagnosis import changes
+from dflash_offline.stages.evaluation.diagnosis.findings import (
     EACH_PROMPT,
     EXPLAINED,
     HEALTHY,

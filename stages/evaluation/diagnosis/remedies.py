@@ -5,7 +5,7 @@ The facts are those of `schemas.draft.rules`, and of vLLM's pull request 40727.
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.rules import SGLANG, VLLM, ZLAB
-from dflash_offline.stages.evaluation import changes
+from dflash_offline.stages.evaluation.diagnosis import changes
 
 _EVERYWHERE = "any client"
 _REMEDIES = {

@@ -16,8 +16,8 @@ from dflash_offline.schemas.settings.diagnose import DiagnoseConfig
 from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt
 from dflash_offline.stages.draft.pairing import check_draft_fits
 from dflash_offline.stages.draft.weights import load_draft
-from dflash_offline.stages.evaluation.changes import Change
-from dflash_offline.stages.evaluation.known_text import (
+from dflash_offline.stages.evaluation.diagnosis.changes import Change
+from dflash_offline.stages.evaluation.diagnosis.known_text import (
     CachedStates,
     Counts,
     KnownText,

@@ -19,7 +19,7 @@ from dflash_offline.stages.draft.decode import plain_decode
 from dflash_offline.stages.draft.model import DraftModel, ProjectedContext
 from dflash_offline.stages.draft.sampling import Greedy
 from dflash_offline.stages.draft.variants.table import variant_of
-from dflash_offline.stages.evaluation.changes import EMBEDDING, Change
+from dflash_offline.stages.evaluation.diagnosis.changes import EMBEDDING, Change
 from dflash_offline.stages.evaluation.samples import EvalSamples
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.training.simulated_serving import turns
