@@ -19,7 +19,7 @@ from dflash_offline.stages.stop import Stopped, stops_noted
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import Batch
-from dflash_offline.stages.training.memory import HALF
+from dflash_offline.stages.training.memory import HALF, step_flops
 from dflash_offline.stages.training.metrics import MetricsLog, check_reporter, peak_memory
 from dflash_offline.stages.training.ranks import joined_ranks
 from dflash_offline.stages.training.record import claim_folder
@@ -78,6 +78,8 @@ class DryRun:
     """Tokens of a step, padding left out."""
     filled: float
     """Share of the step's positions that hold real tokens."""
+    flops_per_step: float
+    """Operations of this rank's matmuls in a step, counted from the draft's shape; those of attention are left out."""
     seconds_per_step: float
     """Those of the second step: the first one warms up."""
 
@@ -222,5 +224,9 @@ def dry_run(config: TrainConfig) -> DryRun:
             device_bytes=training.memory.device_bytes,
             tokens_per_step=result.window.tokens,
             filled=result.window.tokens / slots,
+            flops_per_step=sum(
+                step_flops(training.draft_config, rows * tokens, rows * anchors * training.draft_config.block_size)
+                for rows, tokens, anchors in shapes
+            ),
             seconds_per_step=seconds,
         )

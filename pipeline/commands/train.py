@@ -97,6 +97,7 @@ def print_dry_run(found: "DryRun") -> None:
         "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row: {found.block_tokens:,} block tokens",
         "Activations": f"{readable_bytes(found.activation_bytes)}, counted; {readable_bytes(found.device_bytes)} of "
         f"memory would hold {found.most_block_tokens:,} block tokens",
+        "Work": f"{found.flops_per_step / 1e12:,.3g} TFLOP of matmuls a step, counted; attention's are left out",
         "Step": f"{found.tokens_per_step:,} tokens in {found.filled:.0%} of its places, {found.seconds_per_step:.2f} s",
         "Steps": f"{found.total_steps:,}; {found.steps_per_epoch:,.1f} an epoch",
         "Time": readable_seconds(found.seconds),

@@ -48,6 +48,7 @@ RULES = {
     "architecture": Rule("clients choose their draft class by this name, and it says what the tensors are for", EVERY),
     "no architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG), clear=True),
     "variant's shape": Rule("clients build the variant's own parts by these numbers", EVERY),
+    "kernel and block": Rule("z-lab's client fails at it, and speculators refuses it", (ZLAB,), clear=True),
     "nested variant's shape": Rule("vLLM looks for it in dflash_config alone", (VLLM,), clear=True),
     "model type": Rule(
         "it chooses the config class, and only Qwen3's has the fields and the defaults that a draft is read with",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dflash_offline.schemas.draft.values import Found
-from dflash_offline.schemas.variants.variant import Curve, Sizes
+from dflash_offline.schemas.variants.variant import Counted, Curve, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,14 @@ class DFlash:
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return no further tensor."""
         return {}
+
+    def kept(self, sizes: Sizes, compiled: bool) -> Counted:
+        """Return nothing further."""
+        return Counted()
+
+    def work(self, sizes: Sizes) -> Counted:
+        """Return nothing further."""
+        return Counted()
 
     def written(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return the document as it is."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from dflash_offline.schemas.checked import Size
 from dflash_offline.schemas.draft.values import Found, first, is_int, say, section
 from dflash_offline.schemas.variants.dflash import DFlash
-from dflash_offline.schemas.variants.variant import Curve, Sizes
+from dflash_offline.schemas.variants.variant import Counted, Curve, Sizes
 
 
 def _walk(path: str, name: str) -> Curve:
@@ -75,6 +75,23 @@ class DFlash2:
             "candidate_selector.hidden_projection.weight": (rank, hidden),
         }
 
+    def kept(self, sizes: Sizes, compiled: bool) -> Counted:
+        """Return how many numbers a step keeps of a block token's convolutions in a layer, and of a slot's selector.
+
+        `compiled`, what enters and what leaves both sublayers before it is convolved, and the dynamic kernels; else
+        also the kernel and the earlier slots' values of each tap. The selector keeps P h, scores and candidates.
+        """
+        hidden, taps = sizes["hidden_size"], self.conv_kernel_size
+        kernels = 4 * taps * (hidden // self.conv_group_size)
+        layer = 4 * hidden if compiled else 8 * taps * hidden
+        return Counted(layer + kernels, 2 * self.selector_rank + 6 * self.selector_top_k)
+
+    def work(self, sizes: Sizes) -> Counted:
+        """Return the multiply-adds of both kernel projections and all four convolutions, and those of the selector."""
+        hidden, taps = sizes["hidden_size"], self.conv_kernel_size
+        kernels = 4 * taps * (hidden // self.conv_group_size)
+        return Counted(kernels * hidden + 4 * taps * hidden, self.selector_rank * (hidden + self.selector_top_k + 1))
+
     def written(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return the document as the published drafts have it.
 
@@ -108,7 +125,7 @@ class DFlash2:
             yield "variant's shape", "conv_group_size", f"is {group}; expected a divisor of hidden_size {hidden}"
         taps, block = values["conv_kernel_size"], first(config, "block_size")
         if is_int(taps, 1) and is_int(block, 2) and taps > block:
-            yield "variant's shape", "conv_kernel_size", f"is {taps}; expected at most the block_size {block}"
+            yield "kernel and block", "conv_kernel_size", f"is {taps}; expected at most the block_size {block}"
         candidates, vocab = values["selector_top_k"], config.get("vocab_size")
         if is_int(candidates, 1) and is_int(vocab, 1) and candidates > vocab:
             yield "variant's shape", "selector_top_k", f"is {candidates}; expected at most the vocab_size {vocab}"

@@ -23,6 +23,15 @@ class Curve(NamedTuple):
     """What it is called there."""
 
 
+class Counted(NamedTuple):
+    """What a variant adds to a step."""
+
+    by_layer: int = 0
+    """For each block token, in each layer."""
+    by_slot: int = 0
+    """For each slot that predicts, behind the layers."""
+
+
 class Variant(Protocol):
     """A variant's own fields; two are equal if these are.
 
@@ -62,6 +71,12 @@ class Variant(Protocol):
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return its tensors beyond those of every draft, with their shapes."""
+
+    def kept(self, sizes: Sizes, compiled: bool) -> "Counted":
+        """Return how many numbers a step keeps for its backward pass beyond the base draft's."""
+
+    def work(self, sizes: Sizes) -> "Counted":
+        """Return how many multiply-adds a forward pass takes beyond the base draft's."""
 
     def written(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json of every draft as this variant's clients read it, its own fields included."""

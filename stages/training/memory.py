@@ -61,9 +61,26 @@ def kept_by_block_token(config: DraftConfig, *, compiled: bool, budget: float, c
         layer = int(layer * (budget if budget == 1 else 0.9 * budget))
     else:
         layer = 6 * hidden + 5 * queries + 5 * keys + 4 * inner
-    layers = config.num_hidden_layers
+    layers, own = config.num_hidden_layers, config.variant.kept(vars(config), compiled)
+    layer += own.by_layer
     kept = layers * hidden + layer if checkpointing else layers * (hidden + layer)
-    return kept + 2 * hidden
+    return kept + 2 * hidden + own.by_slot
+
+
+def step_flops(config: DraftConfig, context_tokens: int, block_tokens: int) -> float:
+    """Return the floating-point operations of one micro-batch's matmuls, two a multiply-add, attention's left out.
+
+    Forward, the weights' gradient and the inputs', which `fc` does not need; the head has no gradient of its own. All
+    slots of all blocks are counted, supervised or not.
+    """
+    hidden, sizes = config.hidden_size, vars(config)
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    own = config.variant.work(sizes)
+    slots = block_tokens // config.block_size * (config.block_size - config.variant.first_slot)
+    by_block_token = 2 * queries * hidden + 2 * keys * hidden + 3 * hidden * config.intermediate_size + own.by_layer
+    layers = config.num_hidden_layers * (block_tokens * by_block_token + context_tokens * 2 * keys * hidden)
+    fc = context_tokens * len(config.target_layer_ids) * hidden * hidden
+    return 6.0 * (layers + slots * own.by_slot) + 4.0 * (fc + slots * hidden * config.vocab_size)
 
 
 def device_memory(device: torch.device) -> int:

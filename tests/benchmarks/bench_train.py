@@ -5,7 +5,8 @@ Usage: python tests/benchmarks/bench_train.py [--rounds 5] [--tiny]
 Same weights, row and anchors, no padding; both sides do forward, backward and an AdamW step. The other side uses the
 same draft with a dense mask over all keys and holds all drafted slots' logits in one float32 tensor. Memory is
 measured with each side in a process of its own: the peak resident size of two steps, less the resident size before
-them, when weights, optimizer moments, head, embeddings and the row are in memory. Linux only (/proc).
+them, when weights, optimizer moments, head, embeddings and the row are in memory. Linux only (/proc). A third side is
+the same step of a DFlash 2 draft of the same shape, against this trainer's of the base draft.
 """
 
 import argparse
@@ -22,16 +23,19 @@ from steps import PackedRow, packed_row, step_flops, straightforward_loss, targe
 from torch import nn
 
 from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.variants.dflash import DFlash
+from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.optimizer import make_optimizers
 
 GAMMA = 7.0
-OURS, OTHER = "this trainer", "straightforward"
+OURS, OTHER, DFLASH2 = "this trainer", "straightforward", "this trainer, DFlash 2"
 CPU = torch.device("cpu")
 
 
-def setting(tiny: bool) -> tuple[DraftConfig, PackedRow]:
+def setting(tiny: bool, variant: Variant) -> tuple[DraftConfig, PackedRow]:
     scale = 8 if tiny else 1
     config = DraftConfig(
         hidden_size=512 // scale,
@@ -45,6 +49,7 @@ def setting(tiny: bool) -> tuple[DraftConfig, PackedRow]:
         num_target_layers=12,
         block_size=16,
         mask_token_id=0,
+        variant=variant,
     )
     lengths, anchors = ((384, 512, 640, 512), (64, 96, 128, 112)) if not tiny else ((160, 160), (8, 16))
     return config, packed_row(config, lengths, anchors, CPU, torch.float32)
@@ -55,7 +60,7 @@ class Side:
 
     def __init__(self, name: str, tiny: bool) -> None:
         torch.manual_seed(0)
-        self.config, self.row = setting(tiny)
+        self.config, self.row = setting(tiny, DFlash2() if name == DFLASH2 else DFlash())
         head, table = target_ends(self.config, CPU, torch.float32)
         self.draft = DraftModel(self.config)
         self.optimizers = make_optimizers(self.draft, "adamw", 1e-4, 0.01)
@@ -64,7 +69,7 @@ class Side:
         )
         self.loss: Callable[[], torch.Tensor] = (
             (lambda: self.row.step(module).loss)
-            if name == OURS
+            if name != OTHER
             else (lambda: straightforward_loss(self.draft, head, table, self.row, GAMMA))
         )
         self.module = module
@@ -113,13 +118,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; the figures mean nothing")
-    parser.add_argument("--memory-of", choices=(OURS, OTHER), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=(OURS, OTHER, DFLASH2), help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.memory_of:
         peak_of_own_process(given.memory_of, given.tiny)
         return
-    sides = {name: Side(name, given.tiny) for name in (OURS, OTHER)}
+    sides = {name: Side(name, given.tiny) for name in (OURS, OTHER, DFLASH2)}
     losses = {name: side.loss().item() for name, side in sides.items()}
     assert abs(losses[OURS] - losses[OTHER]) < 1e-5 * losses[OTHER], losses
     config, row = sides[OURS].config, sides[OURS].row
@@ -148,6 +153,11 @@ def main() -> None:
     for name in sides:
         print(f"{name}: {spread([1 / s for s in seconds[name]])} steps/s, {spread(seconds[name])} s a step")
     print(f"ratio of steps/s, median of {given.rounds} interleaved rounds: {median_ratio(seconds, OURS, OTHER):.2f}")
+    own = sum(p.numel() for p in sides[DFLASH2].draft.parameters())
+    print(
+        f"a DFlash 2 step, {own:,} parameters, takes {1 / median_ratio(seconds, DFLASH2, OURS):.2f} times the base "
+        f"draft's"
+    )
     counted = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in flops.items())
     floor = sum(flops.values()) / rate
     print(
@@ -158,6 +168,7 @@ def main() -> None:
     for name, peak in peaks.items():
         print(f"{name}: {peak / 2**20:,.0f} MiB peak above weights, optimizer and inputs")
     print(f"ratio of memory: 1/{peaks[OTHER] / max(peaks[OURS], 1):.1f}")
+    print(f"a DFlash 2 step holds {peaks[DFLASH2] / max(peaks[OURS], 1):.2f} times the base draft's")
 
 
 if __name__ == "__main__":

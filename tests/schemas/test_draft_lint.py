@@ -1,6 +1,7 @@
 """Every fault of a draft folder is named, and none that is named can leave the exporter."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ import torch
 from running import without_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import tiny_draft_config
 from typer.testing import CliRunner
 
 from dflash_offline.pipeline.app import app
@@ -24,6 +26,7 @@ from dflash_offline.schemas.draft.rules import RULES
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.variants.dflash2 import DFlash2
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
@@ -386,3 +389,91 @@ def test_a_record_of_the_training_that_cannot_be_read_is_named(draft: Path) -> N
     for record in ("{", "[]", "{}", "3"):
         resave(draft, lambda weights: None, dflash=record)
         assert rules_of(draft) == {"weights"}
+
+
+DFLASH2 = DFlash2(conv_kernel_size=2, conv_group_size=8, selector_rank=6, selector_top_k=5)
+
+
+def dflash2_config(**changes: object) -> Config:
+    """Return a config.json of the DFlash 2 draft as z-lab publishes it, changed."""
+    slides: dict[str, Any] = {"sliding_window": 2048, "sliding_layers": (0, 1)}
+    return {**tiny_draft_config(variant=DFLASH2, **slides).to_json(), **changes}
+
+
+def nested(name: str, value: object) -> Config:
+    return {"dflash_config": {**dflash2_config()["dflash_config"], name: value}}
+
+
+def test_a_dflash2_config_as_published_is_read_and_breaks_only_what_cannot_serve_its_windows() -> None:
+    config = dflash2_config()
+    assert config["architectures"] == ["DFlash2DraftModel"] and config["model_type"] == "qwen3"
+    assert "block_size" not in config and config["is_causal"] is False and config["use_sliding_window"] is True
+    assert {"conv_kernel_size": 2, "conv_group_size": 8}.items() <= config["dflash_config"].items()
+    read = DraftConfig.from_json(config, "config.json")
+    assert read.variant == DFLASH2 and read.sliding_window == 2048 and read.causal_layers == "none"
+    assert {fault.rule for fault in config_faults(config)} == {"causality in SGLang"}
+    published = {k: v for k, v in config.items() if k not in ("mask_token_id", "target_layer_ids", "rope_theta")}
+    assert all(fault.breaks in ((), ("SGLang",)) for fault in config_faults(published))
+    assert DraftConfig.from_json(published, "config.json") == read
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "said"),
+    [
+        (nested("conv_group_size", 7), "variant's shape", "divisor of hidden_size 32"),
+        (nested("conv_kernel_size", 0), "variant's shape", "at least 1"),
+        (nested("conv_kernel_size", 5), "kernel and block", "at most the block_size 4"),
+        (nested("selector_rank", "6"), "variant's shape", "at least 1"),
+        (nested("selector_rank", None), "variant's shape", "absent"),
+        (nested("selector_top_k", 41), "variant's shape", "vocab_size 40"),
+        ({"architectures": ["Qwen3DSparkModel"]}, "architecture", '["DFlashDraftModel"] or ["DFlash2DraftModel"]'),
+        ({"architectures": "DFlash2DraftModel"}, "architecture", "expected"),
+        ({"block_size": 5}, "block size", "expected the same"),
+    ],
+)
+def test_a_fault_of_a_variants_config_is_named(changes: Config, rule: str, said: str) -> None:
+    config = dflash2_config(**changes)
+    found = [fault for fault in config_faults(config) if fault.rule == rule]
+    assert found and any(said in fault.what for fault in found)
+    if not RULES[rule].clear:
+        with pytest.raises(DflashError, match=re.escape(said)):
+            DraftConfig.from_json(config, "config.json")
+
+
+def test_fields_of_a_variant_at_the_top_alone_break_vllm_and_are_read() -> None:
+    config = dflash2_config()
+    for name in vars(DFLASH2):
+        config[name] = config["dflash_config"].pop(name)
+    found = [fault for fault in config_faults(config) if fault.rule == "nested variant's shape"]
+    assert len(found) == 4 and all(fault.breaks == ("vLLM",) for fault in found)
+    assert DraftConfig.from_json(config, "config.json").variant == DFLASH2
+
+
+@pytest.mark.parametrize(
+    ("quantization", "fault"),
+    [
+        (None, False),
+        ({"quant_method": "gptq", "lm_head": True}, True),
+        ({"quant_method": "gptq"}, False),
+        ({"quant_method": "compressed-tensors", "ignore": ["lm_head"]}, False),
+        ({"quant_method": "compressed-tensors", "ignore": []}, True),
+    ],
+)
+def test_a_target_whose_head_is_quantized_is_named_for_drafts_that_need_a_plain_one(
+    quantization: object, fault: bool
+) -> None:
+    target = {"hidden_size": 32, "vocab_size": 40, "num_hidden_layers": 6, "quantization_config": quantization}
+    assert ("head in vLLM" in {found.rule for found in config_faults(dflash2_config(), target)}) == fault
+    assert "head in vLLM" not in {found.rule for found in config_faults(tiny_draft_config().to_json(), target)}
+
+
+def test_the_speculators_format_has_dflash2_under_its_own_name() -> None:
+    config = tiny_draft_config(variant=DFLASH2, sliding_window=8, sliding_layers=(0, 1))
+    document = config_json(config, "speculators", "target", ["Qwen3ForCausalLM"])
+    assert document["architectures"] == ["DFlash2DraftModel"] and document["speculators_model_type"] == "dflash2"
+    assert document["selector_rank"] == 6 and document["sliding_window_non_causal"] is True
+    assert document["block_size"] == 4 and config_faults(document) == []
+    assert {fault.rule for fault in config_faults({**document, "speculators_model_type": "dflash9"})} == {
+        "speculators config"
+    }
+    assert {fault.rule for fault in config_faults({**document, "selector_rank": 0})} == {"variant's shape"}

@@ -9,15 +9,19 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_draft, tiny_draft_config, tiny_trainer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.variants.dflash import DFlash
+from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import dry_run, train
 from dflash_offline.stages.training import run as runs
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import Batch
-from dflash_offline.stages.training.memory import StepMemory, kept_by_block_token
+from dflash_offline.stages.training.memory import StepMemory, kept_by_block_token, step_flops
 from dflash_offline.stages.training.ranks import Ranks
 from dflash_offline.stages.training.run import Training
 
@@ -30,7 +34,13 @@ def kept(config: DraftConfig, **changes: Any) -> int:
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"intermediate_size": 256}, {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1}],
+    [
+        {},
+        {"intermediate_size": 256},
+        {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1},
+        {"variant": DFlash2(conv_group_size=8, selector_rank=6, selector_top_k=5)},
+        {"hidden_size": 64, "variant": DFlash2(conv_kernel_size=3, selector_rank=16, selector_top_k=5)},
+    ],
     ids=str,
 )
 def test_activations_are_counted_nearly_as_autograd_saves_them(shape: dict[str, Any]) -> None:
@@ -55,6 +65,23 @@ def test_activations_are_counted_nearly_as_autograd_saves_them(shape: dict[str, 
     # More, because the tiles that stand in for flex attention here hold keys of their own; less, because the last layer
     # leaves out rows that no loss reads.
     assert 0.85 < found / (4 * kept(config) * 2 * 60 * config.block_size) < 1.4
+
+
+@pytest.mark.parametrize("variant", [DFlash(), DFlash2(conv_group_size=2, selector_rank=24, selector_top_k=5)])
+def test_the_operations_of_a_step_are_counted_as_torch_counts_its_matmuls(variant: Variant) -> None:
+    draft = tiny_draft(variant=variant, hidden_size=64)
+    batch, config = tiny_batch(draft.config, [90]), draft.config
+    trainer, anchors = tiny_trainer(draft, attention_backend="eager"), torch.arange(0, 80, 2)[None]
+    with FlopCounterMode(display=False) as counter:
+        trainer(batch.input_ids, batch.hidden_states, torch.ones_like(batch.loss_mask), anchors=anchors).loss.backward()
+    products = counter.get_flop_counts()["Global"]
+    found = sum(flops for operation, flops in products.items() if operation is not torch.ops.aten.bmm)
+    slots, keys = 40 * config.block_size, 90 + 40 * config.block_size
+    # Less, because the last layer leaves out rows that no loss reads, and convolutions are no matmuls.
+    assert 0.9 < found / step_flops(config, 90, slots) <= 1
+    # Scores and values of attention, forward and backward, and those of the selector's candidates.
+    attention = 12 * config.num_hidden_layers * slots * keys * config.num_attention_heads * config.head_dim
+    assert products[torch.ops.aten.bmm] == pytest.approx(attention, rel=0.03)
 
 
 def test_a_draft_for_an_8b_target_keeps_what_was_seen_of_the_compiler() -> None:

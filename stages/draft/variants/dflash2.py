@@ -1,6 +1,17 @@
 """DFlash 2: grouped convolutions around attention and MLP, and a selector among each slot's best candidates.
 
 Both begin as if they were not there: a draft that starts from a base draft's weights drafts what that one does.
+
+What they add to a step on a GPU at least, for Qwen3-8B's shape (H 4096, five layers, c 2, G 256, r 256, k 16) and
+32,768 block tokens, at 680 TFLOP/s of bfloat16 matmuls and 2.9 TB/s; counted, not run:
+- kernel projections: 8.4 M multiply-adds a token and layer, 6 operations each with both gradients, 8.2 TFLOP: 12 ms;
+- convolutions, elementwise: 17 KB read and written a token, layer and side forward and 26 KB backward, 28 GB: 10 ms,
+  if they are fused; a kernel of a tap that is written out costs as much again;
+- top k of 30,720 slots' logits: one more read of 9.3 GB: 3 ms;
+- selector, float32: P h and its gradients 0.2 TFLOP at 60 TFLOP/s, codes 0.5 GB three times: 4 ms;
+- AdamW of 120 M further parameters: 1 ms.
+Together 30 ms beside the 485 of the base draft's step: 6 %. A drafted block costs 4 % more operations in the layers,
+and 15 steps of the walk, each of a few kernels over 16 candidates.
 """
 
 # Axes: B rows, Q block tokens (in training N blocks of K), G channel groups, M slots, H hidden size, V vocabulary,
