@@ -108,6 +108,11 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
                 f"{config.init_from} does not say which target it was trained for: only its shape was compared with "
                 f"the cache's."
             )
+        if len(engines := training.corpus.engines()) > 1:
+            progress.say(
+                f"The caches were made by {' and '.join(engines)}: their features differ by what each engine's "
+                f"arithmetic makes of the same states, within what was compared when each cache was made."
+            )
         if training.activation_budget == HALF and config.activation_budget is None:
             progress.say(
                 f"{training.memory.block_tokens:,} block tokens a micro-batch fit {training.device} only with half of "

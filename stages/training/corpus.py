@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
 from dflash_offline.schemas.samples import Tokens, count_anchors
+from dflash_offline.schemas.settings.extract import TRANSFORMERS
 from dflash_offline.stages.store.cache import Cache
 
 
@@ -40,6 +41,11 @@ class Corpus:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def engines(self) -> list[str]:
+        """Return what ran the target for the caches, each engine once."""
+        engines = [cache.manifest.identity.get("engine", {"name": TRANSFORMERS}) for cache in self.caches]
+        return list(dict.fromkeys(f"{engine['name']} {engine.get('version', '')}".strip() for engine in engines))
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Return (number of the cache, number of the sample in it)."""
@@ -122,7 +128,10 @@ def _anchor_counts(cache: Cache, block_size: int) -> NDArray[np.int64]:
 def _made_by(cache: Cache) -> dict[str, object]:
     """Return what all caches of a run must have in common; the layers that they hold are compared with the draft's."""
     identity, plan = cache.manifest.identity, cache.manifest.plan
+    engine = identity.get("engine", {})
     return {
+        "quantization of the engine": engine.get("quantization"),
+        "kv_cache_dtype of the engine": engine.get("kv_cache_dtype", "auto"),
         "target": wherever_placed(identity["target"]),
         "capture": identity["capture"],
         "mask_token_id": plan["mask_token_id"],

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cache_files import made_otherwise, set_field
 from pretended_vllm import installed, pretend
 from running import Settings
 from torch import Tensor
@@ -21,6 +22,7 @@ from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
+from dflash_offline.stages.training.corpus import Corpus
 
 __all__ = ["installed"]
 
@@ -183,6 +185,17 @@ def test_a_cache_takes_no_shards_of_another_engine_or_release(
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.1\n")
     with pytest.raises(MismatchError, match=r"engine.version .* cache: 0.32.0  now: 0.33.1"):
         extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+
+
+def test_caches_of_two_engines_go_together_unless_one_quantized_the_target(
+    cache: Path, extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+    assert Corpus.open((cache, tmp_path / "cache")).engines() == ["transformers", "vllm 0.32.0"]
+    other = made_otherwise(tmp_path / "cache", tmp_path / "other", set_field("identity/engine/quantization", "fp8"))
+    with pytest.raises(MismatchError, match=r"quantization of the engine  first: None  other: fp8"):
+        Corpus.open((cache, other))
 
 
 def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, installed: Path, tmp_path: Path) -> None:

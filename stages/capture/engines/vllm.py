@@ -123,13 +123,13 @@ class VllmExtractor:
     def _prove(self, reference: Reference, progress: Progress) -> None:
         """Refuse states that are not the reference's: of all its samples at once, twice, and of one at a time."""
         assert self._loop is not None
-        together = [self._states(reference.ids) for _ in range(2)]  # the second time from cached prefixes
+        together = [self.states(reference.ids) for _ in range(2)]  # the second time from cached prefixes
         self._loop.forget_prefixes()
-        alone = [state for ids in reference.ids for state in self._states([ids])]
+        alone = [state for ids in reference.ids for state in self.states([ids])]
         runs = {"in a batch": together[0], "in a batch again": together[1], "one at a time": alone}
         progress.say(refuse_untrue_states(self.config, self.target, reference, runs))
 
-    def _states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    def states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return the states of sequences, [T, L, H] each in float32, run at once."""
         begins = np.cumsum([0, *map(len, sequences)]).tolist()
         copies = _Copies(len(sequences))
@@ -166,7 +166,7 @@ class VllmExtractor:
         self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder
     ) -> tuple[Tensor, Tensor]:
         """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of the samples' tokens in order."""
-        states = self._states([samples.input_ids(sample).tolist() for sample in batch.tolist()])
+        states = self.states([samples.input_ids(sample).tolist() for sample in batch.tolist()])
         encoded = [_encode(state, encoder) for state in states]
         return torch.cat([codes for codes, _ in encoded]), torch.cat([statistics for _, statistics in encoded])
 
@@ -244,10 +244,15 @@ def load_vllm(
     return VllmExtractor(config, target, model, by_length=is_by_length(identity))
 
 
-def start_engine(config: ExtractConfig, target: ChosenTarget, shared_memory: str) -> EngineLoop:
-    """Return vLLM's engine, started; `DflashError` says what keeps it from starting, and what to change."""
+def set_environment() -> None:
+    """Set what vLLM reads as it is imported and started."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def start_engine(config: ExtractConfig, target: ChosenTarget, shared_memory: str) -> EngineLoop:
+    """Return vLLM's engine, started; `DflashError` says what keeps it from starting, and what to change."""
+    set_environment()
     try:
         from vllm import EngineArgs, SamplingParams
         from vllm.config import KVTransferConfig

@@ -1,0 +1,168 @@
+"""A real vLLM runs the target of an extraction: the values that transformers gives, faults refused, nothing left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from live_vllm import SCRIPTS, environment, run_script
+from running import Settings
+
+from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.verify import RerunConfig
+from dflash_offline.stages.capture.compare import compare_with_target
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.verify import verify_cache
+
+pytestmark = pytest.mark.vllm
+NUM_ROWS = 3 * int(os.environ.get("DFLASH_VLLM_PROMPTS", "200"))
+FEW = min(NUM_ROWS, 60)
+KILLS = min(10, -(-NUM_ROWS // 60))
+BATCH_TOKENS = 96
+"""Less than most samples have, so that they are run in pieces."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    data = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:NUM_ROWS]))
+    return {"data": (data,), "target": str(TARGET), "block_size": 8, "shard_mib": 4, "batch_tokens": BATCH_TOKENS}
+
+
+def by_vllm(config: Settings, out: Path) -> list[str]:
+    """Return the command that extracts by vLLM."""
+    assert isinstance(config["data"], tuple)
+    words = [sys.executable, "-m", "dflash_offline.pipeline", "extract", *config["data"], "--out", out]
+    for name, value in ({"engine": "vllm"} | config).items():
+        if name != "data":
+            words += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else value]
+    return list(map(str, words))
+
+
+def refuse_other_values(out: Path, other: Path) -> None:
+    """Assert that two caches hold the same values up to what float32 moves and the layout makes of that."""
+    own, made = Cache.open(out), Cache.open(other)
+    assert made.usable().tolist() == own.usable().tolist() == list(range(len(own.samples)))
+    step = own.layout.features.expected_error or 2**-8
+    for sample in own.usable().tolist():
+        values, others = own.values(sample).astype(np.float64), made.values(sample).astype(np.float64)
+        if own.layout.features.kind == "lossless":  # one step of bfloat16, or where that is less, of float32's error
+            assert (np.abs(values - others) <= np.maximum(2**-7 * np.abs(values), 2e-5)).all()
+        assert np.linalg.norm(values - others) < step * np.linalg.norm(values)
+
+
+@pytest.mark.parametrize("layout", ["lossless", "rounded", "scaled"])
+def test_vllm_makes_the_cache_that_transformers_makes(layout: str, config: Settings, tmp_path: Path) -> None:
+    config = config | {"features": layout} | ({} if layout == "lossless" else {"limit": FEW})
+    extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
+    done = subprocess.run(by_vllm(config, tmp_path / "cache"), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "vLLM's states are transformers' to" in done.stderr
+    assert verify_cache(tmp_path / "cache", Silent()) == []
+    refuse_other_values(tmp_path / "own", tmp_path / "cache")
+    fits = compare_with_target(tmp_path / "cache", RerunConfig(target=str(TARGET), samples=8), Silent())
+    assert [fit.fault for fit in fits] == [""] * len(fits)
+
+
+def scripted(folder: Path, config: Settings, out: Path, plant: str | None) -> dict[str, Any]:
+    assert isinstance(config["data"], tuple)
+    job = {"config": config | {"data": list(map(str, config["data"])), "out": str(out)}, "plant": plant}
+    (folder / "job.json").write_text(json.dumps(job))
+    return run_script(SCRIPTS / "vllm_extract.py", folder / "job.json", folder / "result.json", env=environment())
+
+
+def test_raw_states_are_transformers_in_float32_in_pieces_and_from_cached_prefixes(
+    config: Settings, tmp_path: Path
+) -> None:
+    extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
+    found = scripted(tmp_path, config, tmp_path / "own", None)
+    assert (
+        found["samples"] >= 0.9 * NUM_ROWS and found["cached"] > 0.3 * Cache(tmp_path / "own").samples.num_tokens.sum()
+    )
+    assert found["largest"] < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("plant", "said"),
+    [
+        ("shift", "layer 1 is off by +1: the target's layer 2 fits better"),
+        ("swapped", "they are those of sample"),
+        ("padded", "one at a time: sample 0 has other states"),
+        ("cached", "to 15"),
+    ],
+)
+def test_a_fault_of_vllm_is_refused_before_anything_is_written(
+    plant: str, said: str, config: Settings, tmp_path: Path
+) -> None:
+    found = scripted(tmp_path, config | {"limit": FEW}, tmp_path / "cache", plant)
+    assert found["refused"] is not None and said in found["refused"]
+    assert not (tmp_path / "cache").exists()
+
+
+def members(session: int) -> list[int]:
+    """Return the processes of a session that have not ended."""
+    listed = subprocess.run(["ps", "-eo", "pid=,sid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(pid) for pid, sid, stat in rows if int(sid) == session and not stat.startswith("Z")]
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def ended(session: int, within_s: float = 60) -> bool:
+    """Return whether all of a session's processes end in time."""
+    until = time.monotonic() + within_s
+    while members(session) and time.monotonic() < until:
+        time.sleep(0.2)
+    return not members(session)
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_killed_it_leaves_no_process_and_goes_on(parallel: int, config: Settings, tmp_path: Path) -> None:
+    """The command is killed, or one of its engine's workers where those are processes of their own."""
+    config = config | {"tensor_parallel_size": parallel, "shard_mib": 1}
+    extract(ExtractConfig(**config | {"tensor_parallel_size": 1}, out=tmp_path / "own"), Silent())
+    out, before = tmp_path / "cache", shared_memory()
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT] * KILLS
+    for turn, number in enumerate(signals[: KILLS + 2]):
+        records = len(list(out.glob("commits/*.json")))
+        process = subprocess.Popen(
+            by_vllm(config, out), env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and len(list(out.glob("commits/*.json"))) == records:
+            time.sleep(0.01)
+        workers = [pid for pid in members(process.pid) if pid != process.pid]
+        victim = max(workers) if parallel > 1 and turn % 2 else process.pid
+        os.kill(victim, number if victim == process.pid else signal.SIGKILL)
+        said = process.communicate()[1]
+        assert ended(process.pid), members(process.pid)
+        assert "Traceback" not in said, said
+        if len(list(out.glob("commits/*.json"))) == Cache(out).layout.num_shards:
+            break
+    done = subprocess.run(by_vllm(config, out), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert verify_cache(out, Silent()) == [] and shared_memory() <= before
+    refuse_other_values(tmp_path / "own", out)
+
+
+def test_what_vllm_cannot_run_is_said_in_a_message(config: Settings, tmp_path: Path) -> None:
+    for more, said in (
+        ({"engine_args": {"no_such_argument": 1}}, "no_such_argument"),
+        ({"quantization": "no-such-kind"}, "no-such-kind"),
+        ({"engine_args": {"kv_cache_memory_bytes": 1}}, "memory"),
+    ):
+        command = by_vllm(config | more, tmp_path / "cache")
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+        assert "does not start with" in done.stderr and said in done.stderr
+    assert not (tmp_path / "cache").exists()
