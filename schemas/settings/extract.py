@@ -179,4 +179,6 @@ class ExtractConfig:
         found = [f"engine_args holds {', '.join(taken)}, which this program sets itself."] if taken else []
         if self.device_map is not None:
             found.append("device_map is a setting of transformers; vllm takes tensor_parallel_size.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            found.append(f"device is {self.device!r}, and vllm takes the first GPUs; use CUDA_VISIBLE_DEVICES.")
         return found

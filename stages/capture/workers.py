@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -23,7 +23,7 @@ import torch
 
 from dflash_offline.schemas.errors import DflashError, missing_memory
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.extractor import Extractor
@@ -149,9 +149,8 @@ def run_workers(
             own = list(left[index :: config.workers])
             order = [*own, *(shard for shard in left if shard not in own)]
             own_config = replace(config, device=_device(config, index))
-            process = context.Process(
-                target=_worker, args=(open_work, own_config, order, sender), name=f"Worker {index}"
-            )
+            arguments = (open_work, own_config, order, sender, _gpus(config, index))
+            process = context.Process(target=_worker, args=arguments, name=f"Worker {index}")
             processes[receiver] = process
             with left_to_this_process():
                 process.start()
@@ -207,14 +206,25 @@ class _Sender:
 
 
 def _worker(
-    open_work: Callable[[ExtractConfig], Work], config: ExtractConfig, left: list[int], connection: Connection
+    open_work: Callable[[ExtractConfig], Work],
+    config: ExtractConfig,
+    left: list[int],
+    connection: Connection,
+    gpus: str | None,
 ) -> None:
-    """Run shards in a process of its own: those of its share first, then those that the others have not begun."""
+    """Run shards in a process of its own: those of its share first, then those that the others have not begun.
+
+    `gpus` are those it is to see, where not all.
+    """
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before anything here has asked for them
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     quiet_libraries()
     sender = _Sender(connection)
     try:
-        _run_shards(open_work(config), left, sender)
+        work = open_work(config)
+        with closing(work.runner):
+            _run_shards(work, left, sender)
     except BrokenPipeError:  # the command was killed
         raise SystemExit(_FAULT) from None
     except (DflashError, OSError) as error:
@@ -255,8 +265,27 @@ def _message(fault: DflashError | OSError) -> str:
     return str(fault)
 
 
+def _gpus(config: ExtractConfig, index: int) -> str | None:
+    """Return the GPUs of a worker whose engine takes the first that it sees; None where there is nothing to choose."""
+    if config.engine == TRANSFORMERS or config.device == "cpu" or not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    return ",".join(gpus_of_engine(names, config.tensor_parallel_size, index))
+
+
+def gpus_of_engine(names: Sequence[str], size: int, index: int) -> Sequence[str]:
+    """Return the GPUs of the engine `index`, each taking `size`: the groups take engines in turn."""
+    if size > len(names):
+        raise DflashError(f"--tensor-parallel-size is {size}, and there are {len(names)} GPUs: {', '.join(names)}.")
+    first = index % (len(names) // size) * size
+    return names[first : first + size]
+
+
 def _device(config: ExtractConfig, index: int) -> str:
     """Return the worker's device: the GPUs take workers in turn."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
+    if config.engine != TRANSFORMERS:
+        return "cuda"  # the first that the worker sees
     return f"cuda:{index % torch.cuda.device_count()}"

@@ -16,8 +16,10 @@ from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.identity import differences
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.capture.engines import vllm
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
 from dflash_offline.stages.capture.inputs import open_inputs
+from dflash_offline.stages.capture.workers import gpus_of_engine
 from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
@@ -215,6 +217,7 @@ def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, inst
         ({"engine_args": {"seed": 1}}, "engine_args is a setting of vllm"),
         ({"engine": "vllm", "engine_args": {"model": "x"}}, "engine_args holds model, which this program sets itself"),
         ({"engine": "vllm", "device_map": "auto"}, "device_map is a setting of transformers"),
+        ({"engine": "vllm", "device": "cuda:1"}, "device is 'cuda:1', and vllm takes the first GPUs"),
         ({"engine": "vlm"}, "Did you mean vllm?"),
         ({"engine": "vllm", "gpu_memory_utilization": 1.5}, "above 0, and at most 1"),
     ],
@@ -224,6 +227,21 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(DflashError, match=said.replace("?", r"\?")):
         ExtractConfig(**extract_config | settings, out=tmp_path)
+
+
+def test_a_target_that_transformers_cannot_hold_is_refused_before_any_work(
+    extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "usable_memory_bytes", lambda: 1000)
+    with pytest.raises(DflashError, match=r"fits neither one GPU nor the host .* and the host has 1000 B"):
+        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+
+
+def test_engines_take_groups_of_gpus_in_turn() -> None:
+    groups = [list(gpus_of_engine("01234", 2, index)) for index in range(3)]
+    assert groups == [["0", "1"], ["2", "3"], ["0", "1"]]
+    with pytest.raises(DflashError, match="--tensor-parallel-size is 4, and there are 2 GPUs: 6, 7"):
+        gpus_of_engine(["6", "7"], 4, 0)
 
 
 def test_shared_memory_is_another_processs_too_and_goes_with_its_users() -> None:

@@ -31,11 +31,14 @@ from dflash_offline.stages.capture.engines.trial import Reference, reference_sta
 from dflash_offline.stages.capture.inputs import ChosenTarget, target_identity
 from dflash_offline.stages.capture.runner import free_dropped_memory, micro_batches
 from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, ShardBuffer, token_statistics
-from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.cores import usable_memory_bytes
+from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.target.model import embedding_tensors, load_as_configured
 
 _CONNECTOR = "dflash_offline.stages.capture.engines.connector"
 _MOST_SEQUENCES = 256
+_BESIDE_WEIGHTS = 1.1
+"""Memory of a target whose layers run a short sample, over that of its weights."""
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: it ends with it, whatever ends it
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a sample may fill all positions, and one token is drawn behind it
@@ -234,7 +237,10 @@ def load_vllm(
     Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
     """
     vllm_version()
-    model = load_as_configured(target.files, config, target.dtype, target.device, progress)
+    device = room_for_transformers(target)
+    if device != target.device:
+        progress.say(f"{target.files.folder} does not fit {target.device} whole: transformers runs it in host memory.")
+    model = load_as_configured(target.files, config, target.dtype, device, progress)
     refuse_differences(
         f"{target.files.folder} changed while the target was loaded from it",
         differences(identity["target"], target_identity(config, target)),
@@ -242,6 +248,24 @@ def load_vllm(
         "Repeat the command when nobody writes there any more.",
     )
     return VllmExtractor(config, target, model, by_length=is_by_length(identity))
+
+
+def room_for_transformers(target: ChosenTarget) -> torch.device:
+    """Return where the whole target fits as transformers loads it, for the samples that vLLM's states are held against.
+
+    That is its own device, or the host. Raises `DflashError` if it fits neither.
+    """
+    weights = sum(path.stat().st_size for path in target.files.folder.glob("*.safetensors"))
+    needed = int(_BESIDE_WEIGHTS * weights * max(1, target.dtype.itemsize / 2))
+    if target.device.type == "cuda" and torch.cuda.mem_get_info(target.device)[0] >= needed:
+        return target.device
+    if (most := usable_memory_bytes()) < needed:
+        raise DflashError(
+            f"vLLM's states are proved against transformers' before a shard is written, and {target.files.folder} "
+            f"fits neither one GPU nor the host as transformers loads it: it needs about {readable_bytes(needed)}, "
+            f"and the host has {readable_bytes(most)}. Run this on a machine with more memory."
+        )
+    return torch.device("cpu")
 
 
 def set_environment() -> None:
