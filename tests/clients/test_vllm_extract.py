@@ -55,8 +55,9 @@ def refuse_other_values(out: Path, other: Path) -> None:
     step = own.layout.features.expected_error or 2**-8
     for sample in own.usable().tolist():
         values, others = own.values(sample).astype(np.float64), made.values(sample).astype(np.float64)
-        if own.layout.features.kind == "lossless":  # one step of bfloat16, or where that is less, of float32's error
-            assert (np.abs(values - others) <= np.maximum(2**-7 * np.abs(values), 2e-5)).all()
+        if own.layout.features.kind == "lossless":  # one step of bfloat16, or where that is less, what float32 moves
+            moved = 2e-5 * np.abs(values).max(axis=-1, keepdims=True)
+            assert (np.abs(values - others) <= np.maximum(2**-7 * np.abs(values), moved)).all()
         assert np.linalg.norm(values - others) < step * np.linalg.norm(values)
 
 
@@ -83,11 +84,11 @@ def scripted(folder: Path, config: Settings, out: Path, plant: str | None) -> di
 def test_raw_states_are_transformers_in_float32_in_pieces_and_from_cached_prefixes(
     config: Settings, tmp_path: Path
 ) -> None:
-    extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
+    config = config | {"engine_args": {"block_size": 32}}  # so that most of a sample is whole blocks, which are cached
+    extract(ExtractConfig(**config | {"engine_args": {}}, out=tmp_path / "own"), Silent())
     found = scripted(tmp_path, config, tmp_path / "own", None)
-    assert (
-        found["samples"] >= 0.9 * NUM_ROWS and found["cached"] > 0.3 * Cache(tmp_path / "own").samples.num_tokens.sum()
-    )
+    assert found["samples"] >= 0.9 * NUM_ROWS
+    assert found["cached"] > 0.5 * Cache(tmp_path / "own").samples.num_tokens.sum()
     assert found["largest"] < 2e-5
 
 

@@ -5,9 +5,10 @@ Runs in a process of its own; vLLM is found through PYTHONPATH.
     python vllm_extract.py JOB RESULT
 
 JOB is JSON: config, the settings of `dflash extract --engine vllm`, and plant, the name of a fault or None. RESULT
-becomes JSON: refused, what extraction was refused with, or None; largest, the largest difference of a raw state from
-transformers', which runs each sample by itself, over the samples run at once, twice, so that prefixes are cached the
-second time; cached, the tokens that vLLM took from cached prefixes; and samples, how many they were.
+becomes JSON: with a plant, refused, what extraction was refused with, or None. Without one, largest, the largest
+difference of a raw value from transformers', which runs each sample by itself, over the largest value of its token and
+layer: of the samples run at once, twice, so that prefixes are cached the second time; cached, the tokens that vLLM took
+from cached prefixes; and samples, how many they were.
 """
 
 import json
@@ -112,7 +113,8 @@ def compare(config: ExtractConfig) -> dict[str, Any]:
         own = [torch.stack(layer_states(model, torch.tensor([one]), extractor.layer_ids), 2)[0] for one in ids]
         for _ in range(2):
             found = extractor.states(ids)
-            largest = max(largest, *(float((a - b).abs().max()) for a, b in zip(found, own, strict=True)))
+            off = [(a - b).abs().amax(-1) / b.abs().amax(-1) for a, b in zip(found, own, strict=True)]
+            largest = max(largest, *(float(one.max()) for one in off))
     extractor.close()
     return {"largest": largest, "cached": cached, "samples": len(samples)}
 

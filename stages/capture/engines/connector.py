@@ -6,7 +6,9 @@ each worker, of which the first copies. Imported by vLLM alone.
 Axes: B blocks, T tokens, L captured layers, H hidden size.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -106,6 +108,9 @@ class StateConnector(KVConnectorBase_V1, SupportsHMA):
             if self._cache.is_cuda:
                 self._memory.pin()
                 self._stream = torch.cuda.Stream(self._cache.device)
+            # What the workers of a CPU share has a name, which vLLM leaves behind; by now each has it mapped.
+            for path in Path("/dev/shm").glob(f"{os.environ.get('VLLM_DIST_IDENT', '-')}-*"):
+                path.unlink(missing_ok=True)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Copy what the scheduler's side told of; returns the requests that are copied by now."""

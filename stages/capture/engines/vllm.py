@@ -37,6 +37,7 @@ from dflash_offline.stages.target.model import embedding_tensors, load_as_config
 
 _CONNECTOR = "dflash_offline.stages.capture.engines.connector"
 _MOST_SEQUENCES = 256
+_SAID_LINES, _SAID_LETTERS = 3, 500
 _BESIDE_WEIGHTS = 1.1
 """Memory of a target whose layers run a short sample, over that of its weights."""
 _ENVIRONMENT = {
@@ -118,9 +119,13 @@ class VllmExtractor:
         reference = reference_states(self._model, self.target.files.num_layers, self.layer_ids, samples)
         self._model = None
         free_dropped_memory(self.device)
-        progress.say(f"Starting vLLM {vllm_version()}.")
-        self._loop = start_engine(self.config, self.target, self._memory.path)
         self._batch_room = self._room(max(self.config.batch_tokens, self.config.max_length))
+        shards = self.num_buffers * (self.config.shard_mib << 20) * self.target.dtype.itemsize // 2
+        progress.say(
+            f"Starting vLLM {vllm_version()}; states take up to {readable_bytes(self._memory.num_bytes + shards)} of "
+            f"memory on their way."
+        )
+        self._loop = start_engine(self.config, self.target, self._memory.path)
         self._prove(reference, progress)
 
     def _prove(self, reference: Reference, progress: Progress) -> None:
@@ -331,7 +336,8 @@ def engine_arguments(config: ExtractConfig, target: ChosenTarget) -> dict[str, A
 
 def _not_started(error: Exception, target: ChosenTarget) -> DflashError:
     """Return what to say of an engine that did not start."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = " ".join(lines[:_SAID_LINES])[:_SAID_LETTERS]  # a settings error of vLLM's names the setting in its second
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in said.lower()
     advice = (
         "Let it have more (--gpu-memory-utilization, more GPUs by --tensor-parallel-size), or let it take less: lower "
