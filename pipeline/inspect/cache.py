@@ -121,6 +121,9 @@ def _provenance(view: Overview) -> list[tuple[str, str]]:
     target, software = made.identity["target"], made.origin.get("software", {})
     name = f" {view.mask_token}" if view.mask_token else ""
     versions = [f"{key} {software[key]}" for key in ("dflash-offline", "torch", "transformers") if key in software]
+    if engine := made.identity.get("engine"):
+        quantized = f", {engine['quantization']}" if engine["quantization"] else ""
+        versions.append(f"{engine['name']} {engine['version']}, which ran the target{quantized}")
     return [
         ("Target", f"{made.target} ({target['dtype']}, {target['attn_implementation']})"),
         ("Features", f"layers {', '.join(map(str, made.layer_ids))}; width {made.hidden_size:,}; {made.features}"),

@@ -9,13 +9,15 @@ import pytest
 import torch
 from cache_files import made_otherwise, set_field
 from pretended_vllm import installed, pretend
-from running import Settings
+from running import Settings, dflash
 from torch import Tensor
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.identity import differences
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.verify import RerunConfig
+from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.engines import vllm
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
 from dflash_offline.stages.capture.inputs import open_inputs
@@ -198,6 +200,9 @@ def test_caches_of_two_engines_go_together_unless_one_quantized_the_target(
     other = made_otherwise(tmp_path / "cache", tmp_path / "other", set_field("identity/engine/quantization", "fp8"))
     with pytest.raises(MismatchError, match=r"quantization of the engine  first: None  other: fp8"):
         Corpus.open((cache, other))
+    assert "vllm 0.32.0, which ran the target, fp8" in " ".join(dflash("inspect", other).stdout.split())
+    rerun = RerunConfig(target=str(extract_config["target"]), samples=2)
+    assert [fit.largest_error for fit in compare_with_target(other, rerun, Silent())] == 3 * [0.25]
 
 
 def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, installed: Path, tmp_path: Path) -> None:

@@ -144,7 +144,12 @@ def test_killed_it_leaves_no_process_and_goes_on(parallel: int, config: Settings
             time.sleep(0.01)
         workers = [pid for pid in members(process.pid) if pid != process.pid]
         victim = max(workers) if parallel > 1 and turn % 2 else process.pid
-        os.kill(victim, number if victim == process.pid else signal.SIGKILL)
+        if victim != process.pid:
+            os.kill(victim, signal.SIGKILL)
+        elif number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            os.kill(victim, number)
         said = process.communicate()[1]
         assert ended(process.pid), members(process.pid)
         assert "Traceback" not in said, said

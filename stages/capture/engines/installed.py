@@ -11,6 +11,8 @@ from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
 OLDEST = Version("0.32")
 """The oldest release whose states the connector reads."""
 PREFIX_CACHING = "enable_prefix_caching"
+_EXACT_CACHES = ("auto", "bfloat16", "float16")
+"""Data types of a key/value cache that are no quantization."""
 
 
 def vllm_version() -> str:
@@ -30,6 +32,11 @@ def vllm_version() -> str:
         "--engine vllm needs vLLM, which is not installed here. Install it: pip install 'dflash-offline[vllm]', or "
         "leave --engine out, and transformers runs the target."
     )
+
+
+def quantizes(engine: dict[str, Any]) -> bool:
+    """Say whether an engine, by its part of an identity, moved the target's states further than arithmetic does."""
+    return engine.get("quantization") is not None or engine.get("kv_cache_dtype", "auto") not in _EXACT_CACHES
 
 
 def engine_identity(config: ExtractConfig) -> dict[str, Any]:

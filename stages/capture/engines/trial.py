@@ -15,7 +15,14 @@ from torch import Tensor
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.compare import LARGEST_CHANNEL_ERROR, LARGEST_ERROR, LayerComparison
+from dflash_offline.stages.capture.compare import (
+    LARGEST_CHANNEL_ERROR,
+    LARGEST_ERROR,
+    QUANTIZED_CHANNEL_ERROR,
+    QUANTIZED_ERROR,
+    LayerComparison,
+)
+from dflash_offline.stages.capture.engines.installed import engine_identity, quantizes
 from dflash_offline.stages.capture.inputs import ChosenTarget
 from dflash_offline.stages.target.checkpoint import quantization_of
 from dflash_offline.stages.target.model import layer_states
@@ -122,8 +129,9 @@ def _largest_error(state: Tensor, own: NDArray[np.float32]) -> float:
 
 def _bounds(config: ExtractConfig, target: ChosenTarget) -> _Bounds:
     """Return the bounds of an engine's arithmetic: its own quantization moves states most, float32 hardly."""
-    if config.quantization or config.kv_cache_dtype != "auto":
-        return _Bounds(error=0.25, channel_error=0.5, token_error=0.6)
-    if target.dtype == torch.float32 and quantization_of(target.files.config) is None:
+    if quantizes(engine_identity(config)["engine"]):
+        return _Bounds(error=QUANTIZED_ERROR, channel_error=QUANTIZED_CHANNEL_ERROR, token_error=0.6)
+    exact = target.dtype == torch.float32 and config.kv_cache_dtype == "auto"
+    if exact and quantization_of(target.files.config) is None:
         return _Bounds(error=1e-3, channel_error=1e-3, token_error=1e-2)
     return _Bounds(error=LARGEST_ERROR, channel_error=LARGEST_CHANNEL_ERROR, token_error=0.15)

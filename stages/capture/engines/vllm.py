@@ -119,7 +119,8 @@ class VllmExtractor:
         reference = reference_states(self._model, self.target.files.num_layers, self.layer_ids, samples)
         self._model = None
         free_dropped_memory(self.device)
-        self._batch_room = self._room(max(self.config.batch_tokens, self.config.max_length))
+        proof_tokens = sum(map(len, reference.ids))
+        self._batch_room = self._room(max(self.config.batch_tokens, self.config.max_length, proof_tokens))
         shards = self.num_buffers * (self.config.shard_mib << 20) * self.target.dtype.itemsize // 2
         progress.say(
             f"Starting vLLM {vllm_version()}; states take up to {readable_bytes(self._memory.num_bytes + shards)} of "
