@@ -19,6 +19,8 @@ HISTORY_RULE = "as served, a sample an answer where the template rewrites it"
 ORDER_RULE = "by length within 64 shards"
 """How samples are ordered, and that a shard's forwards are those of the least padding; a cache whose identity says
 nothing of it has its samples in the order of the rows."""
+COMPILE_RULE = "each decoder layer by torch.compile"
+"""How the target is run; a cache whose identity says nothing of it was made without."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTS = "rejects.parquet"
@@ -266,6 +268,11 @@ class Manifest:
 def is_by_length(identity: dict[str, Any]) -> bool:
     """Say whether samples and forwards of a cache of this identity are ordered by `ORDER_RULE`."""
     return "order" in identity.get("layout", {})
+
+
+def is_compiled(identity: dict[str, Any]) -> bool:
+    """Say whether the target's layers are compiled for a cache of this identity."""
+    return "compiled" in identity
 
 
 def file_fault(path: Path, size: int, sha256: str | None) -> str:

@@ -4,14 +4,12 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import MANIFEST, Layout
-from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.capture.create import create_cache, plan_samples
@@ -90,7 +88,7 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
         elif runner:
             written = run_shards(_work(config, cache, runner), left, progress)
         else:
-            with closing(_started(config, inputs.target, inputs.identity, cache.samples, progress)) as runner:
+            with closing(_started(config, inputs.target, cache, progress)) as runner:
                 written = run_shards(_work(config, cache, runner), left, progress)
         cache = Cache(out, cache.manifest)  # with the records that are there now
     if len(cache.commits) == num_shards:
@@ -117,17 +115,16 @@ def open_worker(config: ExtractConfig) -> Work:
     identity = target_identity(config, target)
     have = {name: cache.manifest.identity.get(name) for name in ("target", "engine")}
     refuse_other_identity(config.out, have, {"target": identity, "engine": None, **engine_identity(config)})
-    return _work(config, cache, _started(config, target, cache.manifest.identity, cache.samples, Silent()))
+    return _work(config, cache, _started(config, target, cache, Silent()))
 
 
-def _started(
-    config: ExtractConfig, target: ChosenTarget, identity: dict[str, Any], samples: SampleTable, progress: Progress
-) -> Extractor:
-    """Return what runs the target, ready to run the plan's samples."""
-    runner = load_extractor(config, target, identity, progress)
+def _started(config: ExtractConfig, target: ChosenTarget, cache: Cache, progress: Progress) -> Extractor:
+    """Return what runs the target, ready to run the cache's samples."""
+    _set_threads(cache, target.device)
+    runner = load_extractor(config, target, cache.manifest.identity, progress)
     with ExitStack() as opened:
         opened.callback(runner.close)
-        runner.start(samples, progress)
+        runner.start(cache.samples, progress)
         opened.pop_all()
     return runner
 
@@ -152,10 +149,14 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
     return plan, layout, forecast.of_rest(begun) if begun else forecast
 
 
+def _set_threads(cache: Cache, device: torch.device) -> None:
+    """Run a CPU's target with the threads of the plan, on which the last bits of a product depend."""
+    if device.type == "cpu":
+        torch.set_num_threads(cache.manifest.plan["cpu_threads"])
+
+
 def _work(config: ExtractConfig, cache: Cache, runner: Extractor) -> Work:
     """Return what runs a cache's shards in this process."""
-    if runner.device.type == "cpu":  # the last bits of a product depend on the number of threads
-        torch.set_num_threads(cache.manifest.plan["cpu_threads"])
     return Work(
         writer=ShardWriter(cache),
         runner=runner,

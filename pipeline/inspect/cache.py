@@ -31,6 +31,7 @@ from dflash_offline.pipeline.inspect.warnings import CacheWarning, feature_warni
 from dflash_offline.pipeline.safe_output import safe
 from dflash_offline.pipeline.terminal import columns, facts, named, open_console, print_json, sparkline
 from dflash_offline.schemas.errors import DflashError, dflash_line
+from dflash_offline.schemas.manifest import is_compiled
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.store.cache import Cache
 
@@ -124,8 +125,9 @@ def _provenance(view: Overview) -> list[tuple[str, str]]:
     if engine := made.identity.get("engine"):
         quantized = f", {engine['quantization']}" if engine["quantization"] else ""
         versions.append(f"{engine['name']} {engine['version']}, which ran the target{quantized}")
+    compiled = ", compiled" if is_compiled(made.identity) else ""
     return [
-        ("Target", f"{made.target} ({target['dtype']}, {target['attn_implementation']})"),
+        ("Target", f"{made.target} ({target['dtype']}, {target['attn_implementation']}{compiled})"),
         ("Features", f"layers {', '.join(map(str, made.layer_ids))}; width {made.hidden_size:,}; {made.features}"),
         ("Mask", f"{made.mask_rule}; mask token {made.mask_token_id}{name}"),
         ("Made with", ", ".join(versions) or "unknown versions"),

@@ -64,6 +64,9 @@ class ExtractConfig:
     device: shared.Device = "auto"
     device_map: shared.DeviceMap = None
     chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
+    compile: Annotated[bool | None, Option(
+        "Compile the target's layers with torch.compile: faster, with other last bits.",
+        "Target", "resolved", unset="on a GPU, where its layers are known to compile")] = None
     engine: Annotated[str, Option(
         "What runs the target: transformers, or vllm, which is to be installed besides.",
         "Engine", "identity", "NAME", choices=ENGINES)] = TRANSFORMERS
@@ -164,6 +167,8 @@ class ExtractConfig:
             found.append(f"rank is {self.rank}; expected 0 to world_size - 1 = {self.world_size - 1}.")
         if self.workers > 1 and self.device not in ("auto", "cpu", "cuda"):
             found.append(f"device is {self.device!r} and workers are dealt to all GPUs; use CUDA_VISIBLE_DEVICES.")
+        if self.compile and self.device_map is not None:
+            found.append("device_map spreads one target over all devices; its layers cannot be compiled.")
         if self.workers > 1 and self.device_map is not None:
             found.append("device_map spreads one target over all devices; it cannot be used with several workers.")
         refuse("extract", found + self._engine_problems() + shared.template_problems(self.chat_template_kwargs))
@@ -181,4 +186,6 @@ class ExtractConfig:
             found.append("device_map is a setting of transformers; vllm takes tensor_parallel_size.")
         if self.device not in ("auto", "cpu", "cuda"):
             found.append(f"device is {self.device!r}, and vllm takes the first GPUs; use CUDA_VISIBLE_DEVICES.")
+        if self.compile is not None:
+            found.append("compile is a setting of transformers; vllm compiles by itself.")
         return found

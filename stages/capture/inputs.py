@@ -7,20 +7,23 @@ import torch
 
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
+    COMPILE_RULE,
     HISTORY_RULE,
     MANIFEST,
     ORDER_RULE,
     Layout,
     Manifest,
     is_by_length,
+    is_compiled,
 )
 from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8
-from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
 from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.chunks import CODEC
+from dflash_offline.stages.target.compiled import reason_not_to_compile
 from dflash_offline.stages.target.files import TargetFiles, open_target
 from dflash_offline.stages.target.layer_ids import check_layer_ids, default_layer_ids
 from dflash_offline.stages.target.model import choose_device, resolve_dtype
@@ -86,8 +89,24 @@ def open_inputs(config: ExtractConfig, progress: Progress) -> Inputs:
     made = Manifest.read(out).identity if (out / MANIFEST).exists() else None
     encoder = ConversationEncoder(target.files, config, as_served=made is None or "history" in made)
     data = Data(config)
-    identity = cache_identity(config, target, encoder, data, by_length=made is None or is_by_length(made))
+    by_length, compiled = made is None or is_by_length(made), _compiles(config, target, made, progress)
+    identity = cache_identity(config, target, encoder, data, by_length=by_length, compiled=compiled)
     return Inputs(config=config, target=target, encoder=encoder, data=data, identity=identity)
+
+
+def _compiles(config: ExtractConfig, target: ChosenTarget, made: dict[str, Any] | None, progress: Progress) -> bool:
+    """Return whether the target's layers are compiled: as asked for, else as in a cache that is there, else on a GPU.
+
+    A GPU's target that is not compiled unasked is said, with the reason.
+    """
+    if config.compile is not None or made is not None:
+        return is_compiled(made or {}) if config.compile is None else config.compile
+    if target.device.type == "cpu" or config.engine != TRANSFORMERS:
+        return False
+    why = reason_not_to_compile(target.files) if config.device_map is None else "it is spread over devices"
+    if why:
+        progress.say(f"The layers of {target.files.name} are not compiled: {why}. --compile tries it all the same.")
+    return not why
 
 
 def choose_target(config: ExtractConfig) -> ChosenTarget:
@@ -113,13 +132,20 @@ def target_identity(config: ExtractConfig, target: ChosenTarget) -> dict[str, An
 
 
 def cache_identity(
-    config: ExtractConfig, target: ChosenTarget, encoder: ConversationEncoder, data: Data, *, by_length: bool
+    config: ExtractConfig,
+    target: ChosenTarget,
+    encoder: ConversationEncoder,
+    data: Data,
+    *,
+    by_length: bool,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Return every field that decides a cache's content."""
     return {
         "target": target_identity(config, target),
         "device": target.device.type,
         **engine_identity(config),
+        **({"compiled": COMPILE_RULE} if compiled else {}),
         "layer_ids": list(target.layer_ids),
         "capture": CAPTURE_RULE,
         "data": data.identity(),

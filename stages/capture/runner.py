@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences
-from dflash_offline.schemas.manifest import Layout, is_by_length
+from dflash_offline.schemas.manifest import Layout, is_by_length, is_compiled
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.inputs import ChosenTarget, target_identity
 from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, ShardBuffer, token_statistics
 from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.target.compiled import compile_layers
 from dflash_offline.stages.target.model import embedding_tensors, layer_states, load_as_configured
 
 _FORWARD_TOKENS = 512
@@ -136,7 +137,9 @@ class TargetRunner:
             codes, statistics = self.run_batch(samples, batch, encoder)
             batches.append((batch, self._copy(samples, batch, codes, statistics, buffer)))
             progress(int(samples.num_tokens[batch].sum()))
-        copied = None if self._stream is None else self._stream.record_event()
+        copied = None
+        if self._stream is not None:  # who waits for it leaves its core to others meanwhile
+            copied = self._stream.record_event(torch.cuda.Event(blocking=True))
         return QueuedShard(buffer, samples, self.layer_ids, batches, copied)
 
     @torch.inference_mode()
@@ -147,17 +150,21 @@ class TargetRunner:
 
         Both lie on the device and hold the real tokens of its samples, in order.
         """
-        padded = torch.from_numpy(pad_sequences(samples, batch))
-        lengths = samples.num_tokens[batch]
-        index = torch.from_numpy(np.flatnonzero(np.arange(padded.shape[1]) < lengths[:, None]))
-        real = index.to(self.device)  # before the forward: behind it, the copy would wait for it
+        padded = pad_sequences(samples, batch)
+        places = np.flatnonzero(np.arange(padded.shape[1]) < samples.num_tokens[batch][:, None])
         try:
-            return self._encode(layer_states(self.model, padded.to(self.device), self.layer_ids), real, encoder)
+            ids, real = self._on_device(padded), self._on_device(places)
+            return self._encode(layer_states(self.model, ids, self.layer_ids), real, encoder)
         except torch.OutOfMemoryError as error:
             raise DflashError(
                 f"{self.device} has too little memory for a forward of {list(padded.shape)} tokens. Lower "
                 f"--batch-tokens in a new --out, or spread the target with --device-map auto."
             ) from error
+
+    def _on_device(self, values: NDArray[np.int64]) -> Tensor:
+        """Return values where the target is; their copy to a GPU waits for nothing that runs there."""
+        tensor = torch.from_numpy(values)
+        return tensor if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _encode(self, states: list[Tensor], real: Tensor, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
         """Return codes and statistics of the real tokens, whose places in the states [B, S, H] are given."""
@@ -208,8 +215,11 @@ def load_runner(
         ("before", "now"),
         "Repeat the command when nobody writes there any more.",
     )
-    by_length = is_by_length(identity)
-    return TargetRunner(model, target.device, list(target.layer_ids), config.batch_tokens, by_length=by_length)
+    layer_ids, by_length = list(target.layer_ids), is_by_length(identity)
+    if is_compiled(identity):
+        progress.say("Compiling its layers.")
+        compile_layers(model, target.files, layer_ids, config.max_length)
+    return TargetRunner(model, target.device, layer_ids, config.batch_tokens, by_length=by_length)
 
 
 def free_dropped_memory(device: torch.device) -> None:

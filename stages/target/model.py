@@ -84,13 +84,15 @@ def load_model(
     """Return the target's weights as a frozen causal language model in evaluation mode, none of them left out.
 
     With a `device_map` (auto, balanced, ...) transformers spreads it over all devices; without one it goes to
-    `device`. A quantized checkpoint is put in place as it loads, since it cannot be moved afterwards. A GPU becomes
-    the current one, on which kernels that transformers brings are launched.
+    `device`, weight by weight to a GPU where accelerate is installed, else by way of a copy in host memory. A quantized
+    checkpoint is put in place as it loads, since it cannot be moved afterwards. A GPU becomes the current one, on which
+    kernels that transformers brings are launched.
     """
     progress = progress or Silent()
     quantized = quantization_of(files.config) is not None
-    placement = device_map or ({"": device} if quantized else None)
-    if placement is not None and find_spec("accelerate") is None:
+    has_accelerate = find_spec("accelerate") is not None
+    placement = device_map or ({"": device} if quantized or (device.type == "cuda" and has_accelerate) else None)
+    if placement is not None and not has_accelerate:
         raise DflashError(
             f"Loading {files.folder} {'quantized' if quantized else 'over several devices'} needs the accelerate "
             f"package. Install it: pip install 'dflash-offline[large]'."
@@ -311,8 +313,11 @@ def check_plain_embeddings(model: Any, name: str) -> None:
     handles = [layers[0].register_forward_pre_hook(note_input, with_kwargs=True)]
     for index, layer in enumerate(layers):
         handles.append(layer.register_forward_hook(lambda *_, index=index: ran.add(index)))
+    # What transformers hooks into the layers to return all hidden states would stay there, and torch cannot compile it.
+    left: list[Tensor] = []
+    handles.append(decoder_of(model).register_forward_hook(lambda _m, _i, output: left.append(output[0])))
     try:
-        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        output = model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -329,7 +334,7 @@ def check_plain_embeddings(model: Any, name: str) -> None:
             f"or learned positions); a DFlash draft borrows the raw rows. Use another target."
         )
     head = model.get_output_embeddings()
-    logits = head(output.hidden_states[-1].to(head.weight.device))
+    logits = head(left[0].to(head.weight.device))
     same = torch.allclose(
         output.logits.float(), logits.float().to(output.logits.device), rtol=1e-2, atol=1e-2, equal_nan=True
     )

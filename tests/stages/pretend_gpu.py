@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dflash_offline.stages.target import model as loading
+
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
 _READ = {
@@ -42,14 +44,27 @@ class Stream:
         """Let what comes wait for what the other one has."""
         self.is_behind = False
 
-    def record_event(self) -> "Stream":
+    def record_event(self, event: "Event | None" = None) -> "Event":
         """Return what waits for all that is queued."""
-        return self
+        event = event or Event()
+        event.synchronize = self.synchronize  # type: ignore[method-assign]
+        return event
 
     def synchronize(self) -> None:
         """Do all that is queued."""
         while self.queued:
             self.queued.pop(0)()
+
+
+class Event:
+    """A place in a stream."""
+
+    def __init__(self, *, blocking: bool = False) -> None:
+        self.blocking = blocking
+        """Whether who waits for it leaves the core to others."""
+
+    def synchronize(self) -> None:
+        """Do all that is queued before it, in the stream that recorded it."""
 
 
 class GpuTensor(Tensor):
@@ -259,6 +274,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
         (torch.cuda, "set_device", set_device),
         (torch.cuda, "get_rng_state", lambda _device: None),
         (torch.cuda, "set_rng_state", lambda _state, _device: None),
+        (loading, "find_spec", lambda _name: None),  # accelerate would ask a real GPU for its memory
+        (torch.cuda, "Event", Event),
         (torch.cuda, "Stream", pretended.new_stream),
         (torch.cuda, "stream", pretended.within),
         (torch.cuda, "current_stream", lambda _device=None: pretended.current),

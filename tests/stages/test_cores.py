@@ -20,6 +20,20 @@ def test_a_quota_of_the_control_group_limits_the_cores(tmp_path: Path, monkeypat
         assert cores.usable_cores() == expected
 
 
+@pytest.mark.parametrize(
+    ("ranks", "workers", "expected"), [("", 1, 12), ("4", 1, 3), ("4", 2, 1), ("x", 5, 2), ("0", 99, 1)]
+)
+def test_ranks_and_workers_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, ranks: str, workers: int, expected: int
+) -> None:
+    monkeypatch.setattr(cores, "_QUOTA", Path("/none"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(12)))
+    monkeypatch.setattr(cores, "_sharing", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    cores.share_cores(workers)
+    assert cores.usable_cores() == expected
+
+
 @pytest.mark.parametrize(("own", "expected"), [("3", "3"), ("", ""), (None, str(cores.usable_cores()))])
 def test_the_users_own_setting_wins(own: str | None, expected: str) -> None:
     """In a fresh process, as the command starts: what the first library to load torch then finds."""

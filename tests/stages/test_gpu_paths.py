@@ -88,21 +88,22 @@ def test_a_shard_is_captured_as_on_the_cpu_without_waiting_behind_a_forward(
         buffer = runner.buffer(places, codec.fill)
         gpu.waits.clear()
         queued = runner.run_shard(samples, members, FeatureEncoder(codec), buffer, counts.append)
+        assert queued.copied is None or queued.copied.blocking
         return queued.wait(), buffer.array, len(counts)
 
     expected, wanted, _ = filled(CPU)
     found, codes, num_batches = filled(GPU)
     assert num_batches > 4 and not expected.bad and found == expected
     assert (codes == wanted).all()
-    # In each batch for its tokens, for which of them are real, and where transformers looks at the positions; once for
-    # the tables of scales.
+    # In each batch where transformers looks at the positions; once for the tables of scales.
     tables = 3 if layout.kind == "scaled" else 0
-    assert len(gpu.waits) <= 3 * num_batches + tables, gpu.waits
+    assert len(gpu.waits) <= num_batches + tables, gpu.waits
 
 
 @pytest.mark.usefixtures("gpu")
 def test_extraction_leaves_the_cpus_features(cache: Path, extract_config: dict[str, Any], tmp_path: Path) -> None:
-    extract(ExtractConfig(**{**extract_config, "device": "cuda"}, out=tmp_path / "cache"), Silent())
+    settings = {**extract_config, "device": "cuda", "compile": False}
+    extract(ExtractConfig(**settings, out=tmp_path / "cache"), Silent())
     found, wanted = Cache.open(tmp_path / "cache"), Cache.open(cache)
     assert len(found.samples) == len(wanted.samples) == len(found.usable())
     assert all((found.values(sample) == wanted.values(sample)).all() for sample in range(len(found.samples)))

@@ -57,6 +57,7 @@ CONTENT: dict[str, tuple[Settings, set[str]]] = {
     "dtype": ({"dtype": "bfloat16"}, {"target.dtype"}),
     "attn_implementation": ({"attn_implementation": "eager"}, {"target.attn_implementation"}),
     "device_map": ({"device_map": "auto"}, {"target.device_map"}),
+    "compile": ({"compile": True}, {"compiled"}),
     "batch_tokens": ({"batch_tokens": 4096}, {"layout.batch_tokens"}),
     "shard_mib": ({"shard_mib": 2}, {"layout.shard_mib"}),
     "chunk_tokens": ({"chunk_tokens": 64}, {"layout.chunk_tokens"}),
