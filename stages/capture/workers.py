@@ -1,7 +1,8 @@
 """Running the shards that are left: in this process, or in several worker processes that share them.
 
 A worker claims a shard by its lock (`ShardWriter.claim`) and tries the shards that others hold again at the end. Memory
-of one process: a shard being filled and, with a GPU, one being encoded; and a few encoded chunks.
+of one process: a shard being filled and, with a GPU, one being encoded; and a few encoded chunks. What a shard's write
+waits for on the disk holds no more of it.
 """
 
 import multiprocessing
@@ -9,7 +10,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -28,12 +30,15 @@ from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_plac
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.extractor import Extractor
 from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
+from dflash_offline.stages.cores import share_cores
 from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.stop import left_to_this_process
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.writer import ShardWriter
 from dflash_offline.stages.target.model import quiet_libraries
 
+_WRITES = 2
+"""Shards that may be encoded, written and synced while the next one is run."""
 _FAULT = 3
 """Exit code of a worker that has said what went wrong."""
 
@@ -83,9 +88,9 @@ def run_shards(work: Work, left: Sequence[int], progress: Progress) -> list[int]
 
 
 def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> None:
-    """Fill a buffer with one shard while the one before it is encoded and written.
+    """Fill a buffer with one shard while those before it are encoded and written; records come in the shards' order.
 
-    On a CPU forward and encoder share cores, so they take turns: only the last encoded chunks are written meanwhile.
+    On a CPU forward and encoder share cores, so they take turns: only encoded chunks are written and synced meanwhile.
     Shards that another worker holds are waited for at the end, and run here if that worker died.
     """
     writer, runner = work.writer, work.runner
@@ -93,21 +98,27 @@ def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> 
     for _ in range(runner.num_buffers):
         free.put(runner.buffer(writer.cache.layout, work.encoder.codec.fill))
 
-    def write(shard: int, queued: QueuedShard, started: float, claim: ExitStack) -> None:
+    def write(shard: int, queued: QueuedShard, started: float, claim: ExitStack, before: list[Future[None]]) -> None:
         with claim, ExitStack() as held:
             held.callback(free.put, queued.buffer)
             filled = queued.wait()
             bad, codes = filled.bad, queued.buffer.array
+            if bad:  # counted under a lock that the one before may need
+                _finish(before)
             size = work.bad_features.commit(
-                shard, bad, lambda: writer.commit(shard, codes, bad, started, filled.sums, encoded=held.close)
+                shard,
+                bad,
+                lambda: writer.commit(
+                    shard, codes, bad, started, filled.sums, encoded=held.close, in_turn=lambda: _finish(before)
+                ),
             )
             for sample in bad:
                 report.say(f"Left out: {skipped_place(sample, writer.cache.samples)}")
             if size:  # else another worker's record won
                 report.shard(size)
 
-    pending: Future[None] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(_WRITES, thread_name_prefix="write") as background:
         for waiting in (False, True):
             for shard in left:
                 if writer.cache.is_done(shard):
@@ -117,14 +128,21 @@ def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> 
                     if not claim.enter_context(writer.claim(shard, wait=waiting)):
                         continue
                     members, buffer = writer.cache.samples.samples_of_shard(shard), free.get()
-                    if pending is not None and pending.done():
-                        pending.result()  # before any more work, if it failed
+                    _finish([job for job in pending if job.done()])  # before any more work, if it failed
                     queued = runner.run_shard(writer.cache.samples, members, work.encoder, buffer, report.tokens)
-                    if pending is not None:
-                        pending.result()
-                    pending = background.submit(write, shard, queued, started, claim.pop_all())
-            if pending is not None:
-                pending.result()
+                    while len(pending) >= _WRITES:
+                        pending.popleft().result()
+                    pending.append(
+                        background.submit(write, shard, queued, started, claim.pop_all(), list(pending)[-1:])
+                    )
+            while pending:
+                pending.popleft().result()
+
+
+def _finish(jobs: Iterable[Future[None]]) -> None:
+    """Wait for jobs, and raise what one of them raised."""
+    for job in jobs:
+        job.result()
 
 
 def run_workers(
@@ -220,6 +238,8 @@ def _worker(
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # before anything here has asked for them
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     quiet_libraries()
+    share_cores(config.workers)
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
     sender = _Sender(connection)
     try:
         work = open_work(config)

@@ -70,17 +70,19 @@ class ShardWriter:
         started: float | None = None,
         sums: Sequence[Sums] | None = None,
         encoded: Callable[[], object] = int,
+        in_turn: Callable[[], object] = int,
     ) -> int:
         """Check, encode and write a claimed shard's files whole, then its record; returns the bytes written.
 
         `codes` is [shard_tokens, L, H] uint16; slots between samples, and those of skipped samples, hold the fill
-        value; it may change once `encoded` was called. `sums` are each layer's; without them they are added up here. If
-        another worker has finished the shard meanwhile, where locks do not reach, its record wins: nothing is put in
-        place and 0 returned.
+        value; it may change once `encoded` was called. `sums` are each layer's; without them they are added up here.
+        The record is written once `in_turn` has returned. If another worker has finished the shard meanwhile, where
+        locks do not reach, its record wins: nothing is put in place and 0 returned. Several threads may commit shards
+        at once: one of them encodes while others wait for the disk.
         """
         temporary = part_path(self.cache.path, shard)
         try:
-            return self._commit(shard, codes, skipped, started, sums, encoded, temporary)
+            return self._commit(shard, codes, skipped, started, sums, encoded, in_turn, temporary)
         except OSError as error:
             if error.errno in _GONE and self.cache.is_done(shard):
                 return 0  # another worker finished the shard just now, and removed what is left of it
@@ -96,6 +98,7 @@ class ShardWriter:
         started: float | None,
         sums: Sequence[Sums] | None,
         encoded: Callable[[], object],
+        in_turn: Callable[[], object],
         temporary: Path,
     ) -> int:
         cache, layout = self.cache, self.cache.layout
@@ -114,6 +117,7 @@ class ShardWriter:
             summary.add(chunk)
             pieces = [chunk.data, summary.index()]
             files[name] = summary.record(publish(pieces, temporary=temporary, path=cache.path / name))
+        in_turn()
         now = time.time()
         commit = Commit(
             shard=shard,
@@ -168,14 +172,15 @@ class ShardWriter:
         by_layer = [Sums()] * layout.num_layers
 
         def pieces() -> Generator[Piece, None, None]:
-            for chunks, sums in self._in_order(encode, len(counts)):
-                by_layer[:] = map(Sums.__add__, by_layer, sums)
-                summary.add(chunks)
-                yield chunks.data
-            encoded()
-            yield summary.index()
+            with self._encoding:  # until the last piece is written and hashed: what is synced needs no memory here
+                for chunks, sums in self._in_order(encode, len(counts)):
+                    by_layer[:] = map(Sums.__add__, by_layer, sums)
+                    summary.add(chunks)
+                    yield chunks.data
+                encoded()
+                yield summary.index()
 
-        with self._encoding, closing(pieces()) as content:
+        with closing(pieces()) as content:
             return summary.record(write_synced(path, content)), by_layer
 
     def _in_order(

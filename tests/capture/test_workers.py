@@ -3,18 +3,22 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cache_files import content
 from processes import FORKING, Command, run
 from running import Settings, arguments, command
@@ -25,15 +29,19 @@ from dflash_offline.pipeline.app import app
 from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages import extract as stage
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.forecast import Forecast
+from dflash_offline.stages.capture.runner import TargetRunner
 from dflash_offline.stages.capture.workers import Work
+from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.extract import extract, open_worker, plan_only
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.store import writer as writing
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 
@@ -306,6 +314,57 @@ def _die_as_worker_0(config: ExtractConfig) -> Work:
     if multiprocessing.current_process().name == "Worker 0":
         os.kill(os.getpid(), signal.SIGKILL)
     return open_worker(config)
+
+
+def test_each_worker_takes_its_share_of_the_cores_and_of_the_threads(
+    extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "open_worker", _note_cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with pytest.raises(DflashError, match="noted"):
+        extract(ExtractConfig(**extract_config, out=tmp_path / "cache", workers=2), Silent())
+    share = f"{max(1, usable_cores() // 2)} 1"
+    assert [(tmp_path / f"Worker {index}").read_text() for index in range(2)] == [share, share]
+
+
+def _note_cores(config: ExtractConfig) -> Work:
+    """Note what a worker may take, by its name."""
+    note = config.out.parent / multiprocessing.current_process().name
+    note.write_text(f"{usable_cores()} {torch.get_num_threads()}")
+    raise DflashError("noted")
+
+
+def test_the_next_forwards_do_not_wait_for_a_slow_disk_and_records_keep_their_order(
+    cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = Cache.open(cache).layout.num_shards - 1
+    begun = [threading.Event() for _ in range(last + 1)]
+    waited, records = dict[int, bool](), list[str]()
+    run_shard, sync, publish = TargetRunner.run_shard, os.fsync, writing.publish
+
+    def note_begin(self: TargetRunner, samples: SampleTable, members: Any, *args: Any) -> Any:
+        begun[int(samples.shard[members[0]])].set()
+        return run_shard(self, samples, members, *args)
+
+    def slow(descriptor: int) -> None:
+        """Sync a shard's features only once the forwards of the second next shard have begun."""
+        shard = re.search(r"/tmp/(\d{6})\.", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        if shard and int(shard[1]) not in waited:
+            waited[int(shard[1])] = begun[min(int(shard[1]) + 2, last)].wait(60)
+        sync(descriptor)
+
+    def note_record(*args: Any, path: Path, **kwargs: Any) -> str:
+        records.extend([path.name] if path.parent.name == "commits" else [])
+        return publish(*args, path=path, **kwargs)
+
+    monkeypatch.setattr(TargetRunner, "run_shard", note_begin)
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(writing, "publish", note_record)
+    out = tmp_path / "cache"
+    extract(ExtractConfig(**extract_config, out=out), Silent())
+    assert waited == dict.fromkeys(range(last + 1), True)
+    assert len(records) == last + 1 and records == sorted(records)
+    assert content(out) == content(cache)
 
 
 @pytest.mark.slow
