@@ -68,6 +68,14 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     return write_synced(path, pieces())
 
 
+def run_as(draft: DraftModel, config: DraftConfig) -> DraftModel:
+    """Return a draft of the same weights, which both share, that computes as another config of their shapes says."""
+    with torch.device("meta"):
+        other = DraftModel(config, draft.attention_backend)
+    other.load_state_dict(draft.state_dict(), assign=True)
+    return other.eval()
+
+
 def load_draft(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DraftModel:
     """Return the draft stored in `folder` (config.json and model.safetensors), in evaluation mode.
 

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from dflash_offline.schemas.results.draft_lengths import DraftLength, DraftLengths, ServedCost, StepCosts
 from dflash_offline.schemas.results.rounds import Rounds, round_figures
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.draft.decode import SpeculativeDecoding
 from dflash_offline.stages.draft.model import DraftModel
+from dflash_offline.stages.draft.weights import run_as
 from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, rounds_of, tokens_per_s
 from dflash_offline.stages.evaluation.expected import expected_speeds
 from dflash_offline.stages.evaluation.samples import EvalSamples, walk_samples
@@ -17,11 +16,8 @@ from dflash_offline.stages.progress import Progress
 
 
 def shortened(draft: DraftModel, block_size: int) -> DraftModel:
-    """Return a draft of the same weights, which are shared, for blocks of another size."""
-    with torch.device("meta"):
-        other = DraftModel(replace(draft.config, block_size=block_size), draft.attention_backend)
-    other.load_state_dict(draft.state_dict(), assign=True)
-    return other.eval()
+    """Return the same weights as a draft of blocks of another size."""
+    return run_as(draft, replace(draft.config, block_size=block_size))
 
 
 def decode_lengths(decoder: Decoder, outcomes: Sequence[Outcome], progress: Progress) -> tuple[DraftLength, ...]:

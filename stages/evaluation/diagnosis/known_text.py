@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.stages.draft.attention import Blocks, dense_mask
 from dflash_offline.stages.draft.decode import plain_decode
 from dflash_offline.stages.draft.model import DraftModel, ProjectedContext
 from dflash_offline.stages.draft.sampling import Greedy
 from dflash_offline.stages.draft.variants.table import variant_of
+from dflash_offline.stages.draft.weights import run_as
 from dflash_offline.stages.evaluation.diagnosis.changes import EMBEDDING, Change
 from dflash_offline.stages.evaluation.samples import EvalSamples
 from dflash_offline.stages.store.cache import Cache
@@ -133,7 +133,7 @@ class Walker:
 
         The texts take their rounds together, one of each at a time.
         """
-        draft, device = self._run_as(change.config), self._table.device
+        draft, device = run_as(self._draft, change.config), self._table.device
         features = [torch.cat([one[tap] for tap in change.taps], dim=-1) for one in states]
         padded = pad_sequence(features, batch_first=True).to(self._table.dtype)
         context = draft.project_context(torch.arange(padded.shape[1], device=device)[None], padded)
@@ -169,13 +169,6 @@ class Walker:
             variant.propose(draft, row[None, 1:], self._head, token[None], chooser)[0].tolist()
             for row, token in zip(hidden, tokens, strict=True)
         ]
-
-    def _run_as(self, config: DraftConfig) -> DraftModel:
-        """Return the same weights, run by another config."""
-        with torch.device("meta"):
-            draft = DraftModel(config)
-        draft.load_state_dict(self._draft.state_dict(), assign=True)
-        return draft.eval()
 
 
 def _select(context: ProjectedContext, rows: list[int], device: torch.device) -> ProjectedContext:
