@@ -43,7 +43,7 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
     extract(ExtractConfig(data=(data,), target=str(TARGET), out=folder / "cache", block_size=8, shard_mib=64), Silent())
     settings = {"steps": 150, "optimizer": "muon", "learning_rate": 6e-3, "num_anchors": 16, "val_samples": 16}
-    settings |= {"packing": False, "batch_size": 8}
+    settings |= {"packing": False, "batch_size": 8, "draft_layers": 3}
     train(TrainConfig(caches=(folder / "cache",), out=folder / "run", **settings), Silent())
     return export(folder / "run", folder / "draft").draft
 
