@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dflash_offline.schemas.sealed import parse_json
 from dflash_offline.schemas.variants.variant import Variant
 
-_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
-"""How each dtype says that a value is not finite: every bit of its exponent is set."""
+_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+"""How each dtype says that a value is not finite: every bit of its exponent, in a number of this type, is set."""
 CHUNK_BYTES = 64 << 20
 
 
@@ -81,13 +80,15 @@ class StoredTensor:
         """Return how many values are NaN or infinite, read in pieces; 0 for a dtype that has none."""
         if not self.is_float:
             return 0
+        import numpy as np  # takes a while, which `dflash --help` has no need of
+
         kind, exponent = _EXPONENTS[self.dtype]
         count = 0
         with self.path.open("rb") as file:
             file.seek(self.begin)
             for begin in range(self.begin, self.end, CHUNK_BYTES):
                 bits = np.frombuffer(file.read(min(CHUNK_BYTES, self.end - begin)), kind)
-                count += int(((bits & kind(exponent)) == exponent).sum())
+                count += int(((bits & bits.dtype.type(exponent)) == exponent).sum())
         return count
 
 
