@@ -22,9 +22,10 @@ from typer.testing import Result
 
 from dflash_offline.pipeline.doctor.torch_trials import _describe_target
 from dflash_offline.schemas.draft.lint import lint_draft
-from dflash_offline.schemas.errors import UnsupportedTargetError
+from dflash_offline.schemas.errors import DflashError, UnsupportedTargetError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.stages.target import files as target_files
+from dflash_offline.stages.target import model as target_model
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import check_plain_embeddings, load_model
 
@@ -312,3 +313,22 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(settings: dict[str,
     before, after = map(int, run.stdout.split())
     assert before > 100_000
     assert after > 100_000 if settings else after < 1_000
+
+
+@pytest.mark.parametrize("has_accelerate", [True, False])
+def test_weights_go_straight_to_a_gpu_where_accelerate_is_installed(
+    target: Path, monkeypatch: pytest.MonkeyPatch, has_accelerate: bool
+) -> None:
+    asked: list[object] = []
+
+    def note(*_: object, device_map: object, **__: object) -> None:
+        asked.append(device_map)
+        raise OSError("noted")
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    monkeypatch.setattr(target_model, "find_spec", lambda _name: has_accelerate or None)
+    with pytest.raises(DflashError, match="noted"):
+        load_model(open_target(str(target)), dtype=torch.float32, device=device)
+    assert asked == [{"": device} if has_accelerate else None]
