@@ -50,6 +50,9 @@ def tiny_draft(seed: int = 0, attention_backend: str = "sdpa", **overrides: Any)
                 nn.init.normal_(module.weight, std=0.3)
             elif isinstance(module, RMSNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
+            else:
+                for parameter in module.parameters(recurse=False):  # a variant's tables and kernels
+                    nn.init.normal_(parameter, std=0.7)
     return draft
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import tiny_draft, tiny_target_ends
+import torch
+from tiny import tiny_draft, tiny_draft_config, tiny_target_ends
 from torch import nn
 
+from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.variants.table import BASE, NAMES, VARIANTS, own_fields
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,3 +48,25 @@ def test_another_projects_draft_of_a_variant_is_not_trained_as_a_base_draft() ->
         draft.config = SimpleNamespace(layer_types=None, is_causal=False)
         with pytest.raises(DflashError, match=rf"another project's {name}.*load_draft"):
             DFlashTrainerModule(draft, head, embed, 39, block_size=4, attention_backend="sdpa")
+
+
+def test_a_base_drafts_record_and_config_say_nothing_of_variants() -> None:
+    config = tiny_draft_config()
+    sizes = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
+    target = "vocab_size target_layer_ids num_target_layers block_size mask_token_id max_position_embeddings"
+    others = "rms_norm_eps rope_theta sliding_window sliding_layers causal_layers"
+    assert config.to_record().keys() == {*f"{sizes} {target} {others}".split()}
+    assert config.to_json() == config.shared_json() and config.to_json()["architectures"] == [BASE.architecture]
+    assert DraftConfig.from_record(config.to_record(), Path("run.json")) == config
+
+
+def test_every_variant_begins_with_the_weights_that_a_base_draft_of_its_seed_has() -> None:
+    torch.manual_seed(4)
+    base = DraftModel(tiny_draft_config()).state_dict()
+    for kind in VARIANTS.values():
+        torch.manual_seed(4)
+        config = tiny_draft_config(hidden_size=32, variant=kind())
+        weights = DraftModel(config).state_dict()
+        assert weights.keys() - base.keys() == kind().shapes(vars(config)).keys()
+        assert all(torch.equal(weights[name], weight) for name, weight in base.items())
+        assert DraftConfig.from_record(config.to_record(), Path("run.json")) == config

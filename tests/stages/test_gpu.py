@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.variants.dflash import DFlash
+from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft.attention import Blocks, attend, flex_mask, tiled_mask
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.extract import extract
@@ -37,16 +40,24 @@ def gpu() -> None:
     torch.manual_seed(0)
 
 
-def draft_with(attention: str) -> DraftModel:
-    settings = ATTENTION[attention]
+DFLASH2 = DFlash2(conv_group_size=8, selector_rank=6, selector_top_k=5)
+
+
+def draft_with(attention: str, variant: Variant = DFlash()) -> DraftModel:  # noqa: B008
+    settings = ATTENTION[attention] | {"variant": variant}
     return tiny_draft(**SHAPE, **settings | ({"sliding_window": 40} if "sliding_window" in settings else {}))
 
 
 def trained(
-    device: str = DEVICE, attention: str = "full", bfloat16: bool = False, checkpointing: bool = False, **settings: Any
+    device: str = DEVICE,
+    attention: str = "full",
+    bfloat16: bool = False,
+    checkpointing: bool = False,
+    variant: Variant = DFlash(),  # noqa: B008
+    **settings: Any,
 ) -> tuple[DFlashStepMetrics, dict[str, Tensor]]:
     """Return a step's metrics and its gradients."""
-    trainer = tiny_trainer(draft_with(attention), **settings).to(device)
+    trainer = tiny_trainer(draft_with(attention, variant), **settings).to(device)
     trainer.draft_model.gradient_checkpointing = checkpointing
     batch = pack(tiny_batch(trainer.draft_model.config, [300, 90, 200]), padding=50)
     inputs = [x.to(device) for x in (batch.input_ids, batch.hidden_states, batch.loss_mask)]
@@ -101,9 +112,22 @@ def test_a_flex_step_in_bfloat16_is_near_the_cpus_in_float32(compiled: bool, att
     check_close(grads, wanted, 0.1)
 
 
-def test_a_compiled_step_with_checkpointing_equals_a_plain_one() -> None:
-    expected, wanted = trained(attention_backend="flex_attention")
-    metrics, grads = trained(checkpointing=True, attention_backend="flex_attention", compiled=True)
+@pytest.mark.parametrize("attention", ["full", "sliding"])
+def test_a_dflash2_step_on_the_gpu_equals_the_cpus_and_in_bfloat16_is_near(attention: str) -> None:
+    expected, wanted = trained("cpu", attention, variant=DFLASH2)
+    metrics, grads = trained(attention=attention, variant=DFLASH2, attention_backend="flex_attention")
+    assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    check_close(grads, wanted, 1e-4)
+    halved, _ = trained(
+        attention=attention, bfloat16=True, variant=DFLASH2, attention_backend="flex_attention", compiled=True
+    )
+    assert halved.loss.item() == pytest.approx(expected.loss.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("variant", [DFlash(), DFLASH2])
+def test_a_compiled_step_with_checkpointing_equals_a_plain_one(variant: Variant) -> None:
+    expected, wanted = trained(attention_backend="flex_attention", variant=variant)
+    metrics, grads = trained(checkpointing=True, attention_backend="flex_attention", compiled=True, variant=variant)
     assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     check_close(grads, wanted, 1e-4)
 

@@ -15,6 +15,9 @@ from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_target
 from torch import Tensor, nn
 
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
+from dflash_offline.schemas.variants.dflash import DFlash
+from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft import attention
 from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
@@ -390,11 +393,13 @@ def test_gradient_checkpointing_changes_nothing_but_what_is_kept() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch warns itself while it traces, and hides that only from users
+@pytest.mark.parametrize("variant", [DFlash(), DFlash2(conv_group_size=8, selector_rank=6, selector_top_k=5)])
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
-def test_a_compiled_step_equals_an_uncompiled_one(backend: str) -> None:
+def test_a_compiled_step_equals_an_uncompiled_one(backend: str, variant: Variant) -> None:
     steps = []
     for compiled in (False, True):
-        trainer = tiny_trainer(attention_backend=backend, compiled=compiled, head_chunk_slots=16)
+        draft = tiny_draft(variant=variant)
+        trainer = tiny_trainer(draft, attention_backend=backend, compiled=compiled, head_chunk_slots=16)
         batch = tiny_batch(trainer.draft_model.config, LENGTHS)
         with torch.set_grad_enabled(backend != "flex_attention"):  # it has no backward on the CPU
             step = trainer(*arguments(batch), generator=torch.Generator().manual_seed(0))
