@@ -10,7 +10,8 @@ OLDEST = .venv-oldest
 FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 LINKED = $(VENV)/linked-$(FILES)
 
-.PHONY: help install demo check lint types test test-slow torture check-browser check-clients check-vllm check-gpu check-oldest
+.PHONY: help install demo check lint types test test-slow torture
+.PHONY: check-browser check-clients check-vllm check-kernels check-gpu check-oldest
 .PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train bench-variants target demo-data format
 .DEFAULT_GOAL := help
 
@@ -36,11 +37,14 @@ types: $(LINKED)
 LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
   arg-type assignment call-overload func-returns-value index misc operator return-value var-annotated)
 
+# What needs no more than this repository and its environment.
+HERE = not gpu and not kernels and not clients and not vllm and not browser
+
 test: $(LINKED)
-	$(BIN)/pytest -n 2 -m "not slow and not torture and not gpu and not clients and not vllm and not browser"
+	$(BIN)/pytest -n 2 -m "not slow and not torture and $(HERE)"
 
 test-slow: $(LINKED) ## the tests that take minutes
-	$(BIN)/pytest -m "slow and not torture and not gpu and not clients and not vllm and not browser"
+	$(BIN)/pytest -m "slow and not torture and $(HERE)"
 
 torture: $(LINKED) ## kill and resume twenty times and more; the result must be the same
 	$(BIN)/pytest -m torture
@@ -80,6 +84,9 @@ $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
 	$(BIN)/python -m zipfile -e $(CLIENTS)/dflash-0.1.0-py3-none-any.whl $(CLIENTS)
 
+check-kernels: $(LINKED) $(CLIENTS)/triton/installed ## what the compiler makes of a step for an H100, without one; needs g++
+	DFLASH_TRITON=$(CURDIR)/$(CLIENTS)/triton $(BIN)/pytest -m kernels
+
 check-gpu: $(LINKED) ## on a GPU: flex attention's gradients, compiled steps, extract and train
 	$(BIN)/pytest -m gpu
 
@@ -92,6 +99,11 @@ $(CLIENTS)/transformers/installed: | $(LINKED)
 $(CLIENTS)/speculators/installed: | $(LINKED)
 	$(BIN)/pip install -q --upgrade --target $(@D) "datasets>=4,<=5.1.0" "openai>=2" "loguru<=0.7.3" pydantic-settings aiohttp
 	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) speculators==0.9.0 hs-connectors==0.9.0 transformers==5.19.0
+	touch $@
+
+# The one that this torch is built with; its CPU build does without.
+$(CLIENTS)/triton/installed: | $(LINKED)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) triton==3.7.1
 	touch $@
 
 # All that vLLM imports to serve text, and nothing that would bring another torch: 1 GB.
