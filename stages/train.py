@@ -70,6 +70,12 @@ class DryRun:
     """Tokens of the blocks of the largest micro-batch, B * N * K."""
     activation_bytes: int
     """What a step keeps of those for its backward pass, counted from the draft's shape."""
+    activation_budget: float
+    """Share of compiled layers' activations that is kept; the rest is computed again."""
+    all_activation_bytes: int
+    """What would be kept with a budget of 1."""
+    half_activation_bytes: int
+    """What would be kept with a budget of a half: no less where layers are not compiled."""
     most_block_tokens: int
     """Block tokens of the largest micro-batch that the device would hold, counted likewise."""
     device_bytes: int
@@ -225,6 +231,9 @@ def dry_run(config: TrainConfig) -> DryRun:
             batch_shape=shapes[-1],
             block_tokens=training.memory.block_tokens,
             activation_bytes=training.memory.activations,
+            activation_budget=training.activation_budget,
+            all_activation_bytes=training.activations_at(1.0),
+            half_activation_bytes=training.activations_at(HALF),
             most_block_tokens=training.memory.most_block_tokens,
             device_bytes=training.memory.device_bytes,
             tokens_per_step=result.window.tokens,

@@ -86,6 +86,15 @@ def dry_run_json(found: "DryRun") -> str:
     return json.dumps({**document, "seconds": found.seconds}, indent=1)
 
 
+def _kept_by_budget(found: "DryRun") -> dict[str, str]:
+    """Return the line that says what keeping half of the activations saves, if layers are compiled."""
+    whole, half = found.all_activation_bytes, found.half_activation_bytes
+    if half == whole:
+        return {}
+    share = f"{found.activation_budget:g} is taken"
+    return {"Budget": f"{share}; 1 keeps {readable_bytes(whole)}, 0.5 keeps {readable_bytes(half)} and takes more time"}
+
+
 def print_dry_run(found: "DryRun") -> None:
     """Print what a run would take."""
     rows, tokens, blocks = found.batch_shape
@@ -97,6 +106,7 @@ def print_dry_run(found: "DryRun") -> None:
         "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row: {found.block_tokens:,} block tokens",
         "Activations": f"{readable_bytes(found.activation_bytes)}, counted; {readable_bytes(found.device_bytes)} of "
         f"memory would hold {found.most_block_tokens:,} block tokens",
+        **_kept_by_budget(found),
         "Work": f"{found.flops_per_step / 1e12:,.3g} TFLOP of matmuls a step, counted; attention's are left out",
         "Step": f"{found.tokens_per_step:,} tokens in {found.filled:.0%} of its places, {found.seconds_per_step:.2f} s",
         "Steps": f"{found.total_steps:,}; {found.steps_per_epoch:,.1f} an epoch",

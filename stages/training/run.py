@@ -115,17 +115,27 @@ class Training:
         moments = 8 if config.optimizer == "adamw" else 4
         features = 2 * tokens * rows * len(draft.target_layer_ids) * draft.hidden_size
         ready = config.loader_threads + AHEAD + 1
-        kept = kept_by_block_token(
-            draft, compiled=self.compiled, budget=budget, checkpointing=config.gradient_checkpointing
-        )
         return StepMemory(
             block_tokens=rows * anchors * draft.block_size,
-            by_block_token=size * kept,
+            by_block_token=self._kept_by_block_token(budget),
             other=parameters * (8 + moments + (4 if config.ema else 0) + (size if self.bfloat16 else 0))
             + sum(ends.values())
             + features * (ready + size // 2),
             device_bytes=device_memory(self.device),
         )
+
+    def _kept_by_block_token(self, budget: float) -> int:
+        kept = kept_by_block_token(
+            self.draft_config,
+            compiled=self.compiled,
+            budget=budget,
+            checkpointing=self.config.gradient_checkpointing,
+        )
+        return (2 if self.bfloat16 else 4) * kept
+
+    def activations_at(self, budget: float) -> int:
+        """Return the bytes that a step would keep for its backward pass with another budget."""
+        return self.memory.block_tokens * self._kept_by_block_token(budget)
 
     def _module(self, head: nn.Linear, table: nn.Embedding) -> DFlashTrainerModule:
         config = self.config

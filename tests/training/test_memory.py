@@ -1,7 +1,11 @@
 """What a step is counted to keep, against what autograd saves and what was seen of compiled layers."""
 
+import gc
+import threading
 import weakref
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from tiny import tiny_batch, tiny_draft, tiny_draft_config, tiny_trainer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dflash_offline.pipeline.commands.train import print_dry_run
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.schemas.variants.dflash import DFlash
@@ -155,6 +160,43 @@ def test_a_run_says_when_it_computes_activations_twice(
     monkeypatch.setattr(Training, "_budget", half)
     train(training(cache, tmp_path / "run", val_samples=0).config, Told())
     assert [line for line in said if "half of their activations" in line and "--batch-block-tokens" in line]
+
+
+def test_twenty_validations_and_checkpoints_leave_nothing_behind(cache: Path, tmp_path: Path) -> None:
+    settings = {"steps": 99, "val_samples": 2, "batch_tokens": 512, "keep": 1, "draft_intermediate_size": 8192}
+    one, held, threads = training(cache, tmp_path / "run", **settings), list[int](), list[int]()
+    saved = 3 * 4 * sum(parameter.numel() for parameter in one.draft.parameters())
+    with one.writer, closing(one.stream()) as stream:
+        for _ in range(24):
+            one.step(islice(stream, 1))
+            one.validate()
+            one.save()
+            one.writer.wait()
+            gc.collect()
+            held.append(own_bytes())
+            threads.append(threading.active_count())
+    assert held[-1] - held[3] < 4 * saved, held  # of twenty that could have been left
+    assert len(set(threads[3:])) == 1, threads
+
+
+def test_a_dry_run_says_what_half_of_the_activations_would_take(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = training(cache, tmp_path / "run")
+    compiled.compiled = True
+    assert compiled.activations_at(1.0) > 1.4 * compiled.activations_at(0.5)
+    found = dry_run(training(cache, tmp_path / "run", compile=False).config)
+    assert found.activation_bytes == found.all_activation_bytes == found.half_activation_bytes
+    print_dry_run(found)
+    assert "Budget" not in capsys.readouterr().out
+    print_dry_run(replace(found, all_activation_bytes=3 << 30, half_activation_bytes=1 << 30))
+    assert "Budget       1 is taken; 1 keeps 3.0 GiB, 0.5 keeps 1.0 GiB" in capsys.readouterr().out
+
+
+def own_bytes() -> int:
+    """Return the memory that this process holds, without what is mapped from files."""
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index("RssAnon:") + 1]) << 10
 
 
 @pytest.mark.parametrize("dry", [True, False])
