@@ -5,6 +5,7 @@ pinned memory and the GPU that nobody waits for is done when its stream is: what
 """
 
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -39,6 +40,8 @@ class Stream:
         self.queued: list[Callable[[], object]] = []
         self.is_behind = True
         """Whether work was given to the main stream since this one last waited for it."""
+        self.live_bytes = self.most_bytes = 0
+        """Of memory that was asked for while this was the current stream: held now, and at most."""
 
     def wait_stream(self, _other: "Stream") -> None:
         """Let what comes wait for what the other one has."""
@@ -86,6 +89,7 @@ class GpuTensor(Tensor):
                 cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
             )
         made.gpu, made.held, made.used_by = gpu, held, []
+        gpu.note_memory(made)
         return made
 
     @classmethod
@@ -145,12 +149,36 @@ class PretendedGpu(TorchDispatchMode):
         self.waits: list[str] = []
         """The functions of the package in which the host waited, or that called what did."""
         self._pinned: dict[int, Tensor] = {}
+        self._blocks: dict[int, tuple[Stream, list[int]]] = {}
         self._is_default = False
 
     def new_stream(self, _device: torch.device) -> Stream:
         """Return a stream beside the main one."""
         self.others.append(Stream())
         return self.others[-1]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What torch's allocator would have taken: what a stream freed is used again by that stream alone."""
+        return sum(stream.most_bytes for stream in (self.main, *self.others))
+
+    def note_memory(self, tensor: GpuTensor) -> None:
+        """Count the tensor's memory for the current stream, until the last tensor that is in it is gone."""
+        storage = tensor.held.untyped_storage()
+        address, num_bytes = storage.data_ptr(), storage.nbytes()
+        stream, users = self._blocks.setdefault(address, (self.current, [0]))
+        if not users[0]:
+            stream.live_bytes += num_bytes
+            stream.most_bytes = max(stream.most_bytes, stream.live_bytes)
+        users[0] += 1
+
+        def drop() -> None:
+            users[0] -= 1
+            if not users[0]:
+                stream.live_bytes -= num_bytes
+                del self._blocks[address]
+
+        weakref.finalize(tensor, drop).atexit = False
 
     @contextmanager
     def within(self, stream: Stream | None) -> Iterator[None]:

@@ -217,6 +217,20 @@ def test_validations_copy_on_the_stream_of_the_steps(gpu: PretendedGpu, cache: P
 
 
 @pytest.mark.usefixtures("at_once")
+def test_twenty_validations_and_checkpoints_take_no_more_memory(gpu: PretendedGpu, cache: Path, tmp_path: Path) -> None:
+    config = run_settings(cache, tmp_path / "run", GPU, steps=99, val_samples=2, batch_tokens=512, keep=1)
+    training, reserved = Training(config, Corpus.open(config.caches), Ranks(rank=0, count=1, device=GPU)), list[int]()
+    with training.writer, closing(training.stream()) as stream:
+        for _ in range(24):
+            training.step(islice(stream, 1))
+            training.validate()
+            training.save()
+            reserved.append(gpu.reserved_bytes)
+    # The first ones make moments and the largest micro-batch, of which no two are alike.
+    assert 0 < reserved[-1] <= 1.01 * reserved[3], reserved
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 def test_a_step_waits_once_for_its_sums_and_in_each_forward_for_what_it_computes(
     backend: str, gpu: PretendedGpu, cache: Path, tmp_path: Path, dense_flex: None
