@@ -29,6 +29,7 @@ from dflash_offline.stages.evaluation.diagnosis.known_text import Counts, KnownT
 from dflash_offline.stages.evaluation.diagnosis.likelihood import (
     Verdict,
     deviance,
+    is_systematic,
     judge_other_prompts,
     judge_prompt_by_prompt,
     judge_same_prompts,
@@ -102,7 +103,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress | None = None) -> Diagno
         outcome=outcome,
         causes=causes,
         not_tried=tuple(dict.fromkeys(bench.not_tried)),
-        notes=_notes(case),
+        notes=(*_notes(case), *_better_offline(trials[0], outcome)),
     )
 
 
@@ -291,6 +292,23 @@ def _row(case: _Case, change: Change, counts: Counts, verdict: Verdict | None, i
         misfit=None if verdict is None else verdict.scores[index],
         same_prompts=same,
     )
+
+
+def _better_offline(trial: Trial, outcome: str | None) -> list[str]:
+    """Return a note for each change that makes the draft better, which only a draft that is run wrongly can be."""
+    if outcome in (EXPLAINED, UNEXPLAINED):
+        return []
+    rounds, *others = (counts[:, 0] for counts in trial.counts)
+    better = [
+        change.title
+        for change, other in zip(trial.changes[1:], others, strict=True)
+        if change.cause in _RUN_WRONGLY and is_systematic(rounds - other) and (rounds - other).sum() > 0
+    ]
+    what = "offline the draft accepts more with {}: see that its config.json is as it was trained (`dflash verify`)"
+    return [what.format(title) for title in better]
+
+
+_RUN_WRONGLY = (changes.LAYERS, changes.CAUSALITY, changes.MASK_TOKEN, changes.ROTARY, changes.WINDOW)
 
 
 def _notes(case: _Case) -> tuple[str, ...]:

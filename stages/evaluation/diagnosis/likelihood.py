@@ -144,7 +144,9 @@ def judge_prompt_by_prompt(served: Counts, walked: Sequence[Counts]) -> Verdict:
         and (i == best or _nearer(distances[best], distances[i]) > ERROR_RATE)
     ]
     return Verdict(
-        differs=bool(fitting) or is_systematic(net[0]), named=tuple(fitting), scores=tuple(float(s) for s in scores)
+        differs=bool(fitting) or (is_systematic(net[0]) and net[0].sum() > 0),
+        named=tuple(fitting),
+        scores=tuple(float(s) for s in scores),
     )
 
 
