@@ -214,7 +214,8 @@ def _judge(case: _Case, served: ServedProfile, tried: Sequence[Change], walked: 
     compared = [_comparable(served, counts) for counts in walked]
     if case.scope == EACH_PROMPT:
         assert served.each is not None
-        return judge_prompt_by_prompt(served.each, compared)
+        rounded = [one for change, one in zip(tried, compared, strict=True) if _is_rounding(change)]
+        return judge_prompt_by_prompt(served.each, compared, rounded[0] if rounded else None)
     counts = served.counts(int(walked[0][:, 0].sum()))
     if case.scope == OTHER_PROMPTS:
         return judge_other_prompts(counts, compared)
@@ -243,9 +244,7 @@ def _causes(
         titles = [title for title, ids in bench.other_renderings(case.prompts).items() if _are_served(served, ids)]
         what = f"the server's template makes other tokens of {served.other_prompts} of {len(served.texts)} prompts"
         found[changes.TEMPLATE] = titles or ["another template"], what
-    foreign = trials[0].foreign or 0
-    if case.scope == EACH_PROMPT and foreign > _MOST_FOREIGN * len(served.texts):
-        what = f"{foreign} of {len(served.texts)} answers have a token that the target would not choose, rounding aside"
+    if case.scope == EACH_PROMPT and (what := _of_another_target(trials[0], len(served.texts), verdict)):
         found[changes.TARGET] = ["other weights, a quantized target, or drawn answers"], what
     for cause in dict.fromkeys(tried[i].cause for i in verdict.named):
         titles = [tried[i].title for i in verdict.named if tried[i].cause == cause]
@@ -261,6 +260,18 @@ def _causes(
         )
         for cause, (titles, evidence) in found.items()
     )
+
+
+def _of_another_target(trial: Trial, num_texts: int, verdict: Verdict) -> str:
+    """Return what speaks for answers of another target; nothing where nothing does."""
+    if trial.foreign > _MOST_FOREIGN * num_texts:
+        return f"{trial.foreign} of {num_texts} answers have a token that the target would not choose, rounding aside"
+    if verdict.differs and not verdict.named and trial.inexact > _MOST_FOREIGN * num_texts:
+        return (
+            f"no change gives the served rounds, they are further from the draft's than rounding is, and "
+            f"{trial.inexact} of {num_texts} answers have a token that is not the target's own"
+        )
+    return ""
 
 
 _EVIDENCE = {

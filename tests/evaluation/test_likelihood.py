@@ -106,6 +106,15 @@ def test_prompt_by_prompt_a_loss_that_no_change_explains_is_said() -> None:
     assert verdict.differs and verdict.named == ()
 
 
+def test_prompt_by_prompt_what_is_further_away_than_rounding_is_said() -> None:
+    random = np.random.default_rng(7)
+    base = prompts(random, 1.0)
+    rounding, walked = disturbed(random, base, 0.15), [base, disturbed(random, base, 0.5)]
+    served = disturbed(random, base, 0.6)
+    assert judge_prompt_by_prompt(served, walked, rounding).differs
+    assert not judge_prompt_by_prompt(disturbed(random, base, 0.15), walked, rounding).differs
+
+
 def test_of_the_same_prompts_totals_alone_suffice() -> None:
     random = np.random.default_rng(6)
     base = prompts(random, 1.0)

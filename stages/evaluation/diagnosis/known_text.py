@@ -74,8 +74,9 @@ class TargetStates:
     def __init__(self, target: Any) -> None:
         self._target = target
         self.known = frozenset(range(EMBEDDING, target.config.get_text_config(decoder=True).num_hidden_layers))
-        self.foreign: list[str] = []
-        """Places of the texts whose answer has a token that the target would not choose, rounding aside."""
+        self.foreign = self.inexact = 0
+        """Texts whose answer has a token that the target would not choose: whatever data type the server rounds to, and
+        in its own data type."""
 
     @torch.inference_mode()
     def taps(self, text: KnownText, wanted: Collection[int]) -> Mapping[int, Tensor]:
@@ -85,10 +86,11 @@ class TargetStates:
         output = self._target(ids, use_cache=False, output_hidden_states=True, logits_to_keep=kept)
         logits = output.logits[0, : text.last - text.first + 1].float()
         chosen = logits.gather(1, ids[0, text.first : text.last + 1, None])[:, 0]
-        # 4 units in the last place of bfloat16, whatever the server computes in.
-        rounding = 4 * torch.finfo(torch.bfloat16).eps * logits.abs().amax(dim=1)
-        if bool((logits.amax(dim=1) - chosen > rounding).any()):
-            self.foreign.append(text.place)
+        gaps, scale = logits.amax(dim=1) - chosen, logits.abs().amax(dim=1)
+        # The tolerances of `losslessness.token_gap`.
+        own = max(4 * torch.finfo(output.logits.dtype).eps, 64 * torch.finfo(torch.float32).eps)
+        self.foreign += bool((gaps > 4 * torch.finfo(torch.bfloat16).eps * scale).any())
+        self.inexact += bool((gaps > own * scale).any())
         return {tap: output.hidden_states[tap + 1][0] for tap in wanted}
 
 

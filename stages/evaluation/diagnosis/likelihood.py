@@ -123,17 +123,19 @@ def judge_same_prompts(served: Counts, walked: Sequence[Counts], noise: float = 
     )
 
 
-def judge_prompt_by_prompt(served: Counts, walked: Sequence[Counts]) -> Verdict:
+def judge_prompt_by_prompt(served: Counts, walked: Sequence[Counts], rounding: Counts | None = None) -> Verdict:
     """Judge counts that are known for each walked prompt alone, [P, 1 + m] both.
 
     A change is nearer than another at the prompts where the counts under it differ less from the served ones. If both
     are wrong, or rounding alone decides, each is nearer as often as the other: a sign test. Named is what is nearer
-    than no change, is not beaten by the nearest, and leaves no difference in the rounds altogether.
+    than no change, is not beaten by the nearest, and leaves no difference in the rounds altogether. `rounding` holds
+    the counts in another data type: what was served may be as far from the first change's as these are.
     """
     distances = np.stack([np.abs(counts - served).sum(axis=1) for counts in walked])
     scores = distances.sum(axis=1)
     best = int(scores.argmin())
     net = [(served - counts)[:, 0] for counts in walked]
+    too_far = rounding is not None and _nearer(np.abs(rounding - walked[0]).sum(axis=1), distances[0]) < ERROR_RATE
     allowed = ERROR_RATE / max(len(walked) - 1, 1)
     fitting = [
         i
@@ -144,7 +146,7 @@ def judge_prompt_by_prompt(served: Counts, walked: Sequence[Counts]) -> Verdict:
         and (i == best or _nearer(distances[best], distances[i]) > ERROR_RATE)
     ]
     return Verdict(
-        differs=bool(fitting) or (is_systematic(net[0]) and net[0].sum() > 0),
+        differs=bool(fitting) or bool(too_far) or (is_systematic(net[0]) and net[0].sum() > 0),
         named=tuple(fitting),
         scores=tuple(float(s) for s in scores),
     )

@@ -168,8 +168,10 @@ class Trial:
     changes: tuple[Change, ...]
     counts: tuple[Counts, ...]
     """Of each change, [P, 1 + slots]."""
-    foreign: int | None
-    """Texts whose answer the target would not have given; None where none was run."""
+    foreign: int = 0
+    """Texts whose answer the target would not have given, in whatever data type; 0 where none was run."""
+    inexact: int = 0
+    """The same in its own data type."""
 
 
 def run_trial(bench: Bench, model: Any | None, texts: Iterable[KnownText], tried: Sequence[Change]) -> Trial:
@@ -204,7 +206,8 @@ def run_trial(bench: Bench, model: Any | None, texts: Iterable[KnownText], tried
     return Trial(
         changes=tuple(possible),
         counts=tuple(np.stack(column) for column in zip(*rows, strict=True)),
-        foreign=None if model is None else len(target.foreign),
+        foreign=0 if model is None else target.foreign,
+        inexact=0 if model is None else target.inexact,
     )
 
 
