@@ -149,6 +149,7 @@ def test_killed_it_leaves_no_process_and_goes_on(parallel: int, config: Settings
         )
         while process.poll() is None and len(list(out.glob("commits/*.json"))) == records:
             time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
         workers = [pid for pid in members(process.pid) if pid != process.pid]
         victim = max(workers) if parallel > 1 and turn % 2 else process.pid
         if victim != process.pid:
@@ -169,13 +170,13 @@ def test_killed_it_leaves_no_process_and_goes_on(parallel: int, config: Settings
 
 
 def test_what_vllm_cannot_run_is_said_in_a_message(config: Settings, tmp_path: Path) -> None:
-    for more, said in (
-        ({"engine_args": {"no_such_argument": 1}}, "no_such_argument"),
-        ({"quantization": "no-such-kind"}, "no-such-kind"),
-        ({"engine_args": {"kv_cache_memory_bytes": 1}}, "memory"),
+    for more, variables, said in (
+        ({"engine_args": {"no_such_argument": 1}}, {}, "no_such_argument"),
+        ({"quantization": "no-such-kind"}, {}, "no-such-kind"),
+        ({}, {"VLLM_CPU_KVCACHE_SPACE": "100000"}, "lower --batch-tokens"),
     ):
         command = by_vllm(config | more, tmp_path / "cache")
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
         assert "does not start with" in done.stderr and said in done.stderr
     assert not (tmp_path / "cache").exists()
