@@ -84,8 +84,8 @@ $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0
 	$(BIN)/python -m zipfile -e $(CLIENTS)/dflash-0.1.0-py3-none-any.whl $(CLIENTS)
 
-check-kernels: $(LINKED) $(CLIENTS)/triton/installed ## what the compiler makes of a step for an H100, without one; needs g++
-	DFLASH_TRITON=$(CURDIR)/$(CLIENTS)/triton $(BIN)/pytest -m kernels
+check-kernels: $(LINKED) $(CLIENTS)/torch-triton/installed ## what the compiler makes of a step for an H100, without one; needs g++
+	DFLASH_TRITON=$(CURDIR)/$(CLIENTS)/torch-triton $(BIN)/pytest -m kernels
 
 check-gpu: $(LINKED) ## on a GPU: flex attention's gradients, compiled steps, extract and train
 	$(BIN)/pytest -m gpu
@@ -101,8 +101,8 @@ $(CLIENTS)/speculators/installed: | $(LINKED)
 	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) speculators==0.9.0 hs-connectors==0.9.0 transformers==5.19.0
 	touch $@
 
-# The one that this torch is built with; its CPU build does without.
-$(CLIENTS)/triton/installed: | $(LINKED)
+# The one that this torch is built with, while vLLM has another; its CPU build does without.
+$(CLIENTS)/torch-triton/installed: | $(LINKED)
 	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) triton==3.7.1
 	touch $@
 
