@@ -49,7 +49,7 @@ LAYERS = 2
 RANK, TAPS, GROUP = 64, 2, 16
 HELD_OUT = 250
 ROWS = 2100
-SECOND_STEPS = 500
+SECOND_STEPS = 1500
 
 
 @dataclass(frozen=True, kw_only=True)
