@@ -11,7 +11,7 @@ FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' 
 LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture
-.PHONY: check-browser check-clients check-vllm check-kernels check-gpu check-oldest
+.PHONY: check-browser check-buckets check-clients check-vllm check-kernels check-gpu check-oldest
 .PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train bench-variants target demo-data format
 .DEFAULT_GOAL := help
 
@@ -38,7 +38,7 @@ LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
   arg-type assignment call-overload func-returns-value index misc operator return-value var-annotated)
 
 # What needs no more than this repository and its environment.
-HERE = not gpu and not kernels and not clients and not vllm and not browser
+HERE = not gpu and not kernels and not clients and not vllm and not buckets and not browser
 
 test: $(LINKED)
 	$(BIN)/pytest -n 2 -m "not slow and not torture and $(HERE)"
@@ -79,6 +79,14 @@ check-clients: $(LINKED) $(CLIENT_STAMPS) ## compare with the real serving clien
 
 check-vllm: $(LINKED) $(CLIENTS)/vllm/installed $(CLIENTS)/triton/installed ## serve drafts by a real vLLM on the CPU, and compare every round
 	DFLASH_VLLM=$(CURDIR)/$(CLIENTS)/vllm DFLASH_TRITON=$(CURDIR)/$(CLIENTS)/triton $(BIN)/pytest -m vllm
+
+check-buckets: $(LINKED) $(CLIENTS)/moto/installed ## kill workers that fill a cache on a real S3 server, and let the server fail
+	DFLASH_MOTO=$(CURDIR)/$(CLIENTS)/moto $(BIN)/pytest -m buckets
+
+$(CLIENTS)/moto/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q "moto[server]==5.2.5"
+	touch $@
 
 $(CLIENTS)/dflash: | $(LINKED)
 	$(BIN)/pip download -q --no-deps -d $(CLIENTS) dflash==0.1.0

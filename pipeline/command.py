@@ -14,6 +14,7 @@ import typer
 
 from dflash_offline.pipeline.progress import EventProgress, LogFormat, is_live, open_progress
 from dflash_offline.schemas.errors import DflashError, missing_memory
+from dflash_offline.stages.buckets.mirror import with_urls
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.stop import signal_of, stops_raised
 
@@ -86,7 +87,7 @@ def _met_meanwhile(error: BaseException | None) -> str:
 def _users_error(error: Exception, go_on: str) -> str | None:
     """Return the message for an error that is no bug of this program; None for a bug."""
     if isinstance(error, DflashError):
-        return str(error)
+        return with_urls(str(error))
     if any(text in str(error) for text in _NO_THREAD):
         return (
             f"This process may start no further thread or process: {' '.join(str(error).split())}. Let it have more "
@@ -97,7 +98,7 @@ def _users_error(error: Exception, go_on: str) -> str | None:
     if found := missing_memory(error):
         return f"This process has too little memory: {found}. Let it have more, or do less at once. {go_on}".rstrip()
     if isinstance(error, OSError) and error.errno in _OUTSIDE_FAULTS:
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{with_urls(str(error.filename))}: " if error.filename else ""
         return f"{place}{error.strerror}. {_ADVICE.get(error.errno or 0, '')}{go_on}".rstrip()
     return None
 

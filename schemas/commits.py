@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from dflash_offline.schemas.checked import Count, Index, LayerIndex, Sha256, checked, unlike
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import COMMITS, IDS, MASK, Manifest, hidden_file, token_file
+from dflash_offline.schemas.manifest import COMMITS, Manifest, shard_files
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
 _LARGEST = 3.5e38
@@ -109,7 +109,7 @@ def read_commit(cache: Path, shard: int, manifest: Manifest) -> Commit | None:
 def _fault(commit: Commit, manifest: Manifest) -> str:
     """Return what of a record does not go with its cache, or an empty string."""
     shard, layer_ids = commit.shard, [layer.layer_id for layer in commit.layers]
-    if commit.files.keys() != {hidden_file(shard), token_file(IDS, shard), token_file(MASK, shard)}:
+    if commit.files.keys() != {*shard_files(shard)}:
         return f"files are {', '.join(commit.files)[:200]!r}, expected the three of shard {shard}"
     if layer_ids != manifest.identity["layer_ids"]:
         return f"layers are {layer_ids[:100]}, expected {manifest.identity['layer_ids']}"
@@ -125,13 +125,14 @@ def _fault(commit: Commit, manifest: Manifest) -> str:
     return ""
 
 
-def read_finished(cache: Path, shard: int, manifest: Manifest) -> Commit | None:
+def read_finished(cache: Path, shard: int, manifest: Manifest, *, with_files: bool = True) -> Commit | None:
     """Return a shard's record if its files are there, None without one; `CacheError` if either is damaged.
 
-    Files are compared by size: quick on any cache. `dflash verify` reads them.
+    Files are compared by size: quick on any cache. `dflash verify` reads them. `with_files` is false where only the
+    record is here, and the files in a bucket.
     """
     commit = read_commit(cache, shard, manifest)
-    if commit is not None:
+    if commit is not None and with_files:
         for name, record in commit.files.items():
             path = f"{cache}/{name}"
             try:
@@ -146,7 +147,7 @@ def read_finished(cache: Path, shard: int, manifest: Manifest) -> Commit | None:
     return commit
 
 
-def read_commits(cache: Path, manifest: Manifest) -> tuple[dict[int, Commit], list[str]]:
+def read_commits(cache: Path, manifest: Manifest, *, with_files: bool = True) -> tuple[dict[int, Commit], list[str]]:
     """Return the finished shards' records, and one line for each record that is damaged or lacks its files."""
     commits, faults = {}, []
     try:
@@ -158,7 +159,7 @@ def read_commits(cache: Path, manifest: Manifest) -> tuple[dict[int, Commit], li
         if _name(shard) not in recorded:
             continue
         try:
-            commit = read_finished(cache, shard, manifest)
+            commit = read_finished(cache, shard, manifest, with_files=with_files)
         except CacheError as error:
             faults.append(str(error))
             continue

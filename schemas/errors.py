@@ -23,6 +23,10 @@ class CacheError(DflashError):
     """A feature cache is incomplete, damaged, or not a cache."""
 
 
+class StoreError(DflashError):
+    """An object store refuses, or does not answer; what was asked of it is neither right nor wrong by that."""
+
+
 class MismatchError(DflashError):
     """Two things that must agree differ: a cache and a command, a draft and a cache, a run and its settings."""
 

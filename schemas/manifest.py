@@ -45,6 +45,11 @@ def token_file(array: str, shard: int) -> str:
     return f"{FEATURES}/{array}/c/{shard}"
 
 
+def shard_files(shard: int) -> list[str]:
+    """Return the names in a cache of a shard's files, that of its hidden states first."""
+    return [hidden_file(shard), token_file(IDS, shard), token_file(MASK, shard)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureLayout:
     """How one feature is stored in sixteen bits."""

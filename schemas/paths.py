@@ -1,13 +1,34 @@
-"""Paths: output folders, free names, and names that are not UTF-8.
+"""Paths: output folders, free names, names that are not UTF-8, and the addresses of caches in object stores.
 
 Linux allows any bytes in a name; the libraries that read and write tables and models do not.
 """
 
 import os
+import re
 from pathlib import Path
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.locks import LOCK
+
+_STORE = re.compile(r"(s3|gs|az):/{1,2}([^/].*)")
+_FILE = re.compile(r"file:/+(.*)")
+
+
+def store_url(path: str | Path) -> str | None:
+    """Return the URL of what lies in an object store, or None for a path; as a path, a URL has lost a slash."""
+    named = _STORE.fullmatch(str(path))
+    return named and f"{named[1]}://{named[2].rstrip('/')}"
+
+
+def local_path(path: Path) -> Path:
+    """Return the path that a URL with `file://` names; any other as it is."""
+    named = _FILE.fullmatch(str(path))
+    return Path("/", named[1]) if named else path
+
+
+def shown(path: str | Path) -> str:
+    """Return a path or the URL of an object store as a user writes it."""
+    return store_url(path) or str(path)
 
 
 def utf8_name(path: str | Path) -> str:
@@ -25,7 +46,11 @@ def refuse_other_than_utf8(folder: Path, what: str) -> None:
 
 
 def free_name(beside: Path, name: str) -> Path:
-    """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on."""
+    """Return a path beside another one at which nothing is yet: `name`, or `name-2` and so on.
+
+    Beside what lies in an object store it is one in the working directory.
+    """
+    beside = Path(name) if store_url(beside) else beside
     paths = (beside.parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     return next(path for path in paths if not path.exists())
 

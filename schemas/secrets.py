@@ -1,6 +1,7 @@
-"""What nobody may see: the key of the servers, and the passwords in their URLs."""
+"""What nobody may see: the key of the servers, the passwords in their URLs, and the credentials of object stores."""
 
 import base64
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -14,18 +15,22 @@ SHORTEST_KEY = 8
 """Characters of a secret that an answer may not hold; shorter ones, as in 'EMPTY', are words."""
 
 
+_STORE_VARIABLE = re.compile(r"(AWS|AZURE|GOOGLE)_\w*(KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS)\w*")
+"""Names of variables that hold credentials of object stores."""
+
+
 class Secrets:
     """Masks secrets wherever a text holds them."""
 
-    def __init__(self, key: str | None, urls: Iterable[str]) -> None:
-        """Raises `DflashError`, which does not show it, for a key that no request can carry."""
+    def __init__(self, key: str | None, urls: Iterable[str], others: Iterable[str] = ()) -> None:
+        """`others` are masked as well. Raises `DflashError`, which does not show it, for a key no request can carry."""
         if key is not None and not re.fullmatch(r"[!-~]+", key):
             raise DflashError(
                 f"{KEY_VARIABLE} holds a blank, a line break or a character that is not ASCII; expected the key alone. "
                 f"Set it again, or unset it if the servers need none."
             )
         self.key = key
-        found = {key} if key else set()
+        found = {key, *others} if key else {*others}
         for parts in map(urlsplit, urls):
             name, password = unquote(parts.username or ""), unquote(parts.password or "")
             if password:
@@ -49,6 +54,12 @@ class Secrets:
     def spelled_in(self, texts: Iterable[str]) -> bool:
         """Say whether a text spells a secret that is long enough to be no common word."""
         return any(secret in text for text in texts for secret in self._found if len(secret) >= SHORTEST_KEY)
+
+
+def environment_secrets() -> Secrets:
+    """Return what masks the credentials of object stores that the environment holds."""
+    values = (value for name, value in os.environ.items() if _STORE_VARIABLE.fullmatch(name))
+    return Secrets(None, (), [value for value in values if len(value) >= SHORTEST_KEY])
 
 
 def shown_url(url: str) -> str:

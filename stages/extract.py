@@ -11,6 +11,8 @@ from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import MANIFEST, Layout
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.buckets.mirror import mirror_of
+from dflash_offline.stages.buckets.publish import prepare_bucket
 from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
 from dflash_offline.stages.capture.create import create_cache, plan_samples
 from dflash_offline.stages.capture.encode import FeatureEncoder
@@ -54,6 +56,9 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
     Raises `MismatchError` if the folder holds a cache of something else, and `DflashError` for unusable input.
     """
     inputs = open_inputs(config, progress)
+    if (mirror := mirror_of(inputs.config.out)) is not None:
+        prepare_bucket(mirror.bucket)
+        mirror.pull()
     with ExitStack() as held:
         runner: Extractor | None = None
         if not (inputs.config.out / MANIFEST).exists():

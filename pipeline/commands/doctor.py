@@ -11,7 +11,7 @@ from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import dflash_line
-from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.paths import free_name, store_url
 from dflash_offline.schemas.settings.option import Option
 from dflash_offline.stages.progress import readable_bytes
 
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
     "Look at this machine, and say what is wrong.",
     ("packages, devices, attention, this disk", ""),
     ("another disk and a target", "--out /data --target Qwen/Qwen3-8B"),
+    ("a bucket", "--out s3://bucket/caches"),
     ("for a bug report", "--json > here.json"),
 )
 def doctor(
     out: Annotated[
         Path,
-        Option("Folder whose disk is tried: where caches and runs will be.", "What is looked at", "free", "FOLDER"),
+        Option(
+            "Folder whose disk is tried, or address of a bucket: where caches and runs will be.",
+            "What is looked at",
+            "free",
+            "FOLDER",
+        ),
     ] = Path(),
     target: Annotated[
         str | None,
@@ -71,7 +77,7 @@ def _print(found: "Examination", out: Path) -> None:
         print(f"       {finding.do}")
     if found.sound:
         print("Nothing that is needed is wrong.")
-        print(f"Next: {dflash_line('demo', '--out', free_name(out / 'x', 'demo'))}")
+        print(f"Next: {dflash_line('demo', '--out', free_name(Path() / 'x' if store_url(out) else out / 'x', 'demo'))}")
 
 
 def _filled(text: str, head: str) -> str:
@@ -95,7 +101,15 @@ def _trials(found: "Examination") -> Iterator[str]:
 
 
 def _storage(found: "Examination") -> Iterator[str]:
-    disk, store = found.disk, found.store
+    disk, store, bucket = found.disk, found.store, found.bucket
+    if bucket and bucket.error:
+        yield f"{bucket.address}: no cache can lie there"
+    elif bucket:
+        written, read = readable_bytes(bucket.write_bytes_per_s), readable_bytes(bucket.read_bytes_per_s)
+        yield (
+            f"{bucket.address} writes {written}/s and reads {read}/s, one object at a time; a request takes "
+            f"{1000 * bucket.request_s:.0f} ms; writes can be conditional"
+        )
     yield f"{disk.folder}: {readable_bytes(disk.free_bytes)} free"
     if disk.error:
         yield f"cannot be written: {disk.error}"

@@ -11,7 +11,7 @@ from dflash_offline.pipeline.options import Json, LogFormatOption, Quiet, comman
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.manifest import FEATURE_KINDS, Layout
-from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.paths import free_name, shown
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.option import Option
 from dflash_offline.stages.progress import readable_bytes, readable_seconds
@@ -49,10 +49,10 @@ def extract(
         if plan:
             print_plan(config, *stage.plan_only(config, progress), as_json=json_)
         else:
-            print_done(stage.extract(config, progress), config.out, as_json=json_)
+            print_done(stage.extract(config, progress), shown(config.out), as_json=json_)
 
 
-def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
+def print_done(done: "Extracted", cache: str, *, as_json: bool) -> None:
     """Print what the cache, here named as the user does, holds now and what to do next."""
     if as_json:
         from dflash_offline.pipeline.inspect.overview import overview
@@ -76,7 +76,7 @@ def print_done(done: "Extracted", cache: Path, *, as_json: bool) -> None:
     if done.num_skipped:
         print(f"{done.num_skipped} samples with bad features were left out.")
     if not done.shards_left:
-        print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
+        print(f"Next: {dflash_line('train', cache, '--out', free_name(Path(cache), 'run'))}")
     print(f"Look: {dflash_line('inspect', cache)}")
 
 
@@ -103,12 +103,14 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
         print(
             f"Done        {forecast.shards_done:,} of {plan.num_shards:,} shards; about {left} are still to be written"
         )
-    fits = forecast.bytes_left <= forecast.free_bytes
-    print(f"Free        {readable_bytes(forecast.free_bytes)}{'' if fits else ': NOT ENOUGH'}")
+    if forecast.free_bytes is not None:
+        print(f"Free        {readable_bytes(forecast.free_bytes)}{'' if forecast.fits else ': NOT ENOUGH'}")
     print(
         f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
     )
-    print(f"Next: {'the same without --plan' if fits else more_room(is_begun=forecast.rest_bytes is not None)}.")
+    print(
+        f"Next: {'the same without --plan' if forecast.fits else more_room(is_begun=forecast.rest_bytes is not None)}."
+    )
 
 
 def _document(plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, Any]:
@@ -121,5 +123,5 @@ def _document(plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, A
         "bytes": found.pop("bytes_by_kind"),
         **found,
         "bytes_left": forecast.bytes_left,
-        "fits": forecast.bytes_left <= forecast.free_bytes,
+        "fits": forecast.fits,
     }

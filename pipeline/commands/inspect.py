@@ -70,6 +70,10 @@ def inspect(
     """
     with reported():
         from dflash_offline.pipeline.inspect.run import is_run
+        from dflash_offline.stages.buckets.mirror import worked_on
+
+        if target is None:
+            folders = tuple(worked_on(folder) for folder in folders)
 
         if html is not None:
             check_file(html, "--html")

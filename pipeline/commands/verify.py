@@ -14,10 +14,11 @@ from dflash_offline.pipeline.options import Json, LogFormatOption, Part, Quiet, 
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import MANIFEST, Manifest
-from dflash_offline.schemas.paths import free_name
+from dflash_offline.schemas.paths import free_name, shown
 from dflash_offline.schemas.settings.option import ARGUMENTS, Option
 from dflash_offline.schemas.settings.shared import TARGET
 from dflash_offline.schemas.settings.verify import RerunConfig
+from dflash_offline.stages.buckets.mirror import with_urls, worked_on
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.leftovers import summarize
 from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
@@ -60,6 +61,7 @@ def verify(
         rerun = settings(target=target) if target else None
         from dflash_offline.schemas.draft.lint import is_draft
 
+        folder = worked_on(folder)
         if (folder / MANIFEST).exists() or not is_draft(folder):
             is_sound = _verify_cache(folder, rerun, repair, json_, progress)
         elif repair:
@@ -144,7 +146,7 @@ def _print_json(
     """Print the result for a script; a number that is not finite is null."""
     layers = [(asdict(fit) | {"fault": fit.fault}).items() for fit in fits]
     document = {
-        "faults": [asdict(fault) for fault in faults],
+        "faults": [asdict(fault) | {"what": with_urls(fault.what)} for fault in faults],
         "layers": [
             {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in one}
             for one in layers
@@ -160,7 +162,7 @@ def _print_report(
 ) -> None:
     """Print the result for a person, one line a fault. `forgotten` is None if nothing was to be repaired."""
     for fault in faults:
-        print(f"{fault.place}: {fault.what}")
+        print(with_urls(f"{fault.place}: {fault.what}"))
     for fit in fits:
         channels = f"over a channel's deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
         if fit.is_finite and math.isnan(fit.channel_error):
@@ -176,8 +178,9 @@ def _print_report(
         print(f"{len(faults):,} fault{'s' if len(faults) > 1 else ''}.")
         _print_next(cache, faults, forgotten)
     elif all(fit.is_finite for fit in fits):
-        print(f"{cache} is sound.")
-        print(f"Next: {dflash_line('train', cache, '--out', free_name(cache, 'run'))}")
+        address = Path(with_urls(str(cache)))
+        print(f"{shown(address)} is sound.")
+        print(f"Next: {dflash_line('train', shown(address), '--out', free_name(address, 'run'))}")
 
 
 def _print_notes(found: dict[str, Any]) -> None:
@@ -202,8 +205,8 @@ def _print_next(cache: Path, faults: "list[Fault]", forgotten: list[int] | None)
     if forgotten is not None and (left := sorted(faulty - {*forgotten})):
         print(f"Kept shards {', '.join(map(str, left))}: a worker has done them anew meanwhile.")
     if faulty and forgotten is None:
-        steps.append(dflash_line("verify", cache, "--repair"))
+        steps.append(with_urls(dflash_line("verify", cache, "--repair")))
     if any(fault.shard is not None for fault in faults):
-        steps.append(f"the `dflash extract` that made {cache}")
+        steps.append(with_urls(f"the `dflash extract` that made {cache}"))
     for index, step in enumerate(steps):
         print(f"{'Next:' if index == 0 else 'then:'} {step}")

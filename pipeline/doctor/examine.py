@@ -3,15 +3,17 @@
 import json
 import os
 import platform
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dflash_offline.pipeline.doctor.machine import DISTRIBUTION, Package, find_packages, installed
-from dflash_offline.pipeline.doctor.storage import Disk, Store, try_disk, try_store
+from dflash_offline.pipeline.doctor.storage import BucketTrial, Disk, Store, try_bucket, try_disk, try_store
 from dflash_offline.pipeline.doctor.trials import REINSTALL, Trial, run_trials
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.paths import local_path, store_url
 from dflash_offline.stages.cores import usable_cores, usable_memory_bytes
 from dflash_offline.stages.progress import Progress, readable_bytes
 
@@ -41,6 +43,8 @@ class Examination:
     memory_bytes: int
     """That this process may fill."""
     disk: Disk
+    bucket: BucketTrial | None
+    """None unless `--out` is an address in an object store; the disk is then that of temporary files."""
     store: Store | None
     """None where a package that it needs cannot be loaded."""
     trials: list[Trial]
@@ -59,10 +63,12 @@ class Examination:
 
 def examine(out: Path, target: str | None, hub: bool, progress: Progress) -> Examination:
     """Look at everything, a target if one is named and the hub if asked, for half a minute; leaves nothing behind."""
+    out, url = local_path(out), store_url(out)
     if out.exists() and not out.is_dir():
         raise DflashError(f"--out {out} is not a folder. Name the folder in which caches and runs will be.")
     progress.start("Examining", 3, "parts")
-    disk = try_disk(out)
+    bucket = try_bucket(url) if url else None
+    disk = try_disk(Path(tempfile.gettempdir()) if url else out)
     progress.advance(1)
     store, broken = None, []
     try:
@@ -80,10 +86,12 @@ def examine(out: Path, target: str | None, hub: bool, progress: Progress) -> Exa
         cores=usable_cores(),
         memory_bytes=usable_memory_bytes(),
         disk=disk,
+        bucket=bucket,
         store=store,
         trials=trials,
         findings=[
-            *(*_package_findings(packages), *_disk_findings(disk), *broken, *_trial_findings(trials)),
+            *(*_package_findings(packages), *_disk_findings(disk), *_bucket_findings(bucket)),
+            *(*broken, *_trial_findings(trials)),
             *(_hub_findings() if hub else ()),
         ],
     )
@@ -106,6 +114,11 @@ def _disk_findings(disk: Disk) -> Iterator[Finding]:
     if not disk.locks:
         what = f"Locks do not hold under {disk.folder}: two commands could do the same work there."
         yield Finding(needed=False, what=what, do="Give one --out to one command at a time.")
+
+
+def _bucket_findings(bucket: BucketTrial | None) -> Iterator[Finding]:
+    if bucket and bucket.error:
+        yield Finding(needed=True, what=bucket.error, do="Try again with this command; nothing was left there.")
 
 
 def _trial_findings(trials: list[Trial]) -> Iterator[Finding]:

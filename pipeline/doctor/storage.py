@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.locks import locked
 
 TRIAL_BYTES = 128 << 20
 """Written and read; less on a disk that is nearly full."""
+TRIAL_OBJECT_BYTES = 16 << 20
+"""Written to a bucket and read from it."""
 _CODEC_S = 0.5
 """Seconds for which encoding is timed, and decoding."""
 _CHUNKS = (2, 128, 1, 4096)
@@ -72,6 +75,50 @@ def try_disk(out: Path) -> Disk:
         write_bytes_per_s=len(data) / (written - begun),
         read_bytes_per_s=len(data) / (read - written),
         locks=locks,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketTrial:
+    """What was measured below the address of a bucket."""
+
+    address: str
+    error: str | None = None
+    """Why no cache can lie there; nothing else is known then."""
+    write_bytes_per_s: float = 0
+    """Of one object of random bytes."""
+    read_bytes_per_s: float = 0
+    request_s: float = 0
+    """Of one request for a few bytes."""
+
+
+def try_bucket(url: str) -> BucketTrial:
+    """Write, read, list and remove an object, and see whether writes can be conditional; nothing of it stays."""
+    from dflash_offline.stages.buckets.bucket import Bucket
+    from dflash_offline.stages.buckets.publish import prepare_bucket
+
+    name, data = f"tmp/doctor-{os.urandom(8).hex()}", os.urandom(TRIAL_OBJECT_BYTES)
+    try:
+        bucket = Bucket(url)
+        prepare_bucket(bucket)
+        try:
+            begun = time.perf_counter()
+            bucket.create(name, data)
+            written = time.perf_counter()
+            bucket.read(name)
+            read = time.perf_counter()
+            bucket.read_range(name, 0, 4)
+            answered = time.perf_counter()
+            bucket.names("tmp")
+        finally:
+            bucket.remove(name)
+    except DflashError as error:
+        return BucketTrial(address=url, error=str(error))
+    return BucketTrial(
+        address=url,
+        write_bytes_per_s=len(data) / (written - begun),
+        read_bytes_per_s=len(data) / (read - written),
+        request_s=answered - read,
     )
 
 

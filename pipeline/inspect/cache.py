@@ -211,13 +211,13 @@ def layers_view(cache: Cache, num_samples: int | None) -> LayersView:
     """Return each layer's statistics and bytes; with `num_samples`, also what that many samples' features show."""
     statistics = ShardStatistics.of(cache.commits)
     layers = statistics.pooled()
-    warnings = list(layer_warnings(statistics, layers, str(cache.path)))
+    warnings = list(layer_warnings(statistics, layers, cache.name))
     features = None
     if num_samples is not None:
         features = feature_statistics(cache, num_samples)
-        warnings += feature_warnings(features, str(cache.path))
+        warnings += feature_warnings(features, cache.name)
     return LayersView(
-        cache=str(cache.path),
+        cache=cache.name,
         shards_done=len(cache.commits),
         layers=with_warnings(layers, warnings),
         bytes_by_layer=bytes_by_layer(cache),

@@ -165,16 +165,16 @@ def overview(cache: Cache) -> Overview:
     use = mask_token_use(path, mask_token, _TOKENS_SEARCHED)
     half_written = summarize(path)
     warnings = [
-        *shard_warnings(states, cache.faults, str(path)),
-        *layer_warnings(statistics, layers, str(path)),
-        *plan_warnings(cache.samples, manifest.plan["block_size"], str(path)),
+        *shard_warnings(states, cache.faults, cache.name),
+        *layer_warnings(statistics, layers, cache.name),
+        *plan_warnings(cache.samples, manifest.plan["block_size"], cache.name),
         *mask_token_warnings(mask_token, name, problem, use),
         *half_written_warnings(half_written),
     ]
     arrays = bytes_by_array(commits, cache.layout)
     hidden = arrays.get("hidden_states")
     return Overview(
-        cache=str(path),
+        cache=cache.name,
         provenance=_provenance(manifest),
         mask_token=name,
         mask_token_use=use,
@@ -194,7 +194,7 @@ def overview(cache: Cache) -> Overview:
 
 
 def _next(cache: Cache) -> list[str]:
-    path, target = cache.path, cache.manifest.origin["target"]
+    path, target = cache.name, cache.manifest.origin["target"]
     if len(cache.commits) < cache.layout.num_shards:
         return ["the `dflash extract` that made it, to go on", dflash_line("inspect", path, "--sample", 0)]
     return [

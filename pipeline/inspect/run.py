@@ -19,6 +19,7 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.evaluation import read_result
 from dflash_offline.schemas.identity import flatten
 from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.paths import store_url
 from dflash_offline.schemas.run import (
     CHECKPOINT,
     CHECKPOINTS,
@@ -128,6 +129,8 @@ def _caches(record: RunRecord) -> list[RunCache]:
 
 
 def _cache_fault(cache: Path, checksum: str) -> str | None:
+    if store_url(cache):
+        return None  # a run is shown without asking a store
     try:
         return "another cache lies there now" if Manifest.read(cache).checksum != checksum else None
     except CacheError as error:

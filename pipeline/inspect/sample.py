@@ -79,7 +79,7 @@ def sample_view(cache: Cache, sample: int) -> SampleView:
     norms, reason = sample_norms(cache, sample)
     ends_shard = sample == samples.samples_of_shard(shard)[-1]
     return SampleView(
-        cache=str(cache.path),
+        cache=cache.name,
         sample=sample,
         source=samples.source(sample),
         row=int(samples.row[sample]),

@@ -16,7 +16,7 @@ from dflash_offline.pipeline.inspect.shard_statistics import (
     shard_states,
 )
 from dflash_offline.pipeline.terminal import FLATTENED, OMITTED_IF_NONE, columns, facts, open_console
-from dflash_offline.schemas.commits import Commit, LayerStatistics, SkippedSample, read_finished
+from dflash_offline.schemas.commits import Commit, LayerStatistics, SkippedSample
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.samples import NUMBERS, SampleTable, origin
 from dflash_offline.stages.progress import readable_bytes
@@ -91,14 +91,14 @@ def shard_view(cache: Cache, shard: int) -> ShardView:
     members = samples.samples_of_shard(shard)
     commit, record, fault = None, None, ""
     try:
-        commit = read_finished(cache.path, shard, cache.manifest)
+        commit = cache.record(shard)
     except CacheError as error:
         fault = str(error)
     if commit is not None:
         arrays = bytes_by_array({shard: commit}, layout)
         record = FinishedShard(commit=commit, seconds=commit_seconds(commit), arrays=arrays)
     return ShardView(
-        cache=str(cache.path),
+        cache=cache.name,
         shard=shard,
         state=shard_states(cache.path, layout, {shard: commit} if commit else {}).get(shard, "left"),
         fault=fault,
@@ -178,7 +178,7 @@ def top_view(cache: Cache, top: str) -> TopView:
     score = samples.num_tokens if bits is None else bits
     order = np.argsort(score if top == "shortest" else -score, kind="stable")[:NUM_TOP].tolist()
     rows = [_sample_row(samples, sample, None if bits is None else float(bits[sample])) for sample in order]
-    return TopView(cache=str(cache.path), top=top, samples=rows)
+    return TopView(cache=cache.name, top=top, samples=rows)
 
 
 def token_bits(cache: Path) -> NDArray[np.float64]:

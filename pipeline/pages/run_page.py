@@ -11,6 +11,7 @@ from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.pages.page import link, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.paths import store_url
 from dflash_offline.schemas.variants.table import VARIANTS
 
 CACHE_PAGE, EVALUATION_PAGE = "report.html", "eval.html"
@@ -105,7 +106,7 @@ def _cache_cell(view: RunView, i: int, page: Path) -> Any:
     if i >= len(view.caches):
         return None
     path = view.caches[i].path
-    return {"text": path, "link": link(page, Path(path) / CACHE_PAGE)}
+    return {"text": path, "link": None if store_url(path) else link(page, Path(path) / CACHE_PAGE)}
 
 
 def _evaluation_cell(view: RunView, page: Path) -> Any:
@@ -116,7 +117,7 @@ def _evaluation_cell(view: RunView, page: Path) -> Any:
 
 def _hint(views: list[RunView], page: Path) -> str:
     """Return how to make pages that this one would link to, where one is not there yet."""
-    caches = [Path(cache.path) for view in views for cache in view.caches if not cache.fault]
+    caches = [Path(cache.path) for view in views for cache in view.caches if not (cache.fault or store_url(cache.path))]
     runs = [Path(view.run) for view in views]
     lines = [
         dflash_line("inspect", cache, "--html", cache / CACHE_PAGE)

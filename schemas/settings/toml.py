@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.paths import local_path, store_url
 from dflash_offline.schemas.settings.option import options
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", Path: "a path, as a string"}
@@ -107,5 +108,5 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_toml(name)} = {_toml(one)}' for name, one in value.items())}}}"
     if isinstance(value, Path):
-        value = str(value.resolve())
+        value = store_url(value) or str(local_path(value).resolve())
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no pairs of surrogates

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import SkippedSample, commit_path
+from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.locks import locked, touch_lock
 from dflash_offline.schemas.samples import SampleTable
@@ -91,7 +91,7 @@ class BadFeatures:
                 self.check(shard, bad)
             except CacheError:
                 if size:  # else the record is another worker's
-                    commit_path(self._cache.path, shard).unlink(missing_ok=True)
+                    self._cache.forget(shard)
                 raise
         return size
 

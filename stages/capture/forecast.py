@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.extractor import Extractor
 from dflash_offline.stages.capture.inputs import Inputs
@@ -48,8 +49,8 @@ class Forecast:
     plan_bytes: int
     target_bytes: int
     """Bytes of the embeddings that a draft borrows, and of the tokenizer."""
-    free_bytes: int
-    """Free on the disk of the cache, as if the plan were not written yet."""
+    free_bytes: int | None
+    """Free on the disk of the cache, as if the plan were not written yet; None in a bucket, which has no bound."""
     shards_done: int = 0
     rest_bytes: int | None = None
     """Bytes that a cache which was begun still needs, about; None for a new one."""
@@ -74,12 +75,18 @@ class Forecast:
             rest_bytes=self.bytes_by_kind[self.features.kind] if rest is None else rest,
         )
 
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for what is still to be written."""
+        return self.free_bytes is None or self.bytes_left <= self.free_bytes
+
     def __str__(self) -> str:
         """Return the forecast in one line."""
+        free = "" if self.free_bytes is None else f", {readable_bytes(self.free_bytes)} free"
         return (
-            f"{readable_bytes(self.num_bytes)} on disk ({self.ratios[self.features.kind]:.2f} of raw bfloat16, "
-            f"{readable_bytes(self.free_bytes)} free), {readable_seconds(self.seconds)} at {self.tokens_per_s:,.0f} "
-            f"tokens/s"
+            f"{readable_bytes(self.num_bytes)} {'on disk' if free else 'in all'} "
+            f"({self.ratios[self.features.kind]:.2f} of raw bfloat16{free}), {readable_seconds(self.seconds)} at "
+            f"{self.tokens_per_s:,.0f} tokens/s"
         )
 
 
@@ -108,6 +115,7 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
     rate = tokens / seconds
     processes = config.world_size * (config.workers if runner.device.type == "cuda" else 1)
     plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
+    free = free_bytes(config.out)
     return Forecast(
         features=config.feature_layout,
         tokens_per_s=rate,
@@ -119,7 +127,7 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
         plan_bytes=plan_bytes,
         target_bytes=sum(tensor.nbytes for tensor in runner.embeddings().values())
         + len(inputs.target.files.tokenizer.backend_tokenizer.to_str(pretty=True)),
-        free_bytes=free_bytes(config.out) + plan_bytes,  # the plan lies on that disk already
+        free_bytes=None if free is None else free + plan_bytes,  # the plan lies on that disk already
     )
 
 
@@ -158,8 +166,10 @@ def _ratio(codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> floa
         return sum(len(chunk.data) for chunk in pool.map(encode_chunk, chunks)) / (2 * codes.numel())
 
 
-def free_bytes(out: Path) -> int:
-    """Return the bytes free on the disk of a folder, which may not be there yet."""
+def free_bytes(out: Path) -> int | None:
+    """Return the bytes free on the disk of a folder, which may not be there yet; None for a bucket."""
+    if mirror_of(out) is not None:
+        return None
     return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
 
 
@@ -181,9 +191,9 @@ def _tokens_done(cache: Cache) -> int:
     return int(cache.samples.num_tokens[np.isin(cache.samples.shard, list(cache.commits))].sum())
 
 
-def refuse_too_large(out: Path, needed: int, free: int, *, is_begun: bool) -> None:
+def refuse_too_large(out: Path, needed: int, free: int | None, *, is_begun: bool) -> None:
     """Raise `DflashError` if what is still to be written does not fit the disk."""
-    if needed > free:
+    if free is not None and needed > free:
         advice = more_room(is_begun=is_begun)
         raise DflashError(
             f"{out} needs {readable_bytes(needed)} more and its disk has {readable_bytes(free)} free. "

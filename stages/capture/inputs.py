@@ -18,6 +18,7 @@ from dflash_offline.schemas.manifest import (
 )
 from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8
 from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+from dflash_offline.stages.buckets.mirror import worked_on
 from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.sources import Data
@@ -73,7 +74,7 @@ def open_inputs(config: ExtractConfig, progress: Progress) -> Inputs:
 
     A cache that is there keeps the rules by which it was planned, where those have changed since.
     """
-    out = output_folder(config.out, marker=MANIFEST, kind="feature cache", renamed=True)
+    out = output_folder(worked_on(config.out), marker=MANIFEST, kind="feature cache", renamed=True)
     refuse_other_than_utf8(out, "a feature cache")
     target = choose_target(config)
     num_positions = target.files.num_positions

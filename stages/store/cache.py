@@ -16,14 +16,16 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit, SkippedSample, read_commits, read_finished
+from dflash_offline.schemas.commits import Commit, SkippedSample, commit_path, read_commits, read_finished
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.buckets.mirror import mirror_of, worked_on
+from dflash_offline.stages.buckets.ranges import ObjectRanges
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.array_metadata import check_metadata, read_scale
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
-from dflash_offline.stages.store.shard_file import ShardFile
+from dflash_offline.stages.store.shard_file import OpenFile, ShardFile
 
 _MOST_OPEN = 1024
 """Shard files that a process keeps open, with their indexes, and never more than half of the files it may have open."""
@@ -35,15 +37,21 @@ _opening = threading.Lock()
 class Cache:
     """One feature cache. The plan, the commit records, the codec and the shards are read when they are first used.
 
-    Safe in threads; a copy sent to a spawned process opens the cache anew.
+    A cache in a bucket is worked on in a folder that mirrors its small files; its shards are read from the bucket. Safe
+    in threads; a copy sent to a spawned process opens the cache anew.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None, *, whole: bool = False) -> None:
         """Read the manifest, unless it is given; the other static files are taken to be as it says.
 
+        `path` is a folder, or the URL of a bucket; with `whole`, a mirror's folder is taken for all of the cache.
         `CacheError` unless the arrays' metadata are what is written for its layout.
         """
-        self.path = path
+        self.path = path = worked_on(path)
+        self.mirror = None if whole else mirror_of(path)
+        """Of a cache in a bucket."""
+        self.name = str(path) if self.mirror is None else self.mirror.url
+        """As a user names the cache."""
         self.manifest = Manifest.read(path) if manifest is None else manifest
         self.layout = self.manifest.layout
         self.layer_ids: tuple[int, ...] = tuple(self.manifest.identity["layer_ids"])
@@ -60,12 +68,12 @@ class Cache:
     def open(cls, path: Path, *, hashed: bool = True) -> "Cache":
         """Return a cache whose static files have the sizes and, if `hashed`, the sha256 that its manifest lists."""
         cache = cls(path)
-        cache.manifest.check_static_files(path, hashed=hashed)
+        cache.manifest.check_static_files(cache.path, hashed=hashed)
         return cache
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        """Pickle as the folder alone: locks, threads and open files belong to one process."""
-        return partial(Cache.open, hashed=False), (self.path,)
+        """Pickle as the address alone: locks, threads and open files belong to one process."""
+        return partial(Cache.open, hashed=False), (Path(self.name),)
 
     @cached_property
     def samples(self) -> SampleTable:
@@ -85,7 +93,9 @@ class Cache:
 
     @cached_property
     def _records(self) -> tuple[dict[int, Commit], list[str]]:
-        commits, faults = read_commits(self.path, self.manifest)
+        if self.mirror is not None:
+            self.mirror.pull_records()
+        commits, faults = read_commits(self.path, self.manifest, with_files=self.mirror is None)
         self._known.update(commits)
         return commits, faults
 
@@ -123,9 +133,25 @@ class Cache:
     def finished(self, shard: int) -> Commit | None:
         """Return a shard's record as it is now, if it is valid and the files have the recorded sizes, else None."""
         try:
-            return read_finished(self.path, shard, self.manifest)
+            return self.record(shard)
         except CacheError:
             return None
+
+    def record(self, shard: int) -> Commit | None:
+        """Return a shard's record as it is now, None without one; `CacheError` if it is damaged.
+
+        Files that are missing or of another size count as damage, but not in a bucket: there they are asked for as they
+        are read.
+        """
+        if self.mirror is not None:
+            self.mirror.pull_record(str(commit_path(Path(), shard)))
+        return read_finished(self.path, shard, self.manifest, with_files=self.mirror is None)
+
+    def forget(self, shard: int) -> None:
+        """Remove a shard's record, so that the shard does not exist for any reader."""
+        if self.mirror is not None:
+            self.mirror.bucket.remove(str(commit_path(Path(), shard)))
+        commit_path(self.path, shard).unlink(missing_ok=True)
 
     def is_done(self, shard: int) -> bool:
         """Say whether a shard is finished now."""
@@ -144,12 +170,14 @@ class Cache:
     def open_shard(self, commit: Commit) -> ShardFile:
         """Return the hidden states of a finished shard."""
         name = hidden_file(commit.shard)
-        return ShardFile(self.path / name, commit.files[name], self.layout, self.layer_ids)
+        record, path = commit.files[name], self.path / name
+        ranges = OpenFile(path) if self.mirror is None else ObjectRanges(self.mirror.bucket, name)
+        return ShardFile(path, record, self.layout, self.layer_ids, ranges)
 
     def _record(self, shard: int) -> Commit:
         """Return a finished shard's record, read alone if no other was asked for."""
         if shard not in self._known:
-            commit = read_finished(self.path, shard, self.manifest)
+            commit = self.record(shard)
             if commit is None:
                 raise CacheError(f"Shard {shard} of {self.path} is not extracted. Repeat the `dflash extract`.")
             self._known[shard] = commit

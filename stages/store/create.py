@@ -24,6 +24,8 @@ from dflash_offline.schemas.manifest import (
     check_sections,
 )
 from dflash_offline.schemas.sealed import sealed_bytes
+from dflash_offline.stages.buckets.mirror import mirror_of
+from dflash_offline.stages.buckets.publish import publish_static
 from dflash_offline.stages.store.array_metadata import BLOSC, check_metadata
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
 
@@ -70,7 +72,7 @@ def create_arrays(
 
 
 def publish_cache(folder: Path, cache: Path, **manifest: Any) -> bool:
-    """Seal the static files in `folder` with a manifest and rename it to `cache`.
+    """Seal the static files in `folder` with a manifest and rename it to `cache`; first they are put into its bucket.
 
     Returns False, with nothing changed, if another process published first.
     """
@@ -90,6 +92,10 @@ def publish_cache(folder: Path, cache: Path, **manifest: Any) -> bool:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
+    if (mirror := mirror_of(cache)) is not None:
+        publish_static(mirror.bucket, folder)
+        if mirror.bucket.read(MANIFEST) != (folder / MANIFEST).read_bytes():
+            return not mirror.pull()
     try:
         folder.rename(cache)
     except OSError:  # not empty: somebody was first

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from crc32c import crc32c
@@ -72,13 +72,55 @@ class ShardSummary:
         )
 
 
+class OpenFile:
+    """The bytes of a file on disk, by ranges; safe in threads."""
+
+    def __init__(self, path: Path) -> None:
+        """`CacheError` if it cannot be opened."""
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            self._file = -1
+            advice = REDO if error.errno == errno.ENOENT else "Mend that and try again."
+            raise CacheError(f"{path} cannot be opened: {error.strerror}. {advice}") from error
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def size(self) -> int:
+        """Return the file's bytes."""
+        return os.fstat(self._file).st_size
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Return the bytes from `begin` to `end`, fewer where the file ends before."""
+        return os.pread(self._file, end - begin, begin)
+
+    def fill(self, out: memoryview, begin: int) -> int:
+        """Fill `out` with the bytes from `begin`; returns how many there were."""
+        return os.preadv(self._file, [out], begin)
+
+    def ahead(self, _places: NDArray[np.uint64]) -> "OpenFile":
+        """Return what the chunks at these places are read from: the file, which the system reads ahead by itself."""
+        return self
+
+
+class Ranges(Protocol):
+    """The bytes of a shard file, wherever it lies, by ranges; see `OpenFile`."""
+
+    def size(self) -> int: ...
+    def read(self, begin: int, end: int) -> bytes: ...
+    def fill(self, out: memoryview, begin: int) -> int: ...
+    def ahead(self, places: NDArray[np.uint64]) -> "Ranges": ...
+
+
 def _checked_index(
-    path: Path, file: int, record: ShardFileRecord, num_chunks: int, chunk_bytes: int
+    path: Path, file: Ranges, record: ShardFileRecord, num_chunks: int, chunk_bytes: int
 ) -> NDArray[np.uint64]:
     """Return where a shard's chunks lie, (offset, size) each; `CacheError` unless the record and the file agree."""
-    size = os.fstat(file).st_size
+    size = file.size()
     length = num_chunks * 16 + CRC_BYTES
-    tail = os.pread(file, min(length, size), max(size - length, 0))
+    tail = file.read(max(size - length, 0), size)
     stored = int.from_bytes(tail[-CRC_BYTES:], "little")
     intact = len(tail) == length and crc32c_bytes(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]
     if size != record.size or not intact or stored != record.index_crc32c:
@@ -98,7 +140,8 @@ def _checked_index(
             f"{most:,} bytes within the first {end:,}. {REDO}"
         )
     offset, first_bytes = index[0].tolist()
-    first = int.from_bytes(os.pread(file, CRC_BYTES, offset + first_bytes - CRC_BYTES), "little")
+    end_of_first = offset + first_bytes
+    first = int.from_bytes(file.read(end_of_first - CRC_BYTES, end_of_first), "little")
     if first != record.first_chunk_crc32c:
         raise CacheError(f"{path} belongs to another shard or cache: its first chunk differs. {REDO}")
     return index
@@ -108,9 +151,9 @@ def read_one_chunk(path: Path, record: ShardFileRecord, count: int, dtype: DType
     """Return the items of a shard file of one chunk, [count]; `CacheError` if it does not hold them."""
     out = np.empty(count, dtype)
     try:
-        with path.open("rb") as file:
-            ((offset, size),) = _checked_index(path, file.fileno(), record, 1, out.nbytes).tolist()
-            chunk = memoryview(os.pread(file.fileno(), size, offset))
+        file = OpenFile(path)
+        ((offset, size),) = _checked_index(path, file, record, 1, out.nbytes).tolist()
+        chunk = memoryview(file.read(offset, offset + size))
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}. {REDO}") from error
     try:
@@ -129,23 +172,23 @@ class ShardFile:
     refused although each of its chunks passes its own checksum.
     """
 
-    def __init__(self, path: Path, record: ShardFileRecord, layout: Layout, layer_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        record: ShardFileRecord,
+        layout: Layout,
+        layer_ids: Sequence[int],
+        ranges: Ranges | None = None,
+    ) -> None:
+        """`ranges` are the file's bytes, where it does not lie at `path`, which messages name."""
         self.path = path
         self.layer_ids = layer_ids
         self.chunk_tokens = layout.chunk_tokens
-        try:
-            self._file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            self._file = -1
-            advice = REDO if error.errno == errno.ENOENT else "Mend that and try again."
-            raise CacheError(f"{path} cannot be opened: {error.strerror}. {advice}") from error
+        self._width = layout.hidden_size
+        self._file = OpenFile(path) if ranges is None else ranges
         num_chunks = layout.shard_tokens // layout.chunk_tokens * layout.num_layers
         chunk_bytes = 2 * layout.chunk_tokens * layout.hidden_size
         self._index = _checked_index(self.path, self._file, record, num_chunks, chunk_bytes)
-
-    def __del__(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
 
     def layer_bytes(self) -> NDArray[np.int64]:
         """Return the encoded bytes of each layer, [L], from the index alone."""
@@ -170,13 +213,18 @@ class ShardFile:
         index = self._index.reshape(-1, len(self.layer_ids), 2)[start // step :][:num_rows]
         if layers != list(range(len(self.layer_ids))):
             index = index[:, layers]
-        parts, helpers = [(index, out)], []
+        file = self._file.ahead(index)
+        parts, helpers = [(file, index, out)], []
         if out.nbytes >= _PARALLEL_BYTES:
             most = max(1, _PART_BYTES // (step * out[0, 0].nbytes))
             wide = min(width, most)
             tall = max(1, most // width)
             parts = [
-                (index[row : row + tall, left : left + wide], out[row * step : (row + tall) * step, left : left + wide])
+                (
+                    file,
+                    index[row : row + tall, left : left + wide],
+                    out[row * step : (row + tall) * step, left : left + wide],
+                )
                 for row in range(0, num_rows, tall)
                 for left in range(0, width, wide)
             ]
@@ -191,15 +239,22 @@ class ShardFile:
         for helper in helpers:
             helper.result()
 
-    def _read(self, parts: Iterator[tuple[NDArray[np.uint64], NDArray[np.uint16]]]) -> None:
-        """Fill each part's `out` [tokens, layers, H] with its chunks, whose places are [rows, layers, 2]."""
-        for index, out in parts:
+    def codes(self, begin: int, num_slots: int) -> NDArray[np.uint16]:
+        """Return the codes of whole chunks that hold so many slots from `begin`, [at least num_slots, L, H]."""
+        num_tokens = -(-num_slots // self.chunk_tokens) * self.chunk_tokens
+        codes = np.empty((num_tokens, len(self.layer_ids), self._width), np.uint16)
+        self.read(begin, list(range(len(self.layer_ids))), codes)
+        return codes
+
+    def _read(self, parts: Iterator[tuple[Ranges, NDArray[np.uint64], NDArray[np.uint16]]]) -> None:
+        """Fill each part's `out` [tokens, layers, H] with its chunks, whose places in a file are [rows, layers, 2]."""
+        for file, index, out in parts:
             chunks: list[list[int]] = index.reshape(-1, 2).tolist()
             head = room(len(chunks))
             begin = min(chunks)[0] - head
             data = scratch("encoded", (max(offset + size for offset, size in chunks) - begin,), np.uint8)
             view = data.data
-            end = head + os.preadv(self._file, [view[head:]], begin + head)
+            end = head + file.fill(view[head:], begin + head)
             places = [(offset - begin, size) for offset, size in chunks]
             for at, size in places:
                 if at + size > end or crc32c(view[at : at + size]) != _SOUND:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, MANIFEST, TARGET, TMP, Manifest
+from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK, half_written, lock_path
 
 _SHARD_FILE = re.compile(rf"{re.escape(FEATURES)}/(?:hidden_states/c/(\d+)/0/0|(?:input_ids|loss_mask)/c/(\d+))")
@@ -28,14 +29,16 @@ class UnexpectedFiles:
 
 
 def unexpected_files(cache: Path, manifest: Manifest) -> UnexpectedFiles:
-    """Return the files of a cache that its manifest, its plan and its workers do not account for."""
+    """Return the files of a cache, a folder or a mirror's, that its manifest, plan and workers do not account for."""
+    mirror = mirror_of(cache)
+    names = sorted(_files(cache) if mirror is None else mirror.names())
     shards = range(manifest.layout.num_shards)
     records = {f"{commit_path(Path(), shard)}" for shard in shards}
     in_work = {str(part.path.relative_to(cache)) for part in half_written(cache)}
     locks = {str(lock_path(Path(), shard)) for shard in shards}
     known = {MANIFEST, *manifest.files, *records, *in_work, *locks, SKIPPED_LOCK}
     unexpected, with_files = UnexpectedFiles(), set[int]()
-    for name in sorted(_files(cache)):
+    for name in names:
         numbers = _SHARD_FILE.fullmatch(name)
         number = numbers and (numbers[1] or numbers[2])
         if number and number == str(int(number)) and int(number) in shards:
@@ -44,7 +47,8 @@ def unexpected_files(cache: Path, manifest: Manifest) -> UnexpectedFiles:
             folder, _, rest = name.partition("/")
             is_read = folder in (TARGET, COMMITS, FEATURES) and not any(map(_UNREAD.fullmatch, rest.split("/")))
             (unexpected.misleading if is_read else unexpected.harmless).append(name)
-    unexpected.unrecorded_shards.extend(shard for shard in sorted(with_files) if not commit_path(cache, shard).exists())
+    here = {*names}
+    unexpected.unrecorded_shards.extend(s for s in sorted(with_files) if f"{commit_path(Path(), s)}" not in here)
     return unexpected
 
 

@@ -1,5 +1,8 @@
 """A cache checked against its manifest, its plan and its records; faulty shards are forgotten.
 
+Of a cache in a bucket the static files are fetched anew, and a shard's objects as it is judged, into the folder of its
+mirror; then all is judged as on disk.
+
 Axes: T tokens, L captured layers, H hidden size.
 """
 
@@ -25,15 +28,19 @@ from dflash_offline.schemas.manifest import (
     SAMPLES,
     Manifest,
     file_fault,
+    shard_files,
     token_file,
 )
 from dflash_offline.schemas.samples import SampleTable, count_anchors
+from dflash_offline.stages.buckets.mirror import mirror_of
+from dflash_offline.stages.buckets.publish import remove_attempts
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.feature_ranges import Sums, agree, layer_statistics
 from dflash_offline.stages.store.leftovers import claimed_lock
-from dflash_offline.stages.store.shard_file import ShardFile, read_one_chunk
+from dflash_offline.stages.store.object_commit import remove_aliens
+from dflash_offline.stages.store.shard_file import read_one_chunk
 from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
 
 _AT_ONCE = 8
@@ -55,12 +62,14 @@ class Fault:
 
 
 def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | None = None) -> list[Fault]:
-    """Return every fault of a cache: files against their records, chunks against their checksums, tokens against the
-    plan, features against the recorded statistics, files that nobody knows. A shard that is not extracted is a fault
-    too. Shards are judged unless the plan or the arrays' metadata are damaged. `unexpected` is what `unexpected_files`
-    found, where it is known."""
+    """Return every fault of a cache, in a folder or a mirror's: files against their records, chunks against their
+    checksums, tokens against the plan, features against the recorded statistics, files that nobody knows. A shard that
+    is not extracted is a fault too. Shards are judged unless the plan or the arrays' metadata are damaged. `unexpected`
+    is what `unexpected_files` found, where it is known."""
     try:
         manifest = Manifest.read(cache)
+        if (mirror := mirror_of(cache)) is not None:
+            mirror.fetch_anew(list(manifest.files))
     except CacheError as error:
         return [Fault(place=MANIFEST, what=str(error))]
     damaged = manifest.static_faults(cache)
@@ -73,7 +82,7 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
     if needed:
         return faults
     try:
-        shards = _Shards(Cache(cache, manifest))
+        shards = _Shards(Cache(cache, manifest, whole=True))
         faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
     except CacheError as error:  # a file is as it was written, but not by this program
         return [*faults, Fault(place=MANIFEST, what=str(error))]
@@ -89,13 +98,21 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
 def repair(cache: Path, faults: list[Fault]) -> list[int]:
     """Forget the faulty shards, so that `extract` redoes just those; returns them.
 
-    Each is judged again while it is locked: a worker that was at it finishes first, and what it wrote may be sound.
+    Each is judged again while it is locked: a worker that was at it finishes first, and what it wrote may be sound. In
+    a bucket, objects that no worker of the cache has put are removed as well, for none is written over.
     """
     faulty = sorted({fault.shard for fault in faults if fault.shard is not None and not fault.missing})
-    if not faulty:
+    missing = sorted({fault.shard for fault in faults if fault.shard is not None} - {*faulty})
+    if (mirror := mirror_of(cache)) is not None:
+        remove_attempts(mirror.bucket)
+    if not faulty and (mirror is None or not missing):
         return []
-    shards = _Shards(Cache(cache))
-    return [shard for shard in faulty if shards.forget(shard)]
+    shards = _Shards(Cache(cache, whole=True))
+    forgotten = [shard for shard in faulty if shards.forget(shard)]
+    if mirror is not None:
+        for shard in [*forgotten, *missing]:
+            remove_aliens(Cache(cache), shard)
+    return forgotten
 
 
 def _mend(is_needed: bool) -> str:
@@ -147,11 +164,20 @@ class _Shards:
     """
 
     def __init__(self, cache: Cache) -> None:
+        """`cache` is taken to be whole, whatever lies elsewhere."""
         self.cache = cache
+        self._mirror = mirror_of(cache.path)
         self._columns = list(range(cache.layout.num_layers))
 
     def faults(self, shard: int) -> list[Fault]:
         """Return what is wrong with a shard."""
+        if self._mirror is None:
+            return self._faults(shard)
+        names = [str(commit_path(Path(), shard)), *shard_files(shard)]
+        with self._mirror.fetched(names):
+            return self._faults(shard)
+
+    def _faults(self, shard: int) -> list[Fault]:
         place = str(commit_path(self.cache.path, shard).relative_to(self.cache.path))
         try:
             commit = read_commit(self.cache.path, shard, self.cache.manifest)
@@ -173,16 +199,8 @@ class _Shards:
         with locked(lock, wait=True) as held:
             is_faulty = held and any(not fault.missing for fault in self.faults(shard))
             if is_faulty:
-                commit_path(self.cache.path, shard).unlink(missing_ok=True)  # where there are no locks it may be gone
+                Cache(self.cache.path, self.cache.manifest).forget(shard)  # where there are no locks it may be gone
         return is_faulty
-
-    def _read(self, file: ShardFile, begin: int, num_slots: int) -> NDArray[np.uint16]:
-        """Return the codes of whole chunks that hold so many slots from `begin`, [at least num_slots, L, H]."""
-        layout = self.cache.layout
-        num_chunks = -(-num_slots // layout.chunk_tokens)
-        codes = np.empty((num_chunks * layout.chunk_tokens, layout.num_layers, layout.hidden_size), np.uint16)
-        file.read(begin, self._columns, codes)
-        return codes
 
     def _file_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
         for name, record in commit.files.items():
@@ -199,7 +217,7 @@ class _Shards:
             for sample in self.cache.members(commit.shard, commit.skipped):
                 place = self.cache.samples.place(sample)
                 slots = self.cache.slots(sample)
-                self._read(file, slots.start, slots.stop - slots.start)
+                file.codes(slots.start, slots.stop - slots.start)
         except (CacheError, OSError) as error:
             return f"; {place} cannot be read: {error}"
         return "; all samples can still be read"
@@ -242,14 +260,14 @@ class _Shards:
         sums, strays = [Sums() for _ in self._columns], 0
         for sample in members:
             slots = self.cache.slots(sample)
-            codes = self._read(file, slots.start, slots.stop - slots.start)
+            codes = file.codes(slots.start, slots.stop - slots.start)
             own, rest = np.split(codes, [slots.stop - slots.start])
             strays += int((rest != self.cache.codec.fill).any(axis=(1, 2)).sum())
             is_free[slots.start : slots.start + len(codes)] = False
             values = self.cache.codec.values(own, self._columns)
             sums = [layer + Sums.of(values[:, column]) for column, layer in enumerate(sums)]
         for begin in np.flatnonzero(is_free[:: layout.chunk_tokens]) * layout.chunk_tokens:
-            codes = self._read(file, int(begin), layout.chunk_tokens)
+            codes = file.codes(int(begin), layout.chunk_tokens)
             strays += int((codes != self.cache.codec.fill).any(axis=(1, 2)).sum())
         if strays:
             yield f"{HIDDEN} holds something else than fill in {strays:,} slots of no sample"

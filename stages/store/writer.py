@@ -23,12 +23,13 @@ from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSampl
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, move_synced, publish, write_synced
 from dflash_offline.schemas.locks import locked
-from dflash_offline.schemas.manifest import IDS, MASK, hidden_file, token_file
+from dflash_offline.schemas.manifest import hidden_file
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.chunks import Encoded, encode_chunk, encode_chunks, encoded_room, scratch
 from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
 from dflash_offline.stages.store.leftovers import claimed_lock, part_path
+from dflash_offline.stages.store.object_commit import Hidden, put_hidden, put_tokens, token_arrays
 from dflash_offline.stages.store.shard_file import ShardSummary
 
 _JOB_BYTES = 1 << 20
@@ -101,38 +102,51 @@ class ShardWriter:
         in_turn: Callable[[], object],
         temporary: Path,
     ) -> int:
-        cache, layout = self.cache, self.cache.layout
+        cache, place = self.cache, self._place if self.cache.mirror is None else self._put
         members = cache.members(shard, skipped)
-        ids, mask = np.zeros(layout.shard_tokens, np.uint32), np.zeros(layout.shard_tokens, np.bool_)
-        for sample in members:
-            slots = cache.slots(sample)
-            ids[slots], mask[slots] = cache.samples.tokens.of(sample)
         record, added_up = self._write_hidden(temporary, codes, members, encoded, add_up=sums is None)
         if cache.is_done(shard):
             return 0
-        files = {hidden_file(shard): record}
-        move_synced(temporary, cache.path / next(iter(files)))
-        for name, values in ((token_file(IDS, shard), ids), (token_file(MASK, shard), mask)):
-            chunk, summary = encode_chunk(values), ShardSummary()
-            summary.add(chunk)
-            pieces = [chunk.data, summary.index()]
-            files[name] = summary.record(publish(pieces, temporary=temporary, path=cache.path / name))
+        hidden, files = place(shard, temporary, Hidden(record, added_up if sums is None else sums, list(skipped)))
         in_turn()
-        now = time.time()
+        members, now = cache.members(shard, hidden.skipped), time.time()
         commit = Commit(
             shard=shard,
             manifest=cache.manifest.checksum,
             num_samples=len(members),
             num_tokens=int(cache.samples.num_tokens[members].sum()),
-            skipped=list(skipped),
+            skipped=hidden.skipped,
             files=files,
-            layers=layer_statistics(added_up if sums is None else sums, cache.layer_ids),
+            layers=layer_statistics(hidden.sums, cache.layer_ids),
             worker=f"{socket.gethostname()}:{os.getpid()}",
             started=_time(now if started is None else started),
             finished=_time(now),
         )
-        publish([commit.to_bytes()], temporary=temporary, path=commit_path(cache.path, shard))
+        name = str(commit_path(Path(), shard))
+        if cache.mirror is None:
+            publish([commit.to_bytes()], temporary=temporary, path=cache.path / name)
+        elif not cache.mirror.bucket.create(name, commit.to_bytes()):
+            return 0
         return sum(file.size for file in files.values())
+
+    def _place(self, shard: int, temporary: Path, hidden: Hidden) -> tuple[Hidden, dict[str, ShardFileRecord]]:
+        """Put a shard's files in place on disk, that at `temporary` first; returns what they are."""
+        files = {hidden_file(shard): hidden.record}
+        move_synced(temporary, self.cache.path / next(iter(files)))
+        for name, values in token_arrays(self.cache, shard, hidden.skipped).items():
+            chunk, summary = encode_chunk(values), ShardSummary()
+            summary.add(chunk)
+            pieces = [chunk.data, summary.index()]
+            files[name] = summary.record(publish(pieces, temporary=temporary, path=self.cache.path / name))
+        return hidden, files
+
+    def _put(self, shard: int, temporary: Path, own: Hidden) -> tuple[Hidden, dict[str, ShardFileRecord]]:
+        """Put a shard's objects into the bucket, that at `temporary` first; returns what is there."""
+        hidden = put_hidden(self.cache, shard, temporary, own)
+        files = {hidden_file(shard): hidden.record}
+        for name, values in token_arrays(self.cache, shard, hidden.skipped).items():
+            files[name] = put_tokens(self.cache, name, values, temporary)
+        return hidden, files
 
     def _write_hidden(
         self,

@@ -10,6 +10,7 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import publish, refuse_links
 from dflash_offline.schemas.locks import locked_folder, remove_unfinished
 from dflash_offline.schemas.manifest import TARGET
+from dflash_offline.schemas.paths import local_path, store_url
 from dflash_offline.schemas.run import (
     CHECKPOINTS,
     CONFIG,
@@ -82,7 +83,7 @@ def _origin(training: Training) -> dict[str, Any]:
     """Return paths, names and versions, which are shown and never compared."""
     cache = training.corpus.caches[0]
     return {
-        "caches": [str(path.resolve()) for path in training.config.caches],
+        "caches": [store_url(path) or str(local_path(path).resolve()) for path in training.config.caches],
         "target": cache.manifest.origin["target"],
         "target_identity": cache.manifest.identity["target"],
         "total_steps": training.total_steps,

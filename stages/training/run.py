@@ -322,7 +322,7 @@ class Training:
         with suppress(Exception):  # which is told beside this
             self.writer.wait()
         saved = list_checkpoints(self.config.out)
-        look = dflash_line("inspect", self.corpus.caches[cache].path, "--sample", number)
+        look = dflash_line("inspect", self.corpus.caches[cache].name, "--sample", number)
         raise DflashError(
             f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
             f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "
