@@ -1,6 +1,6 @@
 """What a draft variant is worth: base drafts, wider ones and DFlash 2, trained alike on two targets, by several seeds.
 
-Usage: python tests/benchmarks/bench_variants.py --out variants [--seeds 5] [--steps 400]
+Usage: python tests/benchmarks/bench_variants.py --out variants [--seeds 5]
 
 The first target is the embedded one with the demo's conversations, the second is trained here by `second_target`, with
 answers of its own. Each has one cache; every draft trains on it with the demo's settings, half its batch and equally
@@ -45,11 +45,13 @@ from dflash_offline.stages.training.checkpoint import list_checkpoints
 from dflash_offline.stages.training.optimizer import make_optimizers
 
 CPU = torch.device("cpu")
+STEPS = {"embedded": 400, "second": 200}
+"""Of a draft of each target."""
 LAYERS = 2
 RANK, TAPS, GROUP = 64, 2, 16
 HELD_OUT = 250
 ROWS = 2100
-SECOND_STEPS = 1500
+SECOND_STEPS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +267,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("variants"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
     parser.add_argument("--table", action="store_true", help="only print what is there")
@@ -273,7 +274,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    benches = [Bench(folder=args.out / name, steps=args.steps) for name in args.targets]
+    benches = [Bench(folder=args.out / name, steps=STEPS[name]) for name in args.targets]
     for bench in benches if not args.table else ():
         if not (bench.cache / "manifest.json").is_file():
             TARGETS[bench.folder.name](bench.folder)
