@@ -35,6 +35,16 @@ def make_optimizers(
     return [torch.optim.Muon(decayed, lr=learning_rate, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
+def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """Return the bytes of the moments, float32: AdamW holds two of each of its parameters, Muon one."""
+    return sum(
+        (4 if isinstance(each, torch.optim.Muon) else 8) * parameter.numel()
+        for each in optimizers
+        for group in each.param_groups
+        for parameter in group["params"]
+    )
+
+
 def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float) -> float:
     """Return the rate of a step (from 0): a linear warm-up to `peak`, then a cosine to zero after the last step."""
     warmup = math.ceil(warmup_ratio * total)

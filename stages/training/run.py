@@ -32,7 +32,7 @@ from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_part
 from dflash_offline.stages.training.loader import AHEAD, Batch, BatchLoader
 from dflash_offline.stages.training.memory import HALF, StepMemory, device_memory, kept_by_block_token
 from dflash_offline.stages.training.metrics import peak_memory
-from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers
+from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers, moment_bytes
 from dflash_offline.stages.training.ranks import Ranks
 from dflash_offline.stages.training.schedule import (
     Batching,
@@ -112,13 +112,13 @@ class Training:
         parameters = sum(p.numel() for p in self.draft.parameters())
         size = 2 if self.bfloat16 else 4
         ends = {tensor.data_ptr(): tensor.nbytes for tensor in (head.weight, table.weight)}  # one, where they are tied
-        moments = 8 if config.optimizer == "adamw" else 4
         features = 2 * tokens * rows * len(draft.target_layer_ids) * draft.hidden_size
         ready = config.loader_threads + AHEAD + 1
         return StepMemory(
             block_tokens=rows * anchors * draft.block_size,
             by_block_token=self._kept_by_block_token(budget),
-            other=parameters * (8 + moments + (4 if config.ema else 0) + (size if self.bfloat16 else 0))
+            other=moment_bytes(self.optimizers)
+            + parameters * (8 + (4 if config.ema else 0) + (size if self.bfloat16 else 0))
             + sum(ends.values())
             + features * (ready + size // 2),
             device_bytes=device_memory(self.device),
