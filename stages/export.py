@@ -13,7 +13,7 @@ from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.config_rules import read_document
 from dflash_offline.schemas.draft.formats import FORMATS, ZLAB, config_json, tensor_name
 from dflash_offline.schemas.draft.lint import RECORD, lint_draft
-from dflash_offline.schemas.draft.rules import DraftFault
+from dflash_offline.schemas.draft.rules import ONE_CLIENTS_LIMIT, DraftFault
 from dflash_offline.schemas.draft.values import is_int
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError, dflash_line
@@ -33,9 +33,6 @@ from dflash_offline.stages.training.checkpoint import (
     read_state,
     training_record,
 )
-
-ONE_CLIENTS_LIMIT = ("causality in SGLang", "head in vLLM")
-"""Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

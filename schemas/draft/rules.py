@@ -156,3 +156,5 @@ RULES = {
     "vocabulary": Rule("a smaller draft vocabulary needs mapping tables that this format does not have", EVERY),
     "default layers": Rule("transformers' class makes every layer slide where none are named", (TRANSFORMERS,)),
 }
+ONE_CLIENTS_LIMIT = ("causality in SGLang", "head in vLLM")
+"""Rules that a sound draft may break: what it was trained to do, one client cannot. Its card says so."""

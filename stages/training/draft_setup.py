@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.config_rules import config_faults
 from dflash_offline.schemas.draft.lint import trained_with
+from dflash_offline.schemas.draft.rules import ONE_CLIENTS_LIMIT
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.files import sha256_file
@@ -100,7 +102,7 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
     """Return the draft's config: where the settings say nothing, that of the draft it starts from, else the target's.
 
     Raises `MismatchError` if a block is longer than a cache was planned for, a layer is not in a cache, or the target
-    or the shape is not that of the draft it starts from.
+    or the shape is not that of the draft it starts from, and `DflashError` if `dflash export` would refuse it.
     """
     manifest = corpus.caches[0].manifest
     if start:
@@ -135,7 +137,16 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
     )
     if start:
         start.refuse_other_config(draft_config)
+    _refuse_unexportable(draft_config)
     return draft_config
+
+
+def _refuse_unexportable(config: DraftConfig) -> None:
+    """Raise `DflashError` naming what `dflash export` would refuse of this draft, however it is trained."""
+    faults = [fault for fault in config_faults(config.to_json()) if fault.rule not in ONE_CLIENTS_LIMIT]
+    if faults:
+        listed = "\n  ".join(f"{fault.place} {fault.what}: {fault.why}." for fault in faults)
+        raise DflashError(f"This run's draft could not be exported:\n  {listed}\nChange these settings.")
 
 
 def _variant(config: TrainConfig, start: StartDraft | None) -> Variant:

@@ -95,6 +95,16 @@ def test_settings_of_another_variant_are_refused_by_name(cache: Path, tmp_path: 
         train(config(cache, tmp_path / "run", variant=None), Silent())
 
 
+def test_a_kernel_that_no_block_has_room_for_is_refused_before_the_run(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DflashError, match=r"conv_kernel_size is 9; expected at most the block_size 8"):
+        train(config(cache, out, conv_kernel_size=9), Silent())
+    assert not out.exists()
+    assert dry_run(config(cache, out, conv_kernel_size=8)).parameters
+    with pytest.raises(DflashError, match=r"conv_kernel_size is 5; expected at most the block_size 4"):
+        dry_run(config(cache, out, conv_kernel_size=5, block_size=4))
+
+
 def stepped(one: Training, *batches: Batch) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
     """Return a step's sums and the gradients of their mean loss."""
     one._update = lambda: None  # type: ignore[method-assign]
@@ -134,6 +144,24 @@ def test_neither_decay_nor_muon_touches_tables_and_kernels(cache: Path, tmp_path
         assert torch.equal(parameter, before[name]) != is_linear, name
     orthogonalized = [n for o in optimizers if isinstance(o, torch.optim.Muon) for n in o.param_groups[0]["names"]]
     assert not {name for name in orthogonalized if name.split(".")[-1] in TABLES}
+
+
+@pytest.mark.parametrize("variant", [None, "dflash2"])
+def test_memory_is_counted_with_the_moments_that_the_optimizers_hold(
+    cache: Path, tmp_path: Path, variant: str | None
+) -> None:
+    own: dict[str, object] = {} if variant else dict.fromkeys(SHAPE)
+    held, counted = [], []
+    for name in ("adamw", "muon"):
+        one = training(cache, tmp_path / "run", variant=variant, optimizer=name, **own)
+        for parameter in one.draft.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for each in one.optimizers:
+            each.step()
+        states = [state for each in one.optimizers for state in each.state.values()]
+        held.append(sum(value.nbytes for state in states for value in state.values() if value.dim()))
+        counted.append(one.memory.other)
+    assert counted[0] - counted[1] == held[0] - held[1] > 0
 
 
 def test_without_its_loss_the_selector_changes_nothing(cache: Path, tmp_path: Path) -> None:
