@@ -277,11 +277,14 @@ class DFlashTrainerModule(nn.Module):
         if self.compiled:
             torch._dynamo.maybe_mark_dynamic(rows, 0)
         hidden = self._draft(input_ids, context, document_ids, anchors, keep, rows)
-        labels, previous = (input_ids.gather(1, (position - back).flatten(1)).flatten()[slots] for back in (0, 1))
+
+        def tokens(places: Tensor) -> Tensor:
+            return input_ids.gather(1, places.flatten(1)).flatten()[slots]
+
         head = Head(linear=self.target_lm_head, chunk_slots=self.head_chunk_slots, compiled=self.compiled)
         return self._computes.terms(
             self.draft_model,
-            Slots(hidden=hidden, labels=labels, previous=previous),
+            Slots(hidden=hidden, labels=tokens(position), previous=lambda: tokens(position - 1)),
             head,
             self.loss_settings,
             self.progress,

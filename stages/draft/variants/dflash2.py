@@ -17,7 +17,7 @@ and 15 steps of the walk, each of a few kernels over 16 candidates.
 # Axes: B rows, Q block tokens (in training N blocks of K), G channel groups, M slots, H hidden size, V vocabulary,
 # c slots that a convolution reads, k candidates, r rank of the selector.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,12 @@ class BlockConvolution(nn.Module):
             self.base_kernel[:, 0] = 1.0
         nn.init.zeros_(self.kernel_projection.weight)
 
-    def kernels(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both sides' dynamic kernels [B, Q, c, G] for the sublayer's input [B, Q, H]."""
+    def forward(self, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what leaves the sublayer, given what enters it, [B, Q, H] each; both are convolved."""
         taps = self.base_kernel.shape[1]
         before, after = self.kernel_projection(normed).unflatten(-1, (2, taps, self.groups)).unbind(dim=2)
-        return before, after
-
-    def forward(self, values: Tensor, dynamic: Tensor, side: int) -> Tensor:
-        """Return what enters (side 0) or leaves (side 1) the sublayer, [B, Q, H], convolved."""
-        return convolve(values, self.base_kernel[side], dynamic, self.block_size)
+        left = sublayer(convolve(normed, self.base_kernel[0], before, self.block_size))
+        return convolve(left, self.base_kernel[1], after, self.block_size)
 
 
 class ConvolvedLayer(nn.Module):
@@ -102,14 +99,12 @@ class ConvolvedLayer(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Return the block after the layer, of its B * Q rows those of `rows` alone if given; they need the others."""
-        normed = self.input_layernorm(block)
-        before, after = self.attention_conv.kernels(normed)
-        entering = self.attention_conv(normed, before, 0)
-        attended = self.self_attn(entering, context, rotary, mask, cache, backend)
-        block = block + self.attention_conv(attended, after, 1)
-        normed = self.post_attention_layernorm(block)
-        before, after = self.mlp_conv.kernels(normed)
-        block = block + self.mlp_conv(self.mlp(self.mlp_conv(normed, before, 0)), after, 1)
+
+        def attend(entering: Tensor) -> Tensor:
+            return self.self_attn(entering, context, rotary, mask, cache, backend)
+
+        block = block + self.attention_conv(self.input_layernorm(block), attend)
+        block = block + self.mlp_conv(self.post_attention_layernorm(block), self.mlp)
         return block if rows is None else block.flatten(0, 1).index_select(0, rows)
 
 
@@ -194,7 +189,7 @@ def propose(draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, c
 def _scores(selector: CandidateSelector, slots: Slots, values: Tensor, ids: Tensor) -> Tensor:
     """Return the scores [M, k]; their codes are looked up again in the backward pass, some slots at a time."""
     projected = selector.projected(slots.hidden.detach())
-    parts = zip(*(part.split(SLOTS_AT_ONCE) for part in (values, ids, projected, slots.previous)), strict=True)
+    parts = zip(*(part.split(SLOTS_AT_ONCE) for part in (values, ids, projected, slots.previous())), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([selector.scores(*part) for part in parts])
     return torch.cat(

@@ -2,7 +2,7 @@
 
 # Axes: M slots, H hidden size, K block size, V vocabulary.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,8 +22,8 @@ class Slots:
     """The draft's states after its final norm, [M, H]."""
     labels: Tensor
     """Tokens to predict, int64 [M]."""
-    previous: Tensor
-    """The true token before each of them, int64 [M]."""
+    previous: Callable[[], Tensor]
+    """Returns the true token before each of them, int64 [M]."""
 
 
 @dataclass(frozen=True, kw_only=True)
