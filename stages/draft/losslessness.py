@@ -60,16 +60,21 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
+def rounding_share(dtype: torch.dtype) -> float:
+    """Return the share of the largest logit that rounding can move a logit by.
+
+    It is 4 units in the last place, and 64 in float32, where long sums and not the storage of the activations make the
+    error.
+    """
+    return max(4 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps)
+
+
 @torch.inference_mode()
 def token_gap(target: PreTrainedModel, context_ids: Sequence[int], token_a: int, token_b: int) -> TokenGap:
-    """Return how close two candidate tokens after `context_ids` are, by one plain forward without a cache.
-
-    The tolerance is 4 units in the last place of the largest logit, and 64 in float32, where long sums and not the
-    storage of the activations make the error.
-    """
+    """Return how close two candidate tokens after `context_ids` are, by one plain forward without a cache."""
     ids = torch.tensor([list(context_ids)], device=target.device)
     logits = target(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-    eps = max(4 * torch.finfo(logits.dtype).eps, 64 * torch.finfo(torch.float32).eps)
+    share = rounding_share(logits.dtype)
     logits = logits.float()
     gap = logits.max() - torch.minimum(logits[token_a], logits[token_b])
-    return TokenGap(gap=float(gap), tolerance=eps * float(logits.abs().max()))
+    return TokenGap(gap=float(gap), tolerance=share * float(logits.abs().max()))

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dflash_offline.stages.draft.attention import Blocks, dense_mask
 from dflash_offline.stages.draft.decode import plain_decode
+from dflash_offline.stages.draft.losslessness import rounding_share
 from dflash_offline.stages.draft.model import DraftModel, ProjectedContext
 from dflash_offline.stages.draft.sampling import Greedy
 from dflash_offline.stages.draft.variants.table import variant_of
@@ -87,10 +88,8 @@ class TargetStates:
         logits = output.logits[0, : text.last - text.first + 1].float()
         chosen = logits.gather(1, ids[0, text.first : text.last + 1, None])[:, 0]
         gaps, scale = logits.amax(dim=1) - chosen, logits.abs().amax(dim=1)
-        # The tolerances of `losslessness.token_gap`.
-        own = max(4 * torch.finfo(output.logits.dtype).eps, 64 * torch.finfo(torch.float32).eps)
-        self.foreign += bool((gaps > 4 * torch.finfo(torch.bfloat16).eps * scale).any())
-        self.inexact += bool((gaps > own * scale).any())
+        self.foreign += bool((gaps > rounding_share(torch.bfloat16) * scale).any())
+        self.inexact += bool((gaps > rounding_share(output.logits.dtype) * scale).any())
         return {tap: output.hidden_states[tap + 1][0] for tap in wanted}
 
 
