@@ -10,7 +10,6 @@ import numpy as np
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.diagnose import DiagnoseConfig
 from dflash_offline.stages.conversations.prompts import Prompt, read_prompts
-from dflash_offline.stages.evaluate import stop_ids
 from dflash_offline.stages.evaluation.diagnosis import changes
 from dflash_offline.stages.evaluation.diagnosis.changes import Change, possible_changes
 from dflash_offline.stages.evaluation.diagnosis.findings import (
@@ -25,7 +24,7 @@ from dflash_offline.stages.evaluation.diagnosis.findings import (
     Rates,
     Tried,
 )
-from dflash_offline.stages.evaluation.diagnosis.known_text import Counts, KnownText, cached_texts
+from dflash_offline.stages.evaluation.diagnosis.known_text import Counts, KnownText
 from dflash_offline.stages.evaluation.diagnosis.likelihood import (
     Verdict,
     deviance,
@@ -51,6 +50,7 @@ from dflash_offline.stages.evaluation.diagnosis.trials import (
     renamed,
     run_trial,
 )
+from dflash_offline.stages.evaluation.turns import stop_ids
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.serving.measure import Question
 from dflash_offline.stages.target.files import open_target
@@ -125,7 +125,7 @@ def _what_was_served(bench: Bench) -> _Case:
     if not prompts and settings.get("prompts") and bench.files is not None:
         prompts = tuple(read_prompts(Path(settings["prompts"]), settings.get("limit")))
     of_cache = str(settings.get("cache")) == str(config.cache)
-    of_cache = of_cache and result["acceptance"]["prompts"] == len(cached_texts(bench.samples))
+    of_cache = of_cache and result["acceptance"]["prompts"] == len(bench.cached_texts)
     return _Case(
         served=served,
         scope=SAME_PROMPTS if bench.files is not None and (prompts or of_cache) else OTHER_PROMPTS,
@@ -145,7 +145,7 @@ def _asked(bench: Bench, prompts: tuple[Prompt, ...]) -> _Case:
         ids = bench.rendered(prompts)
         questions = [Question(prompt=p, ids=None if p.messages else own) for p, own in zip(prompts, ids, strict=True)]
     else:
-        texts = cached_texts(bench.samples)[: bench.config.limit]
+        texts = bench.cached_texts[: bench.config.limit]
         ids = [text.ids[: text.first] for text in texts]
         questions = [
             Question(prompt=Prompt(place=text.place, text=""), ids=own) for text, own in zip(texts, ids, strict=True)
@@ -160,7 +160,7 @@ def _run_trials(bench: Bench, case: _Case) -> list[Trial]:
     block_size = case.served.block_size if case.served else None
     own = possible_changes(bench.draft, block_size, bench.text_config(), bench.special_ids())
     if bench.files is None:
-        return [run_trial(bench, None, cached_texts(bench.samples), own)]
+        return [run_trial(bench, None, bench.cached_texts, own)]
     model = load_target(bench, bench.files, bench.dtype)
     stops = stop_ids(model, bench.files.tokenizer)
     prompts = _prompts(bench, case)
@@ -192,14 +192,14 @@ def _known_texts(bench: Bench, case: _Case) -> list[KnownText]:
     if case.scope == EACH_PROMPT:
         assert case.served is not None
         return list(case.served.texts)
-    return [] if case.scope == SAME_PROMPTS else cached_texts(bench.samples)
+    return [] if case.scope == SAME_PROMPTS else bench.cached_texts
 
 
 def _prompts(bench: Bench, case: _Case) -> list[tuple[str, list[int]]]:
     """Return the place and the tokens of each prompt."""
     if case.scope == SAME_PROMPTS and case.prompts:
         return [(p.place, ids) for p, ids in zip(case.prompts, bench.rendered(case.prompts), strict=True)]
-    return [(text.place, text.ids[: text.first]) for text in cached_texts(bench.samples)]
+    return [(text.place, text.ids[: text.first]) for text in bench.cached_texts]
 
 
 def _comparable(served: ServedProfile, counts: Counts) -> Counts:

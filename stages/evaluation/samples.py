@@ -1,6 +1,6 @@
 """The samples of a cache that a draft did not train on, as prompts for decoding or to be walked without the target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,21 @@ def _first_rows(corpus: Corpus, samples: NDArray[np.int64], limit: int | None) -
     return np.sort(samples[np.lexsort(keys)[:limit]])
 
 
+def answer_spans(chosen: EvalSamples) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the place, the sample, and the first and last position of each assistant turn that a round could follow."""
+    table = chosen.cache.samples
+    for i in chosen.samples.tolist():
+        for first, last in turns(table.loss_mask(i)):
+            if 0 < first < last:
+                yield f"{table.place(i)}, position {first}", i, first, last
+
+
 def as_prompts(chosen: EvalSamples) -> list[tuple[Prompt, list[int]]]:
     """Return a prompt and its tokens for each assistant turn that a round could follow."""
     table = chosen.cache.samples
     prompts = [
-        (Prompt(place=f"{table.place(i)}, position {first}", text=""), table.input_ids(i)[:first].tolist())
-        for i in chosen.samples.tolist()
-        for first, last in turns(table.loss_mask(i))
-        if 0 < first < last
+        (Prompt(place=place, text=""), table.input_ids(i)[:first].tolist())
+        for place, i, first, _ in answer_spans(chosen)
     ]
     if not prompts:
         raise DflashError(f"{chosen.cache.path} holds no answer of two tokens or more that follows a prompt.")

@@ -21,9 +21,8 @@ from dflash_offline.stages.draft.sampling import Greedy
 from dflash_offline.stages.draft.variants.table import variant_of
 from dflash_offline.stages.draft.weights import run_as
 from dflash_offline.stages.evaluation.diagnosis.changes import EMBEDDING, Change
-from dflash_offline.stages.evaluation.samples import EvalSamples
+from dflash_offline.stages.evaluation.samples import EvalSamples, answer_spans
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.training.simulated_serving import turns
 
 _AT_ONCE = 16
 """Texts whose states are held, and that are walked together."""
@@ -97,16 +96,8 @@ def cached_texts(chosen: EvalSamples) -> list[KnownText]:
     """Return every assistant turn of the samples that a round could follow, after what stands before it."""
     table = chosen.cache.samples
     return [
-        KnownText(
-            place=f"{table.place(i)}, position {first}",
-            ids=table.input_ids(i)[: last + 1].tolist(),
-            first=first,
-            last=last,
-            sample=i,
-        )
-        for i in chosen.samples.tolist()
-        for first, last in turns(table.loss_mask(i))
-        if 0 < first < last
+        KnownText(place=place, ids=table.input_ids(i)[: last + 1].tolist(), first=first, last=last, sample=i)
+        for place, i, first, last in answer_spans(chosen)
     ]
 
 

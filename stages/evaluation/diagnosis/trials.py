@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dflash_offline.stages.evaluation.diagnosis.known_text import (
     TargetStates,
     Walker,
     answered,
+    cached_texts,
     count_rounds,
     walk_all,
 )
@@ -54,6 +56,11 @@ class Bench:
     progress: Progress
     not_tried: list[str] = field(default_factory=list)
     """What could not be tried, and why."""
+
+    @cached_property
+    def cached_texts(self) -> list[KnownText]:
+        """The answers of the samples."""
+        return cached_texts(self.samples)
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
