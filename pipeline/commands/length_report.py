@@ -50,7 +50,6 @@ def length_rows(found: DraftLengths) -> tuple[list[str], list[list[int | float |
     """Return the headings and rows of a page's table of all lengths."""
     kinds = list(found.lengths[0].acceptance_by_kind)
     headings = ["drafted tokens", "acceptance length", *kinds, "tokens/s decoding here"]
-    local = {cost.concurrency: cost for cost in found.costs}
     for cost in found.costs:
         headings += [f"draft ms at {cost.concurrency}", f"verify ms at {cost.concurrency}"]
     for one in found.expected:
@@ -59,7 +58,7 @@ def length_rows(found: DraftLengths) -> tuple[list[str], list[list[int | float |
     for i, length in enumerate(found.lengths):
         row: list[int | float | None] = [length.num_speculative_tokens, length.acceptance.pooled]
         row += [length.acceptance_by_kind[kind].pooled for kind in kinds] + [length.tokens_per_s]
-        for cost in local.values():
+        for cost in found.costs:
             row += [1000 * cost.draft_s[i], 1000 * cost.verify_s[i]]
         for one in found.expected:
             row += [1000 * one.round_s[i], one.tokens_per_s[i], None if one.speedup is None else one.speedup[i]]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from dflash_offline.schemas.results.rounds import Rounds
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.conversations.prompts import Prompt
@@ -63,12 +65,12 @@ class Decoder:
 
     def warm_up(self, case: Case) -> None:
         """Decode a prompt once each way; nothing is kept of it."""
-        _in_turn(self._ways(case, 0), 0)
+        in_turn(self._ways(case, 0), 0)
 
     def outcome(self, case: Case, index: int) -> Outcome:
         """Return a prompt's decodings; their seconds are medians over the repeats, the tokens those of the first."""
         config, ways = self.config, self._ways(case, index)
-        found = [_in_turn(ways, index * config.repeats + i) for i in range(config.repeats)]
+        found = [in_turn(ways, index * config.repeats + i) for i in range(config.repeats)]
         plain, *speculative = (_timed_by_median(each) for each in zip(*found, strict=True))
         lookup = None
         if config.prompt_lookup:
@@ -86,7 +88,7 @@ class Decoder:
             case.ids,
             self.config.max_new_tokens,
             self.stops,
-            self._chooser(proposal, index, proposal),
+            chooser_for(self.config, self.target.device, f"{proposal} {index}", proposal),
             keep_blocks=self.config.keep_rounds,
         )
 
@@ -94,20 +96,22 @@ class Decoder:
         return [partial(self._plain, case, index), *(partial(self.speculate, case, index, p) for p in self.proposals)]
 
     def _plain(self, case: Case, index: int) -> PlainDecoding:
-        chooser = self._chooser("plain", index)
+        chooser = chooser_for(self.config, self.target.device, f"plain {index}")
         return plain_decode(self.target, case.ids, self.config.max_new_tokens, self.stops, chooser)
 
-    def _chooser(self, way: str, index: int, proposal: Proposal = "drawn") -> Chooser | None:
-        """Return what draws the tokens of one decoding, its own draws for each prompt and way; None for greedy."""
-        config = self.config
-        if not config.temperature:
-            return None
-        seed = random.Random(f"{config.seed} {way} {index}").getrandbits(62)
-        rule = SamplingRule(temperature=config.temperature, top_p=config.top_p)
-        return Sampler(rule, seed, self.target.device, proposal=proposal)
+
+def chooser_for(
+    config: EvalConfig, device: torch.device, decoding: str, proposal: Proposal = "drawn"
+) -> Chooser | None:
+    """Return what draws the tokens of the decoding of this name, which has draws of its own; None for greedy."""
+    if not config.temperature:
+        return None
+    seed = random.Random(f"{config.seed} {decoding}").getrandbits(62)
+    rule = SamplingRule(temperature=config.temperature, top_p=config.top_p)
+    return Sampler(rule, seed, device, proposal=proposal)
 
 
-def _in_turn(ways: Sequence[Callable[[], Any]], turn: int) -> list[Any]:
+def in_turn(ways: Sequence[Callable[[], Any]], turn: int) -> list[Any]:
     """Return what each way gives; which one begins changes from turn to turn."""
     order = [(turn + i) % len(ways) for i in range(len(ways))]
     found = {i: ways[i]() for i in order}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from dflash_offline.schemas.results.draft_lengths import DraftLength, DraftLengths, ServedCost, StepCosts
 from dflash_offline.schemas.results.rounds import Rounds, round_figures
@@ -9,7 +10,7 @@ from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.draft.decode import SpeculativeDecoding
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import run_as
-from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, rounds_of, tokens_per_s
+from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, in_turn, rounds_of, tokens_per_s
 from dflash_offline.stages.evaluation.expected import expected_speeds
 from dflash_offline.stages.evaluation.samples import EvalSamples, walk_samples
 from dflash_offline.stages.progress import Progress
@@ -26,20 +27,20 @@ def decode_lengths(decoder: Decoder, outcomes: Sequence[Outcome], progress: Prog
     The sizes take turns at going first, so that none has the warmer machine.
     """
     block_size = decoder.draft.config.block_size
-    sizes = list(range(2, block_size))
-    drafts = {size: shortened(decoder.draft, size) for size in sizes}
-    done: dict[int, list[SpeculativeDecoding]] = {size: [] for size in sizes}
+    sizes = range(2, block_size)
+    drafts = [shortened(decoder.draft, size) for size in sizes]
+    done: list[list[SpeculativeDecoding]] = []
     progress.start("Decoding with shorter blocks", len(outcomes), "prompts")
     try:
         for i, outcome in enumerate(outcomes):
-            for size in sizes[i % max(len(sizes), 1) :] + sizes[: i % max(len(sizes), 1)]:
-                done[size].append(decoder.speculate(outcome.case, i, draft=drafts[size]))
+            ways = [partial(decoder.speculate, outcome.case, i, draft=draft) for draft in drafts]
+            done.append([*in_turn(ways, i), outcome.speculative])
             progress.advance(1)
     finally:
         progress.finish()
-    done[block_size] = [outcome.speculative for outcome in outcomes]
     cases = [outcome.case for outcome in outcomes]
-    return tuple(_decoded_length(size, cases, done[size]) for size in [*sizes, block_size])
+    by_size = zip([*sizes, block_size], zip(*done, strict=True), strict=True)
+    return tuple(_decoded_length(size, cases, decodings) for size, decodings in by_size)
 
 
 def walk_lengths(
@@ -52,7 +53,7 @@ def walk_lengths(
     return walked[0], tuple(reversed(lengths))
 
 
-def _decoded_length(size: int, cases: list[Case], done: list[SpeculativeDecoding]) -> DraftLength:
+def _decoded_length(size: int, cases: Sequence[Case], done: Sequence[SpeculativeDecoding]) -> DraftLength:
     rounds = [rounds_of(case, one) for case, one in zip(cases, done, strict=True)]
     return draft_length(size, rounds, tokens_per_s(done))
 

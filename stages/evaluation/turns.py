@@ -1,6 +1,5 @@
 """Prompts of several turns, each turn behind the target's own answers to those before it."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt
 from dflash_offline.stages.draft.decode import plain_decode
-from dflash_offline.stages.draft.sampling import Sampler, SamplingRule
+from dflash_offline.stages.evaluation.decoding import chooser_for
 from dflash_offline.stages.progress import Progress
 
 
@@ -44,11 +43,7 @@ def all_turns(
             found.append(replace(prompt, then=()))
             for turn, said in enumerate(prompt.then, start=2):
                 ids = encode_prompt(found[-1], tokenizer, config.chat_template_kwargs)
-                chooser = None
-                if config.temperature:
-                    seed = random.Random(f"{config.seed} turn {index} {turn}").getrandbits(62)
-                    rule = SamplingRule(temperature=config.temperature, top_p=config.top_p)
-                    chooser = Sampler(rule, seed, target.device)
+                chooser = chooser_for(config, target.device, f"turn {index} {turn}")
                 answer = plain_decode(target, ids, config.max_new_tokens, stops, chooser).tokens
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 messages = [*(found[-1].messages or ()), {"role": "assistant", "content": text}]
