@@ -29,8 +29,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from dflash_offline.pipeline.demo import TARGET
+from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
+from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.decode import SpeculativeDecoding
+from dflash_offline.stages.extract import extract
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.train import train
 
 VERSION = "0.32.0"
 SCRIPTS = Path(__file__).parent
@@ -40,6 +45,17 @@ RUNNERS = {False: "vllm.v1.worker.cpu_model_runner", True: "vllm.v1.worker.cpu.m
 ON_A_CPU = ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
 ON_A_CPU += ["--enforce-eager", "--generation-config", "vllm", "--per-request-spec-decode-metrics", "detailed"]
 START_S = 480.0
+
+
+def embedded_run(folder: Path, **settings: Any) -> Path:
+    """Return a run on the embedded target that has learned something, made in a folder."""
+    data = folder / "chats.jsonl"
+    data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
+    extract(ExtractConfig(data=(data,), target=str(TARGET), out=folder / "cache", block_size=8, shard_mib=64), Silent())
+    learning = {"steps": 150, "optimizer": "muon", "learning_rate": 6e-3, "num_anchors": 16}
+    learning |= {"packing": False, "batch_size": 8, "val_samples": 16}
+    train(TrainConfig(caches=(folder / "cache",), out=folder / "run", **learning, **settings), Silent())
+    return folder / "run"
 
 
 def environment(*more: Path, **variables: str) -> dict[str, str]:

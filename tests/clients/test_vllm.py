@@ -22,6 +22,7 @@ from live_vllm import (
     VERSION,
     Client,
     decode_live,
+    embedded_run,
     environment,
     launch_line,
     packages,
@@ -31,10 +32,8 @@ from live_vllm import (
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from dflash_offline.pipeline.demo import CONVERSATIONS, PROMPTS, TARGET
+from dflash_offline.pipeline.demo import PROMPTS, TARGET
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt, read_prompts
 from dflash_offline.stages.draft.decode import SpeculativeDecoding, plain_decode, speculative_decode
 from dflash_offline.stages.draft.model import DraftModel
@@ -43,11 +42,8 @@ from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.eval_served import evaluate_served
 from dflash_offline.stages.evaluate import stop_ids
 from dflash_offline.stages.export import export
-from dflash_offline.stages.extract import extract
-from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.target.files import open_target
 from dflash_offline.stages.target.model import load_model
-from dflash_offline.stages.train import train
 
 pytestmark = pytest.mark.vllm
 NUM_PROMPTS = int(os.environ.get("DFLASH_VLLM_PROMPTS", "200"))
@@ -87,15 +83,8 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run on the embedded target that has learned something, of three layers, so that each can go wrong."""
-    folder = tmp_path_factory.mktemp("embedded")
-    data = folder / "chats.jsonl"
-    data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
-    extract(ExtractConfig(data=(data,), target=str(TARGET), out=folder / "cache", block_size=8, shard_mib=64), Silent())
-    settings = {"steps": 150, "optimizer": "muon", "learning_rate": 6e-3, "draft_layers": 3, "num_anchors": 16}
-    settings |= {"packing": False, "batch_size": 8, "val_samples": 16}
-    train(TrainConfig(caches=(folder / "cache",), out=folder / "run", **settings), Silent())
-    return folder / "run"
+    """Return a run that has learned something, of three layers, so that each can go wrong."""
+    return embedded_run(tmp_path_factory.mktemp("embedded"), draft_layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -8,20 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from live_vllm import launch_line, served
+from live_vllm import embedded_run, launch_line, served
 
-from dflash_offline.pipeline.demo import CONVERSATIONS, PROMPTS, TARGET
+from dflash_offline.pipeline.demo import PROMPTS, TARGET
 from dflash_offline.schemas.evaluation import EvalResult
 from dflash_offline.schemas.results.draft_lengths import DraftLengths
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.eval_served import evaluate_served
 from dflash_offline.stages.evaluate import evaluate_folder
 from dflash_offline.stages.export import export
-from dflash_offline.stages.extract import extract
-from dflash_offline.stages.progress import Silent
-from dflash_offline.stages.train import train
 
 pytestmark = pytest.mark.vllm
 NUM_PROMPTS = min(int(os.environ.get("DFLASH_VLLM_PROMPTS", "40")), 40)
@@ -37,15 +32,8 @@ SMALL = ["--num-gpu-blocks-override", "64"]
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a draft for the embedded target that has learned something."""
     folder = tmp_path_factory.mktemp("lengths")
-    data = folder / "chats.jsonl"
-    data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
-    extract(ExtractConfig(data=(data,), target=str(TARGET), out=folder / "cache", block_size=8, shard_mib=64), Silent())
-    settings = {"steps": 150, "optimizer": "muon", "learning_rate": 6e-3, "num_anchors": 16, "val_samples": 16}
-    settings |= {"packing": False, "batch_size": 8, "draft_layers": 3}
-    train(TrainConfig(caches=(folder / "cache",), out=folder / "run", **settings), Silent())
-    return export(folder / "run", folder / "draft").draft
+    return export(embedded_run(folder, draft_layers=3), folder / "draft").draft
 
 
 @pytest.fixture(scope="module")
