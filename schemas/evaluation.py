@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from dflash_offline.schemas.checked import Count, Seconds, Size, checked, unlike
+from dflash_offline.schemas.checked import Count, FilePath, Seconds, Size, checked, unlike
 from dflash_offline.schemas.results.draft_lengths import DraftLengths
 from dflash_offline.schemas.results.rounds import Acceptance
 from dflash_offline.schemas.sealed import parse_json, read_bounded
@@ -58,6 +58,10 @@ class _Trained(TypedDict):
 
 class _Config(TypedDict):
     temperature: NotRequired[float | None]
+    prompts: NotRequired[FilePath | None]
+    limit: NotRequired[Size | None]
+    seed: NotRequired[int]
+    max_new_tokens: NotRequired[Size]
 
 
 class _Proposal(TypedDict):

@@ -123,7 +123,7 @@ def _what_was_served(bench: Bench) -> _Case:
     served, result = saved_profile(path)
     settings = result.get("config", {})
     if not prompts and settings.get("prompts") and bench.files is not None:
-        prompts = tuple(read_prompts(Path(settings["prompts"]), settings.get("limit")))
+        prompts = tuple(read_prompts(Path(settings["prompts"]), settings.get("limit"), settings.get("seed", 0)))
     of_cache = str(settings.get("cache")) == str(config.cache)
     of_cache = of_cache and result["acceptance"]["prompts"] == len(bench.cached_texts)
     return _Case(

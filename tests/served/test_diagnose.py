@@ -17,6 +17,8 @@ from dflash_offline.schemas.settings.diagnose import DiagnoseConfig
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.conversations.prompts import Prompt, encode_prompt
+from dflash_offline.stages.conversations.reading.public_sets import chosen_rows
 from dflash_offline.stages.diagnose import diagnose
 from dflash_offline.stages.draft.decode import plain_decode
 from dflash_offline.stages.draft.weights import load_draft
@@ -150,6 +152,26 @@ def test_a_saved_evaluation_of_the_same_prompts_suffices(setting: Setting, tmp_p
         assert found.scope == SAME_PROMPTS
         outcomes.append((found.outcome, [title for one in found.causes for title in one.titles]))
     assert outcomes == [(HEALTHY, []), (EXPLAINED, ["target layers +1"])]
+
+
+def test_a_saved_evaluation_of_a_public_set_is_of_the_prompts_that_its_seed_drew(
+    setting: Setting, tmp_path: Path
+) -> None:
+    drawn = chosen_rows(6, 2, 5)
+    assert set(drawn) != set(chosen_rows(6, 2, 0)), "rows of another draw hold no question, and are refused"
+    rows = [{"question": f"How many is {i}?"} if i in drawn else {} for i in range(6)]
+    (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = open_target(str(setting.target)).tokenizer
+    planted = setting.server("healthy")
+    planted.render = lambda messages: encode_prompt(Prompt(place="asked", messages=messages), tokenizer, {})
+    prompts = Path(f"gsm8k:{tmp_path / 'copy.jsonl'}")
+    with LiveServer(decode=planted.decode) as server:
+        asked = {"draft": setting.draft, "prompts": prompts, "limit": 2, "seed": 5, "max_new_tokens": NEW_TOKENS}
+        result = evaluate_served(EvalConfig(server=server.url, **asked))
+    (tmp_path / "eval.json").write_text(json.dumps(result.to_json()))
+    found = diagnosed(setting, served=str(tmp_path / "eval.json"))
+    assert (found.scope, found.texts, found.outcome) == (SAME_PROMPTS, 2, HEALTHY)
+    assert found.served == found.tried[0].rates
 
 
 def test_shares_from_a_log_name_a_mistake_of_large_effect(setting: Setting) -> None:
