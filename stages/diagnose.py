@@ -24,8 +24,9 @@ from dflash_offline.stages.evaluation.diagnosis.findings import (
     Rates,
     Tried,
 )
-from dflash_offline.stages.evaluation.diagnosis.known_text import Counts, KnownText
+from dflash_offline.stages.evaluation.diagnosis.known_text import KnownText
 from dflash_offline.stages.evaluation.diagnosis.likelihood import (
+    Counts,
     Verdict,
     deviance,
     is_systematic,
@@ -120,6 +121,11 @@ def _what_was_served(bench: Bench) -> _Case:
         if len(served.shares) > bench.draft.block_size - 1:
             served = replace(served, block_size=len(served.shares) + 1)
         return _Case(served=served, scope=SAME_PROMPTS if prompts else OTHER_PROMPTS, prompts=prompts)
+    if config.served_rounds is not None:
+        raise DflashError(
+            f"--served-rounds is {config.served_rounds}, and --served is the file {path}, which holds its rounds; "
+            f"expected --served-rounds with shares alone. Leave it out."
+        )
     served, result = saved_profile(path)
     settings = result.get("config", {})
     if not prompts and settings.get("prompts") and bench.files is not None:

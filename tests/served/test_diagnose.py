@@ -209,6 +209,8 @@ def test_a_result_without_a_servers_counts_is_refused(setting: Setting, tmp_path
     (tmp_path / "eval.json").write_text(json.dumps(result.to_json()))
     with pytest.raises(DflashError, match="no counts of a live server"):
         diagnosed(setting, served=str(tmp_path / "eval.json"))
+    with pytest.raises(DflashError, match=r"holds its rounds.* Leave it out"):
+        diagnosed(setting, served=str(tmp_path / "eval.json"), served_rounds=5)
 
 
 def test_the_command_prints_a_table_and_exits_1_for_a_cause(setting: Setting, tmp_path: Path) -> None:

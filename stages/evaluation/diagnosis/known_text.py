@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,13 +20,12 @@ from dflash_offline.stages.draft.sampling import Greedy
 from dflash_offline.stages.draft.variants.table import variant_of
 from dflash_offline.stages.draft.weights import run_as
 from dflash_offline.stages.evaluation.diagnosis.changes import EMBEDDING, Change
+from dflash_offline.stages.evaluation.diagnosis.likelihood import Counts
 from dflash_offline.stages.evaluation.samples import EvalSamples, answer_spans
 from dflash_offline.stages.store.cache import Cache
 
 _AT_ONCE = 16
 """Texts whose states are held, and that are walked together."""
-Counts = NDArray[np.float64]
-"""Of rounds: how many there were, and how many accepted at least 1, 2, ... of their drafted tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,9 @@ class KnownText:
 
 class States(Protocol):
     """Where the target's states over a text come from."""
+
+    known: frozenset[int]
+    """The taps that there are."""
 
     def taps(self, text: KnownText, wanted: Collection[int]) -> Mapping[int, Tensor]:
         """Return the states [S, H] at each tap; `changes.Change` says what taps are."""

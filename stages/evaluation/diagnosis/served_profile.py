@@ -16,7 +16,8 @@ from dflash_offline.schemas.secrets import KEY_VARIABLE, Secrets, shown_url
 from dflash_offline.schemas.settings.diagnose import DiagnoseConfig
 from dflash_offline.schemas.settings.evaluate import EvalConfig
 from dflash_offline.stages.answers.exchange import Client
-from dflash_offline.stages.evaluation.diagnosis.known_text import Counts, KnownText
+from dflash_offline.stages.evaluation.diagnosis.known_text import KnownText
+from dflash_offline.stages.evaluation.diagnosis.likelihood import Counts
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.serving.counters import SGLANG, VLLM
 from dflash_offline.stages.serving.measure import LiveServer, Pass, Question, measure

@@ -20,7 +20,6 @@ from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.evaluation.diagnosis.changes import Change
 from dflash_offline.stages.evaluation.diagnosis.known_text import (
     CachedStates,
-    Counts,
     KnownText,
     States,
     TargetStates,
@@ -30,6 +29,7 @@ from dflash_offline.stages.evaluation.diagnosis.known_text import (
     count_rounds,
     walk_all,
 )
+from dflash_offline.stages.evaluation.diagnosis.likelihood import Counts
 from dflash_offline.stages.evaluation.samples import EvalSamples, check_cache_fits, choose_samples, draft_folder
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.target.files import TargetFiles, open_target
@@ -187,14 +187,12 @@ def run_trial(bench: Bench, model: Any | None, texts: Iterable[KnownText], tried
     if model is None:
         head, embedding = borrowed_parts(bench.samples.cache, bench.device)
         dtype, table = torch.float32, embedding.weight
-        states = cached = CachedStates(bench.samples.cache, bench.device, dtype)
-        known = cached.known
+        states = CachedStates(bench.samples.cache, bench.device, dtype)
     else:
         head, table, dtype = model.get_output_embeddings(), model.get_input_embeddings().weight, model.dtype
         states = target = TargetStates(model)
-        known = target.known
     walker = Walker(load_draft(bench.folder, dtype, bench.device), head.to(dtype), table.to(dtype))
-    possible = [change for change in tried if known.issuperset(change.taps)]
+    possible = [change for change in tried if states.known.issuperset(change.taps)]
     bench.not_tried.extend(f"{c.title}: the cache does not hold these layers" for c in tried if c not in possible)
     slots = max(change.config.block_size for change in possible) - 1
     texts = list(texts)
