@@ -16,30 +16,17 @@ from typing import Any
 import fake_h100
 import torch
 import triton
+from qwen3_8b_draft import CONFIG
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as partitioner
 from torch._inductor.codecache import PyCodeCache
 
-from dflash_offline.schemas.draft.config import AttentionRule, DraftConfig
+from dflash_offline.schemas.draft.config import AttentionRule
 from dflash_offline.stages.draft.attention import Blocks, choose_flex_tiles, flex_mask
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.objective import head_cross_entropy
 
-CONFIG = DraftConfig(
-    hidden_size=4096,
-    num_hidden_layers=5,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=12_288,
-    vocab_size=151_936,
-    target_layer_ids=(1, 9, 17, 25, 33),
-    num_target_layers=36,
-    block_size=16,
-    mask_token_id=151_935,
-    rope_theta=1e6,
-)
 SEQ_LEN, NUM_BLOCKS = 8192, 2048
 SUPERVISED = (20_000, 18_001, 30_720)
 """Slots that a step computes the loss of: no two steps are alike in that. In the last one, all of them."""

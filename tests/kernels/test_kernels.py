@@ -18,20 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_draft_config
+from qwen3_8b_draft import CONFIG
 
 from dflash_offline.stages.training.memory import kept_by_block_token
 
 pytestmark = pytest.mark.kernels
-CONFIG = tiny_draft_config(
-    hidden_size=4096,
-    num_hidden_layers=5,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=12_288,
-)
-"""The shape of `lowered_step.py`'s draft, as far as a step's memory follows from it."""
 CASES = [
     ("full", 2, "default", ""),
     ("causal", 1, "default", ""),
