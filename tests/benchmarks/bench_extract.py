@@ -39,7 +39,6 @@ from dflash_offline.stages.target.model import layer_states
 EMBEDDED = Path(__file__).parents[2] / "pipeline" / "embedded"
 TARGET = EMBEDDED / "target"
 BOUND = 0.95
-ROUNDS = 9
 FLOOR, OLDER = "forwards without padding", "in the order of the rows"
 SHAPE_100M = {
     "hidden_size": 768,
@@ -113,14 +112,14 @@ class Sides:
         self.bytes_written = sum(run_shards(self.work, shards, Silent()))
 
 
-def compare(name: str, config: ExtractConfig) -> bool:
+def compare(name: str, config: ExtractConfig, rounds: int) -> bool:
     """Print the sides of one target; returns whether the bound holds."""
     sides = Sides(config)
     older = Sides(replace(config, out=config.out.with_name(f"{config.out.name}-older")), by_length=False)
     layout = sides.layout
     processor = dict[str, list[float]]()
     run = {FLOOR: sides.forward, "extraction": sides.extract, OLDER: older.extract}
-    seconds = interleaved({name: counted(side, processor.setdefault(name, [])) for name, side in run.items()}, ROUNDS)
+    seconds = interleaved({name: counted(side, processor.setdefault(name, [])) for name, side in run.items()}, rounds)
     ratio = median_ratio(seconds, "extraction", FLOOR)
     print(
         f"{name}: {sides.num_tokens:,} tokens, {len(sides.samples)} samples, {layout.num_shards} shards of "
@@ -190,9 +189,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="a 1.7B shape on a GPU instead of the CPU's targets")
     parser.add_argument("--folder", type=Path, help="where to write; with --gpu /dev/shm unless given")
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     parent = arguments.folder or (Path("/dev/shm") if arguments.gpu else None)
-    print(f"{machine()}; {ROUNDS} rounds, sides in turn, medians\n")
+    print(f"{machine()}; {arguments.rounds} rounds, sides in turn, medians\n")
     with tempfile.TemporaryDirectory(dir=parent) as name, tempfile.TemporaryDirectory() as disk:
         folder = Path(name)
         if arguments.gpu:
@@ -207,6 +207,7 @@ def main() -> int:
                         dtype="bfloat16",
                         device="cuda",
                     ),
+                    arguments.rounds,
                 )
             ]
         else:
@@ -221,6 +222,7 @@ def main() -> int:
                         block_size=8,
                         shard_mib=16,
                     ),
+                    arguments.rounds,
                 ),
                 compare(
                     "100M parameters",
@@ -233,6 +235,7 @@ def main() -> int:
                         shard_mib=8,
                         batch_tokens=512,
                     ),
+                    arguments.rounds,
                 ),
             ]
         print(f"The disk takes {disk_rate(Path(disk)):,.0f} MB/s, one synced file in {disk}.")
