@@ -51,16 +51,16 @@ def test_compiled_layers_give_the_eager_features_and_are_compiled_once_for_all_l
 def test_a_compiled_cache_is_the_same_from_any_process_and_close_to_the_target_run_plainly(
     extract_config: Settings, target: Path, tmp_path: Path
 ) -> None:
-    alone, shared = (ExtractConfig(**extract_config, out=tmp_path / name, compile=True) for name in ("one", "two"))
-    extract(alone, Silent())
-    for rank, config in ((0, shared), (1, ExtractConfig(**extract_config, out=shared.out, rank=1, world_size=2))):
+    alone, shared = tmp_path / "one", tmp_path / "two"
+    extract(ExtractConfig(**extract_config, out=alone, compile=True), Silent())
+    for rank, asked in ((0, True), (1, None)):
         torch._dynamo.reset()  # what the second rank compiles, it compiles for itself; it takes over that it does
-        extract(ExtractConfig(**{**vars(config), "rank": rank, "world_size": 2}), Silent())
-    assert content(shared.out) == content(alone.out)
-    fits = compare_with_target(alone.out, RerunConfig(target=str(target), samples=4), Silent())
+        extract(ExtractConfig(**extract_config, out=shared, compile=asked, rank=rank, world_size=2), Silent())
+    assert content(shared) == content(alone)
+    fits = compare_with_target(alone, RerunConfig(target=str(target), samples=4), Silent())
     assert [fit.fault for fit in fits] == ["", "", ""] and all(fit.error < 0.003 for fit in fits)
     with pytest.raises(MismatchError, match=r"compiled +cache: each decoder layer by torch\.compile  now: \(absent\)"):
-        extract(ExtractConfig(**extract_config, out=alone.out, compile=False), Silent())
+        extract(ExtractConfig(**extract_config, out=alone, compile=False), Silent())
 
 
 @pytest.mark.slow

@@ -139,8 +139,6 @@ def test_an_engine_whose_states_are_not_the_targets_writes_nothing(
 def test_bad_features_are_refused_or_left_out_as_for_transformers(
     extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engines = pretend(monkeypatch)
-
     def spoil(states: list[Tensor]) -> list[Tensor]:
         if engines[-1].ran > 120 and not spoilt:
             spoilt.append(states[0][3, 1].fill_(torch.inf))
