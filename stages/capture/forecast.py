@@ -17,6 +17,7 @@ from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.extractor import Extractor
 from dflash_offline.stages.capture.inputs import Inputs
+from dflash_offline.stages.capture.runner import evenly_spaced
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress, readable_bytes, readable_seconds
@@ -133,9 +134,9 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
 
 def _some_batches(runner: Extractor, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
     """Return a few of the plan's micro-batches, spread over its shards."""
-    shards = np.unique(np.linspace(0, num_shards - 1, _TIMED_BATCHES).round().astype(np.int64)).tolist()
+    shards = evenly_spaced(num_shards, _TIMED_BATCHES).tolist()
     batches = [batch for shard in shards for batch in runner.batches(samples, samples.samples_of_shard(shard))]
-    chosen = np.unique(np.linspace(0, len(batches) - 1, _TIMED_BATCHES).round().astype(np.int64)).tolist()
+    chosen = evenly_spaced(len(batches), _TIMED_BATCHES).tolist()
     return [batches[place] for place in chosen]
 
 

@@ -4,7 +4,7 @@ Axes: B sequences, S positions, N real tokens of a micro-batch, T token slots, L
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,33 @@ def pad_sequences(samples: SampleTable, batch: NDArray[np.int64]) -> NDArray[np.
 def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int) -> NDArray[np.int64]:
     """Return members evenly spread over the plan that hold about `num_tokens` tokens, or all of them."""
     count = int(np.ceil(num_tokens / max(samples.num_tokens[members].mean(), 1)))
-    return members[np.unique(np.linspace(0, len(members) - 1, min(count, len(members))).round().astype(np.int64))]
+    return members[evenly_spaced(len(members), count)]
+
+
+def evenly_spaced(num_places: int, most: int) -> NDArray[np.int64]:
+    """Return up to `most` of so many places, ascending, from the first to the last."""
+    return np.unique(np.linspace(0, num_places - 1, min(most, num_places)).round().astype(np.int64))
+
+
+@torch.inference_mode()
+def encode_states(
+    states: Sequence[Tensor], real: Tensor, encoder: FeatureEncoder, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of each layer's states, [B, S, H].
+
+    `real` are the places of the real tokens in the states; both results lie on `device`.
+    """
+    shape = (len(real), len(states), states[0].shape[-1])
+    codes = torch.empty(shape, dtype=torch.int16, device=device)
+    statistics = torch.empty((*shape[:2], len(TOKEN_STATISTICS)), dtype=torch.float32, device=device)
+    step = len(real) if device.type == "cuda" else max(1, _CACHED_BYTES // (4 * shape[-1]))
+    for layer, state in enumerate(states):
+        here = real.to(state.device)
+        for part in (slice(begin, begin + step) for begin in range(0, len(real), step)):
+            tokens = state.flatten(0, 1).index_select(0, here[part]).to(device)
+            codes[part, layer] = encoder.encode(tokens, layer)
+            token_statistics(tokens, codes[part, layer], encoder, layer, statistics[part, layer])
+    return codes, statistics
 
 
 class TargetRunner:
@@ -154,7 +180,7 @@ class TargetRunner:
         places = np.flatnonzero(np.arange(padded.shape[1]) < samples.num_tokens[batch][:, None])
         try:
             ids, real = self._on_device(padded), self._on_device(places)
-            return self._encode(layer_states(self.model, ids, self.layer_ids), real, encoder)
+            return encode_states(layer_states(self.model, ids, self.layer_ids), real, encoder, self.device)
         except torch.OutOfMemoryError as error:
             raise DflashError(
                 f"{self.device} has too little memory for a forward of {list(padded.shape)} tokens. Lower "
@@ -165,20 +191,6 @@ class TargetRunner:
         """Return values where the target is; their copy to a GPU waits for nothing that runs there."""
         tensor = torch.from_numpy(values)
         return tensor if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
-
-    def _encode(self, states: list[Tensor], real: Tensor, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
-        """Return codes and statistics of the real tokens, whose places in the states [B, S, H] are given."""
-        shape = (len(real), len(states), states[0].shape[-1])
-        codes = torch.empty(shape, dtype=torch.int16, device=self.device)
-        statistics = torch.empty((*shape[:2], len(TOKEN_STATISTICS)), dtype=torch.float32, device=self.device)
-        step = len(real) if self._stream is not None else max(1, _CACHED_BYTES // (4 * shape[-1]))
-        for layer, state in enumerate(states):
-            here = real.to(state.device)
-            for part in (slice(begin, begin + step) for begin in range(0, len(real), step)):
-                tokens = state.flatten(0, 1).index_select(0, here[part]).to(self.device)
-                codes[part, layer] = encoder.encode(tokens, layer)
-                token_statistics(tokens, codes[part, layer], encoder, layer, statistics[part, layer])
-        return codes, statistics
 
     def _copy(
         self, samples: SampleTable, batch: NDArray[np.int64], codes: Tensor, statistics: Tensor, buffer: ShardBuffer
@@ -208,18 +220,29 @@ def load_runner(
 
     Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
     """
-    model = load_as_configured(target.files, config, target.dtype, target.device, progress)
+    model = load_unchanged(config, target, identity, target.device, progress)
+    layer_ids, by_length = list(target.layer_ids), is_by_length(identity)
+    if is_compiled(identity):
+        progress.say("Compiling its layers.")
+        compile_layers(model, target.files, layer_ids, config.max_length)
+    return TargetRunner(model, target.device, layer_ids, config.batch_tokens, by_length=by_length)
+
+
+def load_unchanged(
+    config: ExtractConfig, target: ChosenTarget, identity: dict[str, Any], device: torch.device, progress: Progress
+) -> Any:
+    """Return transformers' model of the target on `device`, checked to be one that a draft can be served with.
+
+    Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
+    """
+    model = load_as_configured(target.files, config, target.dtype, device, progress)
     refuse_differences(
         f"{target.files.folder} changed while the target was loaded from it",
         differences(identity["target"], target_identity(config, target)),
         ("before", "now"),
         "Repeat the command when nobody writes there any more.",
     )
-    layer_ids, by_length = list(target.layer_ids), is_by_length(identity)
-    if is_compiled(identity):
-        progress.say("Compiling its layers.")
-        compile_layers(model, target.files, layer_ids, config.max_length)
-    return TargetRunner(model, target.device, layer_ids, config.batch_tokens, by_length=by_length)
+    return model
 
 
 def free_dropped_memory(device: torch.device) -> None:

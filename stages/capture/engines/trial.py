@@ -24,6 +24,7 @@ from dflash_offline.stages.capture.compare import (
 )
 from dflash_offline.stages.capture.engines.installed import engine_identity, quantizes
 from dflash_offline.stages.capture.inputs import ChosenTarget
+from dflash_offline.stages.capture.runner import evenly_spaced
 from dflash_offline.stages.target.checkpoint import quantization_of
 from dflash_offline.stages.target.model import layer_states
 
@@ -55,7 +56,7 @@ class _Bounds:
 
 def reference_states(model: Any, num_layers: int, layer_ids: Sequence[int], samples: SampleTable) -> Reference:
     """Return states of some samples of the plan, each run by itself: of each captured layer and of those around it."""
-    chosen = np.unique(np.linspace(0, len(samples) - 1, min(_TRIAL_SAMPLES, len(samples))).round().astype(np.int64))
+    chosen = evenly_spaced(len(samples), _TRIAL_SAMPLES)
     ids = [samples.input_ids(sample)[:_TRIAL_TOKENS].tolist() for sample in chosen.tolist()]
     comparison = LayerComparison(layer_ids, num_layers, int(model.config.get_text_config().hidden_size))
     states = []

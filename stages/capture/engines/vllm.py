@@ -5,11 +5,11 @@ vLLM batches as it likes, so that two runs are equal in value and not in the las
 Axes: N real tokens of a batch, T tokens, L captured layers, H hidden size.
 """
 
-import gc
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.identity import differences, refuse_differences
 from dflash_offline.schemas.manifest import Layout, is_by_length
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
@@ -28,12 +27,12 @@ from dflash_offline.stages.capture.engines.installed import PREFIX_CACHING, vllm
 from dflash_offline.stages.capture.engines.loop import EngineLoop, Request
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
 from dflash_offline.stages.capture.engines.trial import Reference, reference_states, refuse_untrue_states
-from dflash_offline.stages.capture.inputs import ChosenTarget, target_identity
-from dflash_offline.stages.capture.runner import free_dropped_memory, micro_batches
-from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, ShardBuffer, token_statistics
+from dflash_offline.stages.capture.inputs import ChosenTarget
+from dflash_offline.stages.capture.runner import encode_states, free_dropped_memory, load_unchanged, micro_batches
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
 from dflash_offline.stages.cores import usable_memory_bytes
 from dflash_offline.stages.progress import Progress, readable_bytes
-from dflash_offline.stages.target.model import embedding_tensors, load_as_configured
+from dflash_offline.stages.target.model import embedding_tensors
 
 _CONNECTOR = "dflash_offline.stages.capture.engines.connector"
 _MOST_SEQUENCES = 256
@@ -220,19 +219,13 @@ class VllmExtractor:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
-        gc.collect()
+        with suppress(RuntimeError):  # of a GPU that a dead engine left in a fault
+            free_dropped_memory(self.device)
 
 
-@torch.inference_mode()
 def _encode(states: Tensor, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
     """Return codes, int16, and statistics, float32, of states [T, L, H]."""
-    codes = torch.empty(states.shape, dtype=torch.int16)
-    statistics = torch.empty((*states.shape[:2], len(TOKEN_STATISTICS)))
-    for layer in range(states.shape[1]):
-        tokens = states[:, layer].contiguous()
-        codes[:, layer] = encoder.encode(tokens, layer)
-        token_statistics(tokens, codes[:, layer], encoder, layer, statistics[:, layer])
-    return codes, statistics
+    return encode_states(states[None].unbind(2), torch.arange(len(states)), encoder, states.device)
 
 
 def load_vllm(
@@ -242,17 +235,10 @@ def load_vllm(
 
     Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
     """
-    vllm_version()
     device = room_for_transformers(target)
     if device != target.device:
         progress.say(f"{target.files.folder} does not fit {target.device} whole: transformers runs it in host memory.")
-    model = load_as_configured(target.files, config, target.dtype, device, progress)
-    refuse_differences(
-        f"{target.files.folder} changed while the target was loaded from it",
-        differences(identity["target"], target_identity(config, target)),
-        ("before", "now"),
-        "Repeat the command when nobody writes there any more.",
-    )
+    model = load_unchanged(config, target, identity, device, progress)
     return VllmExtractor(config, target, model, by_length=is_by_length(identity))
 
 
