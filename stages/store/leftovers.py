@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dflash_offline.schemas.files import refuse_links
 from dflash_offline.schemas.locks import owner_is_dead, touch_lock
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, IDS, MASK, TMP, hidden_file
+from dflash_offline.schemas.manifest import COMMITS, TMP, shard_files
 from dflash_offline.stages.progress import readable_bytes
 
 SKIPPED_LOCK = f"{TMP}/skipped.lock"
@@ -37,8 +37,7 @@ def lock_path(cache: Path, shard: int) -> Path:
 
 def claimed_lock(cache: Path, shard: int) -> Path:
     """Return the file of `lock_path`, made if need be; `DflashError` if the shard would be written through a link."""
-    files = (hidden_file(shard), f"{FEATURES}/{IDS}/c/{shard}", f"{FEATURES}/{MASK}/c/{shard}")
-    refuse_links(cache, TMP, COMMITS, *(os.path.dirname(name) for name in files))  # noqa: PTH120
+    refuse_links(cache, TMP, COMMITS, *(os.path.dirname(name) for name in shard_files(shard)))  # noqa: PTH120
     lock = lock_path(cache, shard)
     lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
     touch_lock(lock)

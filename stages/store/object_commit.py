@@ -24,10 +24,10 @@ from dflash_offline.schemas.files import sha256_bytes, sha256_file, write_synced
 from dflash_offline.schemas.manifest import IDS, MASK, hidden_file, shard_files, token_file
 from dflash_offline.stages.buckets.bucket import Bucket
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.store.chunks import CRC_BYTES, encode_chunk
+from dflash_offline.stages.store.chunks import CRC_BYTES
 from dflash_offline.stages.store.feature_ranges import Sums
 from dflash_offline.stages.store.leftovers import part_path
-from dflash_offline.stages.store.shard_file import ShardFile, ShardSummary, read_one_chunk
+from dflash_offline.stages.store.shard_file import ShardFile, one_chunk, read_one_chunk
 
 _TRIES = 5
 """Times that an object is put which seems to be there and then is not."""
@@ -37,7 +37,7 @@ _ALIEN = "was put by no worker of this cache, or is damaged: {}. Run `dflash ver
 
 @dataclass(frozen=True)
 class Hidden:
-    """The hidden states of a shard as they lie in the bucket."""
+    """The hidden states of a shard as they lie in its cache."""
 
     record: ShardFileRecord
     sums: Sequence[Sums]
@@ -66,10 +66,9 @@ def put_tokens(cache: Cache, name: str, values: NDArray[np.generic], temporary: 
 
     `CacheError` if what is there are other numbers.
     """
-    bucket, chunk, summary = _bucket(cache), encode_chunk(values), ShardSummary()
-    summary.add(chunk)
+    bucket, (pieces, summary) = _bucket(cache), one_chunk(values)
     temporary.unlink(missing_ok=True)
-    record = summary.record(write_synced(temporary, [chunk.data, summary.index()]))
+    record = summary.record(write_synced(temporary, pieces))
     if _is_put(bucket, name, temporary) or sha256_file(temporary) == record.sha256:
         return record
     try:
@@ -111,7 +110,6 @@ def remove_aliens(cache: Cache, shard: int) -> None:
     for token_name, values in token_arrays(cache, shard, skipped).items():
         try:
             if token_name in there:
-                temporary.unlink(missing_ok=True)
                 bucket.fetch(token_name, temporary)
                 _tokens_as_found(token_name, values, temporary)
         except CacheError:

@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.files import Piece
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.stages.store.chunks import (
     CRC_BYTES,
@@ -27,6 +28,7 @@ from dflash_offline.stages.store.chunks import (
     crc32c_bytes,
     decode_chunks,
     decode_frame,
+    encode_chunk,
     encoded_room,
     room,
     scratch,
@@ -145,6 +147,13 @@ def _checked_index(
     if first != record.first_chunk_crc32c:
         raise CacheError(f"{path} belongs to another shard or cache: its first chunk differs. {REDO}")
     return index
+
+
+def one_chunk(values: NDArray[np.generic]) -> tuple[list[Piece], ShardSummary]:
+    """Return the content of a shard file of one chunk that holds these items, [count], and what is to be recorded."""
+    chunk, summary = encode_chunk(values), ShardSummary()
+    summary.add(chunk)
+    return [chunk.data, summary.index()], summary
 
 
 def read_one_chunk(path: Path, record: ShardFileRecord, count: int, dtype: DTypeLike) -> NDArray[Any]:

@@ -26,11 +26,11 @@ from dflash_offline.schemas.locks import locked
 from dflash_offline.schemas.manifest import hidden_file
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.store.chunks import Encoded, encode_chunk, encode_chunks, encoded_room, scratch
+from dflash_offline.stages.store.chunks import Encoded, encode_chunks, encoded_room, scratch
 from dflash_offline.stages.store.feature_ranges import Sums, layer_statistics
 from dflash_offline.stages.store.leftovers import claimed_lock, part_path
 from dflash_offline.stages.store.object_commit import Hidden, put_hidden, put_tokens, token_arrays
-from dflash_offline.stages.store.shard_file import ShardSummary
+from dflash_offline.stages.store.shard_file import ShardSummary, one_chunk
 
 _JOB_BYTES = 1 << 20
 """Raw bytes, at least, that one thread encodes at a time."""
@@ -134,9 +134,7 @@ class ShardWriter:
         files = {hidden_file(shard): hidden.record}
         move_synced(temporary, self.cache.path / next(iter(files)))
         for name, values in token_arrays(self.cache, shard, hidden.skipped).items():
-            chunk, summary = encode_chunk(values), ShardSummary()
-            summary.add(chunk)
-            pieces = [chunk.data, summary.index()]
+            pieces, summary = one_chunk(values)
             files[name] = summary.record(publish(pieces, temporary=temporary, path=self.cache.path / name))
         return hidden, files
 
