@@ -55,14 +55,13 @@ def complete_static(bucket: Bucket) -> bool:
     return bucket.size(MANIFEST) is not None
 
 
-def remove_attempts(bucket: Bucket) -> int:
-    """Remove what attempts have left, once there is a manifest; returns how many objects that were."""
+def remove_attempts(bucket: Bucket) -> None:
+    """Remove what attempts have left, once there is a manifest."""
     if bucket.size(MANIFEST) is None:
-        return 0
+        return
     left = [name for name in bucket.names(TMP) if name.startswith(_ATTEMPT)]
     in_parallel(bucket.remove, left)
     bucket.remove(_CHOSEN)
-    return len(left)
 
 
 def attempts(bucket: Bucket) -> dict[str, tuple[int, float]]:

@@ -110,8 +110,9 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     shards = _Shards(Cache(cache, whole=True))
     forgotten = [shard for shard in faulty if shards.forget(shard)]
     if mirror is not None:
+        there = Cache(cache)
         for shard in [*forgotten, *missing]:
-            remove_aliens(Cache(cache), shard)
+            remove_aliens(there, shard)
     return forgotten
 
 
