@@ -96,7 +96,8 @@ class Mirror:
     def pull_records(self) -> None:
         """Let the folder hold all records that are in the bucket now, and no other."""
         known = {name: found for name, found in self.bucket.names(COMMITS).items() if name.count("/") == 1}
-        here = {f"{COMMITS}/{entry.name}": entry.stat() for entry in os.scandir(self.folder / COMMITS)}
+        entries = os.scandir(self.folder / COMMITS)  # one with a dot is being written by another worker
+        here = {f"{COMMITS}/{entry.name}": entry.stat() for entry in entries if not entry.name.startswith(".")}
         for name in here.keys() - known.keys():
             (self.folder / name).unlink(missing_ok=True)
 
