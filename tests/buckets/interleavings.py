@@ -71,6 +71,8 @@ class Stepped(Bucket):
         self._stopped.release()
 
     def _asked(self, name: str, ask: Callable[[Any], Any]) -> Any:
+        if self._killed:  # another thread of the process
+            raise SystemExit
         self._stopped.release()
         self._go.acquire()
         if self._killed:
