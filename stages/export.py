@@ -76,7 +76,7 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     config = DraftConfig.read(checkpoint)
     weights = load_file(checkpoint / WEIGHTS)
     check_draft_weights(weights, config, str(checkpoint))
-    trained = training_record(run, record, state.step)
+    trained = training_record(record, state.step)
     result = _evaluation(run, evaluation, trained)
     target = _target_config(record)
     architectures = record.origin.get("target_architectures") or (target or {}).get("architectures") or []

@@ -52,7 +52,7 @@ def draft_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
     """
     if (path / RUN).is_file():
         record, checkpoint = RunRecord.read(path), choose_checkpoint(path, "best")
-        return checkpoint, training_record(path, record, read_state(checkpoint).step)
+        return checkpoint, training_record(record, read_state(checkpoint).step)
     try:
         _, metadata = read_header(path / "model.safetensors")
     except ValueError:

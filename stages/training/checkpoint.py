@@ -21,8 +21,8 @@ from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import remove_known, sha256_file, sync_folder, write_synced
 from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, RUN, STATE, RunRecord, read_saved_state
-from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
+from dflash_offline.schemas.run import CHECKPOINT, CHECKPOINTS, STATE, RunRecord, read_saved_state
+from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
 from dflash_offline.stages.training.optimizer import WeightAverage
@@ -263,7 +263,7 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     return best if which == "best" and best.is_dir() else saved[-1]
 
 
-def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
+def training_record(record: RunRecord, step: int) -> dict[str, Any]:
     """Return what a weight file says of its own training, from the run's sealed record and not from any config."""
     draft, settings = record.identity["draft"], record.identity["settings"]
     return {
@@ -271,6 +271,6 @@ def training_record(run: Path, record: RunRecord, step: int) -> dict[str, Any]:
         "caches": record.identity["caches"],
         "target": record.origin["target_identity"],
         "val_samples": settings["val_samples"],
-        "run": read_sealed(run / RUN)["checksum"],
+        "run": record.checksum,
         "step": step,
     }

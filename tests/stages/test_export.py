@@ -158,7 +158,7 @@ def test_an_existing_other_draft_is_not_overwritten(run: Path, tmp_path: Path) -
 def eval_result(run: Path, **changes: object) -> dict[str, object]:
     """Return what the card needs of a result of `dflash eval` for the run's last checkpoint."""
     record = RunRecord.read(run)
-    trained = training_record(run, record, read_state(choose_checkpoint(run, "last")).step)
+    trained = training_record(record, read_state(choose_checkpoint(run, "last")).step)
     return {
         "trained": trained,
         "config": {"temperature": 0.0},
