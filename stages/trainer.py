@@ -4,6 +4,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,11 @@ class DFlashTrainerModule(nn.Module):
                 for layer in draft_model.layers:
                     layer.compile()
 
+    @property
+    def needs_final(self) -> bool:
+        """Whether the loss reads the target's states after its final norm."""
+        return self.variant.needs_final
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimizer may see: the draft's parameters, never the head's or the embeddings'."""
         yield from self.draft_model.parameters()
@@ -106,15 +112,18 @@ class DFlashTrainerModule(nn.Module):
         anchors: Tensor | None = None,
         keep_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        final: Tensor | None = None,
     ) -> DFlashStepMetrics:
         """Return the loss and metrics of one batch.
 
         `input_ids` is int64 [B, S], `hidden_states` [B, S, L*H], `loss_mask` [B, S] of 0 and 1. `document_ids`, int
         [B, S] with -1 for padding, marks contiguous documents: then each document is trained as if it stood alone.
         `anchors` int64 [B, N] with `keep_mask` bool [B, N] (all kept if None) replaces the draw; otherwise
-        `generator`, on the batch's device, makes it reproducible. Raises `NoValidAnchorsError` without any anchor.
+        `generator`, on the batch's device, makes it reproducible. `final`, [B, S, H], are the target's states after its
+        final norm, for a loss that learns from its distribution; read are those before supervised positions. Raises
+        `NoValidAnchorsError` without any anchor.
         """
-        seq_len = self._checked_length(input_ids, hidden_states, loss_mask)
+        seq_len = self._checked_length(input_ids, hidden_states, loss_mask, final)
         if anchors is None:
             anchors, keep = self._draw(loss_mask, document_ids, generator)
         else:
@@ -127,7 +136,7 @@ class DFlashTrainerModule(nn.Module):
         position, supervised = self._supervised(anchors, keep, loss_mask, document_ids)
         # How many there are is waited for here, where a GPU has little to do, and not behind the draft.
         slots = supervised.flatten().nonzero()[:, 0]
-        terms = self._terms(input_ids, hidden_states, document_ids, anchors, keep, position, slots)
+        terms = self._terms(input_ids, hidden_states, document_ids, anchors, keep, position, slots, final)
         return self._metrics(terms, supervised, slots)
 
     @torch.no_grad()
@@ -151,6 +160,7 @@ class DFlashTrainerModule(nn.Module):
         anchors: Tensor,
         keep_mask: Tensor,
         is_trained: Tensor,
+        final: Tensor | None = None,
     ) -> tuple[Tensor, DFlashStepMetrics]:
         """Return how many slots of every block are right before the first wrong one, int64 [1 + P, B, N], and metrics.
 
@@ -162,7 +172,7 @@ class DFlashTrainerModule(nn.Module):
         anywhere = torch.ones_like(loss_mask)
         position, real = self._supervised(anchors, keep_mask, anywhere, document_ids)
         slots = real.flatten().nonzero()[:, 0]
-        terms = self._terms(input_ids, context, document_ids, anchors, keep_mask, position, slots)
+        terms = self._terms(input_ids, context, document_ids, anchors, keep_mask, position, slots, final)
         chosen = (terms.correct, *(terms.paths[name] for name in self.variant.paths))
         right = torch.stack([torch.zeros_like(real).masked_scatter(real, correct) for correct in chosen])
         _, supervised = self._supervised(anchors, is_trained, loss_mask, document_ids)
@@ -266,6 +276,7 @@ class DFlashTrainerModule(nn.Module):
         keep: Tensor,
         position: Tensor,
         slots: Tensor,
+        final: Tensor | None,
     ) -> SlotTerms:
         """Return the terms of some slots.
 
@@ -281,10 +292,19 @@ class DFlashTrainerModule(nn.Module):
         def tokens(places: Tensor) -> Tensor:
             return input_ids.gather(1, places.flatten(1)).flatten()[slots]
 
+        def teacher(final: Tensor) -> Tensor:
+            row = torch.arange(len(final), device=final.device)[:, None, None]
+            return final[row.expand_as(position).flatten()[slots], position.flatten()[slots] - 1]
+
         head = Head(linear=self.target_lm_head, chunk_slots=self.head_chunk_slots, compiled=self.compiled)
         return self._computes.terms(
             self.draft_model,
-            Slots(hidden=hidden, labels=tokens(position), previous=lambda: tokens(position - 1)),
+            Slots(
+                hidden=hidden,
+                labels=tokens(position),
+                previous=lambda: tokens(position - 1),
+                teacher=None if final is None else partial(teacher, final),
+            ),
             head,
             self.loss_settings,
             self.progress,
@@ -302,11 +322,22 @@ class DFlashTrainerModule(nn.Module):
         weights = slot_weights(self.block_size, self.loss_decay_gamma, ce.device, self.variant.first_slot)
         return weights.expand(supervised.shape)
 
-    def _checked_length(self, input_ids: Tensor, hidden_states: Tensor, loss_mask: Tensor) -> int:
+    def _checked_length(self, input_ids: Tensor, hidden_states: Tensor, loss_mask: Tensor, final: Tensor | None) -> int:
         if not input_ids.shape == loss_mask.shape == hidden_states.shape[:2]:
             raise DflashError(
                 f"input_ids is {list(input_ids.shape)}, hidden_states {list(hidden_states.shape)} and loss_mask "
                 f"{list(loss_mask.shape)}; expected [B, S], [B, S, L*H] and [B, S]. Collate all three alike."
+            )
+        width = self.target_lm_head.weight.shape[1]
+        if final is not None and final.shape != (*input_ids.shape, width):
+            raise DflashError(
+                f"final is {list(final.shape)}; expected {[*input_ids.shape, width]}: the target's state after its "
+                f"final norm at every position of input_ids."
+            )
+        if final is None and self.needs_final:
+            raise DflashError(
+                "final is not given, and this draft's loss reads it; expected the target's states after its final "
+                "norm, [B, S, H]."
             )
         return input_ids.shape[1]
 

@@ -22,6 +22,7 @@ class DFlash:
     nested_only: ClassVar[tuple[str, ...]] = ()
     first_slot: ClassVar[int] = 1
     label_offset: ClassVar[int] = 0
+    needs_final: ClassVar[bool] = False
     loss_settings: ClassVar[Mapping[str, float]] = {}
     losses: ClassVar[tuple[str, ...]] = ()
     paths: ClassVar[tuple[str, ...]] = ()

@@ -38,6 +38,7 @@ class DFlash2:
     nested_only: ClassVar[tuple[str, ...]] = ("block_size",)
     first_slot: ClassVar[int] = 1
     label_offset: ClassVar[int] = 0
+    needs_final: ClassVar[bool] = False
     loss_settings: ClassVar[Mapping[str, float]] = {"selector_loss_alpha": 1.0, "selector_warmup_ratio": 0.0}
     losses: ClassVar[tuple[str, ...]] = ("draft_loss", "selector_loss")
     paths: ClassVar[tuple[str, ...]] = ("without_selector", "oracle")

@@ -58,6 +58,8 @@ class Variant(Protocol):
     """First slot of a block that predicts."""
     label_offset: ClassVar[int]
     """Slot k of anchor a predicts the token at a + label_offset + k."""
+    needs_final: ClassVar[bool]
+    """Whether its loss reads the target's states after the final norm, which a cache has only where asked for."""
     loss_settings: ClassVar[Mapping[str, float]]
     """Settings of its loss, by the names that a user knows them by, with their defaults."""
     losses: ClassVar[tuple[str, ...]]

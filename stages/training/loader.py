@@ -46,6 +46,8 @@ class Batch:
     """[B, N] int64, positions in the row."""
     keep_mask: Tensor
     """[B, N] bool."""
+    final: Tensor | None = None
+    """The target's states after its final norm, [B, S, H] bfloat16, where the loss reads them."""
     wait_s: float = 0.0
     """Seconds the step waited for this micro-batch."""
 

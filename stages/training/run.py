@@ -283,6 +283,7 @@ class Training:
             document_ids=batch.document_ids,
             anchors=batch.anchors,
             keep_mask=batch.keep_mask,
+            final=batch.final,
         )
         return metrics
 

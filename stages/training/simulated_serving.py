@@ -94,7 +94,7 @@ def draft_everywhere(
     for anchors, keep in _every_anchor(batch.loss_mask, anchors_at_once, module.compiled):
         is_trained = is_anchor.gather(1, anchors) & keep
         lengths, metrics = module.serve(
-            batch.input_ids, context, batch.loss_mask, batch.document_ids, anchors, keep, is_trained
+            batch.input_ids, context, batch.loss_mask, batch.document_ids, anchors, keep, is_trained, batch.final
         )
         prefix.scatter_add_(2, anchors.expand(paths, -1, -1), lengths)
         sums += sums_of(metrics)

@@ -24,6 +24,10 @@ class Slots:
     """Tokens to predict, int64 [M]."""
     previous: Callable[[], Tensor]
     """Returns the true token before each of them, int64 [M]."""
+    teacher: Callable[[], Tensor] | None = None
+    """Returns the target's state after its final norm at the position before each label, [M, H], of which its head
+    makes the distribution that the label was drawn from; None where the batch does not bring them. Where the label is
+    not under the loss mask the state may be fill."""
 
 
 @dataclass(frozen=True, kw_only=True)
