@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # help is shown, and words are completed, without what takes 
     ("what it would make and take, before any work", "chats.jsonl --target Qwen/Qwen3-8B --out cache --plan"),
     ("the same without --plan; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out cache"),
     ("three tenths of a file and all of another, mixed", "a.jsonl:0.3 b.jsonl --target Qwen/Qwen3-8B --out mixed"),
+    (
+        "by vLLM, which spreads the target over four GPUs",
+        "chats.jsonl --target Qwen/Qwen3-235B-A22B --out large --engine vllm --tensor-parallel-size 4",
+    ),
 )
 def extract(
     settings: Callable[..., ExtractConfig],

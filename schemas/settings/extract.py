@@ -1,29 +1,27 @@
 """What a user may set for `dflash extract`. Each text and default exists here and nowhere else."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
 from dflash_offline.schemas.settings import shared
-from dflash_offline.schemas.settings.option import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    AT_LEAST_2,
-    Bounds,
-    Option,
-    options,
-    problems,
-    refuse,
+from dflash_offline.schemas.settings.engine import (
+    TRANSFORMERS,
+    Engine,
+    EngineArgs,
+    GpuMemoryUtilization,
+    KvCacheDtype,
+    Quantization,
+    TensorParallelSize,
+    engine_problems,
 )
+from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, Bounds, Option, problems, refuse
 
-TRANSFORMERS, VLLM = ENGINES = ("transformers", "vllm")
-OWN_ENGINE_ARGS = (
-    "model tokenizer skip_tokenizer_init revision trust_remote_code dtype max_model_len max_num_batched_tokens "
-    "tensor_parallel_size pipeline_parallel_size data_parallel_size gpu_memory_utilization quantization kv_cache_dtype "
-    "speculative_config kv_transfer_config"
-).split()
-"""Arguments of vLLM's engine that this program sets itself, or that would take the states elsewhere."""
+_ARGUMENTS = {"max_model_len": "max_length", "max_num_batched_tokens": "batch_tokens"}
+"""Further arguments of vLLM's engine that are settings here."""
+_INSTEAD = {"device_map": "vllm takes tensor_parallel_size", "compile": "vllm compiles by itself"}
+"""Settings of transformers alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +65,12 @@ class ExtractConfig:
     compile: Annotated[bool | None, Option(
         "Compile the target's layers with torch.compile: faster, with other last bits.",
         "Target", "resolved", unset="on a GPU, where its layers are known to compile")] = None
-    engine: Annotated[str, Option(
-        "What runs the target: transformers, or vllm, which is to be installed besides.",
-        "Engine", "identity", "NAME", choices=ENGINES)] = TRANSFORMERS
-    tensor_parallel_size: Annotated[int, Option(
-        "GPUs that vllm spreads the target over; each worker takes as many.",
-        "Engine", "identity", "GPUS", bounds=AT_LEAST_1)] = 1
-    gpu_memory_utilization: Annotated[float, Option(
-        "Share of each GPU's memory that vllm may take.",
-        "Engine", "free", "SHARE", bounds=Bounds("above 0, and at most 1", lambda value: 0 < value <= 1))] = 0.9
-    quantization: Annotated[str | None, Option(
-        "Quantization in which vllm loads the target, as vllm names it.",
-        "Engine", "identity", "NAME", unset="the checkpoint's own", completions=("fp8", "bitsandbytes"))] = None
-    kv_cache_dtype: Annotated[str, Option(
-        "Data type of vllm's key/value cache, as vllm names it; auto is the target's.",
-        "Engine", "identity", "NAME", completions=("auto", "bfloat16", "fp8"))] = "auto"
-    engine_args: Annotated[dict[str, Any], Option(
-        """Other arguments of vllm's engine, as in '{"enable_prefix_caching": false}'.""",
-        "Engine", "identity", "JSON")] = field(default_factory=dict)
+    engine: Engine = TRANSFORMERS
+    tensor_parallel_size: TensorParallelSize = 1
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9
+    quantization: Quantization = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+    engine_args: EngineArgs = field(default_factory=dict)
     batch_tokens: Annotated[int, Option(
         "Padded tokens of one forward, at most; fewer take less memory.",
         "Target", "identity", "TOKENS", bounds=AT_LEAST_1)] = 8192
@@ -122,7 +108,7 @@ class ExtractConfig:
         "How it is stored", "identity", "DEVIATIONS",
         bounds=Bounds("more than 0 and at most 1 standard deviation", lambda value: 0 < value <= 1))] = 1 / 8
     shard_mib: Annotated[int, Option(
-        "Raw features in one shard, which is what a kill can cost; a worker holds two shards, on a CPU one.",
+        "Raw features in one shard, which is what a kill can cost; a worker holds two, transformers on a CPU one.",
         "How it is stored", "identity", "MIB", bounds=AT_LEAST_1)] = 512
     chunk_tokens: Annotated[int, Option(
         "Tokens of one compressed chunk, the least that is read; samples are rounded up to whole chunks.",
@@ -171,21 +157,5 @@ class ExtractConfig:
             found.append("device_map spreads one target over all devices; its layers cannot be compiled.")
         if self.workers > 1 and self.device_map is not None:
             found.append("device_map spreads one target over all devices; it cannot be used with several workers.")
-        refuse("extract", found + self._engine_problems() + shared.template_problems(self.chat_template_kwargs))
-
-    def _engine_problems(self) -> list[str]:
-        """Return what is wrong with the settings of the engine, each with the others."""
-        engine = [name for name, option in options(ExtractConfig).items() if option.group == "Engine"]
-        defaults = {field.name: field.default for field in fields(self)} | {"engine_args": {}}
-        changed = [name for name in engine if getattr(self, name) != defaults[name]]
-        if self.engine == TRANSFORMERS:
-            return [f"{name} is a setting of vllm, and the engine is transformers." for name in changed]
-        taken = sorted({*self.engine_args} & {*OWN_ENGINE_ARGS})
-        found = [f"engine_args holds {', '.join(taken)}, which this program sets itself."] if taken else []
-        if self.device_map is not None:
-            found.append("device_map is a setting of transformers; vllm takes tensor_parallel_size.")
-        if self.device not in ("auto", "cpu", "cuda"):
-            found.append(f"device is {self.device!r}, and vllm takes the first GPUs; use CUDA_VISIBLE_DEVICES.")
-        if self.compile is not None:
-            found.append("compile is a setting of transformers; vllm compiles by itself.")
-        return found
+        found += engine_problems(self, _ARGUMENTS, _INSTEAD)
+        refuse("extract", found + shared.template_problems(self.chat_template_kwargs))

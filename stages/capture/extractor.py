@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dflash_offline.schemas.manifest import Layout
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
+from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.inputs import ChosenTarget
 from dflash_offline.stages.capture.runner import load_runner

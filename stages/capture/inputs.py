@@ -17,7 +17,8 @@ from dflash_offline.schemas.manifest import (
     is_compiled,
 )
 from dflash_offline.schemas.paths import output_folder, refuse_other_than_utf8
-from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
+from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.buckets.mirror import worked_on
 from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.conversations.loss_mask import ConversationEncoder

@@ -25,7 +25,8 @@ import torch
 
 from dflash_offline.schemas.errors import DflashError, missing_memory
 from dflash_offline.schemas.samples import SampleTable
-from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
+from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.extractor import Extractor

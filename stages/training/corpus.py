@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
 from dflash_offline.schemas.samples import Tokens, count_anchors
-from dflash_offline.schemas.settings.extract import TRANSFORMERS
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
 from dflash_offline.stages.store.cache import Cache
 
 

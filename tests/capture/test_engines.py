@@ -218,7 +218,10 @@ def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, inst
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is a setting of vllm, and the engine is transformers"),
         ({"engine_args": {"seed": 1}}, "engine_args is a setting of vllm"),
-        ({"engine": "vllm", "engine_args": {"model": "x"}}, "engine_args holds model, which this program sets itself"),
+        ({"engine": "vllm", "engine_args": {"model": "x"}}, "engine_args holds model, which is the setting target"),
+        ({"engine": "vllm", "engine_args": {"max_model_len": 9}}, "max_model_len, which is the setting max_length"),
+        ({"engine": "vllm", "engine_args": {"kv_transfer_config": 1}}, "which this program sets itself"),
+        ({"engine": "vllm", "engine_args": {"data_parallel_size": 2}}, "which no command supports; take tensor"),
         ({"engine": "vllm", "device_map": "auto"}, "device_map is a setting of transformers"),
         ({"engine": "vllm", "device": "cuda:1"}, "device is 'cuda:1', and vllm takes the first GPUs"),
         ({"engine": "vlm"}, "Did you mean vllm?"),
@@ -258,3 +261,7 @@ def test_shared_memory_is_another_processs_too_and_goes_with_its_users() -> None
         subprocess.run([sys.executable, "-c", code, memory.path, str(place)], check=True)
         assert memory.view(place, (2, 3), torch.bfloat16).eq(1.5).all()
     assert not list(Path("/dev/shm").glob("*dflash*"))
+    path, values = memory.path, memory.view(begin, (2, 3), torch.bfloat16)
+    memory.close()
+    memory.close()
+    assert not Path(path).exists() and values.eq(1.5).all(), "a view outlives the memory's owner"

@@ -6,7 +6,8 @@ from typing import Any
 from packaging.version import Version
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.settings.extract import TRANSFORMERS, ExtractConfig
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
+from dflash_offline.schemas.settings.extract import ExtractConfig
 
 OLDEST = Version("0.32")
 """The oldest release whose states the connector reads."""

@@ -49,10 +49,23 @@ class SharedMemory:
         self._parts.append(self._map(max((end for _, end, _ in self._parts), default=0)))
         return self.view(begin, shape, dtype)
 
+    def close(self) -> None:
+        """Give the memory up; what this process still has a view of stays until that is gone."""
+        if self._pinned:
+            for _, _, part in self._parts:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(part)))
+        self._parts = []
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
     def _map(self, first: int) -> tuple[int, int, mmap.mmap]:
         end = self.num_bytes
         part = mmap.mmap(self._fd, end - first, offset=first)
         if self._pinned:
-            address = torch.frombuffer(part, dtype=torch.uint8).data_ptr()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, end - first, 0))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(_address(part), end - first, 0))
         return first, end, part
+
+
+def _address(part: mmap.mmap) -> int:
+    return torch.frombuffer(part, dtype=torch.uint8).data_ptr()

@@ -219,6 +219,7 @@ class VllmExtractor:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
+        self._memory.close()
         with suppress(RuntimeError):  # of a GPU that a dead engine left in a fault
             free_dropped_memory(self.device)
 
