@@ -116,7 +116,11 @@ _PLAIN = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Return a sealed document, its checksum included and checked; `CacheError` if it does not hold."""
-    content = read_bounded(path, _MOST_BYTES)
+    return parse_sealed(read_bounded(path, _MOST_BYTES), path)
+
+
+def parse_sealed(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the sealed document that a file at `path` holds, as `read_sealed` does."""
     document = parse_json(content, path)
     if not isinstance(document, dict) or not isinstance(document.get("checksum"), str):
         raise CacheError(f"{path} cannot be read as a sealed document: it has no checksum. Restore it from a copy.")

@@ -11,6 +11,7 @@ from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import MANIFEST, Layout
 from dflash_offline.schemas.settings.extract import ExtractConfig
+from dflash_offline.stages.buckets.bundles import write_bundles
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.buckets.publish import prepare_bucket
 from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
@@ -79,7 +80,7 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
     num_shards, began = cache.layout.num_shards, time.perf_counter()
     _remove_abandoned(cache, progress)
     share = range(num_shards)[config.rank :: config.world_size]
-    left = [shard for shard in share if shard not in cache.commits]
+    left = [shard for shard in share if shard not in cache.recorded]
     if len(left) < len(share):
         progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
     written = list[int]()
@@ -96,6 +97,8 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
             with closing(_started(config, inputs.target, cache, progress)) as runner:
                 written = run_shards(_work(config, cache, runner), left, progress)
         cache = Cache(out, cache.manifest)  # with the records that are there now
+    if cache.mirror is not None:
+        write_bundles(cache.mirror.bucket, cache.manifest)
     if len(cache.commits) == num_shards:
         _finish(config, cache, progress)
     for folder in remove_unfinished(out):
@@ -172,7 +175,8 @@ def _work(config: ExtractConfig, cache: Cache, runner: Extractor) -> Work:
 
 def _refuse_no_room(cache: Cache) -> None:
     """Raise `DflashError` if the shards that are left, those of all ranks, do not fit the disk they share."""
-    refuse_too_large(cache.path, rest_bytes(cache) or 0, free_bytes(cache.path), is_begun=True)
+    if (free := free_bytes(cache.path)) is not None:  # in a bucket, what is left need not even be counted
+        refuse_too_large(cache.path, rest_bytes(cache) or 0, free, is_begun=True)
 
 
 def _remove_abandoned(cache: Cache, progress: Progress) -> None:

@@ -95,12 +95,12 @@ class BucketTrial:
 def try_bucket(url: str) -> BucketTrial:
     """Write, read, list and remove an object, and see whether writes can be conditional; nothing of it stays."""
     from dflash_offline.stages.buckets.bucket import Bucket
-    from dflash_offline.stages.buckets.publish import prepare_bucket
+    from dflash_offline.stages.buckets.publish import try_conditional_writes
 
     name, data = f"tmp/doctor-{os.urandom(8).hex()}", os.urandom(TRIAL_OBJECT_BYTES)
     try:
         bucket = Bucket(url)
-        prepare_bucket(bucket)
+        try_conditional_writes(bucket)
         try:
             begun = time.perf_counter()
             bucket.create(name, data)

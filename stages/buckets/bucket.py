@@ -6,11 +6,11 @@ error's status, code and first sentence, and what the environment holds of secre
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 from dflash_offline.schemas.errors import DflashError, StoreError
@@ -22,6 +22,10 @@ _PART_BYTES = 32 << 20
 """Bytes of one request where a whole object is fetched."""
 _AT_ONCE = 16
 """Requests that one call has under way."""
+SMALL_AT_ONCE = 64
+"""Requests for small objects that one call has under way: each is little but waiting."""
+_PAGE = 1000
+"""Names that a store lists at a time."""
 _CLIENT_OPTIONS = (
     "allow_http allow_invalid_certificates connect_timeout http1_only http2_only pool_idle_timeout proxy_url "
     "proxy_ca_certificate proxy_excludes timeout user_agent"
@@ -35,6 +39,17 @@ _REPEAT = "What is finished is kept: repeat the command when the store answers a
 T = TypeVar("T")
 
 
+class Listed(NamedTuple):
+    """An object as a list names it."""
+
+    size: int
+    """Bytes."""
+    changed: float
+    """Time of writing by the store's clock, in seconds."""
+    e_tag: str | None
+    """Another one whenever the content is another; None where the store gives none."""
+
+
 class Bucket:
     """The objects below one URL, by their names within it. Safe in threads."""
 
@@ -46,6 +61,15 @@ class Bucket:
     def read(self, name: str) -> bytes | None:
         """Return an object's content, or None if there is no such object."""
         return self._found(name, lambda obstore: bytes(obstore.get(self._store, name).bytes()))
+
+    def read_tagged(self, name: str) -> tuple[bytes, str | None] | None:
+        """Return an object's content and the entity tag that it has with it, or None if there is no such object."""
+
+        def read(obstore: Any) -> tuple[bytes, str | None]:
+            answer = obstore.get(self._store, name)
+            return bytes(answer.bytes()), answer.meta["e_tag"]
+
+        return self._found(name, read)
 
     def size(self, name: str) -> int | None:
         """Return an object's bytes, or None if there is no such object."""
@@ -110,14 +134,31 @@ class Bucket:
 
         return self._found(name, copied) is not None
 
-    def names(self, within: str = "") -> dict[str, tuple[int, float]]:
-        """Return (bytes, time of writing by the store's clock) of every object below a folder, by name."""
+    def names(self, within: str = "", cuts: Sequence[str] = ()) -> dict[str, Listed]:
+        """Return every object below a folder, by name.
 
-        def listed(obstore: Any) -> dict[str, tuple[int, float]]:
-            pages = obstore.list(self._store, within or None)
-            return {one["path"]: (one["size"], one["last_modified"].timestamp()) for page in pages for one in page}
+        A list comes a thousand names at a time, each page after the one before. `cuts`, ascending names, let the pages
+        between them be asked for side by side, in a store that can begin a list anywhere.
+        """
 
-        return self._asked(within, listed)
+        def listed(first: str, last: str | None) -> dict[str, Listed]:
+            return self._asked(within, lambda obstore: self._listed(obstore, within, first, last))
+
+        if not cuts or not self.url.startswith("s3://"):  # others would list from the start for each part
+            return listed("", None)
+        found = in_parallel(lambda part: listed(*part), zip(["", *cuts], [*cuts, None], strict=True))
+        return {name: one for part in found for name, one in part.items()}
+
+    def _listed(self, obstore: Any, within: str, first: str, last: str | None) -> dict[str, Listed]:
+        """Return the objects whose names come after `first`, up to `last`."""
+        found = {}
+        for page in obstore.list(self._store, within or None, offset=first or None, chunk_size=_PAGE):
+            for one in page:
+                if last is None or one["path"] <= last:
+                    found[one["path"]] = Listed(one["size"], one["last_modified"].timestamp(), one["e_tag"])
+            if last is not None and page and page[-1]["path"] >= last:
+                break
+        return found
 
     def remove(self, *names: str) -> None:
         """Remove objects, in this order; those that are not there are no error."""
@@ -150,11 +191,10 @@ def _delete(store: Any, name: str, obstore: Any) -> None:
     obstore.delete(store, name)
 
 
-def in_parallel(work: Callable[[Any], object], items: Iterable[Any]) -> None:
-    """Do requests for all items, some at a time; raises what the first that failed raised."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _ in pool.map(work, items):
-            pass
+def in_parallel(work: Callable[[Any], T], items: Iterable[Any], at_once: int | None = None) -> list[T]:
+    """Return what requests for all items give, some at a time; raises what the first that failed raised."""
+    with ThreadPoolExecutor(at_once or _AT_ONCE) as pool:
+        return list(pool.map(work, items))
 
 
 def _open(url: str) -> Any:

@@ -15,16 +15,25 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dflash_offline.schemas.commits import Commit, commit_path
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import building_name, sha256_bytes
 from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, MANIFEST, TARGET, TMP, Manifest
+from dflash_offline.schemas.manifest import COMMITS, FEATURES, HIDDEN, IDS, MANIFEST, MASK, TARGET, TMP, Manifest
 from dflash_offline.schemas.paths import local_path, store_url
-from dflash_offline.stages.buckets.bucket import Bucket, in_parallel
+from dflash_offline.stages.buckets.bucket import SMALL_AT_ONCE, Bucket, Listed, in_parallel
+from dflash_offline.stages.buckets.bundles import (
+    BUNDLE_SHARDS,
+    BUNDLES,
+    DamagedBundleError,
+    bundle_names,
+    bundled_commits,
+    list_records,
+)
 
 _URL, _FOLDER = "url", "cache"
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3", "GOOGLE_BASE_URL", "AZURE_ENDPOINT")
@@ -93,27 +102,45 @@ class Mirror:
         else:
             self._write(name, content)
 
-    def pull_records(self) -> None:
-        """Let the folder hold all records that are in the bucket now, and no other."""
-        known = {name: found for name, found in self.bucket.names(COMMITS).items() if name.count("/") == 1}
-        entries = os.scandir(self.folder / COMMITS)  # one with a dot is being written by another worker
-        here = {f"{COMMITS}/{entry.name}": entry.stat() for entry in entries if not entry.name.startswith(".")}
-        for name in here.keys() - known.keys():
+    def pull_records(self, manifest: Manifest) -> dict[int, Commit]:
+        """Return the records that are in the bucket now and in a bundle as well; let the folder hold the others.
+
+        What its folder of records held and the bucket does not is no longer there.
+        """
+        listed = list_records(self.bucket, manifest.layout.num_shards)
+        bundled: dict[int, Commit] = {}
+        if (names := bundle_names(manifest)) and (found := self.bucket.names(BUNDLES)):
+            there = {name: found[name] for name in names if name in found}
+            self._pull_changed(BUNDLES, there, there)
+            for name in there:
+                with suppress(OSError, DamagedBundleError):  # then its records are read one by one
+                    bundled |= bundled_commits((self.folder / name).read_bytes(), manifest, listed)
+        by_name = {str(commit_path(Path(), shard)): one for shard, one in listed.items()}
+        loose = [str(commit_path(Path(), shard)) for shard in listed.keys() - bundled.keys()]
+        self._pull_changed(COMMITS, by_name, loose)
+        return bundled
+
+    def _pull_changed(self, within: str, listed: dict[str, Listed], wanted: Iterable[str]) -> None:
+        """Let a folder hold the wanted objects as they are listed, and none that is not listed.
+
+        Those that it has are not fetched again.
+        """
+        folder = self.folder / within
+        folder.mkdir(exist_ok=True)
+        entries = os.scandir(folder)  # one with a dot is being written by another worker
+        here = {f"{within}/{entry.name}": entry.stat() for entry in entries if not entry.name.startswith(".")}
+        for name in here.keys() - listed.keys():
             (self.folder / name).unlink(missing_ok=True)
 
         def pull(name: str) -> None:
             content = self.bucket.read(name)
             if content is not None:
-                self._write(name, content, changed=known[name][1])
+                self._write(name, content, changed=listed[name].changed)
 
-        in_parallel(
-            pull,
-            [
-                name
-                for name, (size, changed) in known.items()
-                if name not in here or (here[name].st_size, here[name].st_mtime) != (size, changed)
-            ],
-        )
+        def is_here(name: str) -> bool:
+            return name in here and (here[name].st_size, here[name].st_mtime) == listed[name][:2]
+
+        in_parallel(pull, [name for name in wanted if not is_here(name)], SMALL_AT_ONCE)
 
     def _write(self, name: str, content: bytes, changed: float | None = None) -> None:
         """Write a record, whole; it need not outlast the machine."""
@@ -125,10 +152,14 @@ class Mirror:
             os.utime(temporary, (changed, changed))
         temporary.replace(path)
 
-    def names(self) -> list[str]:
+    def names(self, num_shards: int) -> list[str]:
         """Return the name of every object of the cache; of folders that are not its own, their own names alone."""
-        own = {COMMITS, FEATURES, TARGET, TMP}
-        parts = (name.partition("/") for name in self.bucket.names())
+        cuts = list[str]()
+        if num_shards > 10 * BUNDLE_SHARDS:
+            cuts += [str(commit_path(Path(), shard)) for shard in range(BUNDLE_SHARDS - 1, num_shards, BUNDLE_SHARDS)]
+            cuts += [f"{FEATURES}/{array}/c/{digits}" for array in (HIDDEN, IDS, MASK) for digits in range(10, 100)]
+        own = {BUNDLES, COMMITS, FEATURES, TARGET, TMP}
+        parts = (name.partition("/") for name in self.bucket.names(cuts=cuts))
         return sorted({f"{top}/{rest}" if top in own and rest else top for top, _, rest in parts})
 
 

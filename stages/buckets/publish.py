@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dflash_offline.schemas.errors import StoreError
 from dflash_offline.schemas.manifest import MANIFEST, TMP
-from dflash_offline.stages.buckets.bucket import Bucket, in_parallel
+from dflash_offline.stages.buckets.bucket import Bucket, Listed, in_parallel
 
 _CHOSEN = f"{TMP}/chosen"
 """Names the attempt that is being put in place."""
@@ -32,7 +32,17 @@ def publish_static(bucket: Bucket, folder: Path) -> None:
 def prepare_bucket(bucket: Bucket) -> None:
     """Make sure that a bucket can hold a cache, and complete or clean up what was being published in it.
 
-    Raises `StoreError` if it cannot be written, or if it writes over an object that must not be there yet.
+    Raises `StoreError` as `try_conditional_writes` does.
+    """
+    try_conditional_writes(bucket)
+    complete_static(bucket)
+    remove_attempts(bucket)
+
+
+def try_conditional_writes(bucket: Bucket) -> None:
+    """Raise `StoreError` if a bucket cannot be written, or writes over an object that must not be there yet.
+
+    Nothing of the trial stays.
     """
     probe = f"{TMP}/probe-{secrets.token_hex(8)}"
     try:
@@ -43,8 +53,6 @@ def prepare_bucket(bucket: Bucket) -> None:
             )
     finally:
         bucket.remove(probe)
-    complete_static(bucket)
-    remove_attempts(bucket)
 
 
 def complete_static(bucket: Bucket) -> bool:
@@ -64,8 +72,8 @@ def remove_attempts(bucket: Bucket) -> None:
     bucket.remove(_CHOSEN)
 
 
-def attempts(bucket: Bucket) -> dict[str, tuple[int, float]]:
-    """Return (bytes, time) of what attempts have put so far, by name."""
+def attempts(bucket: Bucket) -> dict[str, Listed]:
+    """Return what attempts have put so far, by name."""
     return {name: found for name, found in bucket.names(TMP).items() if name.startswith((_ATTEMPT, _CHOSEN))}
 
 
@@ -73,7 +81,7 @@ def _put_in_place(bucket: Bucket, attempt: str) -> None:
     """Copy the files of the chosen attempt to their names, the manifest last, unless there is a manifest."""
     if bucket.size(MANIFEST) is not None:
         return
-    sizes = {name.removeprefix(f"{attempt}/"): size for name, (size, _) in bucket.names(attempt).items()}
+    sizes = {name.removeprefix(f"{attempt}/"): size for name, (size, *_) in bucket.names(attempt).items()}
     for name in [*(name for name in sizes if name != MANIFEST), MANIFEST]:
         if not bucket.copy(f"{attempt}/{name}", name, sizes.get(name, 0)) and bucket.size(MANIFEST) is None:
             raise StoreError(

@@ -20,6 +20,7 @@ from dflash_offline.schemas.commits import Commit, SkippedSample, commit_path, r
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest, hidden_file
 from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.stages.buckets.bundles import list_records
 from dflash_offline.stages.buckets.mirror import mirror_of, worked_on
 from dflash_offline.stages.buckets.ranges import ObjectRanges
 from dflash_offline.stages.cores import usable_cores
@@ -93,11 +94,18 @@ class Cache:
 
     @cached_property
     def _records(self) -> tuple[dict[int, Commit], list[str]]:
-        if self.mirror is not None:
-            self.mirror.pull_records()
-        commits, faults = read_commits(self.path, self.manifest, with_files=self.mirror is None)
+        known = None if self.mirror is None else self.mirror.pull_records(self.manifest)
+        commits, faults = read_commits(self.path, self.manifest, with_files=self.mirror is None, known=known)
         self._known.update(commits)
         return commits, faults
+
+    @cached_property
+    def recorded(self) -> frozenset[int]:
+        """Shards with a record, as they were when first asked for; in a bucket, where records are not read for it,
+        that of one may be damaged."""
+        if self.mirror is None:
+            return frozenset(self.commits)
+        return frozenset(list_records(self.mirror.bucket, self.layout.num_shards))
 
     @property
     def commits(self) -> dict[int, Commit]:

@@ -55,7 +55,7 @@ def _signs(out: Path) -> dict[Path, list[tuple[Path, int, int]]]:
     """Return path, size and time of everything in each folder in which a plan of `out` is being made."""
     found: dict[Path, list[tuple[Path, int, int]]] = {}
     if (mirror := mirror_of(out)) is not None:
-        for name, (size, changed) in attempts(mirror.bucket).items():
+        for name, (size, changed, _) in attempts(mirror.bucket).items():
             found.setdefault(Path(*Path(name).parts[:2]), []).append((Path(name), size, int(changed)))
     for folder in being_built(out):
         with suppress(OSError):  # it may be renamed or removed meanwhile

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dflash_offline.schemas.commits import commit_path
 from dflash_offline.schemas.manifest import COMMITS, FEATURES, MANIFEST, TARGET, TMP, Manifest
+from dflash_offline.stages.buckets.bundles import bundle_names
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK, half_written, lock_path
 
@@ -31,12 +32,13 @@ class UnexpectedFiles:
 def unexpected_files(cache: Path, manifest: Manifest) -> UnexpectedFiles:
     """Return the files of a cache, a folder or a mirror's, that its manifest, plan and workers do not account for."""
     mirror = mirror_of(cache)
-    names = sorted(_files(cache) if mirror is None else mirror.names())
+    names = sorted(_files(cache) if mirror is None else mirror.names(manifest.layout.num_shards))
     shards = range(manifest.layout.num_shards)
     records = {f"{commit_path(Path(), shard)}" for shard in shards}
     in_work = {str(part.path.relative_to(cache)) for part in half_written(cache)}
     locks = {str(lock_path(Path(), shard)) for shard in shards}
-    known = {MANIFEST, *manifest.files, *records, *in_work, *locks, SKIPPED_LOCK}
+    bundles = [] if mirror is None else bundle_names(manifest)
+    known = {MANIFEST, *manifest.files, *records, *bundles, *in_work, *locks, SKIPPED_LOCK}
     unexpected, with_files = UnexpectedFiles(), set[int]()
     for name in names:
         numbers = _SHARD_FILE.fullmatch(name)

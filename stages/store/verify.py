@@ -32,6 +32,7 @@ from dflash_offline.schemas.manifest import (
     token_file,
 )
 from dflash_offline.schemas.samples import SampleTable, count_anchors
+from dflash_offline.stages.buckets.bundles import damaged_bundles, write_bundles
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.buckets.publish import remove_attempts
 from dflash_offline.stages.cores import usable_cores
@@ -79,6 +80,11 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
         Fault(place=name, what="is no file of this cache, and a reader may take it for one; move it elsewhere")
         for name in (unexpected or unexpected_files(cache, manifest)).misleading
     ]
+    if mirror is not None:
+        faults += [
+            Fault(place=name, what=f"is damaged ({what}), and its records are read one by one; --repair writes it anew")
+            for name, what in damaged_bundles(mirror.bucket, manifest).items()
+        ]
     if needed:
         return faults
     try:
@@ -99,20 +105,22 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     """Forget the faulty shards, so that `extract` redoes just those; returns them.
 
     Each is judged again while it is locked: a worker that was at it finishes first, and what it wrote may be sound. In
-    a bucket, objects that no worker of the cache has put are removed as well, for none is written over.
+    a bucket, objects that no worker of the cache has put are removed as well, for none is written over, and bundles of
+    records are written where they are missing, damaged or of records that are gone.
     """
     faulty = sorted({fault.shard for fault in faults if fault.shard is not None and not fault.missing})
     missing = sorted({fault.shard for fault in faults if fault.shard is not None} - {*faulty})
-    if (mirror := mirror_of(cache)) is not None:
-        remove_attempts(mirror.bucket)
-    if not faulty and (mirror is None or not missing):
-        return []
-    shards = _Shards(Cache(cache, whole=True))
-    forgotten = [shard for shard in faulty if shards.forget(shard)]
+    mirror = mirror_of(cache)
+    forgotten = list[int]()
+    if faulty:
+        shards = _Shards(Cache(cache, whole=True))
+        forgotten = [shard for shard in faulty if shards.forget(shard)]
     if mirror is not None:
+        remove_attempts(mirror.bucket)
         there = Cache(cache)
         for shard in [*forgotten, *missing]:
             remove_aliens(there, shard)
+        write_bundles(mirror.bucket, there.manifest, anew=True)
     return forgotten
 
 
