@@ -131,10 +131,11 @@ def _what_was_served(bench: Bench) -> _Case:
     if not prompts and settings.get("prompts") and bench.files is not None:
         prompts = tuple(read_prompts(Path(settings["prompts"]), settings.get("limit"), settings.get("seed", 0)))
     of_cache = str(settings.get("cache")) == str(config.cache)
-    of_cache = of_cache and result["acceptance"]["prompts"] == len(bench.cached_texts)
+    num = len(prompts) or (len(bench.cached_texts) if of_cache else 0)
+    is_same = bool(result) and bench.files is not None and num == result["acceptance"]["prompts"]
     return _Case(
         served=served,
-        scope=SAME_PROMPTS if bench.files is not None and (prompts or of_cache) else OTHER_PROMPTS,
+        scope=SAME_PROMPTS if is_same else OTHER_PROMPTS,
         prompts=prompts,
         max_new_tokens=settings.get("max_new_tokens"),
     )

@@ -73,6 +73,8 @@ class DiagnoseConfig:
             found.append(f"server is {shown_url(self.server)!r}; expected a URL, as in http://127.0.0.1:8000/v1.")
         if self.served_rounds is not None and self.served is None:
             found.append("served_rounds says over how many rounds the shares of --served were counted; give them.")
+        if self.model is not None and self.server is None:
+            found.append("model is what a server calls it: give --server URL too.")
         if self.prompts is not None and self.server is None and self.served is None:
             found.append("prompts are those that were served: give --server URL or --served too.")
         if not self.rerun and (self.target or self.other_target or self.prompts):

@@ -152,6 +152,9 @@ def test_a_saved_evaluation_of_the_same_prompts_suffices(setting: Setting, tmp_p
         assert found.scope == SAME_PROMPTS
         outcomes.append((found.outcome, [title for one in found.causes for title in one.titles]))
     assert outcomes == [(HEALTHY, []), (EXPLAINED, ["target layers +1"])]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "How many?"}\n' * 3)
+    fewer = diagnosed(setting, served=str(tmp_path / "eval.json"), prompts=tmp_path / "prompts.jsonl")
+    assert fewer.scope == OTHER_PROMPTS, "three prompts cannot be the twelve that were served"
 
 
 def test_a_saved_evaluation_of_a_public_set_is_of_the_prompts_that_its_seed_drew(
@@ -194,6 +197,7 @@ def test_shares_from_a_log_name_a_mistake_of_large_effect(setting: Setting) -> N
         ({"served": "0.3", "server": "http://127.0.0.1:1"}, "not both"),
         ({"server": "nowhere"}, "expected a URL"),
         ({"served_rounds": 5}, "give them"),
+        ({"served": "0.3", "model": "m"}, "give --server URL too"),
         ({"server": "http://127.0.0.1:1", "rerun": False}, "Name the target"),
         ({"server": "http://127.0.0.1:1"}, "the server is up"),
         ({"target": "nowhere"}, "nowhere"),
