@@ -2,11 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
 from dflash_offline.schemas.checked import Count, Counts, Index, LayerIndex, PathWithin, Sha256, Size, checked
+from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import NOT_THE_FILES, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
@@ -158,6 +159,7 @@ class _Plan(TypedDict):
     anchors: Count
     mask_token_id: Index
     block_size: Annotated[int, Meta(ge=2, le=1 << 16)]
+    anchor_kind: NotRequired[Literal["whole", "partial"]]
     truncated: Count
     rejects: Counts
     truncated_supervised: NotRequired[Count]
@@ -253,6 +255,11 @@ class Manifest:
     def by_length(self) -> bool:
         """Whether the samples are ordered by `ORDER_RULE`."""
         return is_by_length(self.identity)
+
+    @property
+    def anchor_rule(self) -> AnchorRule:
+        """Which positions the plan counted as anchors."""
+        return AnchorRule(int(self.plan["block_size"]), self.plan.get("anchor_kind", WHOLE))
 
     def static_faults(self, cache: Path, *, hashed: bool = True) -> list[tuple[str, str]]:
         """Return (file, what is wrong) for every static file whose size or, if `hashed`, sha256 is another."""

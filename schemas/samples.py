@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import Manifest
 
@@ -353,14 +354,22 @@ def origin(source: str, row: int, answer: int) -> str:
     return f"{source}:{row}" + (f", answer {answer}" if answer else "")
 
 
-def document_anchors(loss_mask: NDArray[np.bool_], block_size: int) -> NDArray[np.int64]:
-    """Return the candidates of one document, ascending: supervised positions with K-1 further tokens after them.
-
-    `loss_mask` is bool [T]. A document shorter than K has none.
-    """
-    return np.flatnonzero(loss_mask[: max(len(loss_mask) - block_size + 1, 0)]).astype(np.int64, copy=False)
+def document_anchors(loss_mask: NDArray[np.bool_], rule: AnchorRule) -> NDArray[np.int64]:
+    """Return the candidates of one document, ascending; `loss_mask` is bool [T]."""
+    return np.flatnonzero(_is_anchor(loss_mask, rule)).astype(np.int64, copy=False)
 
 
-def count_anchors(loss_mask: NDArray[np.bool_], block_size: int) -> int:
+def count_anchors(loss_mask: NDArray[np.bool_], rule: AnchorRule) -> int:
     """Return how many candidates a document has."""
-    return int(np.count_nonzero(loss_mask[: max(len(loss_mask) - block_size + 1, 0)]))
+    return int(np.count_nonzero(_is_anchor(loss_mask, rule)))
+
+
+def _is_anchor(loss_mask: NDArray[np.bool_], rule: AnchorRule) -> NDArray[np.bool_]:
+    """Return which positions are candidates, bool, as far as there can be any."""
+    if rule.kind == WHOLE:
+        return loss_mask[: max(len(loss_mask) - rule.tokens + 1, 0)]
+    before = np.concatenate([[0], np.cumsum(loss_mask)])
+    position = np.arange(len(loss_mask))
+    end = np.minimum(position + rule.tokens, len(loss_mask))
+    is_anchor: NDArray[np.bool_] = loss_mask & (before[end] > before[position + 1])
+    return is_anchor

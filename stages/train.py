@@ -46,6 +46,8 @@ class Trained:
     """Samples to train on."""
     num_val: int
     """Validation samples, which are held out of training."""
+    num_idle: int
+    """Samples that anchor no block and so train nothing."""
     parameters: int
     seconds: float
     """Time that this call took."""
@@ -62,6 +64,12 @@ class DryRun:
     """Most memory held in a step: by tensors on a GPU, by the process on a CPU."""
     num_train: int
     num_val: int
+    num_idle: int
+    """Samples that anchor no block and so train nothing."""
+    anchors: str
+    """The kind of `AnchorRule` by which blocks start."""
+    blocks_per_epoch: int
+    """Blocks that an epoch draws from the samples to train on."""
     total_steps: int
     steps_per_epoch: float
     batch_shape: tuple[int, ...]
@@ -140,6 +148,7 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
             total_steps=training.total_steps,
             num_train=len(training.train_samples),
             num_val=len(training.val_samples),
+            num_idle=training.num_idle,
             parameters=sum(p.numel() for p in training.draft.parameters()),
             seconds=time.perf_counter() - began,
         )
@@ -226,6 +235,9 @@ def dry_run(config: TrainConfig) -> DryRun:
             peak_bytes=peak_memory(training.device),
             num_train=len(training.train_samples),
             num_val=len(training.val_samples),
+            num_idle=training.num_idle,
+            anchors=training.anchor_rule.kind,
+            blocks_per_epoch=int(training.batching.num_anchors[training.train_samples].sum()),
             total_steps=training.total_steps,
             steps_per_epoch=training.schedule.count(0) / training.per_step,
             batch_shape=shapes[-1],

@@ -36,8 +36,9 @@ class DFlashTrainerModule(nn.Module):
     `compiled` runs the layers of a `DraftModel` and the softmax through `torch.compile`, which fuses the norms, rotary
     embeddings and gates that otherwise go through a GPU's memory one by one; it pays where shapes stay the same.
     Compiled layers keep the share `activation_budget` of what their backward pass needs, and compute the rest again.
-    `loss_settings` are those of the draft's variant, by the names that it gives them; `progress`, which the caller
-    sets, is the share of the run's steps that is done.
+    `anchor_kind`, that of an `AnchorRule`, says which positions anchor a block; None leaves it to the draft's variant,
+    whose `loss_settings` go by the names that it gives them. `progress`, which the caller sets, is the share of the
+    run's steps that is done.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DFlashTrainerModule(nn.Module):
         compiled: bool = False,
         activation_budget: float = 1.0,
         loss_settings: Mapping[str, float] | None = None,
+        anchor_kind: str | None = None,
     ) -> None:
         super().__init__()
         self.draft_model = draft_model
@@ -75,6 +77,7 @@ class DFlashTrainerModule(nn.Module):
         if isinstance(draft_model, DraftModel):
             self.variant, self._computes = draft_model.config.variant, torch_variants.variant_of(draft_model.config)
         self.loss_settings = {**self.variant.loss_settings, **(loss_settings or {})}
+        self.anchor_rule = self.variant.anchor_rule(anchor_kind or self.variant.anchors[0], block_size)
         self.progress = 1.0
         self._said_fallback = False
         problems = self._setting_problems()
@@ -130,8 +133,8 @@ class DFlashTrainerModule(nn.Module):
             keep = torch.ones_like(anchors, dtype=torch.bool) if keep_mask is None else keep_mask
         if anchors.shape[1] == 0:
             raise NoValidAnchorsError(
-                f"The given anchors are empty: expected at least one supervised position with a whole block after it, "
-                f"at S = {seq_len} and K = {self.block_size}."
+                f"The given anchors are empty: expected at least one supervised position with "
+                f"{self.anchor_rule.wanted}, at S = {seq_len} and K = {self.block_size}."
             )
         position, supervised = self._supervised(anchors, keep, loss_mask, document_ids)
         # How many there are is waited for here, where a GPU has little to do, and not behind the draft.
@@ -191,7 +194,7 @@ class DFlashTrainerModule(nn.Module):
         self, seq_len: int, loss_mask: Tensor, device: torch.device, generator: torch.Generator | None = None
     ) -> Anchors:
         """Draw anchors [B, N] and their keep mask by the bare rule of a padded batch."""
-        return sample_anchors(loss_mask.to(device), seq_len, self.block_size, self.num_anchors, generator)
+        return sample_anchors(loss_mask.to(device), seq_len, self.anchor_rule, self.num_anchors, generator)
 
     def _create_position_ids(self, anchor_positions: Tensor) -> Tensor:
         """Return the absolute positions of block tokens, int64 [B, N*K]: slot k of a block at anchor + k."""
@@ -210,7 +213,7 @@ class DFlashTrainerModule(nn.Module):
     def _draw(self, loss_mask: Tensor, document_ids: Tensor | None, generator: torch.Generator | None) -> Anchors:
         if document_ids is None:
             return self._sample_anchor_positions(loss_mask.shape[1], loss_mask, loss_mask.device, generator)
-        return sample_document_anchors(loss_mask, document_ids, self.block_size, self.num_anchors, generator)
+        return sample_document_anchors(loss_mask, document_ids, self.anchor_rule, self.num_anchors, generator)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
         """Return the dtype of all between the layers: under autocast its own."""
@@ -345,6 +348,8 @@ class DFlashTrainerModule(nn.Module):
         problems = []
         if self.block_size < 2:
             problems.append(f"block_size is {self.block_size}; expected at least 2 (an anchor and one slot).")
+        if self.anchor_rule.kind not in self.variant.anchors:
+            problems.append(f"anchor_kind is {self.anchor_rule.kind!r}; expected one of {self.variant.anchors}.")
         if self.num_anchors < 1:
             problems.append(f"num_anchors is {self.num_anchors}; expected at least 1.")
         if self.head_chunk_slots is not None and self.head_chunk_slots < 1:

@@ -36,6 +36,16 @@ def visible_by_brute_force(
     return mask
 
 
+def anchors_by_brute_force(loss_mask: list[int], block_size: int, partial: bool) -> list[int]:
+    """Return the positions of one document that anchor a block: supervised, and the block whole or in part so too."""
+    found = []
+    for a in range(len(loss_mask)):
+        behind = [loss_mask[a + k] == 1 for k in range(1, block_size) if a + k < len(loss_mask)]
+        if loss_mask[a] == 1 and (any(behind) if partial else len(behind) == block_size - 1):
+            found.append(a)
+    return found
+
+
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 

@@ -62,6 +62,7 @@ def trained_json(done: "Trained") -> str:
         "parameters": done.parameters,
         "train_samples": done.num_train,
         "held_out_samples": done.num_val,
+        "samples_without_anchors": done.num_idle,
         "best_step": done.state.best_step,
         "best_serving_walk": done.state.best_walk,
         "seconds": done.seconds,
@@ -69,9 +70,15 @@ def trained_json(done: "Trained") -> str:
     return json.dumps(found, indent=1)
 
 
+def _idle(number: int) -> str:
+    return f"; {number:,} without an anchor, which train nothing" if number else ""
+
+
 def print_trained(done: "Trained", out: Path) -> None:
     """Print where the run stands and what to do next."""
     print(f"{out} is trained: {done.state.step:,} steps over {done.num_train:,} samples, {done.seconds:.0f} s.")
+    if done.num_idle:
+        print(f"{done.num_idle:,} samples have no anchor and trained nothing; see --anchors.")
     print(f"The draft has {done.parameters:,} parameters.")
     if done.state.best_step:
         print(f"Best acceptance length in the serving walk: {done.state.best_walk:.2f} tokens a round,")
@@ -99,7 +106,8 @@ def print_dry_run(found: "DryRun") -> None:
     """Print what a run would take."""
     rows, tokens, blocks = found.batch_shape
     lines = {
-        "Samples": f"{found.num_train:,} to train on, {found.num_val:,} held out",
+        "Samples": f"{found.num_train:,} to train on, {found.num_val:,} held out{_idle(found.num_idle)}",
+        "Anchors": f"{found.anchors}; {found.blocks_per_epoch:,} blocks an epoch",
         "Parameters": f"{found.parameters:,}",
         "Memory": f"{readable_bytes(found.weight_bytes)} weights, gradients and optimizer; at its peak "
         f"{readable_bytes(found.peak_bytes)}",

@@ -30,6 +30,7 @@ from dflash_offline.pipeline.inspect.shard_statistics import PooledLayer, ShardR
 from dflash_offline.pipeline.inspect.warnings import CacheWarning, feature_warnings, layer_warnings, with_warnings
 from dflash_offline.pipeline.safe_output import safe
 from dflash_offline.pipeline.terminal import columns, facts, named, open_console, print_json, sparkline
+from dflash_offline.schemas.draft.anchor_rule import WHOLE
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.manifest import is_compiled
 from dflash_offline.stages.progress import readable_bytes
@@ -151,7 +152,8 @@ def _plan(view: Overview) -> list[tuple[str, str]]:
     rows += [("Noted", f"{kind} in {count:,} samples") for kind, count in plan.notes.items()]
     cut = f"; {plan.truncated:,} cut at the maximum length" if plan.truncated else ""
     shares = f"supervised {plan.supervised_share:.0%}, of a sample {share.least:.0%} to {share.most:.0%}"
-    anchors = f"{_spread_text(plan.anchors_per_sample)} for blocks of {view.provenance.block_size}"
+    partial = "" if view.provenance.anchor_kind == WHOLE else ", partial ones too"
+    anchors = f"{_spread_text(plan.anchors_per_sample)} for blocks of {view.provenance.block_size}{partial}"
     return [
         *rows,
         ("Samples", f"{plan.samples:,}{cut}"),

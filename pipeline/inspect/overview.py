@@ -67,6 +67,7 @@ class Provenance:
     mask_rule: str
     mask_token_id: int
     block_size: int
+    anchor_kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def overview(cache: Cache) -> Overview:
     warnings = [
         *shard_warnings(states, cache.faults, cache.name),
         *layer_warnings(statistics, layers, cache.name),
-        *plan_warnings(cache.samples, manifest.plan["block_size"], cache.name),
+        *plan_warnings(cache.samples, manifest.anchor_rule, cache.name),
         *mask_token_warnings(mask_token, name, problem, use),
         *half_written_warnings(half_written),
     ]
@@ -220,6 +221,7 @@ def _provenance(manifest: Manifest) -> Provenance:
         mask_rule=identity["mask_rule"],
         mask_token_id=manifest.plan["mask_token_id"],
         block_size=manifest.plan["block_size"],
+        anchor_kind=manifest.anchor_rule.kind,
     )
 
 

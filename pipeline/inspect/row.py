@@ -8,6 +8,7 @@ import numpy as np
 from dflash_offline.pipeline.inspect.sample import TextRun, legend, marked_text, text_runs
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console
 from dflash_offline.pipeline.token_text import token_texts
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.conversations.advice import advice
@@ -36,6 +37,7 @@ class RowView:
     supervised: int
     anchors: int
     block_size: int
+    anchor_kind: str
     truncated_supervised: int | None
     """Supervised tokens beyond the maximum length; None if the row is not longer."""
     left_out: str | None
@@ -85,13 +87,14 @@ def row_view(config: ExtractConfig, number: int) -> list[RowView]:
             supervised=part.num_supervised,
             anchors=part.num_anchors,
             block_size=config.block_size,
+            anchor_kind=config.anchors,
             truncated_supervised=part.num_supervised_cut if part.num_supervised_cut >= 0 else None,
             left_out=part.reason or None,
             detail=part.detail or None,
             advice=advice(part.reason) or None,
             dropped=list(part.dropped),
             notes=list(part.notes),
-            runs=text_runs(texts, batch.mask[own], config.block_size) if texts else [],
+            runs=text_runs(texts, batch.mask[own], config.anchor_rule) if texts else [],
         )
         views.append(view)
     return views
@@ -110,7 +113,7 @@ def _print(view: RowView) -> None:
         ("Row", f"{view.row} ({view.source}:{view.line}), {view.format}"),
         *([("Answer", f"{view.answer}, after its history as served")] if view.answer else []),
         ("Roles", ", ".join(view.roles) or "none"),
-        ("Mask", f"{view.mask_rule}; {legend(view.block_size, coloured=coloured)}"),
+        ("Mask", f"{view.mask_rule}; {legend(AnchorRule(view.block_size, view.anchor_kind), coloured=coloured)}"),
         ("Tokens", f"{view.tokens:,}; supervised {view.supervised:,}"),
         ("Anchors", f"{view.anchors:,} for blocks of {view.block_size}"),
     ]

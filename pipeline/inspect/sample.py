@@ -17,9 +17,10 @@ from dflash_offline.pipeline.inspect.feature_statistics import token_norms
 from dflash_offline.pipeline.safe_output import safe
 from dflash_offline.pipeline.terminal import facts, has_colour, open_console, sparkline
 from dflash_offline.pipeline.token_text import token_texts
+from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
 from dflash_offline.schemas.manifest import TARGET
-from dflash_offline.schemas.samples import origin
+from dflash_offline.schemas.samples import document_anchors, origin
 from dflash_offline.stages.store.cache import Cache
 
 BRACKETS = {"anchor": ("[[", "]]", "green"), "tail": ("((", "))", "yellow"), "": ("", "", "")}
@@ -51,6 +52,7 @@ class SampleView:
     supervised: int
     anchors: int
     block_size: int
+    anchor_kind: str
     shard: int
     start: int
     next_start: int
@@ -75,7 +77,7 @@ def sample_view(cache: Cache, sample: int) -> SampleView:
     ids, mask = samples.input_ids(sample), samples.loss_mask(sample)
     texts = token_texts(ids.tolist(), lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
     shard = int(samples.shard[sample])
-    block_size = cache.manifest.plan["block_size"]
+    rule = cache.manifest.anchor_rule
     norms, reason = sample_norms(cache, sample)
     ends_shard = sample == samples.samples_of_shard(shard)[-1]
     return SampleView(
@@ -87,11 +89,12 @@ def sample_view(cache: Cache, sample: int) -> SampleView:
         tokens=len(ids),
         supervised=int(mask.sum()),
         anchors=int(samples.num_anchors[sample]),
-        block_size=block_size,
+        block_size=rule.tokens,
+        anchor_kind=rule.kind,
         shard=shard,
         start=int(samples.start[sample]),
         next_start=(shard + 1) * cache.layout.shard_tokens if ends_shard else int(samples.start[sample + 1]),
-        runs=text_runs(texts, mask, block_size),
+        runs=text_runs(texts, mask, rule),
         token_ids=ids.tolist(),
         token_texts=texts,
         loss_mask=mask.astype(int).tolist(),
@@ -118,10 +121,10 @@ def sample_norms(cache: Cache, sample: int) -> tuple[NDArray[np.float64] | None,
         return None, str(error)
 
 
-def text_runs(texts: list[str], mask: NDArray[np.bool_], block_size: int) -> list[TextRun]:
+def text_runs(texts: list[str], mask: NDArray[np.bool_], rule: AnchorRule) -> list[TextRun]:
     """Return the text of a sample's tokens in runs, each as long as it can be."""
-    anchors = mask.copy()
-    anchors[max(len(texts) - block_size + 1, 0) :] = False
+    anchors = np.zeros_like(mask)
+    anchors[document_anchors(mask, rule)] = True
     kind = mask.astype(np.int8) + anchors
     edges = [0, *(np.flatnonzero(kind[1:] != kind[:-1]) + 1).tolist(), len(texts)]
     return [
@@ -142,12 +145,13 @@ def marked_text(runs: list[TextRun], *, coloured: bool) -> Text:
     return text
 
 
-def legend(block_size: int, *, coloured: bool) -> str:
+def legend(rule: AnchorRule, *, coloured: bool) -> str:
     """Return what the colours or brackets in a text mean."""
     anchor, tail = ("green", "yellow") if coloured else ("in [[ ]]", "in (( ))")
-    return (
-        f"supervised is {anchor}; {tail} where fewer than {block_size - 1} tokens follow, so that no block starts there"
-    )
+    few = f"fewer than {rule.tokens - 1} tokens follow"
+    if rule.kind != WHOLE:
+        few = f"none of the {rule.tokens - 1} tokens after it is supervised"
+    return f"supervised is {anchor}; {tail} where {few}, so that no block starts there"
 
 
 def print_sample(view: SampleView) -> None:
@@ -161,7 +165,7 @@ def print_sample(view: SampleView) -> None:
         ("Sample", f"{view.sample}, from {origin(view.source, view.row, view.answer)}"),
         ("Tokens", f"{numbers} for blocks of {view.block_size}"),
         ("Place", f"shard {view.shard}, {slots}"),
-        ("Legend", legend(view.block_size, coloured=coloured)),
+        ("Legend", legend(AnchorRule(view.block_size, view.anchor_kind), coloured=coloured)),
     ]
     console.print(facts(rows))
     _rule(console, "document begins")

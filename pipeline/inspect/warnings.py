@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dflash_offline.pipeline.inspect.feature_statistics import FeatureStatistics
 from dflash_offline.pipeline.inspect.plan_statistics import MaskTokenUse
 from dflash_offline.pipeline.inspect.shard_statistics import PooledLayer, ShardStatistics
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.locks import ABANDONED_S
 from dflash_offline.schemas.samples import SampleTable
@@ -146,14 +147,14 @@ def shard_warnings(states: dict[int, str], faults: list[str], cache: str) -> Ite
             yield CacheWarning(f"{state} shard", _name_shards(shards), what, todo, shards=tuple(shards))
 
 
-def plan_warnings(samples: SampleTable, block_size: int, cache: str) -> Iterator[CacheWarning]:
+def plan_warnings(samples: SampleTable, rule: AnchorRule, cache: str) -> Iterator[CacheWarning]:
     """Yield samples with nothing supervised or, if all have something, with nowhere to anchor a block."""
     for column, kind, what in (
         (samples.num_supervised, "all-masked samples", "have no supervised token: they train nothing"),
         (
             samples.num_anchors,
             "samples without anchors",
-            f"have no supervised token with {block_size - 1} more after it",
+            f"have no supervised token with {rule.wanted}",
         ),
     ):
         empty = np.flatnonzero(column == 0)

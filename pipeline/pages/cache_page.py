@@ -24,6 +24,7 @@ from dflash_offline.pipeline.pages.page import fitting, write_page
 from dflash_offline.pipeline.pages.plots import draw, require_matplotlib
 from dflash_offline.pipeline.token_text import Decode, token_texts, visible
 from dflash_offline.schemas.errors import CacheError
+from dflash_offline.schemas.samples import document_anchors
 from dflash_offline.stages.progress import readable_bytes
 from dflash_offline.stages.store.cache import Cache
 
@@ -190,19 +191,21 @@ def _shown_samples(cache: Cache, listed: NDArray[np.int64]) -> list[dict[str, An
 
 def _shown_sample(cache: Cache, sample: int, decode: Decode) -> dict[str, Any]:
     """Return one sample as the page's script reads it; norms are [L][T]."""
-    samples, block = cache.samples, cache.manifest.plan["block_size"]
+    samples = cache.samples
     length = int(samples.num_tokens[sample])
-    ids = samples.input_ids(sample)[:TOKENS_SHOWN].tolist()
+    ids, mask = samples.input_ids(sample)[:TOKENS_SHOWN].tolist(), samples.loss_mask(sample)
+    anchors = np.zeros_like(mask)
+    anchors[document_anchors(mask, cache.manifest.anchor_rule)] = True
     norms, why = sample_norms(cache, sample)
     shown = None if norms is None else norms[:, : len(ids)].tolist()
     return {
         "sample": sample,
         "tokens": length,
-        "anchor_end": max(length - block + 1, 0),
         "start": int(samples.start[sample]),
         "ids": ids,
         "texts": [visible(text) for text in token_texts(ids, decode)],
-        "mask": samples.loss_mask(sample)[:TOKENS_SHOWN].astype(int).tolist(),
+        "mask": mask[:TOKENS_SHOWN].astype(int).tolist(),
+        "anchors": anchors[:TOKENS_SHOWN].astype(int).tolist(),
         "norms": shown and [[float(f"{norm:.4g}") for norm in layer] for layer in shown],
         "no_features": why,
     }

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from dflash_offline.schemas.draft.anchor_rule import ANCHORS, WHOLE, AnchorRule
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
 from dflash_offline.schemas.settings import shared
 from dflash_offline.schemas.settings.engine import (
@@ -85,6 +86,10 @@ class ExtractConfig:
         "Longest block that a draft of this cache may have, an anchor and the drafted tokens; samples without room "
         "for one are left out. By default as published.",
         "What is captured", "identity", "TOKENS", bounds=AT_LEAST_2)] = 16
+    anchors: Annotated[str, Option(
+        "Which samples are kept for such blocks: those with a supervised token and a whole block of text after it; or "
+        "partial, all with a supervised token within a block of another, for `dflash train --anchors partial`.",
+        "What is captured", "identity", "NAME", choices=ANCHORS)] = WHOLE
     mask_token_id: Annotated[int | None, Option(
         "Token that fills the slots to be drafted.",
         "What is captured", "identity", "ID", unset="a reserved one that no data holds")] = None
@@ -141,11 +146,16 @@ class ExtractConfig:
             step=self.step if kind == "scaled" else None,
         )
 
+    @property
+    def anchor_rule(self) -> AnchorRule:
+        """Which positions of a sample anchor a block."""
+        return AnchorRule(self.block_size, self.anchors)
+
     def __post_init__(self) -> None:
         found = problems(self)
         if not self.data:
             found.append("No data is given.")
-        if self.max_length < self.block_size:
+        if self.anchors == WHOLE and self.max_length < self.block_size:
             found.append(f"max_length {self.max_length} is shorter than one block of {self.block_size}.")
         if self.layers is not None and self.num_layers is not None:
             found.append("Both layers and num_layers are given; name one of them.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from dflash_offline.schemas.draft.anchor_rule import ANCHORS
 from dflash_offline.schemas.draft.config import CAUSAL_LAYERS
 from dflash_offline.schemas.settings.option import (
     ARGUMENTS,
@@ -94,6 +95,10 @@ class TrainConfig:
     num_anchors: Annotated[int, Option(
         "Blocks drawn from each sample and step, at most; by default as published.",
         "Loss", "identity", "BLOCKS", bounds=AT_LEAST_1)] = 512
+    anchors: Annotated[str | None, Option(
+        "Where a block may start: at a supervised token with a whole block of its text after it; or partial, wherever "
+        "a supervised token follows within the block, down to the last two of an answer.",
+        "Loss", "resolved", "NAME", unset="whole, or as the run was begun", choices=ANCHORS)] = None
     block_size: Annotated[int | None, Option(
         "Length of a block: an anchor and the drafted tokens.",
         "Loss", "recorded", "TOKENS", unset="the cache's, which is the longest", bounds=AT_LEAST_2)] = None

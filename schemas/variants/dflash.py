@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from dflash_offline.schemas.draft.anchor_rule import ANCHORS, AnchorRule
 from dflash_offline.schemas.draft.values import Found
 from dflash_offline.schemas.variants.variant import Counted, Curve, Sizes
 
@@ -23,6 +24,7 @@ class DFlash:
     first_slot: ClassVar[int] = 1
     label_offset: ClassVar[int] = 0
     needs_final: ClassVar[bool] = False
+    anchors: ClassVar[tuple[str, ...]] = ANCHORS
     loss_settings: ClassVar[Mapping[str, float]] = {}
     losses: ClassVar[tuple[str, ...]] = ()
     paths: ClassVar[tuple[str, ...]] = ()
@@ -48,6 +50,11 @@ class DFlash:
     def speculators_fields(self) -> dict[str, Any]:
         """Return its names there."""
         return {"architectures": ["DFlashSpeculator"], "speculators_model_type": self.speculators}
+
+    @classmethod
+    def anchor_rule(cls, kind: str, block_size: int) -> AnchorRule:
+        """Return the rule over the block's own tokens."""
+        return AnchorRule(block_size, kind)
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "DFlash":

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from dflash_offline.schemas.checked import Size
+from dflash_offline.schemas.draft.anchor_rule import ANCHORS, AnchorRule
 from dflash_offline.schemas.draft.values import Found, first, is_int, say, section
 from dflash_offline.schemas.variants.dflash import DFlash
 from dflash_offline.schemas.variants.variant import Counted, Curve, Sizes
@@ -39,6 +40,7 @@ class DFlash2:
     first_slot: ClassVar[int] = 1
     label_offset: ClassVar[int] = 0
     needs_final: ClassVar[bool] = False
+    anchors: ClassVar[tuple[str, ...]] = ANCHORS
     loss_settings: ClassVar[Mapping[str, float]] = {"selector_loss_alpha": 1.0, "selector_warmup_ratio": 0.0}
     losses: ClassVar[tuple[str, ...]] = ("draft_loss", "selector_loss")
     paths: ClassVar[tuple[str, ...]] = ("without_selector", "oracle")
@@ -106,6 +108,11 @@ class DFlash2:
     def speculators_fields(self) -> dict[str, Any]:
         """Return its names there, and its fields."""
         return {"architectures": [self.architecture], "speculators_model_type": self.speculators, **asdict(self)}
+
+    @classmethod
+    def anchor_rule(cls, kind: str, block_size: int) -> AnchorRule:
+        """Return the rule over the block's own tokens."""
+        return AnchorRule(block_size, kind)
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "DFlash2":

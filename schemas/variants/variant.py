@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.draft.values import Found
 
 Sizes = Mapping[str, Any]
@@ -60,6 +61,8 @@ class Variant(Protocol):
     """Slot k of anchor a predicts the token at a + label_offset + k."""
     needs_final: ClassVar[bool]
     """Whether its loss reads the target's states after the final norm, which a cache has only where asked for."""
+    anchors: ClassVar[tuple[str, ...]]
+    """Kinds of `AnchorRule` that it can be trained by; the first is taken where none is asked for."""
     loss_settings: ClassVar[Mapping[str, float]]
     """Settings of its loss, by the names that a user knows them by, with their defaults."""
     losses: ClassVar[tuple[str, ...]]
@@ -85,6 +88,10 @@ class Variant(Protocol):
 
     def speculators_fields(self) -> dict[str, Any]:
         """Return what its config.json in the speculators format has beyond, or other than, every draft's."""
+
+    @classmethod
+    def anchor_rule(cls, kind: str, block_size: int) -> AnchorRule:
+        """Return which positions anchor a block of K tokens, by one of its kinds."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Variant":

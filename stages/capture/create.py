@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE
 from dflash_offline.schemas.locks import building_folder
 from dflash_offline.schemas.manifest import EMBEDDINGS, FEATURES, TARGET
 from dflash_offline.schemas.paths import utf8_name
@@ -70,6 +71,7 @@ def create_cache(inputs: Inputs, progress: Progress) -> Extractor:
                 **plan.counts(),
                 "mask_token_id": mask_token_id,
                 "block_size": config.block_size,
+                **({} if config.anchors == WHOLE else {"anchor_kind": config.anchors}),
                 "cpu_threads": torch.get_num_threads(),
                 "feature_bytes": forecast.bytes_by_kind[forecast.features.kind],
             },

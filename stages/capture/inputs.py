@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE
 from dflash_offline.schemas.manifest import (
     CAPTURE_RULE,
     COMPILE_RULE,
@@ -158,6 +159,7 @@ def cache_identity(
         "chat_template_kwargs": config.chat_template_kwargs,
         "max_length": config.max_length,
         "block_size": config.block_size,
+        **({} if config.anchors == WHOLE else {"anchors": config.anchors}),
         "skip_bad_rows": config.skip_bad_rows,
         "layout": {
             "features": asdict(config.feature_layout),

@@ -16,7 +16,7 @@ from dflash_offline.stages.conversations.rendering import (
     REWRITTEN,
     TOO_LONG,
 )
-from dflash_offline.stages.conversations.tokenize import BAD_ROW, NO_SUPERVISED, NOT_A_BLOCK, TOO_NEAR_END
+from dflash_offline.stages.conversations.tokenize import BAD_ROW, NO_SUPERVISED, NONE_FOLLOWS, NOT_A_BLOCK, TOO_NEAR_END
 
 DUPLICATE = "duplicate"
 _TEMPLATE = "--chat-template-kwargs with a chat_template"
@@ -43,8 +43,9 @@ _ADVICE = {
     "is written",
     NO_SUPERVISED: "`dflash regenerate` answers a last turn that nobody answered; --mask all supervises every token; a "
     "larger --max-length keeps answers beyond it",
-    NOT_A_BLOCK: "a smaller --block-size keeps them",
-    TOO_NEAR_END: "a smaller --block-size keeps them, or a larger --max-length if they were cut",
+    NOT_A_BLOCK: "a smaller --block-size keeps them, or --anchors partial",
+    TOO_NEAR_END: "a smaller --block-size keeps them, or --anchors partial, or a larger --max-length if they were cut",
+    NONE_FOLLOWS: "a larger --block-size keeps them, or a larger --max-length if they were cut",
 }
 
 

@@ -178,8 +178,8 @@ def _nothing_left(config: ExtractConfig, reasons: Counter[str], rule: str) -> st
     listed = "".join(f"\n  {left_out(*one)}" for one in reasons.most_common()) or "\n  no rows"
     return (
         f"No row of {', '.join(map(str, config.data))} gives a sample to train on:{listed}\n"
-        f"A sample needs a supervised token with {config.block_size - 1} more tokens after it, within its first "
-        f"{config.max_length:,} tokens (--max-length); the mask rule was '{rule}'."
+        f"A sample needs a supervised token with {config.anchor_rule.wanted}, at blocks of {config.block_size}, within "
+        f"its first {config.max_length:,} tokens (--max-length); the mask rule was '{rule}'."
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import count_anchors
 from dflash_offline.schemas.settings.extract import ExtractConfig
@@ -46,6 +47,7 @@ BAD_ROW = "bad row"
 NO_SUPERVISED = "no supervised token"
 NOT_A_BLOCK = "shorter than one block"
 TOO_NEAR_END = "supervised part too near the end"
+NONE_FOLLOWS = "no supervised token within a block of another"
 _AHEAD = 2
 """Batches for each process that are under way or wait for an earlier one."""
 _COMMAND = "from dflash_offline.stages.conversations.tokenize import serve; serve()"
@@ -209,10 +211,10 @@ class RowTokenizer:
             sample = replace(sample, input_ids=sample.input_ids[:most], loss_mask=sample.loss_mask[:most])
             left = int(np.count_nonzero(sample.loss_mask))
             num_cut, num_supervised = num_supervised - left, left
-        num_tokens, num_anchors = len(sample.input_ids), count_anchors(sample.loss_mask, self.config.block_size)
+        num_tokens, num_anchors = len(sample.input_ids), count_anchors(sample.loss_mask, self.config.anchor_rule)
         outcome = SampleOutcome(
             answer,
-            reason="" if num_anchors else _why_no_anchor(sample, self.config.block_size),
+            reason="" if num_anchors else _why_no_anchor(sample, self.config.anchor_rule),
             detail="" if num_anchors else f"{num_tokens} tokens",
             num_tokens=num_tokens,
             num_supervised=num_supervised,
@@ -230,10 +232,12 @@ def _fault_text(error: Exception) -> str:
     return f"is refused by the chat template ({str(error)[:200]})"
 
 
-def _why_no_anchor(sample: Tokenized, block_size: int) -> str:
+def _why_no_anchor(sample: Tokenized, rule: AnchorRule) -> str:
     if not sample.loss_mask.any():
         return NO_SUPERVISED
-    if len(sample.input_ids) < block_size:
+    if rule.kind != WHOLE:
+        return NONE_FOLLOWS
+    if len(sample.input_ids) < rule.tokens:
         return NOT_A_BLOCK
     return TOO_NEAR_END
 

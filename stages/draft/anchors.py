@@ -1,8 +1,9 @@
 """Which positions anchor a block, and how they are drawn.
 
-A candidate is a supervised position with a whole block after it. Two rules say how far the text reaches:
-the bare rule of a padded batch knows only the padded length; the document rule knows each document's own end, so
-that neither padding nor the other documents of a batch change what a document trains on.
+A candidate is a supervised position with a whole block after it, or, by a partial rule, with a supervised token near
+enough behind it. How far the text reaches is known in two ways: the bare rule of a padded batch knows only the padded
+length; the document rule knows each document's own end, so that neither padding nor the other documents of a batch
+change what a document trains on.
 """
 
 # Axes: B rows, S positions, N anchors, T tokens of one document, K block size.
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.errors import NoValidAnchorsError
 from dflash_offline.schemas.samples import document_anchors
 
@@ -22,7 +24,7 @@ Anchors = tuple[Tensor, Tensor]
 
 
 def draw_anchors(
-    loss_mask: NDArray[np.bool_], block_size: int, num_anchors: int, seed: int, epoch: int, sample_id: int
+    loss_mask: NDArray[np.bool_], rule: AnchorRule, num_anchors: int, seed: int, epoch: int, sample_id: int
 ) -> NDArray[np.int64]:
     """Return min(num_anchors, candidates) anchors of one document, drawn without replacement, ascending.
 
@@ -31,7 +33,7 @@ def draw_anchors(
     generator and the epoch is the highest word of its counter, so that no two streams overlap. Every candidate gets
     one raw word and the smallest win; raw words, unlike numpy's distributions, stay the same across its versions.
     """
-    candidates = document_anchors(loss_mask, block_size)
+    candidates = document_anchors(loss_mask, rule)
     if len(candidates) <= num_anchors:
         return candidates
     philox = np.random.Philox(key=np.array([seed, sample_id], np.uint64), counter=np.array([0, 0, 0, epoch], np.uint64))
@@ -56,19 +58,22 @@ def collate_anchors(anchors: Sequence[Sequence[NDArray[np.int64]]], offsets: Seq
 
 
 def sample_anchors(
-    loss_mask: Tensor, seq_len: int, block_size: int, num_anchors: int, generator: torch.Generator | None = None
+    loss_mask: Tensor, seq_len: int, rule: AnchorRule, num_anchors: int, generator: torch.Generator | None = None
 ) -> Anchors:
-    """Draw anchors by the bare rule of a padded batch: candidates are i in [0, max(S-K, 0)] with loss_mask > 0.5.
+    """Draw anchors by the bare rule of a padded batch: a row is one document, and K what the rule counts.
 
-    `loss_mask` is [B, S], int, bool or float; N = min(num_anchors, the largest candidate count of a row). Raises
-    `NoValidAnchorsError` when no row has a candidate.
+    Candidates of a whole rule are i in [0, max(S-K, 0)] with loss_mask > 0.5. `loss_mask` is [B, S], int, bool or
+    float; N = min(num_anchors, the largest candidate count of a row). Raises `NoValidAnchorsError` when no row has a
+    candidate.
     """
-    max_anchor = max(seq_len - block_size, 0)
-    candidate = loss_mask[:, : max_anchor + 1] > 0.5
+    if rule.kind == WHOLE:
+        candidate = loss_mask[:, : max(seq_len - rule.tokens, 0) + 1] > 0.5
+    else:
+        candidate = document_candidates(loss_mask, torch.zeros_like(loss_mask, dtype=torch.long), rule)
     counts = candidate.sum(dim=1)
     num = min(num_anchors, int(counts.max())) if counts.numel() else 0
     if num == 0:
-        raise NoValidAnchorsError(_no_anchors_text(tuple(loss_mask.shape), seq_len, block_size))
+        raise NoValidAnchorsError(_no_anchors_text(tuple(loss_mask.shape), seq_len, rule))
     rand = torch.rand(candidate.shape, device=loss_mask.device, generator=generator)
     order = rand.masked_fill(~candidate, 2.0).argsort(dim=1)[:, :num]
     return _ascending(order, counts, num, seq_len)
@@ -77,7 +82,7 @@ def sample_anchors(
 def sample_document_anchors(
     loss_mask: Tensor,
     document_ids: Tensor,
-    block_size: int,
+    rule: AnchorRule,
     num_anchors: int,
     generator: torch.Generator | None = None,
 ) -> Anchors:
@@ -87,7 +92,7 @@ def sample_document_anchors(
     N is the largest number of anchors in a row. Raises `NoValidAnchorsError` when no document has a candidate.
     """
     seq_len = loss_mask.shape[1]
-    candidate = document_candidates(loss_mask, document_ids, block_size)
+    candidate = document_candidates(loss_mask, document_ids, rule)
     starts = document_starts(document_ids)
     rand = torch.rand(candidate.shape, device=loss_mask.device, generator=generator)
     # Sort each row by document, then by chance; a candidate's rank within its document decides.
@@ -98,19 +103,21 @@ def sample_document_anchors(
     counts = drawn.sum(dim=1)
     num = int(counts.max()) if counts.numel() else 0
     if num == 0:
-        raise NoValidAnchorsError(_no_anchors_text(tuple(loss_mask.shape), seq_len, block_size))
+        raise NoValidAnchorsError(_no_anchors_text(tuple(loss_mask.shape), seq_len, rule))
     order = drawn.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num]
     return _ascending(order, counts, num, seq_len)
 
 
-def document_candidates(loss_mask: Tensor, document_ids: Tensor, block_size: int) -> Tensor:
-    """Return bool [B, S]: supervised positions whose position K-1 later belongs to the same document."""
-    candidate = torch.zeros(loss_mask.shape, dtype=torch.bool, device=loss_mask.device)
-    num = loss_mask.shape[1] - block_size + 1
-    if num > 0:
-        same = document_ids[:, :num] == document_ids[:, block_size - 1 :]
-        candidate[:, :num] = (loss_mask[:, :num] > 0.5) & same & (document_ids[:, :num] >= 0)
-    return candidate
+def document_candidates(loss_mask: Tensor, document_ids: Tensor, rule: AnchorRule) -> Tensor:
+    """Return bool [B, S]: supervised positions behind which enough follows of the same document."""
+    supervised = (loss_mask > 0.5) & (document_ids >= 0)
+    follows = torch.zeros_like(supervised)
+    offsets = [rule.tokens - 1] if rule.kind == WHOLE else range(1, rule.tokens)
+    for offset in offsets:
+        if offset < supervised.shape[1]:
+            same = document_ids[:, :-offset] == document_ids[:, offset:]
+            follows[:, :-offset] |= same if rule.kind == WHOLE else same & supervised[:, offset:]
+    return supervised & follows
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
@@ -128,9 +135,11 @@ def _ascending(order: Tensor, counts: Tensor, num: int, seq_len: int) -> Anchors
     return positions.masked_fill(~keep, 0), keep
 
 
-def _no_anchors_text(shape: tuple[int, ...], seq_len: int, block_size: int) -> str:
+def _no_anchors_text(shape: tuple[int, ...], seq_len: int, rule: AnchorRule) -> str:
+    smaller = f"before their last {rule.tokens - 1} tokens, or use a smaller block size"
+    instead = smaller if rule.kind == WHOLE else "and another near behind it"
     return (
-        f"No anchor in a batch of {shape[0]} rows: looked for a supervised position with a whole block after it, at "
-        f"padded length S = {seq_len} and block size K = {block_size}, and found none. Leave out samples without a "
-        f"supervised position before their last K - 1 tokens, or use a smaller block size."
+        f"No anchor in a batch of {shape[0]} rows: looked for a supervised position with {rule.wanted}, at padded "
+        f"length S = {seq_len} and K = {rule.tokens}, and found none. Leave out samples without a supervised position "
+        f"{instead}."
     )

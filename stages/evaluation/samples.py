@@ -147,7 +147,7 @@ def walk_samples(chosen: EvalSamples, drafts: Sequence[DraftModel], progress: Pr
     loader = BatchLoader(
         chosen.corpus,
         layer_ids=config.target_layer_ids,
-        block_size=config.block_size,
+        anchor_rule=modules[0].anchor_rule,
         num_anchors=1,
         seed=0,
         shape=None,

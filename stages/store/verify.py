@@ -132,7 +132,7 @@ def _mend(is_needed: bool) -> str:
 
 def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
     """Yield what is wrong with the plan's tokens: files that are as they were written may hold nothing to train on."""
-    mask_token, block_size = manifest.plan["mask_token_id"], manifest.plan["block_size"]
+    mask_token, rule = manifest.plan["mask_token_id"], manifest.anchor_rule
     wrong: dict[str, list[int]] = {"masked": [], "counted": [], "anchored": [], "holding": []}
     for sample in range(len(samples)):
         mask = samples.loss_mask(sample)
@@ -141,14 +141,14 @@ def _plan_faults(manifest: Manifest, samples: SampleTable) -> Iterator[str]:
             wrong["masked"].append(sample)
         if num_supervised != samples.num_supervised[sample]:
             wrong["counted"].append(sample)
-        if count_anchors(mask, block_size) != samples.num_anchors[sample]:
+        if count_anchors(mask, rule) != samples.num_anchors[sample]:
             wrong["anchored"].append(sample)
         if (samples.input_ids(sample) == mask_token).any():
             wrong["holding"].append(sample)
     said = {
         "masked": "have no supervised token and train nothing; extract anew with another --mask, or mend the template",
         "counted": "have another number of supervised tokens than their row says; extract anew",
-        "anchored": f"have another number of anchors for blocks of {block_size} than their row says; extract anew",
+        "anchored": f"have another number of anchors for blocks of {rule.tokens} than their row says; extract anew",
         "holding": f"hold the mask token {mask_token}, which stands for what is to be drafted; extract anew without "
         f"--mask-token-id",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
 from dflash_offline.schemas.samples import Tokens, count_anchors
@@ -62,9 +63,9 @@ class Corpus:
         cache, number = self.locate(sample)
         return (cache << 32) | number
 
-    def num_anchors(self, block_size: int, at_most: int) -> NDArray[np.int64]:
+    def num_anchors(self, rule: AnchorRule, at_most: int) -> NDArray[np.int64]:
         """Return how many anchors an epoch draws from each sample."""
-        counts = [_anchor_counts(cache, block_size) for cache in self.caches]
+        counts = [_anchor_counts(cache, rule) for cache in self.caches]
         return np.minimum(np.concatenate(counts), at_most)
 
     def split(self, val_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -116,12 +117,12 @@ class Corpus:
         return ", ".join(texts)
 
 
-def _anchor_counts(cache: Cache, block_size: int) -> NDArray[np.int64]:
-    """Return how many candidates each sample has; the plan counted those of its own block size."""
+def _anchor_counts(cache: Cache, rule: AnchorRule) -> NDArray[np.int64]:
+    """Return how many candidates each sample has; the plan counted those of its own rule."""
     samples = cache.samples
-    if block_size == int(cache.manifest.plan["block_size"]):
+    if rule == cache.manifest.anchor_rule:
         return samples.num_anchors
-    counts = [count_anchors(samples.loss_mask(number), block_size) for number in range(len(samples))]
+    counts = [count_anchors(samples.loss_mask(number), rule) for number in range(len(samples))]
     return np.array(counts, np.int64)
 
 

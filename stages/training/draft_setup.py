@@ -1,5 +1,6 @@
 """The draft of a run: its config, from the settings, the cache and the draft it starts from, and what it borrows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.draft.config_rules import config_faults
 from dflash_offline.schemas.draft.lint import trained_with
@@ -173,6 +175,21 @@ def _variant(config: TrainConfig, start: StartDraft | None) -> Variant:
 def _settings(kind: type[Variant]) -> set[str]:
     """Return the settings that are a variant's own: its fields, and those of its loss."""
     return {*own_fields(kind), *kind.loss_settings}
+
+
+def choose_anchor_rule(config: TrainConfig, draft: DraftConfig, begun: Mapping[str, Any] | None) -> AnchorRule:
+    """Return which positions anchor a block: as asked for, or as the run was begun, or as the draft's variant has it.
+
+    `begun` are the settings on the run's record, None if it has none; one that says nothing of it has whole blocks.
+    """
+    variant = draft.variant
+    kind = config.anchors or (begun.get("anchors", WHOLE) if begun else variant.anchors[0])
+    if kind not in variant.anchors:
+        raise DflashError(
+            f"--anchors {kind} is not for a draft of the variant {variant.name}; expected "
+            f"{' or '.join(variant.anchors)}. Leave it out."
+        )
+    return variant.anchor_rule(kind, draft.block_size)
 
 
 def _attention(config: TrainConfig, start: StartDraft | None, num_layers: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.training.corpus import Corpus
@@ -78,14 +79,14 @@ class Batch:
 
 
 class BatchLoader:
-    """Loads micro-batches for one draft: which layers, which blocks, which anchors."""
+    """Loads micro-batches for one draft: which layers, which anchors."""
 
     def __init__(
         self,
         corpus: Corpus,
         *,
         layer_ids: tuple[int, ...],
-        block_size: int,
+        anchor_rule: AnchorRule,
         num_anchors: int,
         seed: int,
         shape: RowShape | None,
@@ -95,7 +96,7 @@ class BatchLoader:
         self.corpus = corpus
         self.encoders = [FeatureEncoder(cache.codec) for cache in corpus.caches]
         self.columns = [[cache.layer_ids.index(layer) for layer in layer_ids] for cache in corpus.caches]
-        self.block_size = block_size
+        self.anchor_rule = anchor_rule
         self.num_anchors = num_anchors
         self.seed = seed
         self.shape = shape
@@ -137,7 +138,7 @@ class BatchLoader:
                 self._read_codes(sample, codes[b, start:stop])
                 ids[b, start:stop], mask[b, start:stop], documents[b, start:stop] = input_ids, loss_mask, document
                 drawn = draw_anchors(
-                    loss_mask, self.block_size, self.num_anchors, self.seed, epoch, corpus.anchor_id(sample)
+                    loss_mask, self.anchor_rule, self.num_anchors, self.seed, epoch, corpus.anchor_id(sample)
                 )
                 anchors[b].append(drawn)
                 starts[b].append(start)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
+from dflash_offline.schemas.draft.anchor_rule import WHOLE
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import publish, refuse_links
 from dflash_offline.schemas.locks import locked_folder, remove_unfinished
@@ -73,6 +74,8 @@ def _identity(training: Training) -> dict[str, Any]:
     for name in ("batch_size",) if packed else ("batch_tokens", "row_tokens"):
         del settings[name]
     settings |= training.loss_settings
+    if training.anchor_rule.kind != WHOLE:
+        settings["anchors"] = training.anchor_rule.kind
     record = training.draft_config.to_record()
     draft = {name: list(v) if isinstance(v, tuple) else v for name, v in record.items()}
     caches = [cache.manifest.checksum for cache in training.corpus.caches]

@@ -28,7 +28,12 @@ from dflash_offline.stages.training.checkpoint import (
     restore,
 )
 from dflash_offline.stages.training.corpus import Corpus
-from dflash_offline.stages.training.draft_setup import StartDraft, borrowed_parts, resolve_draft_config
+from dflash_offline.stages.training.draft_setup import (
+    StartDraft,
+    borrowed_parts,
+    choose_anchor_rule,
+    resolve_draft_config,
+)
 from dflash_offline.stages.training.loader import AHEAD, Batch, BatchLoader
 from dflash_offline.stages.training.memory import HALF, StepMemory, device_memory, kept_by_block_token
 from dflash_offline.stages.training.metrics import peak_memory
@@ -60,14 +65,13 @@ class Training:
         self.is_earlier = begun is not None and begun["packing"] and "row_rule" not in begun
         """Whether it goes on with a run whose rows are those of an earlier version."""
         self.val_every: int = config.val_every or (begun["val_every"] if begun else VAL_EVERY)
-        self.config = config
-        self.corpus = corpus
-        self.ranks = ranks
+        self.config, self.corpus, self.ranks = config, corpus, ranks
         self.device = ranks.device
         start = StartDraft.read(config.init_from) if config.init_from else None
         self.start_sha256 = start.sha256 if start else None
         self.start_is_compared = start is None or start.target is not None
         self.draft_config = resolve_draft_config(config, corpus, start)
+        self.anchor_rule = choose_anchor_rule(config, self.draft_config, begun)
         torch.manual_seed(config.seed)
         self.draft = DraftModel(self.draft_config)
         if start:
@@ -85,7 +89,10 @@ class Training:
                 f"--patience {config.patience} stops a run by its validations, and no sample is held out for them. "
                 f"Raise --val-samples, train from a larger cache, or leave --patience out."
             )
-        self.batching, self.schedule = self._plan()
+        num_anchors = corpus.num_anchors(self.anchor_rule, config.num_anchors)
+        can_train = num_anchors[self.train_samples] > 0
+        self.train_samples, self.num_idle = self.train_samples[can_train], int((~can_train).sum())
+        self.batching, self.schedule = self._plan(num_anchors)
         head, table = borrowed_parts(corpus.caches[0], self.device, torch.bfloat16 if self.bfloat16 else None)
         self.memory, self.activation_budget = self._budget(head, table)
         self.module = self._module(head, table)
@@ -154,6 +161,7 @@ class Training:
             compiled=self.compiled,
             activation_budget=self.activation_budget,
             loss_settings=self.loss_settings,
+            anchor_kind=self.anchor_rule.kind,
         )
 
     @property
@@ -170,13 +178,13 @@ class Training:
             return None
         return recommended_gamma(self.draft_config.block_size) if self.config.gamma is None else self.config.gamma
 
-    def _plan(self) -> tuple[Batching, Schedule]:
+    def _plan(self, num_anchors: Samples) -> tuple[Batching, Schedule]:
         config, corpus = self.config, self.corpus
         members = corpus.by_cache(self.train_samples)
         for cache, samples in zip(corpus.caches, members, strict=True):
             if not len(samples):
-                raise DflashError(f"{cache.path} leaves no sample to train on. Extract more conversations.")
-        num_anchors = corpus.num_anchors(self.draft_config.block_size, config.num_anchors)
+                idle = f" with {self.anchor_rule.wanted}" if self.num_idle else ""
+                raise DflashError(f"{cache.path} leaves no sample to train on{idle}. Extract more conversations.")
         shape = None
         if config.packing:
             skips_unseen = self.device.type == "cuda" and self.backend == "flex_attention"
@@ -209,7 +217,7 @@ class Training:
         return BatchLoader(
             self.corpus,
             layer_ids=self.draft_config.target_layer_ids,
-            block_size=self.draft_config.block_size,
+            anchor_rule=self.anchor_rule,
             num_anchors=self.config.num_anchors,
             seed=self.config.seed,
             shape=self.batching.shape,

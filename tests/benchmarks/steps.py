@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.draft.config import AttentionRule, DraftConfig
 from dflash_offline.stages.draft.anchors import draw_anchors
 from dflash_offline.stages.draft.attention import Blocks, dense_mask
@@ -57,7 +58,7 @@ def packed_row(
     seq_len, width = sum(lengths), len(config.target_layer_ids) * config.hidden_size
     masks = [np.arange(length) % 160 >= 32 for length in lengths]
     asked = enumerate(zip(masks, num_anchors, strict=True))
-    drawn = [draw_anchors(mask, config.block_size, n, 0, 0, i) for i, (mask, n) in asked]
+    drawn = [draw_anchors(mask, AnchorRule(config.block_size), n, 0, 0, i) for i, (mask, n) in asked]
     assert [len(a) for a in drawn] == list(num_anchors), "a document has too few candidates"
     anchors = np.concatenate([a + start for a, start in zip(drawn, np.cumsum([0, *lengths[:-1]]), strict=True)])
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))

@@ -9,6 +9,7 @@ from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft_config
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.draft.config import FULL, SLIDING, AttentionRule
 from dflash_offline.stages.draft import attention
 from dflash_offline.stages.draft.anchors import sample_document_anchors
@@ -30,7 +31,7 @@ def cases() -> dict[str, TinyBatch]:
 
 def drawn(batch: TinyBatch, num_anchors: int = 5) -> Blocks:
     generator = torch.Generator().manual_seed(0)
-    anchors, keep = sample_document_anchors(batch.loss_mask, batch.document_ids, 4, num_anchors, generator)
+    anchors, keep = sample_document_anchors(batch.loss_mask, batch.document_ids, AnchorRule(4), num_anchors, generator)
     return Blocks(anchors, keep, batch.document_ids, batch.input_ids.shape[1], 4)
 
 

@@ -23,6 +23,7 @@ from dflash_offline.pipeline.inspect.plan_statistics import NUM_BINS, MaskTokenU
 from dflash_offline.pipeline.inspect.sample import text_runs
 from dflash_offline.pipeline.token_text import token_texts
 from dflash_offline.schemas.commits import commit_path, read_commits
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.manifest import SAMPLES
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.progress import Silent
@@ -336,7 +337,7 @@ def test_a_run_that_begins_within_a_character_shows_it_whole(tmp_path: Path) -> 
     tokenizer = save_tokenizer(tmp_path)
     ids = tokenizer("a dog 🐕 日本 sees")["input_ids"]
     for cut in range(1, len(ids)):
-        runs = text_runs(token_texts(ids, tokenizer.decode), np.arange(len(ids)) >= cut, 1)
+        runs = text_runs(token_texts(ids, tokenizer.decode), np.arange(len(ids)) >= cut, AnchorRule(1))
         assert [run.tokens for run in runs] == [cut, len(ids) - cut]
         assert "".join(run.text for run in runs) == "a dog 🐕 日本 sees"
 

@@ -10,6 +10,7 @@ import torch
 from tiny import ATTENTION, pack, tiny_batch, tiny_draft, tiny_trainer
 from torch import Tensor
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.schemas.variants.dflash import DFlash
@@ -147,7 +148,7 @@ def test_batches_copied_beside_the_computation_are_the_loaded_ones(cache: Path) 
     loader = BatchLoader(
         Corpus.open((cache,)),
         layer_ids=(1, 4),
-        block_size=8,
+        anchor_rule=AnchorRule(8),
         num_anchors=5,
         seed=0,
         shape=None,

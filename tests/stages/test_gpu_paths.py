@@ -21,6 +21,7 @@ from tiny_target import save_conversations
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.manifest import FeatureLayout, Layout
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
@@ -160,7 +161,13 @@ def test_micro_batches_arrive_whole_and_the_step_waits_for_none(
 
         def streamed(device: torch.device, caches: Any = caches, batches: Any = batches) -> list[Batch]:
             made = BatchLoader(
-                Corpus.open(caches), layer_ids=(1, 4), block_size=8, num_anchors=5, seed=3, shape=None, device=device
+                Corpus.open(caches),
+                layer_ids=(1, 4),
+                anchor_rule=AnchorRule(8),
+                num_anchors=5,
+                seed=3,
+                shape=None,
+                device=device,
             )
             gpu.waits.clear()
             return list(made.stream(batches, 2))

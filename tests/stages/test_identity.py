@@ -44,6 +44,7 @@ CONTENT: dict[str, tuple[Settings, set[str]]] = {
     "layers": ({"layers": (1, 2, 3)}, {"layer_ids"}),
     "num_layers": ({"layers": None, "num_layers": 2}, {"layer_ids"}),
     "block_size": ({"block_size": 6}, {"block_size"}),
+    "anchors": ({"anchors": "partial"}, {"anchors"}),
     "mask_token_id": ({"mask_token_id": 303}, {"mask_token_id"}),
     "max_length": ({"max_length": 100}, {"max_length"}),
     "chat_template_kwargs": ({"chat_template_kwargs": {"a": 1}}, {"chat_template_kwargs", "chat_template_kwargs.a"}),

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import ReferenceStep, train_step
+from reference import ReferenceStep, anchors_by_brute_force, train_step
 from serving import MISTAKES, check_training_equals_serving, served_by_own_draft, short_rows
 from tiny import ATTENTION, TinyBatch, pack, tiny_batch, tiny_draft, tiny_target_ends, tiny_trainer
 from torch import Tensor, nn
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
 from dflash_offline.schemas.variants.dflash import DFlash
 from dflash_offline.schemas.variants.dflash2 import DFlash2
@@ -33,7 +34,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def document_draws(batch: TinyBatch, lengths: list[int], num_anchors: int = 6) -> list[Any]:
     return [
-        draw_anchors(mask[:length].bool().numpy(), 4, num_anchors, seed=0, epoch=0, sample_id=i)
+        draw_anchors(mask[:length].bool().numpy(), AnchorRule(4), num_anchors, seed=0, epoch=0, sample_id=i)
         for i, (mask, length) in enumerate(zip(batch.loss_mask, lengths, strict=True))
     ]
 
@@ -118,6 +119,41 @@ def check_step(trainer: DFlashTrainerModule, packed: bool) -> None:
     found, wanted = gradients(step.loss, trainer), gradients(expected.loss, trainer)
     for name, grad in wanted.items():
         assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("rule", ["document, padded", "document, packed", "bare"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
+def test_a_step_of_partial_blocks_equals_the_slow_reference(backend: str, rule: str) -> None:
+    """Down to the last two tokens of every document, of which one is only three long; all that may anchor is drawn."""
+    settings: dict[str, Any] = {"loss_decay_gamma": 2.0, "num_anchors": 64, "anchor_kind": "partial"}
+    trainer = tiny_trainer(attention_backend=backend, **settings)
+    batch = tiny_batch(trainer.draft_model.config, LENGTHS)
+    if rule == "bare":
+        batch = TinyBatch(*(getattr(batch, name)[:1] for name in TinyBatch.__dataclass_fields__))
+        batch = TinyBatch(*(getattr(batch, name)[:, : LENGTHS[0]] for name in TinyBatch.__dataclass_fields__))
+    lengths = LENGTHS[: len(batch.input_ids)]
+    documents: list[dict[str, Any]] = []
+    for i, length in enumerate(lengths):
+        names = ("input_ids", "hidden_states", "loss_mask")
+        documents.append({name: getattr(batch, name)[i, :length] for name in names})
+        found = anchors_by_brute_force(documents[-1]["loss_mask"].tolist(), 4, partial=True)
+        documents[-1]["anchors"] = torch.tensor(found)
+    assert min(len(one["input_ids"]) - int(one["anchors"].max()) for one in documents) < 4, "there are partial blocks"
+    inputs = pack(batch, padding=3) if rule.endswith("packed") else batch
+    ids = None if rule == "bare" else inputs.document_ids
+    with torch.set_grad_enabled(backend != "flex_attention"):
+        step = trainer(*arguments(inputs), document_ids=ids)
+    weights, config = dict(trainer.draft_model.named_parameters()), trainer.draft_model.config
+    expected = train_step(weights, config, trainer.target_lm_head, trainer.target_embed_tokens, documents, 2.0)
+    assert step.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
+    assert step.loss_weight.item() == pytest.approx(expected.loss_weight, rel=1e-6)
+    assert step.valid_by_slot.tolist() == expected.valid_by_slot
+    assert step.accept_len_sum.item() == sum(expected.accept_lens)
+    assert step.valid_blocks.item() == sum(len(one["anchors"]) for one in documents), "no block trains nothing"
+    if backend != "flex_attention":
+        found, wanted = gradients(step.loss, trainer), gradients(expected.loss, trainer)
+        for name, grad in wanted.items():
+            assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 def test_gradients_of_the_numerator_add_up_over_micro_batches() -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tiny_target import WITH_TAGS, save_conversations, save_target
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.samples import document_anchors
@@ -146,7 +147,7 @@ def second_cache(target: Path, extract_config: dict[str, object], tmp_path_facto
 
 def loader(*caches: Path, shape: RowShape | None = None) -> BatchLoader:
     return BatchLoader(
-        Corpus.open(caches), layer_ids=(1, 4), block_size=8, num_anchors=5, seed=3, shape=shape, device=CPU
+        Corpus.open(caches), layer_ids=(1, 4), anchor_rule=AnchorRule(8), num_anchors=5, seed=3, shape=shape, device=CPU
     )
 
 
@@ -197,9 +198,9 @@ def test_anchors_depend_on_sample_and_epoch_not_on_the_batch_or_other_caches(cac
 def test_anchors_are_counted_as_they_are_drawn_whatever_the_plan_counted(cache: Path, block_size: int) -> None:
     corpus = Corpus.open((cache,))
     assert corpus.caches[0].manifest.plan["block_size"] == 8
-    drawn = [len(document_anchors(corpus.tokens(sample)[1], block_size)) for sample in range(len(corpus))]
-    assert corpus.num_anchors(block_size, 10**6).tolist() == drawn
-    assert corpus.num_anchors(block_size, 3).tolist() == [min(count, 3) for count in drawn]
+    drawn = [len(document_anchors(corpus.tokens(sample)[1], AnchorRule(block_size))) for sample in range(len(corpus))]
+    assert corpus.num_anchors(AnchorRule(block_size), 10**6).tolist() == drawn
+    assert corpus.num_anchors(AnchorRule(block_size), 3).tolist() == [min(count, 3) for count in drawn]
 
 
 def test_the_split_follows_content(cache: Path) -> None:

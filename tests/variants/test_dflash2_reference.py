@@ -24,6 +24,7 @@ from tiny_decoding import HIDDEN, LAYERS, MASK, SHAPE, VOCAB, random_prompts, ti
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.stages.draft import attention
 from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
@@ -84,7 +85,7 @@ class _SIZES:
 
 def draws(batch: TinyBatch) -> list[Any]:
     return [
-        draw_anchors(mask[:length].bool().numpy(), 4, 6, seed=0, epoch=0, sample_id=i)
+        draw_anchors(mask[:length].bool().numpy(), AnchorRule(4), 6, seed=0, epoch=0, sample_id=i)
         for i, (mask, length) in enumerate(zip(batch.loss_mask, LENGTHS, strict=True))
     ]
 

@@ -37,7 +37,7 @@
       `${sample.tokens} tokens${part}; ${supervised} supervised; ${table.anchors[row]} anchors; shard ${table.shard[row]}` +
       (sample.norms ? "" : `; no norms: ${sample.no_features}`);
     box.replaceChildren(...sample.texts.map((text, i) => {
-      const kind = !sample.mask[i] ? "" : i < sample.anchor_end ? "anchor" : "tail";
+      const kind = !sample.mask[i] ? "" : sample.anchors[i] ? "anchor" : "tail";
       const token = element("span", `token norm ${kind}`, text === "" ? "◦" : text);
       token.dataset.i = i;
       return token;
@@ -47,7 +47,7 @@
   }
 
   function describe(i) {
-    const kind = !sample.mask[i] ? "not supervised" : i < sample.anchor_end ? "supervised, can anchor a block" : "supervised, too near the end";
+    const kind = !sample.mask[i] ? "not supervised" : sample.anchors[i] ? "supervised, can anchor a block" : "supervised, too near the end";
     const norms = sample.norms ? layerIds.map((id, l) => `layer ${id} ${written(sample.norms[l][i])}`).join(" · ") : "none";
     return `position ${i}, token ${sample.ids[i]}, slot ${sample.start + i}: ${kind}; norms: ${norms}`;
   }
