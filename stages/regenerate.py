@@ -21,6 +21,7 @@ from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import LOCK, locked_folder, remove_unfinished
 from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages.answers import advice
@@ -80,7 +81,7 @@ class Regenerated:
 
 
 class Answerer(Protocol):
-    """What gives the answers: the target itself, or servers."""
+    """What gives the answers: the target itself, run by transformers or an engine, or servers."""
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the answers, and is compared."""
@@ -124,6 +125,10 @@ def _choose_answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
         from dflash_offline.stages.answers.servers import ServerAnswerer
 
         return ServerAnswerer(config, progress)
+    if config.engine != TRANSFORMERS:
+        from dflash_offline.stages.answers.engine import EngineAnswerer
+
+        return EngineAnswerer(config, progress)
     from dflash_offline.stages.answers.local import LocalAnswerer
 
     return LocalAnswerer(config, progress)

@@ -86,3 +86,13 @@ def slow_digest(monkeypatch: pytest.MonkeyPatch) -> None:
             return self._digest.hexdigest()
 
     monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=SlowDigest, file_digest=hashlib.file_digest))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have the metadata of a vLLM found, whose version a test may write anew; returns its folder."""
+    folder = tmp_path / "packages" / "vllm-0.32.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder

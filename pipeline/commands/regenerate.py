@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # help is shown, and words are completed, without what takes 
         "answered by a server that runs the model",
         "chats.jsonl --target Qwen/Qwen3-8B --server http://127.0.0.1:8000/v1 --out own.jsonl",
     ),
+    (
+        "by vLLM in this process, over two GPUs",
+        "chats.jsonl --target Qwen/Qwen3-32B --out own.jsonl --engine vllm --tensor-parallel-size 2",
+    ),
 )
 def regenerate(
     settings: Callable[..., RegenerateConfig],

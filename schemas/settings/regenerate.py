@@ -8,9 +8,27 @@ from urllib.parse import urlsplit
 
 from dflash_offline.schemas.secrets import shown_url
 from dflash_offline.schemas.settings import shared
+from dflash_offline.schemas.settings.engine import (
+    TRANSFORMERS,
+    Engine,
+    EngineArgs,
+    GpuMemoryUtilization,
+    KvCacheDtype,
+    Quantization,
+    TensorParallelSize,
+    engine_problems,
+)
 from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, SEEDS, Bounds, Option, problems, refuse
 
 _SECONDS = Bounds("a number of seconds", lambda value: 0 <= value < math.inf)
+_INSTEAD = {
+    "device_map": "vllm takes tensor_parallel_size",
+    "attn_implementation": "vllm chooses its own",
+    "batch_rows": "vllm takes max_num_seqs in engine_args",
+}
+"""Settings of transformers alone."""
+_LEAST_TEMPERATURE_OF_VLLM = 0.01
+"""vLLM draws at it where a lower one is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +57,12 @@ class RegenerateConfig:
     batch_rows: Annotated[int, Option(
         "Conversations that a target loaded here answers at once; another number may decide a near tie otherwise.",
         "Target", "identity", "ROWS", bounds=AT_LEAST_1)] = 32
+    engine: Engine = TRANSFORMERS
+    tensor_parallel_size: TensorParallelSize = 1
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9
+    quantization: Quantization = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+    engine_args: EngineArgs = field(default_factory=dict)
     max_new_tokens: Annotated[int, Option(
         "Tokens of one answer, at most; a longer answer leaves its row out.",
         "Answers", "identity", "TOKENS", bounds=AT_LEAST_1)] = 2048
@@ -95,7 +119,8 @@ class RegenerateConfig:
             found.append(f"out is {self.out}; expected the name of a file that ends in .jsonl.")
         if not self.data:
             found.append("No data is given.")
-        refuse("regenerate", found + self._source_problems() + shared.template_problems(self.chat_template_kwargs))
+        found += self._source_problems() + engine_problems(self, {}, _INSTEAD)
+        refuse("regenerate", found + shared.template_problems(self.chat_template_kwargs))
 
     def _source_problems(self) -> list[str]:
         found = []
@@ -103,6 +128,12 @@ class RegenerateConfig:
             found.append("Nothing is given that could answer. Name a model by --target, or a server by --server.")
         if not self.servers and self.model is not None:
             found.append("model is the name on a server, and no server is given. Name the model by --target.")
+        if self.servers and self.engine != TRANSFORMERS:
+            found.append(
+                f"engine is {self.engine}, and servers are given, which answer instead. Leave one of them out."
+            )
+        if self.engine != TRANSFORMERS and 0 < self.temperature < _LEAST_TEMPERATURE_OF_VLLM:
+            found.append(f"temperature is {self.temperature}, and vllm draws at 0.01 or more; 0 is greedy.")
         if self.servers and not self.model_name:
             found.append("The servers' model has no name. Name it by --model, as the servers list it.")
         for url in self.servers:

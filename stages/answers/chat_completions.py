@@ -59,9 +59,14 @@ def endpoint(url: str) -> str:
     return urlunsplit(parts._replace(path=path))
 
 
+def sampling_fields(config: RegenerateConfig) -> dict[str, Any]:
+    """Return what decides how tokens are drawn, beside the temperature and the seed."""
+    return {**NEUTRAL, **({"top_p": config.top_p} if config.temperature else {})}
+
+
 def optional_fields(config: RegenerateConfig) -> dict[str, Any]:
     """Return the fields of a request that a server may not know."""
-    return {**NEUTRAL, **({"top_p": config.top_p} if config.temperature else {}), TOKENS: True}
+    return {**sampling_fields(config), TOKENS: True}
 
 
 async def ask_server(

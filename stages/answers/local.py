@@ -13,24 +13,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.files import sha256_bytes
-from dflash_offline.schemas.sealed import canonical_json
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
-from dflash_offline.stages.answers.dialogues import (
-    PROMPT_TOO_LONG,
-    REFUSED_BY_TEMPLATE,
-    TRUNCATED,
-    Answer,
-    Dialogue,
-    own_seed,
-)
-from dflash_offline.stages.answers.readings import AnswerReader, Asked
-from dflash_offline.stages.bounds import bounded
-from dflash_offline.stages.conversations.rendering import ROW_ERRORS
+from dflash_offline.stages.answers.dialogues import Answer, Dialogue, own_seed
+from dflash_offline.stages.answers.readings import Asked
+from dflash_offline.stages.answers.turns import TargetTurns
 from dflash_offline.stages.draft.sampling import SamplingRule
 from dflash_offline.stages.progress import Progress
-from dflash_offline.stages.target.files import TargetFiles, open_target
-from dflash_offline.stages.target.model import choose_device, load_as_configured, quiet_libraries, resolve_dtype
+from dflash_offline.stages.target.model import load_as_configured
 
 WINDOW_BATCHES = 8
 """Batches' worth of rows that are answered turn by turn together, those of about one length in one batch."""
@@ -46,63 +35,36 @@ class LocalAnswerer:
     """
 
     def __init__(self, config: RegenerateConfig, progress: Progress) -> None:
-        quiet_libraries()
-        assert config.target is not None
         self.config = config
         self.progress = progress
-        self.files: TargetFiles = open_target(
-            config.target, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-        self.device = choose_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)
-        self.end_ids = sorted(self.files.end_ids())
-        if not self.end_ids:
-            raise DflashError(
-                f"{self.files.folder} names no token at which an answer ends. Put eos_token_id into its "
-                f"generation_config.json."
-            )
-        self.positions = self.files.num_positions
-        # Where a longer row changes the rotary table of all rows beside it, every row must end before.
-        self._prompt_positions = self.positions - (config.max_new_tokens if self.files.table_changes else 0)
-        if self._prompt_positions < 1:
-            raise DflashError(
-                f"{self.files.folder} turns all rows of a batch by another rotary table (longrope) once one is longer "
-                f"than {self.positions} tokens, so that answers would depend on the rows beside them. "
-                f"--max-new-tokens is {config.max_new_tokens}; expected less than {self.positions}, with room for the "
-                f"prompts."
-            )
-        self._reader = AnswerReader(self.files, config.chat_template_kwargs, keep_rewritten=config.keep_rewritten)
+        self._turns = TargetTurns(config)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the answers."""
-        config, template = self.config, self._reader.response_template
-        read = {} if template is None else {"response_template_sha256": sha256_bytes(canonical_json(template))}
+        config = self.config
         return {
-            "target": {
-                **self.files.identity(),
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "attn_implementation": config.attn_implementation,
-                "device_map": config.device_map,
-                **read,
-            },
-            "device": self.device.type,
+            "target": self._turns.identity(
+                attn_implementation=config.attn_implementation, device_map=config.device_map
+            ),
+            "device": self._turns.device.type,
             "batch_rows": config.batch_rows,
         }
 
     def origin(self) -> dict[str, Any]:
         """Return what is recorded of the target and never compared."""
-        return {"target": self.files.name, "revision": self.config.revision}
+        return self._turns.origin()
 
     def answer(self, dialogues: Iterable[Dialogue], note: Note, num_open: int) -> None:
         """Answer every open turn of the dialogues, and note the answers batch by batch."""
         if not num_open:
             return
         # Checked as for extraction: answers of a target that no draft can serve would train none.
-        self.model = load_as_configured(self.files, self.config, self.dtype, self.device, self.progress)
+        turns = self._turns
+        self.model = load_as_configured(turns.files, self.config, turns.dtype, turns.device, self.progress)
         # A checkpoint's own sampling habits (top_k, repetition_penalty) would otherwise join in.
-        pad = self.files.tokenizer.pad_token_id
+        pad = turns.files.tokenizer.pad_token_id
         self.model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.end_ids[0] if pad is None else pad
+            do_sample=False, eos_token_id=turns.end_ids, pad_token_id=turns.end_ids[0] if pad is None else pad
         )
         rows = iter(dialogues)
         while window := list(islice(rows, WINDOW_BATCHES * self.config.batch_rows)):
@@ -114,7 +76,7 @@ class LocalAnswerer:
             prompts: list[tuple[Dialogue, Asked]] = []
             for dialogue in window:
                 if dialogue.reaches(turn):
-                    asked = self._ask(dialogue, turn)
+                    asked = self._turns.ask(dialogue, turn)
                     if isinstance(asked, Asked):
                         prompts.append((dialogue, asked))
                     elif len(dialogue.answers) == turn:
@@ -126,25 +88,10 @@ class LocalAnswerer:
                 if any(len(dialogue.answers) == turn for dialogue, _ in batch):
                     note(list(self._answer_batch(batch, turn)))
 
-    def _ask(self, dialogue: Dialogue, turn: int) -> Asked | Answer:
-        """Return what is given to the target, up to where the answer begins, or why there can be no answer."""
-        with bounded(self._reader.template_origin, f"{dialogue.source}:{dialogue.line}, turn {turn}"):
-            try:
-                asked = self._reader.ask(dialogue.prompt(turn), dialogue.tools, dialogue.recorded[turn])
-            except ROW_ERRORS as error:
-                return Answer(fault=REFUSED_BY_TEMPLATE, detail=f"turn {turn}: {str(error)[:200]}")
-        if not 0 < len(asked.ids) < self._prompt_positions:
-            beside = f", {self.config.max_new_tokens:,} of them for the answer" if self.files.table_changes else ""
-            found = f"{len(asked.ids):,} tokens" if asked.ids else f"{len(asked.text):,} characters"
-            detail = f"turn {turn}: {found}; the target has {self.positions:,} positions{beside}"
-            return Answer(fault=PROMPT_TOO_LONG, detail=detail)
-        return asked
-
     def _answer_batch(self, batch: list[tuple[Dialogue, Asked]], turn: int) -> Iterator[tuple[Dialogue, Answer]]:
         for (dialogue, asked), ids in zip(batch, self._generate(batch, turn), strict=True):
             if len(dialogue.answers) == turn:
-                with bounded(self._reader.template_origin, f"{dialogue.source}:{dialogue.line}, turn {turn}"):
-                    answer = self._read(asked, ids[: self.positions - len(asked.ids)], turn)
+                answer = self._turns.read(dialogue, asked, ids, turn)
                 dialogue.add(answer)
                 yield dialogue, answer
 
@@ -157,7 +104,7 @@ class LocalAnswerer:
         for row, (_, asked) in enumerate(batch):
             ids_BS[row, width - len(asked.ids) :] = torch.tensor(asked.ids)
             real_BS[row, width - len(asked.ids) :] = 1
-        most = min(config.max_new_tokens, self.positions - min(len(asked.ids) for _, asked in batch))
+        most = max(self._turns.room(asked) for _, asked in batch)
         processors = LogitsProcessorList()
         if config.temperature:
             seeds = [own_seed(config.seed, dialogue.index, turn) for dialogue, _ in batch]
@@ -176,13 +123,6 @@ class LocalAnswerer:
             ) from error
         new: list[list[int]] = generated[:, width:].tolist()
         return new
-
-    def _read(self, asked: Asked, ids: list[int], turn: int) -> Answer:
-        """Return what new tokens say up to the end token, or why that is no answer."""
-        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
-        if end is None:
-            return Answer(fault=TRUNCATED, detail=f"turn {turn}: no end within {len(ids)} tokens")
-        return self._reader.read(asked, ids[: end + 1], turn)
 
 
 class OwnDraws:

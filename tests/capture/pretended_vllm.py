@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -67,16 +66,6 @@ class PretendedEngine:
             self.ended = [(begin, state) for (_, _, begin), state in zip(now, self.change(states), strict=True)]
         spoilt = [0] if self.other_ids else []
         return [SimpleNamespace(request_id=name, prompt_token_ids=[*ids, *spoilt]) for name, ids, _ in now]
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have the metadata of a vLLM found, whose version a test may write anew; returns its folder."""
-    folder = tmp_path / "packages" / "vllm-0.32.0.dist-info"
-    folder.mkdir(parents=True)
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    monkeypatch.syspath_prepend(folder.parent)
-    return folder
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, shift: int = 0, **settings: Any) -> list[PretendedEngine]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cache_files import made_otherwise, set_field
-from pretended_vllm import installed, pretend
+from pretended_vllm import pretend
 from running import Settings, dflash
 from torch import Tensor
 
@@ -27,8 +27,6 @@ from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
 from dflash_offline.stages.training.corpus import Corpus
-
-__all__ = ["installed"]
 
 
 def by_engine(config: Settings, out: Path, **changes: object) -> ExtractConfig:

@@ -184,3 +184,28 @@ def _answers(url: str) -> bool:
         return httpx2.get(f"{url}/health", timeout=5).status_code == 200
     except httpx2.HTTPError:
         return False
+
+
+def members(session: int) -> list[int]:
+    """Return the processes of a session that have not ended."""
+    listed = subprocess.run(["ps", "-eo", "pid=,sid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(pid) for pid, sid, stat in rows if int(sid) == session and not stat.startswith("Z")]
+
+
+def forgotten_memory() -> set[str]:
+    """Return the files in shared memory that no process has mapped."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            mapped += maps.read_text()
+    names = {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
+    return {name for name in names if name not in mapped}
+
+
+def ended(session: int, within_s: float = 60) -> bool:
+    """Return whether all of a session's processes end in time."""
+    until = time.monotonic() + within_s
+    while members(session) and time.monotonic() < until:
+        time.sleep(0.2)
+    return not members(session)

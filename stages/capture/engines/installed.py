@@ -1,19 +1,37 @@
-"""Which vLLM is installed, and what an engine adds to a cache's identity; vLLM itself is not imported."""
+"""Which vLLM is installed, and what an engine adds to an identity; vLLM itself is not imported."""
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 from packaging.version import Version
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.engine import TRANSFORMERS
-from dflash_offline.schemas.settings.extract import ExtractConfig
 
 OLDEST = Version("0.32")
 """The oldest release whose states the connector reads."""
 PREFIX_CACHING = "enable_prefix_caching"
 _EXACT_CACHES = ("auto", "bfloat16", "float16")
 """Data types of a key/value cache that are no quantization."""
+
+
+class EngineConfig(Protocol):
+    """What a command's settings say of the engine."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def tensor_parallel_size(self) -> int: ...
+    @property
+    def gpu_memory_utilization(self) -> float: ...
+    @property
+    def quantization(self) -> str | None: ...
+    @property
+    def kv_cache_dtype(self) -> str: ...
+    @property
+    def engine_args(self) -> dict[str, Any]: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 def vllm_version() -> str:
@@ -40,8 +58,8 @@ def quantizes(engine: dict[str, Any]) -> bool:
     return engine.get("quantization") is not None or engine.get("kv_cache_dtype", "auto") not in _EXACT_CACHES
 
 
-def engine_identity(config: ExtractConfig) -> dict[str, Any]:
-    """Return what an engine adds to a cache's identity: for transformers nothing, as in caches of older versions."""
+def engine_identity(config: EngineConfig) -> dict[str, Any]:
+    """Return what an engine adds to an identity: for transformers nothing, as before there were engines."""
     if config.engine == TRANSFORMERS:
         return {}
     others = {name: value for name, value in config.engine_args.items() if name != PREFIX_CACHING}

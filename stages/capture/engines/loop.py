@@ -8,7 +8,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.capture.engines.start import engine_fault
 
+LESS_MEMORY = "lower --batch-tokens or --max-length in a new --out"
 _IDLE_STEPS = 10_000
 """Steps without a request to run and without states, after which they will not come any more."""
 
@@ -103,19 +105,9 @@ class EngineLoop:
             raise DflashError("vLLM ran other token ids than it was given, so its states are another text's.")
 
     def _fail(self, error: Exception) -> None:
-        self._fault = error if isinstance(error, DflashError) else engine_fault(error)
+        self._fault = (
+            error if isinstance(error, DflashError) else engine_fault(error, "Finished shards are kept", LESS_MEMORY)
+        )
         for request in self._open.values():
             request.done(self._fault)
         self._open.clear()
-
-
-def engine_fault(error: Exception) -> DflashError:
-    """Return what to say of an engine that stopped in the middle."""
-    said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
-    fault = DflashError(
-        f"vLLM's engine stopped: {type(error).__name__}{f': {said}' if said else ''}. Finished shards are kept: repeat "
-        f"the command to go on. If it stops there again, lower --batch-tokens in a new --out, or "
-        f"--gpu-memory-utilization."
-    )
-    fault.__cause__ = error
-    return fault

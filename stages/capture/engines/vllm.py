@@ -5,7 +5,6 @@ vLLM batches as it likes, so that two runs are equal in value and not in the las
 Axes: N real tokens of a batch, T tokens, L captured layers, H hidden size.
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,10 @@ from dflash_offline.schemas.manifest import Layout, is_by_length
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
-from dflash_offline.stages.capture.engines.installed import PREFIX_CACHING, vllm_version
-from dflash_offline.stages.capture.engines.loop import EngineLoop, Request
+from dflash_offline.stages.capture.engines.installed import vllm_version
+from dflash_offline.stages.capture.engines.loop import LESS_MEMORY, EngineLoop, Request
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
+from dflash_offline.stages.capture.engines.start import common_arguments, started
 from dflash_offline.stages.capture.engines.trial import Reference, reference_states, refuse_untrue_states
 from dflash_offline.stages.capture.inputs import ChosenTarget
 from dflash_offline.stages.capture.runner import encode_states, free_dropped_memory, load_unchanged, micro_batches
@@ -36,19 +36,8 @@ from dflash_offline.stages.target.model import embedding_tensors
 
 _CONNECTOR = "dflash_offline.stages.capture.engines.connector"
 _MOST_SEQUENCES = 256
-_SAID_LINES, _SAID_LETTERS = 3, 500
 _BESIDE_WEIGHTS = 1.1
 """Memory of a target whose layers run a short sample, over that of its weights."""
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: it ends with it, whatever ends it
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a sample may fill all positions, and one token is drawn behind it
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-"""What vLLM reads as it starts, where the user says nothing else."""
 
 
 @dataclass
@@ -261,16 +250,10 @@ def room_for_transformers(target: ChosenTarget) -> torch.device:
     return torch.device("cpu")
 
 
-def set_environment() -> None:
-    """Set what vLLM reads as it is imported and started."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
 def start_engine(config: ExtractConfig, target: ChosenTarget, shared_memory: str) -> EngineLoop:
     """Return vLLM's engine, started; `DflashError` says what keeps it from starting, and what to change."""
-    set_environment()
-    try:
+
+    def build() -> EngineLoop:
         from vllm import EngineArgs, SamplingParams
         from vllm.config import KVTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -284,53 +267,28 @@ def start_engine(config: ExtractConfig, target: ChosenTarget, shared_memory: str
         arguments = engine_arguments(config, target)
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments, kv_transfer_config=transfer))
         from dflash_offline.stages.capture.engines.connector import DELIVERED
-    except Exception as error:
-        raise _not_started(error, target) from error
 
-    def parameters(begin: int) -> Any:
-        extra = {"kv_transfer_params": {"begin": begin}}
-        return SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=extra)
+        def parameters(begin: int) -> Any:
+            extra = {"kv_transfer_params": {"begin": begin}}
+            return SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=extra)
 
-    return EngineLoop(engine, DELIVERED, parameters)
+        return EngineLoop(engine, DELIVERED, parameters)
+
+    loop: EngineLoop = started(target.files.folder, LESS_MEMORY, build)
+    return loop
 
 
 def engine_arguments(config: ExtractConfig, target: ChosenTarget) -> dict[str, Any]:
     """Return the arguments of vLLM's engine. Its layer k is `hidden_states[k]`, which our layer k - 1 puts out."""
     layers = {"eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in target.layer_ids]}
+    most = min(_MOST_SEQUENCES, config.batch_tokens)
     return {
-        "max_num_seqs": min(_MOST_SEQUENCES, config.batch_tokens),
-        "enforce_eager": target.device.type == "cpu",
-        "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
-        "disable_log_stats": True,
-        PREFIX_CACHING: True,
-        **config.engine_args,
-        "model": str(target.files.folder),
-        "skip_tokenizer_init": True,
-        "trust_remote_code": config.trust_remote_code,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        **common_arguments(config, target.files.folder, target.device, target.dtype, max_num_seqs=most),
         "max_model_len": config.max_length + 1,
         "max_num_batched_tokens": config.batch_tokens,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "quantization": config.quantization,
-        "kv_cache_dtype": config.kv_cache_dtype,
         "speculative_config": {
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
             "draft_model_config": {"hf_config": layers},
         },
     }
-
-
-def _not_started(error: Exception, target: ChosenTarget) -> DflashError:
-    """Return what to say of an engine that did not start."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = " ".join(lines[:_SAID_LINES])[:_SAID_LETTERS]  # a settings error of vLLM's names the setting in its second
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in said.lower()
-    advice = (
-        "Let it have more (--gpu-memory-utilization, more GPUs by --tensor-parallel-size), or let it take less: lower "
-        "--batch-tokens or --max-length in a new --out, or --quantization"
-        if memory
-        else "Change what it names, or leave --engine out: transformers may run this target"
-    )
-    return DflashError(f"vLLM {vllm_version()} does not start with {target.files.folder}: {said}\n{advice}.")

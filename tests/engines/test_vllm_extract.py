@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from live_vllm import SCRIPTS, environment, run_script
+from live_vllm import ended, environment, forgotten_memory, members, run_script
 from running import Settings
 
 from dflash_offline.pipeline.demo import CONVERSATIONS, TARGET
@@ -79,7 +78,9 @@ def scripted(folder: Path, config: Settings, out: Path, plant: str | None) -> di
     assert isinstance(config["data"], tuple)
     job = {"config": config | {"data": list(map(str, config["data"])), "out": str(out)}, "plant": plant}
     (folder / "job.json").write_text(json.dumps(job))
-    return run_script(SCRIPTS / "vllm_extract.py", folder / "job.json", folder / "result.json", env=environment())
+    return run_script(
+        Path(__file__).with_name("vllm_extract.py"), folder / "job.json", folder / "result.json", env=environment()
+    )
 
 
 def test_raw_states_are_transformers_in_float32_in_pieces_and_from_cached_prefixes(
@@ -108,31 +109,6 @@ def test_a_fault_of_vllm_is_refused_before_anything_is_written(
     found = scripted(tmp_path, config | {"limit": FEW}, tmp_path / "cache", plant)
     assert found["refused"] is not None and said in found["refused"]
     assert not (tmp_path / "cache").exists()
-
-
-def members(session: int) -> list[int]:
-    """Return the processes of a session that have not ended."""
-    listed = subprocess.run(["ps", "-eo", "pid=,sid=,stat="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [int(pid) for pid, sid, stat in rows if int(sid) == session and not stat.startswith("Z")]
-
-
-def forgotten_memory() -> set[str]:
-    """Return the files in shared memory that no process has mapped."""
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            mapped += maps.read_text()
-    names = {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
-    return {name for name in names if name not in mapped}
-
-
-def ended(session: int, within_s: float = 60) -> bool:
-    """Return whether all of a session's processes end in time."""
-    until = time.monotonic() + within_s
-    while members(session) and time.monotonic() < until:
-        time.sleep(0.2)
-    return not members(session)
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
