@@ -51,7 +51,7 @@ LAYERS = 2
 RANK, TAPS, GROUP = 64, 2, 16
 HELD_OUT = 250
 ROWS = 2100
-SECOND_STEPS = 500
+SECOND_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +143,17 @@ def from_base(bench: Bench, seed: int) -> dict[str, Any]:
     return dflash2(init_from=bench.base_draft(seed), steps=steps, val_every=steps, save_every=steps)
 
 
+def continued(bench: Bench, seed: int) -> dict[str, Any]:
+    """Return the base draft, trained for as many further steps as `from_base`: that it gains by them alone."""
+    steps = bench.steps // 4
+    return {"init_from": bench.base_draft(seed), "steps": steps, "val_every": steps, "save_every": steps}
+
+
 SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "base": lambda bench, seed: {},
     "wide": wide,
     "dflash2": lambda bench, seed: dflash2(),
+    "continued": continued,
     "from-base": from_base,
 }
 """Settings by which a side's runs differ."""
@@ -239,7 +246,7 @@ class Timed:
 
 def print_costs(bench: Bench, rounds: int) -> None:
     """Print what a training step and a round of decoding take on each side, timed in turn, and the base's beside it."""
-    sides = {side: Timed(bench, side) for side in SIDES if finished(bench.settings(side, 0)) and side != "from-base"}
+    sides = {side: Timed(bench, side) for side in SIDES if finished(bench.settings(side, 0)) and side not in ("continued", "from-base")}
     files = open_target(str(bench.target))
     target = load_model(files, dtype=torch.float32, device=CPU)
     prompts = some_prompts(bench.cache, 6, 40)

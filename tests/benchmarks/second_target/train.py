@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dflash_offline.stages.training.optimizer import Float32Muon
 from second_target.rows import Drawn, generate
 
 # Axes: B rows, S positions, V vocabulary.
@@ -129,7 +130,7 @@ def train(out: Path, steps: int, seed: int) -> None:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
+        Float32Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     schedulers = [
@@ -140,9 +141,8 @@ def train(out: Path, steps: int, seed: int) -> None:
     ]
     began, smooth = time.monotonic(), 0.0
     for step, (ids_BS, weights_BS) in enumerate(islice(batches(tokenizer, seed + 1), steps)):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits_BSV = model(input_ids=ids_BS[:, :-1], use_cache=False).logits
-        losses = cross_entropy(logits_BSV.float().flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="none")
+        logits_BSV = model(input_ids=ids_BS[:, :-1], use_cache=False).logits
+        losses = cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="none")
         loss = (losses * weights_BS[:, 1:].flatten()).sum() / weights_BS[:, 1:].sum()
         loss.backward()
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
