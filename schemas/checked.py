@@ -4,6 +4,7 @@ A right checksum says that a file is as it was written, and not who wrote it. Fi
 alone: newer versions may add some.
 """
 
+import threading
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -28,12 +29,19 @@ Counts = dict[str, Count]
 
 T = TypeVar("T")
 _RESTORE = "Restore it from a copy, or make it again."
+_first_use = threading.Lock()
+_used: set[type] = set()
 
 
 def checked(document: Any, kind: type[T], path: Path, what_to_do: str = _RESTORE) -> T:
     """Return a document as a dataclass or dictionary of typed fields; `CacheError` naming `path` and the field."""
     try:
-        return msgspec.convert(document, kind)
+        if kind in _used:
+            return msgspec.convert(document, kind)
+        with _first_use:  # the process dies where two threads at once are the first to give msgspec 0.22 a type
+            found = msgspec.convert(document, kind)
+            _used.add(kind)
+            return found
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         raise unlike(path, str(error), what_to_do) from error
 
