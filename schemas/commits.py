@@ -79,6 +79,9 @@ class Commit:
         return sealed_bytes(asdict(self))
 
 
+_DECODER = msgspec.json.Decoder(Commit)  # made before there are threads, see `checked`
+
+
 def commit_path(cache: Path, shard: int) -> Path:
     """Return where a shard's record lies."""
     return cache / COMMITS / _name(shard)
@@ -112,7 +115,7 @@ def reread_commit(content: str, shard: int, manifest: Manifest) -> Commit:
     """
     path = commit_path(Path(), shard)
     try:
-        return _of_this_cache(msgspec.json.decode(content, type=Commit), path, shard, manifest)
+        return _of_this_cache(_DECODER.decode(content), path, shard, manifest)
     except msgspec.DecodeError as error:
         raise unlike(path, str(error), _AGAIN) from error
 

@@ -34,6 +34,9 @@ class _Copy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
+_COPIES = msgspec.json.Decoder(dict[int, _Copy])  # made before there are threads, see `checked`
+
+
 class DamagedBundleError(ValueError):
     """A bundle does not hold what was written."""
 
@@ -145,6 +148,6 @@ def _unpack(content: bytes) -> dict[int, _Copy]:
     try:
         if not 0 < zstandard.frame_content_size(packed) <= _MOST_BYTES:
             raise DamagedBundleError(f"it says that it holds {zstandard.frame_content_size(packed):,} bytes")
-        return msgspec.json.decode(zstandard.decompress(packed), type=dict[int, _Copy])
+        return _COPIES.decode(zstandard.decompress(packed))
     except (zstandard.ZstdError, msgspec.DecodeError) as error:
         raise DamagedBundleError(str(error)) from error

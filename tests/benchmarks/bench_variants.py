@@ -246,7 +246,8 @@ class Timed:
 
 def print_costs(bench: Bench, rounds: int) -> None:
     """Print what a training step and a round of decoding take on each side, timed in turn, and the base's beside it."""
-    sides = {side: Timed(bench, side) for side in SIDES if finished(bench.settings(side, 0)) and side not in ("continued", "from-base")}
+    shapes = [side for side in SIDES if side not in ("continued", "from-base")]  # the same shapes as others
+    sides = {side: Timed(bench, side) for side in shapes if finished(bench.settings(side, 0))}
     files = open_target(str(bench.target))
     target = load_model(files, dtype=torch.float32, device=CPU)
     prompts = some_prompts(bench.cache, 6, 40)
