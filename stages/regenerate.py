@@ -154,6 +154,8 @@ def _identity(config: RegenerateConfig, data: Data, answerer: Answerer) -> dict[
         "seed": config.seed if drawn or data.weights is not None else None,
         "temperature": config.temperature,
         "top_p": config.top_p if drawn else None,
+        **({"top_k": config.top_k} if config.top_k else {}),
+        **({"min_p": config.min_p} if config.min_p else {}),
         "max_new_tokens": config.max_new_tokens,
         "chat_template_kwargs": config.chat_template_kwargs,
         "skip_bad_rows": config.skip_bad_rows,

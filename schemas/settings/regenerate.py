@@ -74,6 +74,12 @@ class RegenerateConfig:
         "Answers", "free", "ANSWERS", bounds=AT_LEAST_0)] = 8
     temperature: shared.Temperature = 0.0
     top_p: shared.TopP = 1.0
+    top_k: Annotated[int, Option(
+        "Likeliest tokens that may be drawn; 0 draws from all.",
+        "Answers", "identity", "TOKENS", bounds=AT_LEAST_0)] = 0
+    min_p: Annotated[float, Option(
+        "Share of the likeliest token's probability that a token must have to be drawn; 0 draws from all.",
+        "Answers", "identity", "SHARE", bounds=Bounds("0 or more, and below 1", lambda value: 0 <= value < 1))] = 0.0
     seed: Annotated[int, Option(
         "Seed of what is drawn, to which each row adds its number; and of rows, where data has shares.",
         "Answers", "identity", "SEED", bounds=SEEDS)] = 0
@@ -119,6 +125,9 @@ class RegenerateConfig:
             found.append(f"out is {self.out}; expected the name of a file that ends in .jsonl.")
         if not self.data:
             found.append("No data is given.")
+        if not self.temperature:
+            asked = [name for name in ("top_k", "min_p") if getattr(self, name)]
+            found += [f"{name} is of tokens that are drawn, and temperature is 0, which is greedy." for name in asked]
         found += self._source_problems() + engine_problems(self, {}, _INSTEAD)
         refuse("regenerate", found + shared.template_problems(self.chat_template_kwargs))
 

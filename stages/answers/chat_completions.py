@@ -61,7 +61,8 @@ def endpoint(url: str) -> str:
 
 def sampling_fields(config: RegenerateConfig) -> dict[str, Any]:
     """Return what decides how tokens are drawn, beside the temperature and the seed."""
-    return {**NEUTRAL, **({"top_p": config.top_p} if config.temperature else {})}
+    drawn = {"top_p": config.top_p, "top_k": config.top_k or NEUTRAL["top_k"], "min_p": config.min_p}
+    return {**NEUTRAL, **(drawn if config.temperature else {})}
 
 
 def optional_fields(config: RegenerateConfig) -> dict[str, Any]:

@@ -108,7 +108,10 @@ class LocalAnswerer:
         processors = LogitsProcessorList()
         if config.temperature:
             seeds = [own_seed(config.seed, dialogue.index, turn) for dialogue, _ in batch]
-            processors.append(OwnDraws(SamplingRule(temperature=config.temperature, top_p=config.top_p), seeds))
+            rule = SamplingRule(
+                temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
+            )
+            processors.append(OwnDraws(rule, seeds))
         try:
             generated = self.model.generate(
                 input_ids=ids_BS.to(self.model.device),

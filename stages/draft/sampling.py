@@ -114,10 +114,25 @@ class SamplingRule:
     """Logits are divided by it; above 0."""
     top_p: float = 1.0
     """The likeliest tokens that together have this much stay; 1 for all."""
+    top_k: int = 0
+    """So many of the likeliest tokens stay, and those as likely as the last of them; 0 for all."""
+    min_p: float = 0.0
+    """Tokens stay that have this share of the likeliest one's probability; 0 for all."""
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the distribution of each row, float32 [..., V]."""
+        """Return the distribution of each row, float32 [..., V].
+
+        What does not stay is left out in vLLM's order: by `min_p`, by `top_k`, and of the rest by `top_p`.
+        """
         probabilities = (logits.float() / self.temperature).softmax(dim=-1)
+        if self.min_p > 0:
+            least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        if 0 < self.top_k < logits.shape[-1]:
+            last = probabilities.topk(self.top_k, dim=-1).values[..., -1:]
+            probabilities = probabilities.masked_fill(probabilities < last, 0.0)
+        if self.min_p > 0 or self.top_k > 0:
+            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
         if self.top_p >= 1:
             return probabilities
         ordered, order = probabilities.sort(dim=-1, descending=True)

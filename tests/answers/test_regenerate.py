@@ -219,7 +219,7 @@ CHANGED: dict[str, Any] = {
 """Another value of each setting."""
 NAMED = {"data", "out", "target", "revision", "device", "servers", "model"}
 """Settings that name what is compared by its content, or where it is or runs."""
-DRAWN = {"top_p", "seed"}
+DRAWN = {"top_p", "top_k", "min_p", "seed"}
 """Settings of what is drawn, which nothing is at temperature 0."""
 
 
@@ -263,7 +263,7 @@ def test_drawn_answers_depend_on_the_seed_and_the_row_alone(talker: Path, chats:
 
 def test_own_draws_are_distributed_as_the_rule_says() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5]).repeat(4000, 1)
-    rule = SamplingRule(temperature=0.7, top_p=0.9)
+    rule = SamplingRule(temperature=0.7, top_p=0.9, top_k=3, min_p=0.1)
     kept = OwnDraws(rule, list(range(4000)))(torch.zeros(4000, 1, dtype=torch.long), logits)
     assert (kept.isfinite().sum(dim=-1) == 1).all()
     shares = torch.bincount(kept.argmax(dim=-1), minlength=5) / 4000

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from running import dflash, refused
 
+from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages.regenerate import Regenerated, regenerate
 
@@ -78,6 +79,19 @@ def test_a_server_is_told_to_add_nothing_to_the_targets_own_probabilities(tmp_pa
     with serving(lambda _path, _request: (200, said())) as (host, requests):
         run(tmp_path, f"http://{host}", temperature=0.5, top_p=0.9)
     assert {name: requests[0][name] for name in NEUTRAL} == {**NEUTRAL, "top_p": 0.9}
+
+
+def test_a_server_is_told_what_tokens_may_be_drawn(tmp_path: Path) -> None:
+    with serving(lambda _path, _request: (200, said())) as (host, requests):
+        run(tmp_path, f"http://{host}", temperature=0.7, top_p=0.8, top_k=20, min_p=0.05)
+        assert {name: requests[0][name] for name in NEUTRAL} == {**NEUTRAL, "top_p": 0.8, "top_k": 20, "min_p": 0.05}
+        provenance = json.loads((tmp_path / "own.jsonl.provenance").read_text())
+        assert (provenance["identity"]["top_k"], provenance["identity"]["min_p"]) == (20, 0.05)
+        for other in ({"top_k": 19, "min_p": 0.05}, {"top_k": 20}):
+            with pytest.raises(MismatchError, match=r"top_k|min_p"):
+                run(tmp_path, f"http://{host}", temperature=0.7, top_p=0.8, **other)
+    with pytest.raises(DflashError, match=r"top_k is of tokens that are drawn.*\n.*min_p is of tokens"):
+        run(tmp_path, "http://127.0.0.1:1", top_k=20, min_p=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sampling: what comes out with a draft is distributed as the target alone is, and the test would notice if not."""
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -55,6 +56,30 @@ def first_tokens(sampler: Sampler, target: Tensor, draft: Tensor, draws: int, to
         _, answer = sampler.verify(torch.cat((torch.zeros_like(drafted), drafted), dim=1), logits)
         counts[answer[0]] += 1
     return counts
+
+
+def plain_rule(logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
+    """Return the distribution that a token is drawn from, token by token as it is written down."""
+    weights = [math.exp(logit / temperature) for logit in logits]
+    kept = [token for token, weight in enumerate(weights) if weight >= min_p * max(weights)]
+    kept = sorted(kept, key=lambda token: -weights[token])[: top_k or None]
+    whole, before, chosen = sum(weights[token] for token in kept), 0.0, []
+    for token in kept:
+        if before < top_p:
+            chosen.append(token)
+        before += weights[token] / whole
+    total = sum(weights[token] for token in chosen)
+    return [weights[token] / total if token in chosen else 0.0 for token in range(len(weights))]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 40])
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
+def test_the_tokens_that_may_be_drawn_are_those_of_the_plain_rule(top_p: float, top_k: int, min_p: float) -> None:
+    logits = 2 * torch.randn(6, 30, generator=torch.Generator().manual_seed(0))
+    rule = SamplingRule(temperature=0.7, top_p=top_p, top_k=top_k, min_p=min_p)
+    wanted = torch.tensor([plain_rule(row, 0.7, top_p, top_k, min_p) for row in logits.tolist()])
+    torch.testing.assert_close(rule.probabilities(logits), wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("top_k", [0, 4])
