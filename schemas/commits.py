@@ -1,4 +1,7 @@
-"""commits/000017.json: one record for each finished shard. A shard without one does not exist."""
+"""commits/000017.json: one record for each finished shard. A shard without one does not exist.
+
+commits/000017.final.json is the same for the shard's final states, which may be added later.
+"""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +15,7 @@ from msgspec import Meta
 
 from dflash_offline.schemas.checked import Count, Index, LayerIndex, Sha256, checked, unlike
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import COMMITS, Manifest, shard_files
+from dflash_offline.schemas.manifest import COMMITS, HIDDEN, Manifest, shard_files
 from dflash_offline.schemas.sealed import parse_sealed, read_sealed, sealed_bytes
 
 _LARGEST = 3.5e38
@@ -66,6 +69,7 @@ class Commit:
     num_samples: Count
     """Samples with features; skipped ones are not counted."""
     num_tokens: Count
+    """Of these samples; of final states, the positions that hold one."""
     skipped: list[SkippedSample]
     files: dict[str, ShardFileRecord]
     """By path within the cache."""
@@ -82,18 +86,18 @@ class Commit:
 _DECODER = msgspec.json.Decoder(Commit)  # made before there are threads, see `checked`
 
 
-def commit_path(cache: Path, shard: int) -> Path:
-    """Return where a shard's record lies."""
-    return cache / COMMITS / _name(shard)
+def commit_path(cache: Path, shard: int, array: str = HIDDEN) -> Path:
+    """Return where a shard's record of an array of features lies."""
+    return cache / COMMITS / _name(shard, array)
 
 
-def _name(shard: int) -> str:
-    return f"{shard:06d}.json"
+def _name(shard: int, array: str) -> str:
+    return f"{shard:06d}.json" if array == HIDDEN else f"{shard:06d}.{array}.json"
 
 
 def read_commit(cache: Path, shard: int, manifest: Manifest) -> Commit | None:
     """Return a shard's record, or None if there is none; `CacheError` if it is damaged or of another cache."""
-    path = commit_path(cache, shard)
+    path = commit_path(cache, shard, manifest.array)
     try:
         document = read_sealed(path)
     except CacheError:
@@ -134,8 +138,8 @@ def _of_this_cache(commit: Commit, path: Path, shard: int, manifest: Manifest) -
 def _fault(commit: Commit, manifest: Manifest) -> str:
     """Return what of a record does not go with its cache, or an empty string."""
     shard, layer_ids = commit.shard, [layer.layer_id for layer in commit.layers]
-    if commit.files.keys() != {*shard_files(shard)}:
-        return f"files are {', '.join(commit.files)[:200]!r}, expected the three of shard {shard}"
+    if commit.files.keys() != {*(wanted := shard_files(shard, manifest.array))}:
+        return f"files are {', '.join(commit.files)[:200]!r}, expected {', '.join(wanted)}"
     if layer_ids != manifest.identity["layer_ids"]:
         return f"layers are {layer_ids[:100]}, expected {manifest.identity['layer_ids']}"
     if wrong := [skipped.sample for skipped in commit.skipped if skipped.sample >= manifest.plan["samples"]]:
@@ -190,7 +194,7 @@ def read_commits(
         if shard in known:
             commits[shard] = known[shard]
             continue
-        if _name(shard) not in recorded:
+        if _name(shard, manifest.array) not in recorded:
             continue
         try:
             commit = read_finished(cache, shard, manifest, with_files=with_files)

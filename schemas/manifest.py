@@ -1,17 +1,27 @@
 """manifest.json: what made a cache and how it is laid out; written once, before the first shard."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from dflash_offline.schemas.checked import Count, Counts, Index, LayerIndex, PathWithin, Sha256, Size, checked
+from dflash_offline.schemas.checked import (
+    Count,
+    Counts,
+    Index,
+    LayerIndex,
+    PathWithin,
+    Sha256,
+    Size,
+    checked,
+    unlike,
+)
 from dflash_offline.schemas.draft.anchor_rule import WHOLE, AnchorRule
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import NOT_THE_FILES, sha256_file
 from dflash_offline.schemas.paths import refuse_other_than_utf8
-from dflash_offline.schemas.sealed import read_sealed
+from dflash_offline.schemas.sealed import read_sealed, sealed_bytes
 
 FORMAT_VERSION = 2
 CAPTURE_RULE = "output of decoder layer i, before any final norm"
@@ -26,8 +36,15 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 REJECTS = "rejects.parquet"
 FEATURES = "features.zarr"
-HIDDEN, IDS, MASK = "hidden_states", "input_ids", "loss_mask"
-"""The arrays of features.zarr."""
+HIDDEN, FINAL, IDS, MASK = "hidden_states", "final", "input_ids", "loss_mask"
+"""The arrays of features.zarr; a cache without `FINAL_MANIFEST` has no `final`."""
+FINAL_MANTISSA_BITS = 4
+"""Of final states, at least."""
+ARRAYS = (HIDDEN, FINAL)
+"""Those of features, each with records of its own."""
+FINAL_MANIFEST, FINAL_METADATA = "final.json", f"{FEATURES}/{FINAL}/zarr.json"
+FINAL_RULE = "output of the decoder after its final norm, at positions before a supervised token"
+"""What `final` holds; its other positions hold fill."""
 COMMITS = "commits"
 TARGET = "target"
 EMBEDDINGS = "embeddings.safetensors"
@@ -36,9 +53,9 @@ OTHER_CONTENT = "has another sha256 than when it was written"
 FEATURE_KINDS = ("lossless", "rounded", "scaled")
 
 
-def hidden_file(shard: int) -> str:
-    """Return the name in a cache of the file of a shard's hidden states."""
-    return f"{FEATURES}/{HIDDEN}/c/{shard}/0/0"
+def feature_file(array: str, shard: int) -> str:
+    """Return the name in a cache of the file of a shard's hidden states, `HIDDEN`, or final ones, `FINAL`."""
+    return f"{FEATURES}/{array}/c/{shard}{'/0/0' if array == HIDDEN else '/0'}"
 
 
 def token_file(array: str, shard: int) -> str:
@@ -46,9 +63,13 @@ def token_file(array: str, shard: int) -> str:
     return f"{FEATURES}/{array}/c/{shard}"
 
 
-def shard_files(shard: int) -> list[str]:
-    """Return the names in a cache of a shard's files, that of its hidden states first."""
-    return [hidden_file(shard), token_file(IDS, shard), token_file(MASK, shard)]
+def shard_files(shard: int, array: str = HIDDEN) -> list[str]:
+    """Return the names in a cache of the files that a shard's record of this array names, that of its features first.
+
+    The hidden states are recorded with the token ids and the mask, the final ones alone.
+    """
+    tokens = [token_file(IDS, shard), token_file(MASK, shard)] if array == HIDDEN else []
+    return [feature_file(array, shard), *tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +82,17 @@ class FeatureLayout:
     """Mantissa bits kept, of rounded features."""
     step: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Step in standard deviations of the channel, of scaled features."""
+
+    @property
+    def of_final(self) -> "FeatureLayout":
+        """How final states are stored in a cache of this layout: the same, or with 4 mantissa bits where that has less.
+
+        The bytes that a coarser layout would save are few, and what it costs is the teacher's; schemas/FORMAT.md has
+        the figures.
+        """
+        if self.kind == "lossless" or (self.mantissa_bits or 0) >= FINAL_MANTISSA_BITS:
+            return self
+        return FeatureLayout(kind="rounded", mantissa_bits=FINAL_MANTISSA_BITS)
 
     @property
     def expected_error(self) -> float:
@@ -225,11 +257,13 @@ class Manifest:
     """By path within the cache."""
     checksum: str = ""
     """Checksum of the canonical content; commit records name it."""
+    array: str = HIDDEN
+    """The array of features that it describes; another one than `HIDDEN` has a document of its own."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document without its checksum."""
+        """Return the document of a cache without its checksum."""
         document = asdict(self)
-        del document["checksum"]
+        del document["checksum"], document["array"]
         return {"format": "dflash-cache", "format_version": FORMAT_VERSION, **document}
 
     @classmethod
@@ -250,6 +284,33 @@ class Manifest:
         typed = check_sections(document, path)
         sections = {name: document[name] for name in ("identity", "origin", "decoder", "plan")}
         return cls(**sections, layout=typed.layout, files=typed.files, checksum=document["checksum"])
+
+    def final(self, cache: Path) -> "Manifest | None":
+        """Return what describes the cache's array `final`, from `FINAL_MANIFEST`; None where there is none.
+
+        It is this manifest but for the array: one layer, the decoder's last, with a layout of its own features, and the
+        document's checksum, which the records of `final` name. `CacheError` if it is damaged or of another cache.
+        """
+        path = cache / FINAL_MANIFEST
+        if not path.exists():
+            return None
+        document = read_sealed(path)
+        made = checked(document, FinalDocument, path)
+        if (document.get("format"), document.get("format_version")) != (FINAL_FORMAT, FINAL_VERSION):
+            raise unlike(path, f"format is {document.get('format')!r} version {document.get('format_version')!r}")
+        if made.cache != self.checksum:
+            raise CacheError(
+                f"{path} belongs to the cache with manifest {made.cache}, expected {self.checksum}. Remove it, and "
+                f"repeat the `dflash extract --final`."
+            )
+        return replace(
+            self,
+            identity={**self.identity, "layer_ids": [self.decoder["num_hidden_layers"] - 1], "final": made.identity},
+            layout=replace(self.layout, num_layers=1, features=made.features),
+            files={},
+            checksum=document["checksum"],
+            array=FINAL,
+        )
 
     @property
     def by_length(self) -> bool:
@@ -275,6 +336,27 @@ class Manifest:
         if faults:
             listed = "; ".join(f"{name} {what}" for name, what in faults)
             raise CacheError(f"{cache} is damaged: {listed}. Restore it from a copy, or extract again.")
+
+
+FINAL_FORMAT, FINAL_VERSION = "dflash-final", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalDocument:
+    """`FINAL_MANIFEST`: says that a cache has the array `final`, and how it is stored. Written once, before its shards.
+
+    It follows from the cache and from what is asked for alone, so that whoever writes it first writes the same.
+    """
+
+    cache: Sha256
+    """Checksum of the cache's manifest."""
+    identity: dict[str, Any]
+    """Every field that decides the array's content besides the cache's own; compared on resume."""
+    features: FeatureLayout = FeatureLayout()
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file."""
+        return sealed_bytes({"format": FINAL_FORMAT, "format_version": FINAL_VERSION, **asdict(self)})
 
 
 def is_by_length(identity: dict[str, Any]) -> bool:

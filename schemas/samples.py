@@ -53,6 +53,11 @@ Tokens = tuple[NDArray[np.uint32], NDArray[np.bool_]]
 """Token ids and which of them are supervised, of the same length."""
 
 
+def before_supervised(loss_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which positions stand before a supervised token, bool [T]: those whose final states are kept."""
+    return np.append(loss_mask[1:], np.False_)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reject:
     """An input row that is not a sample, or an answer of one that is in none of the row's samples."""

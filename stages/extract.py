@@ -1,12 +1,13 @@
 """Stage one: run the frozen target over conversations once and keep the hidden states of chosen layers."""
 
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.locks import building_folder, remove_unfinished
 from dflash_offline.schemas.manifest import MANIFEST, Layout
@@ -14,20 +15,19 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.buckets.bundles import write_bundles
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.buckets.publish import prepare_bucket
-from dflash_offline.stages.capture.bad_features import BadFeatures, refuse_too_many
+from dflash_offline.stages.capture.bad_features import refuse_too_many
 from dflash_offline.stages.capture.create import create_cache, plan_samples
-from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.capture.extractor import Extractor, load_extractor
+from dflash_offline.stages.capture.final import add_final
 from dflash_offline.stages.capture.forecast import Forecast, forecast_cost, free_bytes, refuse_too_large, rest_bytes
 from dflash_offline.stages.capture.inputs import ChosenTarget, Inputs, choose_target, open_inputs, target_identity
-from dflash_offline.stages.capture.workers import Work, run_shards, run_workers
+from dflash_offline.stages.capture.workers import Output, Work, run_shards, run_workers
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import remove_abandoned, remove_locks
 from dflash_offline.stages.store.plan_wait import wait_for_plan
-from dflash_offline.stages.store.writer import ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +78,18 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
     refuse_other_identity(out, cache.manifest.identity, inputs.identity)
     cache.manifest.check_static_files(out)
     num_shards, began = cache.layout.num_shards, time.perf_counter()
+    final = add_final(cache) if config.final else None
     _remove_abandoned(cache, progress)
     share = range(num_shards)[config.rank :: config.world_size]
-    left = [shard for shard in share if shard not in cache.recorded]
+    left = [shard for shard in share if shard not in cache.recorded or (final and shard not in final.recorded)]
     if len(left) < len(share):
         progress.say(f"{len(share) - len(left)} of {len(share)} shards are already done.")
+    if final and (only := sum(shard in cache.recorded for shard in left)):
+        progress.say(f"Of {only} shards the final states alone are extracted.")
     written = list[int]()
     if left:
         if not config.ignore_free_space:
-            _refuse_no_room(cache)
+            _refuse_no_room(cache, final)
         if config.workers > 1:
             if runner:
                 runner.close()  # worker processes load the target anew and need its memory
@@ -99,7 +102,13 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
         cache = Cache(out, cache.manifest)  # with the records that are there now
     if cache.mirror is not None:
         write_bundles(cache.mirror.bucket, cache.manifest)
-    if len(cache.commits) == num_shards:
+    shards_left = num_shards - len(cache.commits)
+    if final is not None:
+        final = Cache(out, final.manifest, samples=cache.samples)
+        if final.mirror is not None:
+            write_bundles(final.mirror.bucket, final.manifest)
+        shards_left = num_shards - len(cache.commits.keys() & final.commits.keys())
+    if not shards_left:
         _finish(config, cache, progress)
     for folder in remove_unfinished(out):
         progress.say(f"{folder} stays: somebody may be planning in it. If nobody is, repeat this command in an hour.")
@@ -109,8 +118,8 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
         num_tokens=int(cache.samples.num_tokens.sum()),
         split=cache.manifest.plan.get("split", {}),
         num_shards=num_shards,
-        shards_left=num_shards - len(cache.commits),
-        num_skipped=len(cache.skipped),
+        shards_left=shards_left,
+        num_skipped=len((final or cache).skipped),
         shards_written=len(written),
         bytes_written=sum(written),
         seconds=time.perf_counter() - began,
@@ -165,30 +174,44 @@ def _set_threads(cache: Cache, device: torch.device) -> None:
 
 def _work(config: ExtractConfig, cache: Cache, runner: Extractor) -> Work:
     """Return what runs a cache's shards in this process."""
-    return Work(
-        writer=ShardWriter(cache),
-        runner=runner,
-        encoder=FeatureEncoder(cache.codec),
-        bad_features=BadFeatures(cache, config.on_bad_features, config.max_skipped),
-    )
+    outputs = [Output.of(cache, config)]
+    if config.final:
+        assert cache.final is not None, "it was added before the shards"
+        outputs.append(Output.of(cache.final, config, cache))
+    return Work(runner=runner, outputs=outputs)
 
 
-def _refuse_no_room(cache: Cache) -> None:
+def _refuse_no_room(cache: Cache, final: Cache | None) -> None:
     """Raise `DflashError` if the shards that are left, those of all ranks, do not fit the disk they share."""
-    if (free := free_bytes(cache.path)) is not None:  # in a bucket, what is left need not even be counted
-        refuse_too_large(cache.path, rest_bytes(cache) or 0, free, is_begun=True)
+    needed = sum(rest_bytes(one) or 0 for one in (cache, final) if one is not None)
+    refuse_too_large(cache.path, needed, free_bytes(cache.path), is_begun=True)
 
 
 def _remove_abandoned(cache: Cache, progress: Progress) -> None:
-    removed = remove_abandoned(cache.path, cache.is_done)
+    def is_done(shard: int) -> bool:
+        return cache.is_done(shard) and (final is None or final.is_done(shard))
+
+    final = _final_if_sound(cache)
+    removed = remove_abandoned(cache.path, is_done)
     if removed:
         size = readable_bytes(sum(file.num_bytes for file in removed))
         progress.say(f"Removed {len(removed)} half-written files ({size}) of workers that died.")
 
 
+def _final_if_sound(cache: Cache) -> Cache | None:
+    """Return the final states of a cache of which none may be asked for: what is wrong with them is not told here."""
+    with suppress(CacheError):
+        return cache.final
+    return None
+
+
 def _finish(config: ExtractConfig, cache: Cache, progress: Progress) -> None:
     """Remove what only work in progress needs; `CacheError` if more samples are left out than may be."""
     _remove_abandoned(cache, progress)
-    remove_locks(cache.path)
-    skipped = [sample for commit in cache.commits.values() for sample in commit.skipped]
-    refuse_too_many(skipped, cache.samples, config.max_skipped)
+    final = _final_if_sound(cache)
+    if final is None or len(final.commits) == len(cache.commits):  # else somebody may be adding them
+        remove_locks(cache.path)
+    arrays = [cache] if final is None or not config.final else [cache, final]
+    for array in arrays:
+        skipped = [sample for commit in array.commits.values() for sample in commit.skipped]
+        refuse_too_many(skipped, cache.samples, config.max_skipped)

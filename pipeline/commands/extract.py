@@ -100,6 +100,8 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
         chosen = "   <- asked for" if kind == config.features else ""
         size = readable_bytes(forecast.bytes_by_kind[kind])
         print(f"Disk        {kind:<9} {size:>10}, {forecast.ratios[kind]:.2f} of raw bfloat16{chosen}")
+    if forecast.final_bytes:
+        print(f"            final states: {readable_bytes(forecast.final_bytes)}")
     static = f"the plan {readable_bytes(forecast.plan_bytes)}, of the target {readable_bytes(forecast.target_bytes)}"
     print(f"            besides: {static}")
     if forecast.rest_bytes is not None:

@@ -13,7 +13,7 @@ from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.options import Json, LogFormatOption, Part, Quiet, command
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import CacheError, DflashError, dflash_line
-from dflash_offline.schemas.manifest import MANIFEST, Manifest
+from dflash_offline.schemas.manifest import FINAL, HIDDEN, MANIFEST, Manifest
 from dflash_offline.schemas.paths import free_name, shown
 from dflash_offline.schemas.settings.option import ARGUMENTS, Option
 from dflash_offline.schemas.settings.shared import TARGET
@@ -167,7 +167,8 @@ def _print_report(
         channels = f"over a channel's deviation: median {fit.channel_error:.3%}, worst {fit.worst_channel_error:.3%}"
         if fit.is_finite and math.isnan(fit.channel_error):
             channels = "too few tokens to judge its channels, which more --samples do"
-        print(f"layer {fit.layer_id:>3}: relative error {fit.error:.3%} against the target run again; {channels}")
+        name = f"layer {fit.layer_id:>3}" if fit.array == HIDDEN else "final state"
+        print(f"{name}: relative error {fit.error:.3%} against the target run again; {channels}")
     for fit in fits:
         if fit.fault:
             print(fit.fault)
@@ -198,15 +199,17 @@ def _print_next(cache: Path, faults: "list[Fault]", forgotten: list[int] | None)
     """Print what to do about a cache's faults, in order."""
     faulty = {fault.shard for fault in faults if fault.shard is not None and not fault.missing}
     steps = []
-    if any(fault.shard is None for fault in faults):
+    if any(fault.shard is None and fault.array != FINAL for fault in faults):
         steps.append("mend the files whose lines say how")
     if forgotten:
         print(f"Forgot shards {', '.join(map(str, forgotten))}.")
     if forgotten is not None and (left := sorted(faulty - {*forgotten})):
         print(f"Kept shards {', '.join(map(str, left))}: a worker has done them anew meanwhile.")
-    if faulty and forgotten is None:
+    is_damaged = any(fault.shard is None and fault.array == FINAL for fault in faults)
+    if (faulty or is_damaged) and forgotten is None:
         steps.append(with_urls(dflash_line("verify", cache, "--repair")))
-    if any(fault.shard is not None for fault in faults):
-        steps.append(with_urls(f"the `dflash extract` that made {cache}"))
+    if any(fault.shard is not None or fault.array == FINAL for fault in faults):
+        final = ", with --final" if any(fault.array == FINAL for fault in faults) else ""
+        steps.append(with_urls(f"the `dflash extract` that made {cache}{final}"))
     for index, step in enumerate(steps):
         print(f"{'Next:' if index == 0 else 'then:'} {step}")

@@ -15,7 +15,7 @@ from dflash_offline.pipeline.inspect.feature_statistics import (
     bytes_by_layer,
     feature_statistics,
 )
-from dflash_offline.pipeline.inspect.overview import Overview, overview
+from dflash_offline.pipeline.inspect.overview import FinalStates, Overview, overview
 from dflash_offline.pipeline.inspect.plan_statistics import Spread
 from dflash_offline.pipeline.inspect.sample import print_sample, sample_view
 from dflash_offline.pipeline.inspect.shard import (
@@ -188,7 +188,19 @@ def _shards(view: Overview) -> list[tuple[str, str]]:
     for name, size in view.arrays.items():
         ratio = f", {size.ratio:.3f} of raw" if size.ratio is not None else ""
         rows.append(("Bytes", f"{name}: {readable_bytes(size.stored)}{ratio}"))
-    return rows
+    return rows + (_final(view.final, done.shards) if view.final else [])
+
+
+def _final(final: FinalStates, num_shards: int) -> list[tuple[str, str]]:
+    """Return what is shown of a cache's final states."""
+    left = f"; {num_shards - final.shards_done:,} shards are left: repeat `dflash extract --final`"
+    rows = [("Final", f"{final.features}{left if final.shards_done < num_shards else ''}")]
+    if final.kept_share is not None:
+        share = f"kept for {final.kept_share:.0%} of tokens"
+        rows.append(("", f"{readable_bytes(final.stored)}, {final.ratio or 0:.3f} of raw; {share}"))
+    if one := final.statistics:
+        rows.append(("", f"mean {one.mean:.3g}, deviation {one.std:.3g}, largest {one.max_abs:.3g}"))
+    return rows + [("", f"damaged: {fault}") for fault in final.damaged_records]
 
 
 def _run_text(run: ShardRun) -> str:

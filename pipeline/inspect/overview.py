@@ -40,7 +40,7 @@ from dflash_offline.pipeline.inspect.warnings import (
 )
 from dflash_offline.pipeline.terminal import FLATTENED, named
 from dflash_offline.schemas.commits import Commit, SkippedSample
-from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.errors import CacheError, dflash_line
 from dflash_offline.schemas.manifest import Manifest
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import Leftovers, summarize
@@ -131,6 +131,48 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinalStates:
+    """How far a cache's final states are, and what they take."""
+
+    shards_done: int
+    features: str
+    positions: int
+    """Of the finished shards' tokens, those that hold one; the others hold fill."""
+    kept_share: float | None
+    """Of these tokens; None without a finished shard."""
+    stored: int
+    """Bytes."""
+    ratio: float | None
+    """Stored over raw bytes of the positions that are kept."""
+    skipped: int
+    """Samples of finished shards without final states."""
+    statistics: PooledLayer | None
+    damaged_records: list[str]
+
+    @classmethod
+    def of(cls, final: Cache) -> "FinalStates":
+        """Return what the records of a cache's final states say together."""
+        commits = final.commits
+        skipped = {sample.sample for commit in commits.values() for sample in commit.skipped}
+        of_done = [sample for shard in commits for sample in final.samples.samples_of_shard(shard).tolist()]
+        tokens = int(final.samples.num_tokens[[sample for sample in of_done if sample not in skipped]].sum())
+        positions = sum(commit.num_tokens for commit in commits.values())
+        stored = sum(record.size for commit in commits.values() for record in commit.files.values())
+        pooled = ShardStatistics.of(commits).pooled()
+        return cls(
+            shards_done=len(commits),
+            features=str(final.layout.features),
+            positions=positions,
+            kept_share=positions / tokens if tokens else None,
+            stored=stored,
+            ratio=stored / (positions * final.layout.slot_bytes) if positions else None,
+            skipped=len(skipped),
+            statistics=pooled[0] if pooled else None,
+            damaged_records=final.faults,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Overview:
     """What a cache holds, how far it is and what looks wrong."""
 
@@ -148,6 +190,8 @@ class Overview:
     raw_feature_bytes: int
     compression: float | None
     """Stored over raw bytes of the features."""
+    final: FinalStates | None
+    """The target's last hidden states, where the cache has them."""
     layers: list[PooledLayer]
     workers: list[WorkerStatistics]
     warnings: list[CacheWarning] = field(metadata=named("marks"))
@@ -173,6 +217,11 @@ def overview(cache: Cache) -> Overview:
         *half_written_warnings(half_written),
     ]
     arrays = bytes_by_array(commits, cache.layout)
+    final, damaged = None, [*cache.faults]
+    try:
+        final = None if cache.final is None else FinalStates.of(cache.final)
+    except CacheError as error:  # the hidden states can be looked at all the same
+        damaged.append(str(error))
     hidden = arrays.get("hidden_states")
     return Overview(
         cache=cache.name,
@@ -181,12 +230,13 @@ def overview(cache: Cache) -> Overview:
         mask_token_use=use,
         plan=_plan_statistics(cache),
         progress=_progress(cache.layout.num_shards, commits, states),
-        damaged_records=cache.faults,
+        damaged_records=damaged,
         half_written=half_written,
         arrays=arrays,
         bytes={array: size.stored for array, size in arrays.items()},
         raw_feature_bytes=hidden.raw if hidden else 0,
         compression=hidden.ratio if hidden else None,
+        final=final,
         layers=with_warnings(layers, warnings),
         workers=worker_statistics(commits),
         warnings=warnings,

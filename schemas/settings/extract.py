@@ -21,7 +21,11 @@ from dflash_offline.schemas.settings.option import AT_LEAST_0, AT_LEAST_1, AT_LE
 
 _ARGUMENTS = {"max_model_len": "max_length", "max_num_batched_tokens": "batch_tokens"}
 """Further arguments of vLLM's engine that are settings here."""
-_INSTEAD = {"device_map": "vllm takes tensor_parallel_size", "compile": "vllm compiles by itself"}
+_INSTEAD = {
+    "device_map": "vllm takes tensor_parallel_size",
+    "compile": "vllm compiles by itself",
+    "final": "vllm hands over outputs of layers alone",
+}
 """Settings of transformers alone."""
 
 
@@ -82,6 +86,10 @@ class ExtractConfig:
         "Number of layers to capture, spread over the target.",
         "What is captured", "resolved", "LAYERS", unset="5 as published, fewer in a small target",
         instead_of="layers")] = None
+    final: Annotated[bool, Option(
+        "Also keep the target's last hidden state wherever the next token is supervised, from which its distribution "
+        "follows; added to a cache that is there, nothing else is extracted again.",
+        "What is captured", "free")] = False
     block_size: Annotated[int, Option(
         "Longest block that a draft of this cache may have, an anchor and the drafted tokens; samples without room "
         "for one are left out. By default as published.",

@@ -16,7 +16,7 @@ import zstandard
 from dflash_offline.schemas.commits import Commit, commit_path, parse_commit, reread_commit
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import sha256_bytes
-from dflash_offline.schemas.manifest import COMMITS, Manifest
+from dflash_offline.schemas.manifest import COMMITS, HIDDEN, Manifest
 from dflash_offline.stages.buckets.bucket import SMALL_AT_ONCE, Bucket, Listed, in_parallel
 
 BUNDLES = "bundles"
@@ -41,19 +41,19 @@ class DamagedBundleError(ValueError):
     """A bundle does not hold what was written."""
 
 
-def bundle_name(number: int) -> str:
-    """Return the name of the bundle of shards `number * BUNDLE_SHARDS` and on."""
-    return f"{BUNDLES}/{number:06d}"
+def bundle_name(number: int, array: str = HIDDEN) -> str:
+    """Return the name of the bundle of an array's shards `number * BUNDLE_SHARDS` and on."""
+    return f"{BUNDLES}/{number:06d}" if array == HIDDEN else f"{BUNDLES}/{number:06d}.{array}"
 
 
 def bundle_names(manifest: Manifest) -> list[str]:
     """Return the names of all bundles that a cache can have: a last range of fewer shards has none."""
-    return [bundle_name(number) for number in range(manifest.layout.num_shards // BUNDLE_SHARDS)]
+    return [bundle_name(number, manifest.array) for number in range(manifest.layout.num_shards // BUNDLE_SHARDS)]
 
 
-def list_records(bucket: Bucket, num_shards: int) -> dict[int, Listed]:
-    """Return the records that are in a bucket, by shard; pages of the list are asked for side by side."""
-    names = {str(commit_path(Path(), shard)): shard for shard in range(num_shards)}
+def list_records(bucket: Bucket, num_shards: int, array: str = HIDDEN) -> dict[int, Listed]:
+    """Return an array's records that are in a bucket, by shard; pages of the list are asked for side by side."""
+    names = {str(commit_path(Path(), shard, array)): shard for shard in range(num_shards)}
     cuts = [*names][BUNDLE_SHARDS - 1 : -1 : BUNDLE_SHARDS]
     return {names[name]: one for name, one in bucket.names(COMMITS, cuts).items() if name in names}
 
@@ -95,7 +95,7 @@ def write_bundles(bucket: Bucket, manifest: Manifest, *, anew: bool = False) -> 
     """
     if not (names := bundle_names(manifest)):
         return []
-    listed = list_records(bucket, manifest.layout.num_shards)
+    listed = list_records(bucket, manifest.layout.num_shards, manifest.array)
     there = bucket.names(BUNDLES)
     written = []
     for number in random.sample(range(len(names)), len(names)):
@@ -126,7 +126,7 @@ def _pack(bucket: Bucket, manifest: Manifest, shards: range) -> bytes | None:
     """Return a bundle of these shards' records as they are now; None if one is gone, damaged or has no tag."""
 
     def copied(shard: int) -> _Copy | None:
-        path = commit_path(Path(), shard)
+        path = commit_path(Path(), shard, manifest.array)
         content, e_tag = bucket.read_tagged(str(path)) or (b"", None)
         try:
             parse_commit(content, path, shard, manifest)

@@ -23,7 +23,7 @@ from dflash_offline.schemas.commits import Commit, commit_path
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import building_name, sha256_bytes
 from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, HIDDEN, IDS, MANIFEST, MASK, TARGET, TMP, Manifest
+from dflash_offline.schemas.manifest import COMMITS, FEATURES, FINAL, HIDDEN, IDS, MANIFEST, MASK, TARGET, TMP, Manifest
 from dflash_offline.schemas.paths import local_path, store_url
 from dflash_offline.stages.buckets.bucket import SMALL_AT_ONCE, Bucket, Listed, in_parallel
 from dflash_offline.stages.buckets.bundles import (
@@ -94,8 +94,8 @@ class Mirror:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def pull_record(self, name: str) -> None:
-        """Let the folder hold the record of this name as it is now in the bucket, or none."""
+    def pull_one(self, name: str) -> None:
+        """Let the folder hold the small file of this name, such as a record, as it is now in the bucket, or none."""
         content = self.bucket.read(name)
         if content is None:
             (self.folder / name).unlink(missing_ok=True)
@@ -107,28 +107,30 @@ class Mirror:
 
         What its folder of records held and the bucket does not is no longer there.
         """
-        listed = list_records(self.bucket, manifest.layout.num_shards)
+        array = manifest.array
+        listed = list_records(self.bucket, manifest.layout.num_shards, array)
         bundled: dict[int, Commit] = {}
         if (names := bundle_names(manifest)) and (found := self.bucket.names(BUNDLES)):
             there = {name: found[name] for name in names if name in found}
-            self._pull_changed(BUNDLES, there, there)
+            self._pull_changed(BUNDLES, array, there, there)
             for name in there:
                 with suppress(OSError, DamagedBundleError):  # then its records are read one by one
                     bundled |= bundled_commits((self.folder / name).read_bytes(), manifest, listed)
-        by_name = {str(commit_path(Path(), shard)): one for shard, one in listed.items()}
-        loose = [str(commit_path(Path(), shard)) for shard in listed.keys() - bundled.keys()]
-        self._pull_changed(COMMITS, by_name, loose)
+        by_name = {str(commit_path(Path(), shard, array)): one for shard, one in listed.items()}
+        loose = [str(commit_path(Path(), shard, array)) for shard in listed.keys() - bundled.keys()]
+        self._pull_changed(COMMITS, array, by_name, loose)
         return bundled
 
-    def _pull_changed(self, within: str, listed: dict[str, Listed], wanted: Iterable[str]) -> None:
-        """Let a folder hold the wanted objects as they are listed, and none that is not listed.
+    def _pull_changed(self, within: str, array: str, listed: dict[str, Listed], wanted: Iterable[str]) -> None:
+        """Let a folder hold an array's wanted objects as they are listed, and none of it that is not listed.
 
         Those that it has are not fetched again.
         """
         folder = self.folder / within
         folder.mkdir(exist_ok=True)
-        entries = os.scandir(folder)  # one with a dot is being written by another worker
-        here = {f"{within}/{entry.name}": entry.stat() for entry in entries if not entry.name.startswith(".")}
+        of_array = [entry for entry in os.scandir(folder) if (f".{FINAL}" in entry.name) == (array == FINAL)]
+        # One that begins with a dot is being written by another worker.
+        here = {f"{within}/{entry.name}": entry.stat() for entry in of_array if not entry.name.startswith(".")}
         for name in here.keys() - listed.keys():
             (self.folder / name).unlink(missing_ok=True)
 
@@ -143,7 +145,7 @@ class Mirror:
         in_parallel(pull, [name for name in wanted if not is_here(name)], SMALL_AT_ONCE)
 
     def _write(self, name: str, content: bytes, changed: float | None = None) -> None:
-        """Write a record, whole; it need not outlast the machine."""
+        """Write a small file, whole; it need not outlast the machine."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         temporary = building_name(path)
@@ -157,7 +159,8 @@ class Mirror:
         cuts = list[str]()
         if num_shards > 10 * BUNDLE_SHARDS:
             cuts += [str(commit_path(Path(), shard)) for shard in range(BUNDLE_SHARDS - 1, num_shards, BUNDLE_SHARDS)]
-            cuts += [f"{FEATURES}/{array}/c/{digits}" for array in (HIDDEN, IDS, MASK) for digits in range(10, 100)]
+            arrays = (HIDDEN, FINAL, IDS, MASK)
+            cuts += [f"{FEATURES}/{array}/c/{digits}" for array in arrays for digits in range(10, 100)]
         own = {BUNDLES, COMMITS, FEATURES, TARGET, TMP}
         parts = (name.partition("/") for name in self.bucket.names(cuts=cuts))
         return sorted({f"{top}/{rest}" if top in own and rest else top for top, _, rest in parts})

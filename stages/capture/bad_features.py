@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.locks import locked, touch_lock
+from dflash_offline.schemas.manifest import FINAL
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK
@@ -68,6 +69,8 @@ class BadFeatures:
     def __init__(self, cache: Cache, what_to_do: str, max_skipped: float) -> None:
         """`what_to_do` is refuse or skip; `max_skipped` the share of the plan's samples that may be left out."""
         self._cache = cache
+        is_final = cache.array == FINAL
+        self._unwritten = "its final states were not written" if is_final else "nothing of it was written"
         self._skips = what_to_do == "skip"
         self._max_skipped = max_skipped
         self._counted: dict[int, list[SkippedSample]] = {}
@@ -102,14 +105,14 @@ class BadFeatures:
         samples = self._cache.samples
         if not self._skips:
             raise CacheError(
-                f"The target gives bad features for {len(bad)} samples of shard {shard}; nothing of it was written:"
+                f"The target gives bad features for {len(bad)} samples of shard {shard}; {self._unwritten}:"
                 f"{listed(bad, samples)}\n{SKIP_HINT}"
             )
         members = len(samples.samples_of_shard(shard))
         if len(bad) > max(ALWAYS_ALLOWED, max(_MOST_OF_SHARD, self._max_skipped) * members):
             raise CacheError(
-                f"The target gives bad features for {len(bad)} of the {members} samples of shard {shard}; nothing of "
-                f"it was written:{_by_reason(bad)}{listed(bad, samples)}\nThat is the target's fault, not the "
+                f"The target gives bad features for {len(bad)} of the {members} samples of shard {shard}; "
+                f"{self._unwritten}:{_by_reason(bad)}{listed(bad, samples)}\nThat is the target's fault, not the "
                 f"samples': check its dtype and attention implementation. --max-skipped 1 would allow it."
             )
         for other in range(self._cache.layout.num_shards):

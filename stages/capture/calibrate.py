@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import FeatureLayout
+from dflash_offline.schemas.manifest import HIDDEN, FeatureLayout
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.stages.capture.bad_features import SKIP_HINT, find_bad, listed
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
@@ -68,7 +68,7 @@ def _lossless_states(
     parts, bad = [], list[SkippedSample]()
     progress.start("Calibrating", int(samples.num_tokens[members].sum()), "tokens")
     for batch in runner.batches(samples, members):
-        codes, statistics = runner.run_batch(samples, batch, lossless)
+        codes, statistics = runner.run_batch(samples, batch, {HIDDEN: lossless})[HIDDEN]
         lengths = samples.num_tokens[batch]
         bad_here = find_bad(batch, lengths, statistics.cpu().numpy(), runner.layer_ids)
         sound = ~np.isin(batch, [sample.sample for sample in bad_here])

@@ -5,7 +5,7 @@ Axes: T tokens, L captured layers, H hidden size.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.identity import refuse_other_identity
+from dflash_offline.schemas.manifest import FINAL, HIDDEN
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.engines.installed import quantizes
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.files import TargetFiles, open_target
-from dflash_offline.stages.target.model import choose_device, layer_states, load_model
+from dflash_offline.stages.target.model import choose_device, layer_and_final_states, layer_states, load_model
 
 LARGEST_ERROR, LARGEST_CHANNEL_ERROR = 0.02, 0.05
 """Errors of one layer, over all tokens together and of the median channel, that rounding to bfloat16 and another
@@ -55,18 +56,25 @@ class LayerFit:
     largest_error: float = LARGEST_ERROR
     """What arithmetic and the feature layout may explain of `error`."""
     largest_channel_error: float = LARGEST_CHANNEL_ERROR
+    array: str = HIDDEN
+    """Of the final states, `FINAL`: they are compared with the target's own alone, where they are kept."""
+
+    @property
+    def name(self) -> str:
+        """What is compared, as messages name it."""
+        return f"layer {self.layer_id}" if self.array == HIDDEN else "the final state"
 
     @property
     def fault(self) -> str:
         """What is wrong with the layer, or an empty string."""
         if not self.is_finite:
             return (
-                f"layer {self.layer_id} cannot be compared: the target run again gives features that are not finite. "
+                f"{self.name} cannot be compared: the target run again gives features that are not finite. "
                 f"Run it on another --device or with another --attn-implementation"
             )
         if self.best_layer_id != self.layer_id and self.best_channel_error <= self.largest_channel_error:
             return (
-                f"layer {self.layer_id} is off by {self.best_layer_id - self.layer_id:+d}: the target's layer "
+                f"{self.name} is off by {self.best_layer_id - self.layer_id:+d}: the target's layer "
                 f"{self.best_layer_id} fits better (error of the median channel {self.best_channel_error:.2%} against "
                 f"{self.channel_error:.2%})"
             )
@@ -76,7 +84,7 @@ class LayerFit:
                 f"{self.largest_channel_error:.1%})"
             )
             return (
-                f"layer {self.layer_id} differs from the target's by {self.error:.2%} (expected at most "
+                f"{self.name} differs from the target's by {self.error:.2%} (expected at most "
                 f"{self.largest_error:.1%}){'' if math.isnan(self.channel_error) else channels}"
             )
         return ""
@@ -87,7 +95,8 @@ class _Difference:
 
     def __init__(self, hidden_size: int) -> None:
         self._squares = self._norm = 0.0
-        self._count = 0
+        self.count = self._count = 0
+        """Tokens, and those but each sample's first."""
         self._by_channel, self._total, self._total_squares = np.zeros((3, hidden_size))
 
     def add(self, stored: NDArray[np.float32], state: NDArray[np.float32]) -> None:
@@ -96,7 +105,8 @@ class _Difference:
             difference, squares = np.square(stored - state), np.square(state, dtype=np.float64)
             self._squares += float(difference.sum(dtype=np.float64))
             self._norm += float(squares.sum())
-            self._count += len(state) - 1
+            self.count += len(state)
+            self._count += max(len(state) - 1, 0)
             self._by_channel += difference[1:].sum(axis=0, dtype=np.float64)
             self._total += state[1:].sum(axis=0, dtype=np.float64)
             self._total_squares += squares[1:].sum(axis=0)
@@ -169,11 +179,18 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     device = choose_device(rerun.device)
     files, model = _open_recorded(cache, rerun, device, progress)
     comparison = LayerComparison(cache.layer_ids, files.num_layers, cache.layout.hidden_size)
+    final, of_final = cache.final, _Difference(cache.layout.hidden_size)
+    with_final = set[int]() if final is None else {*final.usable().tolist()}
     drawn = np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
     progress.start("Running the target", len(drawn), "samples")
     for sample in np.sort(drawn).tolist():
         ids = torch.from_numpy(cache.samples.input_ids(sample).astype(np.int64))[None].to(device)
-        states = layer_states(model, ids, comparison.around)
+        if final is None or sample not in with_final:
+            states = layer_states(model, ids, comparison.around)
+        else:
+            states, after_norm = layer_and_final_states(model, ids, comparison.around)
+            kept = final.stored(sample)
+            of_final.add(final.values(sample)[kept, 0], after_norm[0].float().cpu().numpy()[kept])
         comparison.add(cache.values(sample), [state[0].float().cpu().numpy() for state in states])
         progress.advance(1)
     progress.finish()
@@ -181,7 +198,11 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     error, channel_error = LARGEST_ERROR, LARGEST_CHANNEL_ERROR
     if quantizes(cache.manifest.identity.get("engine", {})):
         error, channel_error = QUANTIZED_ERROR, QUANTIZED_CHANNEL_ERROR
-    return comparison.fits(error + expected_error, channel_error + expected_error)
+    fits = comparison.fits(error + expected_error, channel_error + expected_error)
+    if final is not None and of_final.count:
+        last, own_error = files.num_layers - 1, final.layout.features.expected_error
+        fits.append(replace(_fit(last, {last: of_final}, error + own_error, channel_error + own_error), array=FINAL))
+    return fits
 
 
 def _open_recorded(

@@ -1,6 +1,6 @@
 """Whoever runs the target: one interface, with transformers and vLLM behind it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.inputs import ChosenTarget
 from dflash_offline.stages.capture.runner import load_runner
-from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer, Wanted
 from dflash_offline.stages.progress import Progress
 
 
@@ -41,19 +41,25 @@ class Extractor(Protocol):
         """Return a new shard buffer."""
 
     def run_batch(
-        self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder
-    ) -> tuple[Tensor, Tensor]:
-        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of the samples' tokens in order."""
+        self, samples: SampleTable, batch: NDArray[np.int64], encoders: Mapping[str, FeatureEncoder]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of each array that has an encoder.
+
+        Of `HIDDEN` they are those of the samples' tokens, in order; of `FINAL` those of the positions that it holds
+        (`stored_spans`), with L = 1.
+        """
 
     def run_shard(
         self,
         samples: SampleTable,
         members: NDArray[np.int64],
-        encoder: FeatureEncoder,
-        buffer: ShardBuffer,
+        wanted: Sequence[Wanted],
         progress: Callable[[int], None],
-    ) -> QueuedShard:
-        """Queue a shard's samples; `progress` is called with tokens as they are run, from any thread."""
+    ) -> list[QueuedShard]:
+        """Queue a shard's samples; returns a queued shard for each array that is wanted, at least one.
+
+        `progress` is called with tokens as they are run, from any thread.
+        """
 
     def close(self) -> None:
         """End what runs the target, and give back its memory."""

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout, Layout
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import FEATURE_KINDS, FINAL, HIDDEN, FeatureLayout, Layout
+from dflash_offline.schemas.samples import SampleTable, before_supervised
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.extractor import Extractor
@@ -47,6 +48,8 @@ class Forecast:
     """Bytes on disk over raw bfloat16, for each feature layout."""
     bytes_by_kind: dict[str, int]
     """Bytes of the shards and their records on disk, for each feature layout."""
+    final_bytes: int
+    """Bytes of the final states and their records, in the layout asked for; 0 where they are not."""
     plan_bytes: int
     target_bytes: int
     """Bytes of the embeddings that a draft borrows, and of the tokenizer."""
@@ -59,7 +62,7 @@ class Forecast:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache on disk, in the layout asked for."""
-        return self.bytes_by_kind[self.features.kind] + self.plan_bytes + self.target_bytes
+        return self.bytes_by_kind[self.features.kind] + self.final_bytes + self.plan_bytes + self.target_bytes
 
     @property
     def bytes_left(self) -> int:
@@ -68,12 +71,18 @@ class Forecast:
 
     def of_rest(self, cache: Cache) -> "Forecast":
         """Return the forecast for what is left of a cache that was begun."""
-        left, rest = cache.manifest.plan["tokens"] - _tokens_done(cache), rest_bytes(cache)
+        tokens, rest = cache.manifest.plan["tokens"], rest_bytes(cache)
+        done: Set[int] = cache.commits.keys()
+        rest = self.bytes_by_kind[self.features.kind] if rest is None else rest
+        if self.final_bytes:
+            has_final = cache.final.commits.keys() if cache.final else set()
+            rest += rest_bytes(cache.final) or 0 if cache.final and has_final else self.final_bytes
+            done = done & has_final
         return replace(
             self,
-            seconds=self.seconds * left / cache.manifest.plan["tokens"],
-            shards_done=len(cache.commits),
-            rest_bytes=self.bytes_by_kind[self.features.kind] if rest is None else rest,
+            seconds=self.seconds * (tokens - _tokens_of(cache, done)) / tokens,
+            shards_done=len(done),
+            rest_bytes=rest,
         )
 
     @property
@@ -96,20 +105,23 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
     config, samples, lossless = inputs.config, plan.samples, FeatureEncoder(FeatureCodec(FeatureLayout()))
     progress.start("Measuring", None, "batches")
     batches = _some_batches(runner, samples, plan.num_shards)
-    runner.run_batch(samples, batches[0][:1], lossless)[0].cpu()  # warms up
-    tokens, codes, began = 0, torch.empty(0), time.perf_counter()
+    encoders = dict.fromkeys((HIDDEN, FINAL) if config.final else (HIDDEN,), lossless)
+    runner.run_batch(samples, batches[0][:1], encoders)[HIDDEN][0].cpu()  # warms up
+    tokens, codes, began = 0, dict[str, torch.Tensor](), time.perf_counter()
     for batch in batches:
-        batch_codes = runner.run_batch(samples, batch, lossless)[0].cpu()
+        of_batch = {array: found[0].cpu() for array, found in runner.run_batch(samples, batch, encoders).items()}
         if not tokens:  # so that the sizes, which the manifest keeps, do not depend on how many batches are timed
-            codes = batch_codes
-        tokens += len(batch_codes)
+            codes = of_batch
+        tokens += len(of_batch[HIDDEN])
         seconds = time.perf_counter() - began
         progress.advance(1)
         if seconds > _TIMED_S:
             break
     ratios = {
-        kind: _ratio(codes[:_COMPRESSED_TOKENS], config.feature_layout_of(kind), layout) for kind in FEATURE_KINDS
+        kind: _ratio(codes[HIDDEN][:_COMPRESSED_TOKENS], config.feature_layout_of(kind), layout)
+        for kind in FEATURE_KINDS
     }
+    final_bytes = _final_bytes(samples, codes[FINAL], config.feature_layout.of_final, layout) if FINAL in codes else 0
     progress.finish()
     num_tokens = int(samples.num_tokens.sum())
     same_bytes = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
@@ -125,11 +137,20 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
         bytes_by_kind={
             kind: int(ratio * num_tokens * layout.slot_bytes) + same_bytes for kind, ratio in ratios.items()
         },
+        final_bytes=final_bytes,
         plan_bytes=plan_bytes,
         target_bytes=sum(tensor.nbytes for tensor in runner.embeddings().values())
         + len(inputs.target.files.tokenizer.backend_tokenizer.to_str(pretty=True)),
         free_bytes=None if free is None else free + plan_bytes,  # the plan lies on that disk already
     )
+
+
+def _final_bytes(samples: SampleTable, codes: torch.Tensor, features: FeatureLayout, layout: Layout) -> int:
+    """Return the bytes that a plan's final states take, of which `codes` [N, 1, H] are some, lossless."""
+    alone = replace(layout, num_layers=1)
+    kept = sum(int(np.count_nonzero(before_supervised(samples.loss_mask(sample)))) for sample in range(len(samples)))
+    ratio = _ratio(codes[:_COMPRESSED_TOKENS], features, alone) if len(codes) else 0.0
+    return int(ratio * kept * alone.slot_bytes) + _index_bytes(alone)
 
 
 def _some_batches(runner: Extractor, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
@@ -177,9 +198,12 @@ def free_bytes(out: Path) -> int | None:
 def rest_bytes(cache: Cache) -> int | None:
     """Return about how many bytes the other shards will take, at the finished shards' bytes per token.
 
-    Without a finished shard it is what the plan expected; None where the plan does not say, as in older caches.
+    Without a finished shard it is what the plan expected, of final states what they take raw; None where the plan does
+    not say, as in older caches.
     """
     done = _tokens_done(cache)
+    if not done and cache.array == FINAL:
+        return int(cache.manifest.plan["supervised"]) * cache.layout.slot_bytes
     if not done:
         expected: int | None = cache.manifest.plan.get("feature_bytes")
         return expected
@@ -189,7 +213,11 @@ def rest_bytes(cache: Cache) -> int | None:
 
 def _tokens_done(cache: Cache) -> int:
     """Return the tokens of the finished shards, those of samples that were left out included."""
-    return int(cache.samples.num_tokens[np.isin(cache.samples.shard, list(cache.commits))].sum())
+    return _tokens_of(cache, cache.commits.keys())
+
+
+def _tokens_of(cache: Cache, shards: Set[int]) -> int:
+    return int(cache.samples.num_tokens[np.isin(cache.samples.shard, list(shards))].sum())
 
 
 def refuse_too_large(out: Path, needed: int, free: int | None, *, is_begun: bool) -> None:

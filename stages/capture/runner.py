@@ -4,7 +4,7 @@ Axes: B sequences, S positions, N real tokens of a micro-batch, T token slots, L
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,28 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences
-from dflash_offline.schemas.manifest import Layout, is_by_length, is_compiled
+from dflash_offline.schemas.manifest import FINAL, HIDDEN, Layout, is_by_length, is_compiled
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.inputs import ChosenTarget, target_identity
-from dflash_offline.stages.capture.shard import TOKEN_STATISTICS, QueuedShard, ShardBuffer, token_statistics
+from dflash_offline.stages.capture.shard import (
+    TOKEN_STATISTICS,
+    QueuedShard,
+    ShardBuffer,
+    Wanted,
+    stored_spans,
+    token_statistics,
+)
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.target.compiled import compile_layers
-from dflash_offline.stages.target.model import embedding_tensors, layer_states, load_as_configured
+from dflash_offline.stages.target.model import (
+    decoder_layers,
+    embedding_tensors,
+    layer_and_final_states,
+    layer_states,
+    load_as_configured,
+)
 
 _FORWARD_TOKENS = 512
 """What a forward costs whatever it holds, in tokens."""
@@ -78,6 +91,18 @@ def pad_sequences(samples: SampleTable, batch: NDArray[np.int64]) -> NDArray[np.
     return padded
 
 
+def _stored_places(samples: SampleTable, batch: NDArray[np.int64], width: int, array: str) -> NDArray[np.int64]:
+    """Return which places of a batch's padded tokens, [B * width], an array holds, in order."""
+    return np.concatenate(
+        [
+            np.arange(row * width + begin, row * width + end)
+            for row, sample in enumerate(batch.tolist())
+            for begin, end in stored_spans(samples, sample, array)
+        ]
+        or [np.empty(0, np.int64)]
+    )
+
+
 def spread_out(samples: SampleTable, members: NDArray[np.int64], num_tokens: int) -> NDArray[np.int64]:
     """Return members evenly spread over the plan that hold about `num_tokens` tokens, or all of them."""
     count = int(np.ceil(num_tokens / max(samples.num_tokens[members].mean(), 1)))
@@ -100,7 +125,7 @@ def encode_states(
     shape = (len(real), len(states), states[0].shape[-1])
     codes = torch.empty(shape, dtype=torch.int16, device=device)
     statistics = torch.empty((*shape[:2], len(TOKEN_STATISTICS)), dtype=torch.float32, device=device)
-    step = len(real) if device.type == "cuda" else max(1, _CACHED_BYTES // (4 * shape[-1]))
+    step = max(1, len(real) if device.type == "cuda" else _CACHED_BYTES // (4 * shape[-1]))
     for layer, state in enumerate(states):
         here = real.to(state.device)
         for part in (slice(begin, begin + step) for begin in range(0, len(real), step)):
@@ -150,37 +175,56 @@ class TargetRunner:
         self,
         samples: SampleTable,
         members: NDArray[np.int64],
-        encoder: FeatureEncoder,
-        buffer: ShardBuffer,
+        wanted: Sequence[Wanted],
         progress: Callable[[int], None],
-    ) -> QueuedShard:
-        """Queue the forwards of a shard's samples; the result depends on the plan and the target alone.
+    ) -> list[QueuedShard]:
+        """Queue the forwards of a shard's samples; the results depend on the plan and the target alone.
 
-        `progress` is called with the tokens of each micro-batch.
+        Returns a queued shard for each array that is wanted. `progress` is called with the tokens of each micro-batch.
         """
-        batches = []
+        batches: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {one.array: [] for one in wanted}
+        encoders = {one.array: one.encoder for one in wanted}
         for batch in self.batches(samples, members):
-            codes, statistics = self.run_batch(samples, batch, encoder)
-            batches.append((batch, self._copy(samples, batch, codes, statistics, buffer)))
+            found = self.run_batch(samples, batch, encoders)
+            for one in wanted:
+                copied = self._copy(samples, batch, *found[one.array], one)
+                batches[one.array].append((batch, copied))
             progress(int(samples.num_tokens[batch].sum()))
-        copied = None
+        event = None
         if self._stream is not None:  # who waits for it leaves its core to others meanwhile
-            copied = self._stream.record_event(torch.cuda.Event(blocking=True))
-        return QueuedShard(buffer, samples, self.layer_ids, batches, copied)
+            event = self._stream.record_event(torch.cuda.Event(blocking=True))
+        return [
+            QueuedShard(one.buffer, samples, self._ids(one.array), batches[one.array], event, one.array)
+            for one in wanted
+        ]
+
+    def _ids(self, array: str) -> list[int]:
+        """Return the ids of the layers that an array holds."""
+        return self.layer_ids if array == HIDDEN else [len(decoder_layers(self.model)) - 1]
 
     @torch.inference_mode()
     def run_batch(
-        self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder
-    ) -> tuple[Tensor, Tensor]:
-        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of one micro-batch.
+        self, samples: SampleTable, batch: NDArray[np.int64], encoders: Mapping[str, FeatureEncoder]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of each array that has an encoder.
 
-        Both lie on the device and hold the real tokens of its samples, in order.
+        They are of one micro-batch and one forward, lie on the device, and hold the positions of its samples that the
+        array keeps, in order.
         """
         padded = pad_sequences(samples, batch)
-        places = np.flatnonzero(np.arange(padded.shape[1]) < samples.num_tokens[batch][:, None])
         try:
-            ids, real = self._on_device(padded), self._on_device(places)
-            return encode_states(layer_states(self.model, ids, self.layer_ids), real, encoder, self.device)
+            ids = self._on_device(padded)
+            places = {
+                array: self._on_device(_stored_places(samples, batch, padded.shape[1], array)) for array in encoders
+            }
+            if FINAL in encoders:
+                taps, final = layer_and_final_states(self.model, ids, self.layer_ids if HIDDEN in encoders else [])
+            else:
+                taps, final = layer_states(self.model, ids, self.layer_ids), ids
+            return {
+                array: encode_states(taps if array == HIDDEN else [final], places[array], encoder, self.device)
+                for array, encoder in encoders.items()
+            }
         except torch.OutOfMemoryError as error:
             raise DflashError(
                 f"{self.device} has too little memory for a forward of {list(padded.shape)} tokens. Lower "
@@ -193,19 +237,25 @@ class TargetRunner:
         return tensor if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _copy(
-        self, samples: SampleTable, batch: NDArray[np.int64], codes: Tensor, statistics: Tensor, buffer: ShardBuffer
+        self, samples: SampleTable, batch: NDArray[np.int64], codes: Tensor, statistics: Tensor, wanted: Wanted
     ) -> Tensor:
         """Copy each sample's codes to its slots; returns the statistics in host memory."""
-        begins = samples.start[batch] % len(buffer.codes)
-        parts = codes.split(samples.num_tokens[batch].tolist())
+        buffer = wanted.buffer
+        begins, lengths = list[int](), list[int]()
+        for sample in batch.tolist():
+            start = int(samples.start[sample]) % len(buffer.codes)
+            for begin, end in stored_spans(samples, sample, wanted.array):
+                begins.append(start + begin)
+                lengths.append(end - begin)
+        parts = codes.split(lengths)
         if self._stream is None:
-            for begin, part in zip(begins.tolist(), parts, strict=True):
+            for begin, part in zip(begins, parts, strict=True):
                 buffer.codes[begin : begin + len(part)] = part
             return statistics
         kept = torch.empty(statistics.shape, pin_memory=True)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for begin, part in zip(begins.tolist(), parts, strict=True):
+            for begin, part in zip(begins, parts, strict=True):
                 buffer.codes[begin : begin + len(part)].copy_(part, non_blocking=True)
             kept.copy_(statistics, non_blocking=True)
         for tensor in (codes, statistics):  # their memory is the copying stream's until it is done
@@ -224,7 +274,8 @@ def load_runner(
     layer_ids, by_length = list(target.layer_ids), is_by_length(identity)
     if is_compiled(identity):
         progress.say("Compiling its layers.")
-        compile_layers(model, target.files, layer_ids, config.max_length)
+        deepest = [target.files.num_layers - 1] if config.final else layer_ids
+        compile_layers(model, target.files, deepest, config.max_length)
     return TargetRunner(model, target.device, layer_ids, config.batch_tokens, by_length=by_length)
 
 

@@ -3,7 +3,8 @@
 Axes: N real tokens of a micro-batch, T token slots, L captured layers, H hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.commits import SkippedSample
-from dflash_offline.schemas.manifest import Layout
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import HIDDEN, Layout
+from dflash_offline.schemas.samples import SampleTable, before_supervised
 from dflash_offline.stages.capture.bad_features import find_bad
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.store.feature_ranges import Sums
@@ -21,6 +22,15 @@ from dflash_offline.stages.store.feature_ranges import Sums
 TOKEN_STATISTICS = ("least", "largest", "storable", "total", "norm", "zeros", "max_abs")
 """What is computed of each real token and layer: least and largest of the target's features, whether all of them can
 be stored, and four numbers of the stored ones, which add up to the layer's statistics."""
+
+
+def stored_spans(samples: SampleTable, sample: int, array: str) -> list[tuple[int, int]]:
+    """Return which positions of a sample an array of features holds, as ranges (begin, end)."""
+    if array == HIDDEN:
+        return [(0, int(samples.num_tokens[sample]))]
+    kept = np.concatenate([[False], before_supervised(samples.loss_mask(sample)), [False]])
+    edges: list[list[int]] = np.flatnonzero(kept[1:] != kept[:-1]).reshape(-1, 2).tolist()
+    return [(begin, end) for begin, end in edges]
 
 
 def token_statistics(states: Tensor, codes: Tensor, encoder: FeatureEncoder, layer: int, out: Tensor) -> None:
@@ -83,6 +93,16 @@ class ShardBuffer:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """An array of features that a shard's forwards are to give, its codes in a buffer."""
+
+    array: str
+    """`HIDDEN`, the captured layers' states, or `FINAL`, the last state after the final norm."""
+    encoder: FeatureEncoder
+    buffer: ShardBuffer
+
+
+@dataclass(frozen=True)
 class FilledShard:
     """What the forwards of a shard have left in its buffer."""
 
@@ -107,25 +127,50 @@ class QueuedShard:
     samples: SampleTable
     layer_ids: list[int]
     batches: list[tuple[NDArray[np.int64], Tensor]]
-    """For each micro-batch its samples and the `TOKEN_STATISTICS` of each real token and layer, float32 [N, L, 7]."""
+    """For each micro-batch its samples and the `TOKEN_STATISTICS` of each position and layer that the array holds,
+    float32 [N, L, 7]."""
     copied: "Copies | None"
+    array: str = HIDDEN
 
-    def wait(self) -> FilledShard:
-        """Wait for the copies and set every other slot to the fill value, those of samples with bad features too."""
+    def wait(self, left_out: Sequence[SkippedSample] = ()) -> FilledShard:
+        """Wait for the copies and set every other slot to the fill value, those of samples with bad features too.
+
+        `left_out` are samples that are without features already, whatever they hold here.
+        """
         if self.copied is not None:
             self.copied.synchronize()
-        bad: list[SkippedSample] = []
+        bad = list(left_out)
+        known = [sample.sample for sample in bad]
         kept_slots: list[tuple[int, int]] = []
         sums = [Sums()] * len(self.layer_ids)
         for batch, tensor in self.batches:
-            lengths, statistics = self.samples.num_tokens[batch], tensor.numpy()
-            bad_here = find_bad(batch, lengths, statistics, self.layer_ids)
-            sound = ~np.isin(batch, [sample.sample for sample in bad_here])
+            spans = [stored_spans(self.samples, sample, self.array) for sample in batch.tolist()]
+            lengths, statistics = np.array([sum(end - begin for begin, end in of) for of in spans]), tensor.numpy()
+            bad += [one for one in self._bad(batch, spans, lengths, statistics) if one.sample not in known]
+            sound = ~np.isin(batch, [sample.sample for sample in bad])
             kept = statistics if sound.all() else statistics[np.repeat(sound, lengths)]
             sums = list(map(Sums.__add__, sums, _layer_sums(kept, self.buffer.codes.shape[-1])))
-            bad += bad_here
-            begins = self.samples.start[batch[sound]] % len(self.buffer.codes)
-            kept_slots += zip(begins.tolist(), (begins + lengths[sound]).tolist(), strict=True)
+            starts = (self.samples.start[batch] % len(self.buffer.codes)).tolist()
+            for start, of_sample, is_sound in zip(starts, spans, sound.tolist(), strict=True):
+                kept_slots += [(start + begin, start + end) for begin, end in of_sample if is_sound]
         self.buffer.fill_between(kept_slots)
         finite = all(np.isfinite([layer.total, layer.squares]).all() for layer in sums)
         return FilledShard(sorted(bad, key=lambda sample: sample.sample), sums if finite else None)
+
+    def _bad(
+        self,
+        batch: NDArray[np.int64],
+        spans: list[list[tuple[int, int]]],
+        lengths: NDArray[np.int64],
+        statistics: NDArray[np.float32],
+    ) -> list[SkippedSample]:
+        """Return each sample of a micro-batch that has bad features, with its first fault."""
+        some = lengths > 0  # a sample whose first token alone is supervised has no final state that anyone reads
+        found = find_bad(batch[some], lengths[some], statistics, self.layer_ids) if some.any() else []
+        own = dict(zip(batch.tolist(), spans, strict=True))
+        return [replace(bad, position=_position(own[bad.sample], bad.position)) for bad in found]
+
+
+def _position(spans: list[tuple[int, int]], number: int) -> int:
+    """Return the position that is the `number`-th of those in the ranges, from 0."""
+    return [position for begin, end in spans for position in range(begin, end)][number]

@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.errors import DflashError, missing_memory
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.engine import TRANSFORMERS
@@ -30,7 +31,7 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.extractor import Extractor
-from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer, Wanted
 from dflash_offline.stages.cores import share_cores
 from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.stop import left_to_this_process
@@ -45,13 +46,54 @@ _FAULT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
+class Output:
+    """An array of features that shards are written of: the hidden states, or the final ones."""
+
+    writer: ShardWriter
+    encoder: FeatureEncoder
+    bad_features: BadFeatures
+    hidden: Cache | None = None
+    """Of final states, the cache whose hidden states are recorded before them."""
+
+    @classmethod
+    def of(cls, cache: Cache, config: ExtractConfig, hidden: Cache | None = None) -> "Output":
+        """Return what writes the features of a cache, or of its `final`."""
+        bad_features = BadFeatures(cache, config.on_bad_features, config.max_skipped)
+        return cls(
+            writer=ShardWriter(cache), encoder=FeatureEncoder(cache.codec), bad_features=bad_features, hidden=hidden
+        )
+
+    @property
+    def array(self) -> str:
+        """`HIDDEN`, or `FINAL`."""
+        return self.writer.cache.array
+
+    def left_out(self, shard: int) -> list[SkippedSample]:
+        """Return the samples of a shard that have no hidden states, and so no final ones."""
+        record = None if self.hidden is None else self.hidden.record(shard)
+        return [] if record is None else record.skipped
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What one process needs to run a cache's shards."""
 
-    writer: ShardWriter
     runner: Extractor
-    encoder: FeatureEncoder
-    bad_features: BadFeatures
+    outputs: list[Output]
+    """The hidden states, then the final ones where they are asked for: a shard's are recorded in this order."""
+
+    @property
+    def cache(self) -> Cache:
+        """The cache, with its hidden states."""
+        return self.outputs[0].writer.cache
+
+    def left(self, shard: int) -> list[Output]:
+        """Return what a shard has no record of now."""
+        return [output for output in self.outputs if not output.writer.cache.is_done(shard)]
+
+    def is_done(self, shard: int) -> bool:
+        """Say whether nothing of a shard is left to do now."""
+        return not self.left(shard)
 
 
 class Report:
@@ -82,39 +124,29 @@ class Report:
 
 def run_shards(work: Work, left: Sequence[int], progress: Progress) -> list[int]:
     """Run the shards in this process; returns the bytes of each shard that this call wrote."""
-    report = Report(progress, work.writer.cache.samples, left)
+    report = Report(progress, work.cache.samples, left)
     _run_shards(work, left, report)
     progress.finish()
     return report.written
 
 
 def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> None:
-    """Fill a buffer with one shard while those before it are encoded and written; records come in the shards' order.
+    """Fill buffers with one shard while those before it are encoded and written; records come in the shards' order.
 
     On a CPU forward and encoder share cores, so they take turns: only encoded chunks are written and synced meanwhile.
     Shards that another worker holds are waited for at the end, and run here if that worker died.
     """
-    writer, runner = work.writer, work.runner
-    free: SimpleQueue[ShardBuffer] = SimpleQueue()
-    for _ in range(runner.num_buffers):
-        free.put(runner.buffer(writer.cache.layout, work.encoder.codec.fill))
+    runner, samples = work.runner, work.cache.samples
+    free: dict[str, SimpleQueue[ShardBuffer]] = {output.array: SimpleQueue() for output in work.outputs}
+    for output in work.outputs:
+        for _ in range(runner.num_buffers):
+            free[output.array].put(runner.buffer(output.writer.cache.layout, output.encoder.codec.fill))
 
-    def write(shard: int, queued: QueuedShard, started: float, claim: ExitStack, before: list[Future[None]]) -> None:
+    def write(shard: int, queued: list[_Queued], started: float, claim: ExitStack, before: list[Future[None]]) -> None:
         with claim, ExitStack() as held:
-            held.callback(free.put, queued.buffer)
-            filled = queued.wait()
-            bad, codes = filled.bad, queued.buffer.array
-            if bad:  # counted under a lock that the one before may need
-                _finish(before)
-            size = work.bad_features.commit(
-                shard,
-                bad,
-                lambda: writer.commit(
-                    shard, codes, bad, started, filled.sums, encoded=held.close, in_turn=lambda: _finish(before)
-                ),
-            )
-            for sample in bad:
-                report.say(f"Left out: {skipped_place(sample, writer.cache.samples)}")
+            for one in queued:
+                held.enter_context(one.held)
+            size = sum([one.write(shard, started, before, report.say) for one in queued])
             if size:  # else another worker's record won
                 report.shard(size)
 
@@ -122,15 +154,17 @@ def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> 
     with ThreadPoolExecutor(_WRITES, thread_name_prefix="write") as background:
         for waiting in (False, True):
             for shard in left:
-                if writer.cache.is_done(shard):
+                if work.is_done(shard):
                     continue
                 started = time.time()
                 with ExitStack() as claim:
-                    if not claim.enter_context(writer.claim(shard, wait=waiting)):
+                    if not claim.enter_context(work.outputs[0].writer.claim(shard, wait=waiting, is_done=work.is_done)):
                         continue
-                    members, buffer = writer.cache.samples.samples_of_shard(shard), free.get()
+                    members, outputs = samples.samples_of_shard(shard), work.left(shard)
+                    wanted = [Wanted(output.array, output.encoder, free[output.array].get()) for output in outputs]
                     _finish([job for job in pending if job.done()])  # before any more work, if it failed
-                    queued = runner.run_shard(writer.cache.samples, members, work.encoder, buffer, report.tokens)
+                    filling = runner.run_shard(samples, members, wanted, report.tokens)
+                    queued = [_Queued.of(*one, free[one[0].array]) for one in zip(outputs, filling, strict=True)]
                     while len(pending) >= _WRITES:
                         pending.popleft().result()
                     pending.append(
@@ -138,6 +172,42 @@ def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> 
                     )
             while pending:
                 pending.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """One array of a shard whose forwards are queued."""
+
+    output: Output
+    shard: QueuedShard
+    held: ExitStack
+    """Gives the buffer back as it is closed."""
+
+    @classmethod
+    def of(cls, output: Output, shard: QueuedShard, free: "SimpleQueue[ShardBuffer]") -> "_Queued":
+        held = ExitStack()
+        held.callback(free.put, shard.buffer)
+        return cls(output, shard, held)
+
+    def write(self, shard: int, started: float, before: list[Future[None]], say: Callable[[str], None]) -> int:
+        """Write the array and its record, once those of the shards before are written; returns the bytes written."""
+        cache, writer = self.output.writer.cache, self.output.writer
+        left_out = self.output.left_out(shard)
+        filled = self.shard.wait(left_out)
+        bad, codes = filled.bad, self.shard.buffer.array
+        fresh = [sample for sample in bad if sample not in left_out]
+        if fresh:  # counted under a lock that the one before may need
+            _finish(before)
+        size = self.output.bad_features.commit(
+            shard,
+            bad if fresh else [],
+            lambda: writer.commit(
+                shard, codes, bad, started, filled.sums, encoded=self.held.close, in_turn=lambda: _finish(before)
+            ),
+        )
+        for sample in fresh:
+            say(f"Left out: {skipped_place(sample, cache.samples)}")
+        return size
 
 
 def _finish(jobs: Iterable[Future[None]]) -> None:

@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import CAPTURE_RULE, FEATURES, HIDDEN, IDS, MASK, Layout
+from dflash_offline.schemas.manifest import (
+    CAPTURE_RULE,
+    FEATURES,
+    FINAL,
+    FINAL_RULE,
+    HIDDEN,
+    IDS,
+    MASK,
+    Layout,
+    Manifest,
+)
 from dflash_offline.schemas.sealed import parse_json, read_bounded
 from dflash_offline.stages.store.chunks import DamagedFrameError, expand
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
@@ -44,8 +54,25 @@ def metadata_documents(layout: Layout, layer_ids: Sequence[int]) -> dict[str, di
     return documents
 
 
+def final_document(manifest: Manifest) -> dict[str, Any]:
+    """Return the metadata of the array `final` [T, H], which `Manifest.final` describes.
+
+    Its shards are those of hidden states of one layer, chunk for chunk.
+    """
+    layout, codec = manifest.layout, FeatureCodec(manifest.layout.features)
+    attributes = {"capture": FINAL_RULE, **codec.attributes()}
+    chunk = [layout.chunk_tokens, layout.hidden_size]
+    return _sharded(layout, [layout.hidden_size], "uint16", chunk, codec.fill, attributes, ["token", "feature"])
+
+
 def _sharded(
-    layout: Layout, item: list[int], dtype: str, chunk: list[int], fill: int, attributes: dict[str, Any]
+    layout: Layout,
+    item: list[int],
+    dtype: str,
+    chunk: list[int],
+    fill: int,
+    attributes: dict[str, Any],
+    names: Sequence[str] = ("token", "layer", "feature"),
 ) -> dict[str, Any]:
     """Return the metadata of an array [T, *item] whose shards hold chunks of a Blosc frame and its crc32c."""
     size = np.dtype(dtype).itemsize
@@ -61,8 +88,8 @@ def _sharded(
         "index_location": "end",
     }
     codecs = [{"name": "sharding_indexed", "configuration": configuration}]
-    names = ["token", "layer", "feature"][: 1 + len(item)]
-    return _array([layout.num_slots, *item], dtype, [layout.shard_tokens, *item], fill, codecs, attributes, names)
+    shape = [layout.shard_tokens, *item]
+    return _array([layout.num_slots, *item], dtype, shape, fill, codecs, attributes, list(names[: len(shape)]))
 
 
 def _scale(layout: Layout) -> dict[str, Any]:
@@ -98,18 +125,27 @@ def _array(
 def check_metadata(folder: Path, layout: Layout, layer_ids: Sequence[int]) -> None:
     """Raise `CacheError` naming file and field if a metadata document of features.zarr is not the one expected."""
     for name, wanted in metadata_documents(layout, layer_ids).items():
-        path = folder / name / METADATA
-        found = parse_json(read_bounded(path, _MOST_BYTES), path)
-        if not isinstance(found, dict):
-            raise CacheError(f"{path} holds {str(found)[:60]}, expected an object. {_MEND}")
-        if name == "" and found.get("consolidated_metadata", 0) is None:
-            del found["consolidated_metadata"]  # older versions of zarr-python say that there is none
-        if name in (CENTER, STEP):
-            found = found | {"chunk_grid": _whole_grid(found.get("chunk_grid"), wanted)}
-        for field in {**wanted, **found}:
-            if field not in found or field not in wanted or not _same(found[field], wanted[field]):
-                have, want = (repr(side.get(field, "nothing"))[:200] for side in (found, wanted))
-                raise CacheError(f"{path}: {field!r:.60} is {have}, expected {want}. {_MEND}")
+        _check_document(folder, name, wanted)
+
+
+def check_final_metadata(folder: Path, manifest: Manifest) -> None:
+    """Raise `CacheError` naming file and field if the metadata of the array `final` are not those expected."""
+    _check_document(folder, FINAL, final_document(manifest))
+
+
+def _check_document(folder: Path, name: str, wanted: dict[str, Any]) -> None:
+    path = folder / name / METADATA
+    found = parse_json(read_bounded(path, _MOST_BYTES), path)
+    if not isinstance(found, dict):
+        raise CacheError(f"{path} holds {str(found)[:60]}, expected an object. {_MEND}")
+    if name == "" and found.get("consolidated_metadata", 0) is None:
+        del found["consolidated_metadata"]  # older versions of zarr-python say that there is none
+    if name in (CENTER, STEP):
+        found = found | {"chunk_grid": _whole_grid(found.get("chunk_grid"), wanted)}
+    for field in {**wanted, **found}:
+        if field not in found or field not in wanted or not _same(found[field], wanted[field]):
+            have, want = (repr(side.get(field, "nothing"))[:200] for side in (found, wanted))
+            raise CacheError(f"{path}: {field!r:.60} is {have}, expected {want}. {_MEND}")
 
 
 def _same(found: Any, wanted: Any) -> bool:

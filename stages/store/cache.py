@@ -18,13 +18,22 @@ from numpy.typing import NDArray
 
 from dflash_offline.schemas.commits import Commit, SkippedSample, commit_path, read_commits, read_finished
 from dflash_offline.schemas.errors import CacheError
-from dflash_offline.schemas.manifest import FEATURES, SAMPLES, Manifest, hidden_file
-from dflash_offline.schemas.samples import SampleTable
+from dflash_offline.schemas.manifest import (
+    FEATURES,
+    FINAL,
+    FINAL_MANIFEST,
+    FINAL_METADATA,
+    HIDDEN,
+    SAMPLES,
+    Manifest,
+    feature_file,
+)
+from dflash_offline.schemas.samples import SampleTable, before_supervised
 from dflash_offline.stages.buckets.bundles import list_records
 from dflash_offline.stages.buckets.mirror import mirror_of, worked_on
 from dflash_offline.stages.buckets.ranges import ObjectRanges
 from dflash_offline.stages.cores import usable_cores
-from dflash_offline.stages.store.array_metadata import check_metadata, read_scale
+from dflash_offline.stages.store.array_metadata import check_final_metadata, check_metadata, read_scale
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
 from dflash_offline.stages.store.shard_file import OpenFile, ShardFile
 
@@ -38,14 +47,21 @@ _opening = threading.Lock()
 class Cache:
     """One feature cache. The plan, the commit records, the codec and the shards are read when they are first used.
 
+    Its features are the hidden states. Where the cache has the target's last hidden states, too, `final` is an object
+    of this class for them: its array is `FINAL`, of one layer, with records of its own and the same plan. It is read as
+    hidden states are (`codes`, `values`, `usable`, `require_complete`, `codec`), with L = 1.
+
     A cache in a bucket is worked on in a folder that mirrors its small files; its shards are read from the bucket. Safe
     in threads; a copy sent to a spawned process opens the cache anew.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None = None, *, whole: bool = False) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest | None = None, *, whole: bool = False, samples: SampleTable | None = None
+    ) -> None:
         """Read the manifest, unless it is given; the other static files are taken to be as it says.
 
         `path` is a folder, or the URL of a bucket; with `whole`, a mirror's folder is taken for all of the cache.
+        `samples` is the plan, where it was read before.
         `CacheError` unless the arrays' metadata are what is written for its layout.
         """
         self.path = path = worked_on(path)
@@ -56,7 +72,13 @@ class Cache:
         self.manifest = Manifest.read(path) if manifest is None else manifest
         self.layout = self.manifest.layout
         self.layer_ids: tuple[int, ...] = tuple(self.manifest.identity["layer_ids"])
-        check_metadata(path / FEATURES, self.layout, self.layer_ids)
+        self.array = self.manifest.array
+        """`HIDDEN`, or `FINAL`."""
+        if self.array == FINAL:
+            check_final_metadata(path / FEATURES, self.manifest)
+        else:
+            check_metadata(path / FEATURES, self.layout, self.layer_ids)
+        self._whole, self._samples = whole, samples
         self._known: dict[int, Commit] = {}
         """The commit records that were read."""
         self._shards: OrderedDict[int, ShardFile] = OrderedDict()
@@ -74,11 +96,37 @@ class Cache:
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Pickle as the address alone: locks, threads and open files belong to one process."""
-        return partial(Cache.open, hashed=False), (Path(self.name),)
+        return (_open_final if self.array == FINAL else partial(Cache.open, hashed=False)), (Path(self.name),)
+
+    @cached_property
+    def final(self) -> "Cache | None":
+        """The target's last hidden state after its final norm, [T, H], of this cache; None if it has none.
+
+        Softmax of the head's product with it is the target's distribution of the next token. Positions that stand
+        before no supervised token hold fill, which decodes as NaN (`stored`): never compute with what is there. Its
+        samples are those of this cache; a sample that has hidden states may be left out of it (`usable`).
+        """
+        if self.mirror is not None:
+            for name in (FINAL_MANIFEST, FINAL_METADATA):
+                self.mirror.pull_one(name)
+        manifest = self.manifest.final(self.path)
+        return None if manifest is None else Cache(self.path, manifest, whole=self._whole, samples=self.samples)
+
+    def require_final(self) -> "Cache":
+        """Return `final`, of every shard; `CacheError` with what adds it where there is none, or not all of it."""
+        if self.final is None:
+            raise CacheError(
+                f"{self.name} has no final states, from which the target's distribution follows. Add them: repeat the "
+                f"`dflash extract` that made it, with --final; the hidden states are not extracted again."
+            )
+        self.final.require_complete()
+        return self.final
 
     @cached_property
     def samples(self) -> SampleTable:
         """The plan, its tokens still on disk."""
+        if self._samples is not None:
+            return self._samples
         samples = SampleTable.read(self.path / SAMPLES)
         samples.check(self.path / SAMPLES, self.manifest)
         return samples
@@ -105,7 +153,7 @@ class Cache:
         that of one may be damaged."""
         if self.mirror is None:
             return frozenset(self.commits)
-        return frozenset(list_records(self.mirror.bucket, self.layout.num_shards))
+        return frozenset(list_records(self.mirror.bucket, self.layout.num_shards, self.array))
 
     @property
     def commits(self) -> dict[int, Commit]:
@@ -125,11 +173,13 @@ class Cache:
     def require_complete(self) -> None:
         """Raise `CacheError` unless every shard is finished."""
         num_shards = self.layout.num_shards
-        missing = num_shards - len(self.commits)
+        missing, is_final = num_shards - len(self.commits), self.array == FINAL
         if missing:
             raise CacheError(
-                f"{self.path} is not complete: {missing} of {num_shards} shards are not extracted"
-                f"{f' ({self.faults[0]})' if self.faults else ''}. Repeat the `dflash extract` that made it to go on."
+                f"{self.path} is not complete: {missing} of {num_shards} shards "
+                f"{'have no final states' if is_final else 'are not extracted'}"
+                f"{f' ({self.faults[0]})' if self.faults else ''}. Repeat the `dflash extract` that made it"
+                f"{', with --final,' if is_final else ''} to go on."
             )
 
     def usable(self) -> NDArray[np.int64]:
@@ -152,14 +202,14 @@ class Cache:
         are read.
         """
         if self.mirror is not None:
-            self.mirror.pull_record(str(commit_path(Path(), shard)))
+            self.mirror.pull_one(str(commit_path(Path(), shard, self.array)))
         return read_finished(self.path, shard, self.manifest, with_files=self.mirror is None)
 
     def forget(self, shard: int) -> None:
         """Remove a shard's record, so that the shard does not exist for any reader."""
         if self.mirror is not None:
-            self.mirror.bucket.remove(str(commit_path(Path(), shard)))
-        commit_path(self.path, shard).unlink(missing_ok=True)
+            self.mirror.bucket.remove(str(commit_path(Path(), shard, self.array)))
+        commit_path(self.path, shard, self.array).unlink(missing_ok=True)
 
     def is_done(self, shard: int) -> bool:
         """Say whether a shard is finished now."""
@@ -175,9 +225,15 @@ class Cache:
         begin = int(self.samples.start[sample]) % self.layout.shard_tokens
         return slice(begin, begin + int(self.samples.num_tokens[sample]))
 
+    def stored(self, sample: int) -> NDArray[np.bool_]:
+        """Return which positions of a sample that was not left out hold features, bool [num_tokens]."""
+        if self.array == HIDDEN:
+            return np.ones(int(self.samples.num_tokens[sample]), np.bool_)
+        return before_supervised(self.samples.tokens.of(sample)[1])
+
     def open_shard(self, commit: Commit) -> ShardFile:
-        """Return the hidden states of a finished shard."""
-        name = hidden_file(commit.shard)
+        """Return the features of a finished shard."""
+        name = feature_file(self.array, commit.shard)
         record, path = commit.files[name], self.path / name
         ranges = OpenFile(path) if self.mirror is None else ObjectRanges(self.mirror.bucket, name)
         return ShardFile(path, record, self.layout, self.layer_ids, ranges)
@@ -187,7 +243,8 @@ class Cache:
         if shard not in self._known:
             commit = self.record(shard)
             if commit is None:
-                raise CacheError(f"Shard {shard} of {self.path} is not extracted. Repeat the `dflash extract`.")
+                what = "has no final states" if self.array == FINAL else "is not extracted"
+                raise CacheError(f"Shard {shard} of {self.path} {what}. Repeat the `dflash extract`.")
             self._known[shard] = commit
         return self._known[shard]
 
@@ -221,6 +278,11 @@ class Cache:
     def values(self, sample: int) -> NDArray[np.float32]:
         """Return a sample's features as float32, [num_tokens, L, H]."""
         return self.codec.values(self.codes(sample), range(self.layout.num_layers))
+
+
+def _open_final(path: Path) -> Cache:
+    """Return the final states of a cache."""
+    return Cache.open(path, hashed=False).require_final()
 
 
 def most_open_shards() -> int:

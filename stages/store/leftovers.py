@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dflash_offline.schemas.files import refuse_links
 from dflash_offline.schemas.locks import owner_is_dead, touch_lock
-from dflash_offline.schemas.manifest import COMMITS, TMP, shard_files
+from dflash_offline.schemas.manifest import COMMITS, FINAL, TMP, shard_files
 from dflash_offline.stages.progress import readable_bytes
 
 SKIPPED_LOCK = f"{TMP}/skipped.lock"
@@ -37,7 +37,8 @@ def lock_path(cache: Path, shard: int) -> Path:
 
 def claimed_lock(cache: Path, shard: int) -> Path:
     """Return the file of `lock_path`, made if need be; `DflashError` if the shard would be written through a link."""
-    refuse_links(cache, TMP, COMMITS, *(os.path.dirname(name) for name in shard_files(shard)))  # noqa: PTH120
+    names = [*shard_files(shard), *shard_files(shard, FINAL)]
+    refuse_links(cache, TMP, COMMITS, *(os.path.dirname(name) for name in names))  # noqa: PTH120
     lock = lock_path(cache, shard)
     lock.parent.mkdir(exist_ok=True)  # copies of a cache may lack empty folders
     touch_lock(lock)

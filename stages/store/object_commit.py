@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.commits import ShardFileRecord, SkippedSample
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import sha256_bytes, sha256_file, write_synced
-from dflash_offline.schemas.manifest import IDS, MASK, hidden_file, shard_files, token_file
+from dflash_offline.schemas.manifest import FINAL, IDS, MASK, feature_file, shard_files, token_file
 from dflash_offline.stages.buckets.bucket import Bucket
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.chunks import CRC_BYTES
@@ -50,7 +50,7 @@ def put_hidden(cache: Cache, shard: int, path: Path, own: Hidden) -> Hidden:
 
     `CacheError` if what is there is no shard of this cache.
     """
-    bucket, name = _bucket(cache), hidden_file(shard)
+    bucket, name = _bucket(cache), feature_file(cache.array, shard)
     if _is_put(bucket, name, path):
         return own
     if sha256_file(path) == own.record.sha256:
@@ -91,7 +91,7 @@ def remove_aliens(cache: Cache, shard: int) -> None:
     The hidden states go last, for while they are there no worker puts anything; where there are none, something that is
     no shard stands for them meanwhile.
     """
-    bucket, (name, *token_names) = _bucket(cache), shard_files(shard)
+    bucket, (name, *token_names) = _bucket(cache), shard_files(shard, cache.array)
     there = [token_name for token_name in token_names if bucket.size(token_name) is not None]
     if bucket.size(name) is None:
         if not there or not bucket.create(name, b"removed by dflash verify --repair"):
@@ -119,7 +119,9 @@ def remove_aliens(cache: Cache, shard: int) -> None:
 
 
 def token_arrays(cache: Cache, shard: int, skipped: Sequence[SkippedSample]) -> dict[str, NDArray[Any]]:
-    """Return a shard's token ids and its mask, [T] each, by the names of their files."""
+    """Return a shard's token ids and its mask, [T] each, by the names of their files; nothing of final states."""
+    if cache.array == FINAL:
+        return {}
     num_slots = cache.layout.shard_tokens
     ids, mask = np.zeros(num_slots, np.uint32), np.zeros(num_slots, np.bool_)
     for sample in cache.members(shard, skipped):
@@ -177,11 +179,15 @@ def _as_found(cache: Cache, shard: int, path: Path, skipped: Sequence[SkippedSam
     for sample in cache.samples.samples_of_shard(shard).tolist():
         slots = cache.slots(sample)
         codes = file.codes(slots.start, slots.stop - slots.start)[: slots.stop - slots.start]
-        if (codes == cache.codec.fill).all():
+        if not (stored := cache.stored(sample)).all():
+            if (codes[~stored] != cache.codec.fill).any():
+                raise CacheError(f"sample {sample} has final states where none are kept")
+            codes = codes[stored]
+        if len(codes) and (codes == cache.codec.fill).all():
             nowhere = SkippedSample(sample=sample, reason=_LEFT_OUT, layer_id=cache.layer_ids[0], position=0)
             left_out.append(known.get(sample, nowhere))
             continue
-        if cache.codec.holds_fill(codes):
+        if len(codes) and cache.codec.holds_fill(codes):
             raise CacheError(f"sample {sample} has features that are missing or not finite")
         values = cache.codec.values(codes, range(layout.num_layers))
         sums = [layer + Sums.of(values[:, column]) for column, layer in enumerate(sums)]

@@ -2,16 +2,34 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, MANIFEST, TARGET, TMP, Manifest
+from dflash_offline.schemas.manifest import (
+    COMMITS,
+    FEATURES,
+    FINAL,
+    FINAL_MANIFEST,
+    FINAL_METADATA,
+    HIDDEN,
+    IDS,
+    MANIFEST,
+    MASK,
+    TARGET,
+    TMP,
+    Manifest,
+)
 from dflash_offline.stages.buckets.bundles import bundle_names
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.store.leftovers import SKIPPED_LOCK, half_written, lock_path
 
-_SHARD_FILE = re.compile(rf"{re.escape(FEATURES)}/(?:hidden_states/c/(\d+)/0/0|(?:input_ids|loss_mask)/c/(\d+))")
+_SHARD_FILE = {
+    HIDDEN: re.compile(rf"{re.escape(FEATURES)}/(?:{HIDDEN}/c/(\d+)/0/0|(?:{IDS}|{MASK})/c/(\d+))"),
+    FINAL: re.compile(rf"{re.escape(FEATURES)}/{FINAL}/c/(\d+)/0"),
+}
 _UNREAD = re.compile(r"(?!\.z(?:array|attrs|group|metadata)$)\..*|.*~|Thumbs\.db")
 """What file systems, file views and editors leave in any folder and no reader opens. zarr opens its second version's
 metadata."""
@@ -33,25 +51,36 @@ def unexpected_files(cache: Path, manifest: Manifest) -> UnexpectedFiles:
     """Return the files of a cache, a folder or a mirror's, that its manifest, plan and workers do not account for."""
     mirror = mirror_of(cache)
     names = sorted(_files(cache) if mirror is None else mirror.names(manifest.layout.num_shards))
-    shards = range(manifest.layout.num_shards)
-    records = {f"{commit_path(Path(), shard)}" for shard in shards}
+    shards, here = range(manifest.layout.num_shards), {*names}
+    arrays = [HIDDEN, FINAL] if FINAL_MANIFEST in here else [HIDDEN]
+    records = {array: [f"{commit_path(Path(), shard, array)}" for shard in shards] for array in arrays}
     in_work = {str(part.path.relative_to(cache)) for part in half_written(cache)}
     locks = {str(lock_path(Path(), shard)) for shard in shards}
-    bundles = [] if mirror is None else bundle_names(manifest)
-    known = {MANIFEST, *manifest.files, *records, *bundles, *in_work, *locks, SKIPPED_LOCK}
-    unexpected, with_files = UnexpectedFiles(), set[int]()
+    bundles = set[str]()
+    if mirror is not None:
+        bundles.update(*(bundle_names(replace(manifest, array=array)) for array in arrays))
+    known = {MANIFEST, *manifest.files, *chain(*records.values()), *bundles, *in_work, *locks, SKIPPED_LOCK}
+    known |= {FINAL_MANIFEST, FINAL_METADATA} if FINAL in arrays else set()
+    unexpected, unrecorded = UnexpectedFiles(), set[int]()
     for name in names:
-        numbers = _SHARD_FILE.fullmatch(name)
-        number = numbers and (numbers[1] or numbers[2])
+        array, number = _shard_of(name, arrays)
         if number and number == str(int(number)) and int(number) in shards:
-            with_files.add(int(number))
+            if records[array][int(number)] not in here:
+                unrecorded.add(int(number))
         elif name not in known:
             folder, _, rest = name.partition("/")
             is_read = folder in (TARGET, COMMITS, FEATURES) and not any(map(_UNREAD.fullmatch, rest.split("/")))
             (unexpected.misleading if is_read else unexpected.harmless).append(name)
-    here = {*names}
-    unexpected.unrecorded_shards.extend(s for s in sorted(with_files) if f"{commit_path(Path(), s)}" not in here)
+    unexpected.unrecorded_shards.extend(sorted(unrecorded))
     return unexpected
+
+
+def _shard_of(name: str, arrays: Sequence[str]) -> tuple[str, str]:
+    """Return the array, and the number as it is written, of a shard's file; empty for any other file."""
+    for array in arrays:
+        if found := _SHARD_FILE[array].fullmatch(name):
+            return array, next(filter(None, found.groups()))
+    return "", ""
 
 
 def _files(cache: Path) -> list[str]:

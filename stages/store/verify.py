@@ -8,7 +8,7 @@ Axes: T tokens, L captured layers, H hidden size.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,11 @@ from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import NOT_THE_FILES
 from dflash_offline.schemas.locks import locked
 from dflash_offline.schemas.manifest import (
+    ARRAYS,
     FEATURES,
+    FINAL,
+    FINAL_MANIFEST,
+    FINAL_METADATA,
     HIDDEN,
     IDS,
     MANIFEST,
@@ -27,6 +31,7 @@ from dflash_offline.schemas.manifest import (
     OTHER_CONTENT,
     SAMPLES,
     Manifest,
+    feature_file,
     file_fault,
     shard_files,
     token_file,
@@ -44,6 +49,7 @@ from dflash_offline.stages.store.object_commit import remove_aliens
 from dflash_offline.stages.store.shard_file import read_one_chunk
 from dflash_offline.stages.store.unexpected_files import UnexpectedFiles, unexpected_files
 
+_MEND_FINAL = "Run `dflash verify --repair` on this cache, which removes it, then the `dflash extract --final`."
 _AT_ONCE = 8
 """Shards verified side by side; each holds one sample's features in float32."""
 
@@ -60,6 +66,8 @@ class Fault:
     """The shard that `extract` is to do; None if it cannot mend this."""
     missing: bool = False
     """Whether the shard has no record: it is yet to be extracted, and nothing of it is to be forgotten."""
+    array: str = HIDDEN
+    """What is wrong: the shard's hidden states, with its tokens, or its final ones."""
 
 
 def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | None = None) -> list[Fault]:
@@ -70,7 +78,7 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
     try:
         manifest = Manifest.read(cache)
         if (mirror := mirror_of(cache)) is not None:
-            mirror.fetch_anew(list(manifest.files))
+            mirror.fetch_anew([*manifest.files, FINAL_MANIFEST, FINAL_METADATA])
     except CacheError as error:
         return [Fault(place=MANIFEST, what=str(error))]
     damaged = manifest.static_faults(cache)
@@ -83,7 +91,8 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
     if mirror is not None:
         faults += [
             Fault(place=name, what=f"is damaged ({what}), and its records are read one by one; --repair writes it anew")
-            for name, what in damaged_bundles(mirror.bucket, manifest).items()
+            for array in _arrays(cache)
+            for name, what in damaged_bundles(mirror.bucket, replace(manifest, array=array)).items()
         ]
     if needed:
         return faults
@@ -92,11 +101,18 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
         faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
     except CacheError as error:  # a file is as it was written, but not by this program
         return [*faults, Fault(place=MANIFEST, what=str(error))]
-    progress.start("Verifying", manifest.layout.num_shards, "shards")
+    parts = [shards]
+    try:
+        if (final := shards.cache.final) is not None:
+            parts.append(_Shards(final))
+    except CacheError as error:
+        faults.append(Fault(place=FINAL_MANIFEST, what=f"{error} {_MEND_FINAL}", array=FINAL))
+    progress.start("Verifying", manifest.layout.num_shards * len(parts), "shards")
     with ThreadPoolExecutor(min(usable_cores(), _AT_ONCE), thread_name_prefix="verify") as pool:
-        for of_shard in pool.map(shards.faults, range(manifest.layout.num_shards)):
-            faults += of_shard
-            progress.advance(1, faults=len(faults))
+        for part in parts:
+            for of_shard in pool.map(part.faults, range(manifest.layout.num_shards)):
+                faults += of_shard
+                progress.advance(1, faults=len(faults))
     progress.finish()
     return faults
 
@@ -106,22 +122,44 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
 
     Each is judged again while it is locked: a worker that was at it finishes first, and what it wrote may be sound. In
     a bucket, objects that no worker of the cache has put are removed as well, for none is written over, and bundles of
-    records are written where they are missing, damaged or of records that are gone.
+    records are written where they are missing, damaged or of records that are gone. What says that there are final
+    states is removed where it is damaged: `extract --final` writes the same again, and goes on with their records.
     """
-    faulty = sorted({fault.shard for fault in faults if fault.shard is not None and not fault.missing})
-    missing = sorted({fault.shard for fault in faults if fault.shard is not None} - {*faulty})
     mirror = mirror_of(cache)
-    forgotten = list[int]()
-    if faulty:
-        shards = _Shards(Cache(cache, whole=True))
-        forgotten = [shard for shard in faulty if shards.forget(shard)]
-    if mirror is not None:
-        remove_attempts(mirror.bucket)
-        there = Cache(cache)
-        for shard in [*forgotten, *missing]:
-            remove_aliens(there, shard)
-        write_bundles(mirror.bucket, there.manifest, anew=True)
-    return forgotten
+    if any(fault.place == FINAL_MANIFEST for fault in faults):
+        for name in (FINAL_MANIFEST, FINAL_METADATA):
+            if mirror is not None:
+                mirror.bucket.remove(name)
+            (cache / name).unlink(missing_ok=True)
+    forgotten = set[int]()
+    for array in _arrays(cache):
+        of_array = [fault for fault in faults if fault.shard is not None and fault.array == array]
+        faulty = {fault.shard for fault in of_array if fault.shard is not None and not fault.missing}
+        missing = {fault.shard for fault in of_array if fault.shard is not None} - faulty
+        if faulty:
+            shards = _Shards(_of_array(Cache(cache, whole=True), array))
+            forgotten |= (gone := {shard for shard in sorted(faulty) if shards.forget(shard)})
+            missing |= gone
+        if mirror is not None:
+            remove_attempts(mirror.bucket)
+            there = _of_array(Cache(cache), array)
+            for shard in sorted(missing):
+                remove_aliens(there, shard)
+            write_bundles(mirror.bucket, there.manifest, anew=True)
+    return sorted(forgotten)
+
+
+def _arrays(cache: Path) -> tuple[str, ...]:
+    """Return the arrays of features that a cache says it has."""
+    return ARRAYS if (cache / FINAL_MANIFEST).exists() else (HIDDEN,)
+
+
+def _of_array(cache: Cache, array: str) -> Cache:
+    """Return a cache, or its final states, which it has."""
+    if array == HIDDEN:
+        return cache
+    assert cache.final is not None, "its shards were judged"
+    return cache.final
 
 
 def _mend(is_needed: bool) -> str:
@@ -177,30 +215,32 @@ class _Shards:
         self.cache = cache
         self._mirror = mirror_of(cache.path)
         self._columns = list(range(cache.layout.num_layers))
+        self._array = cache.array
 
     def faults(self, shard: int) -> list[Fault]:
         """Return what is wrong with a shard."""
         if self._mirror is None:
             return self._faults(shard)
-        names = [str(commit_path(Path(), shard)), *shard_files(shard)]
+        names = [str(commit_path(Path(), shard, self._array)), *shard_files(shard, self._array)]
         with self._mirror.fetched(names):
             return self._faults(shard)
 
     def _faults(self, shard: int) -> list[Fault]:
-        place = str(commit_path(self.cache.path, shard).relative_to(self.cache.path))
+        place = str(commit_path(Path(), shard, self._array))
         try:
             commit = read_commit(self.cache.path, shard, self.cache.manifest)
         except CacheError as error:
-            return [Fault(place=place, what=str(error), shard=shard)]
+            return [Fault(place=place, what=str(error), shard=shard, array=self._array)]
         if commit is None:
-            return [Fault(place=place, what="is missing: the shard is not extracted", shard=shard, missing=True)]
+            what = "the shard is not extracted" if self._array == HIDDEN else "the shard has no final states"
+            return [Fault(place=place, what=f"is missing: {what}", shard=shard, missing=True, array=self._array)]
         try:
             faults = list(self._file_faults(commit)) or list(self._content_faults(commit))
         except OSError as error:  # of a disk that gave the same file whole a moment before
             if error.errno in NOT_THE_FILES:
                 raise
             faults = [(f"shard {shard}", f"cannot be read: {error}")]
-        return [Fault(place=place, what=what, shard=shard) for place, what in faults]
+        return [Fault(place=place, what=what, shard=shard, array=self._array) for place, what in faults]
 
     def forget(self, shard: int) -> bool:
         """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
@@ -218,7 +258,7 @@ class _Shards:
 
     def _sample_hit(self, commit: Commit, name: str) -> str:
         """Name the first sample of a damaged shard whose features can no longer be read."""
-        if HIDDEN not in name:
+        if name != feature_file(self._array, commit.shard):
             return ""
         place = "it"
         try:
@@ -233,7 +273,7 @@ class _Shards:
 
     def _content_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
         members, place = self.cache.members(commit.shard, commit.skipped), f"shard {commit.shard}"
-        num_tokens = int(self.cache.samples.num_tokens[members].sum())
+        num_tokens = sum(int(np.count_nonzero(self.cache.stored(sample))) for sample in members)
         if (commit.num_samples, commit.num_tokens) != (len(members), num_tokens):
             yield (
                 place,
@@ -242,7 +282,8 @@ class _Shards:
             )
         try:
             samples = self.cache.samples
-            for name, dtype, wanted in ((IDS, "<u4", samples.input_ids), (MASK, "?", samples.loss_mask)):
+            tokens = ((IDS, "<u4", samples.input_ids), (MASK, "?", samples.loss_mask))
+            for name, dtype, wanted in tokens if self._array == HIDDEN else ():
                 if fault := self._token_fault(commit, members, name, dtype, wanted):
                     yield place, fault
             yield from ((place, what) for what in self._feature_faults(commit, members))
@@ -270,8 +311,10 @@ class _Shards:
         for sample in members:
             slots = self.cache.slots(sample)
             codes = file.codes(slots.start, slots.stop - slots.start)
-            own, rest = np.split(codes, [slots.stop - slots.start])
-            strays += int((rest != self.cache.codec.fill).any(axis=(1, 2)).sum())
+            stored = np.zeros(len(codes), np.bool_)
+            stored[: slots.stop - slots.start] = self.cache.stored(sample)
+            own = codes[stored]
+            strays += int((codes[~stored] != self.cache.codec.fill).any(axis=(1, 2)).sum())
             is_free[slots.start : slots.start + len(codes)] = False
             values = self.cache.codec.values(own, self._columns)
             sums = [layer + Sums.of(values[:, column]) for column, layer in enumerate(sums)]
@@ -279,7 +322,8 @@ class _Shards:
             codes = file.codes(int(begin), layout.chunk_tokens)
             strays += int((codes != self.cache.codec.fill).any(axis=(1, 2)).sum())
         if strays:
-            yield f"{HIDDEN} holds something else than fill in {strays:,} slots of no sample"
+            where = "slots of no sample" if self._array == HIDDEN else "slots that are to hold none"
+            yield f"{self._array} holds something else than fill in {strays:,} {where}"
         for have, want in zip(commit.layers, layer_statistics(sums, self.cache.layer_ids), strict=True):
             if not agree(have, want):
                 yield f"statistics of layer {have.layer_id} are {want}, the record says {have}"

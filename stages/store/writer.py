@@ -23,7 +23,7 @@ from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSampl
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, move_synced, publish, write_synced
 from dflash_offline.schemas.locks import locked
-from dflash_offline.schemas.manifest import hidden_file
+from dflash_offline.schemas.manifest import HIDDEN, feature_file
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.chunks import Encoded, encode_chunks, encoded_room, scratch
@@ -43,7 +43,7 @@ _GONE = {errno.ENOENT, errno.ESTALE}
 
 
 class ShardWriter:
-    """Checks, encodes and commits shards of one cache."""
+    """Checks, encodes and commits shards of one cache: its hidden states with their tokens, or its final states."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -57,11 +57,14 @@ class ShardWriter:
         self._encoding = threading.Lock()
 
     @contextmanager
-    def claim(self, shard: int, *, wait: bool) -> Iterator[bool]:
-        """Hold the shard against other workers of this file system; yields whether it is ours and still to do."""
+    def claim(self, shard: int, *, wait: bool, is_done: Callable[[int], bool] | None = None) -> Iterator[bool]:
+        """Hold the shard against other workers of this file system; yields whether it is ours and still to do.
+
+        `is_done` says whether a shard is, where that is not for this writer's features alone.
+        """
         lock = claimed_lock(self.cache.path, shard)
         with locked(lock, wait=wait) as free:
-            yield free and not self.cache.is_done(shard)
+            yield free and not (is_done or self.cache.is_done)(shard)
 
     def commit(
         self,
@@ -75,11 +78,11 @@ class ShardWriter:
     ) -> int:
         """Check, encode and write a claimed shard's files whole, then its record; returns the bytes written.
 
-        `codes` is [shard_tokens, L, H] uint16; slots between samples, and those of skipped samples, hold the fill
-        value; it may change once `encoded` was called. `sums` are each layer's; without them they are added up here.
-        The record is written once `in_turn` has returned. If another worker has finished the shard meanwhile, where
-        locks do not reach, its record wins: nothing is put in place and 0 returned. Several threads may commit shards
-        at once: one of them encodes while others wait for the disk.
+        `codes` is [shard_tokens, L, H] uint16; slots that hold no features (`Cache.stored`), and those of skipped
+        samples, hold the fill value; it may change once `encoded` was called. `sums` are each layer's; without them
+        they are added up here. The record is written once `in_turn` has returned. If another worker has finished the
+        shard meanwhile, where locks do not reach, its record wins: nothing is put in place and 0 returned. Several
+        threads may commit shards at once: one of them encodes while others wait for the disk.
         """
         temporary = part_path(self.cache.path, shard)
         try:
@@ -114,7 +117,7 @@ class ShardWriter:
             shard=shard,
             manifest=cache.manifest.checksum,
             num_samples=len(members),
-            num_tokens=int(cache.samples.num_tokens[members].sum()),
+            num_tokens=sum(int(cache.stored(sample).sum()) for sample in members),
             skipped=hidden.skipped,
             files=files,
             layers=layer_statistics(hidden.sums, cache.layer_ids),
@@ -122,7 +125,7 @@ class ShardWriter:
             started=_time(now if started is None else started),
             finished=_time(now),
         )
-        name = str(commit_path(Path(), shard))
+        name = str(commit_path(Path(), shard, cache.array))
         if cache.mirror is None:
             publish([commit.to_bytes()], temporary=temporary, path=cache.path / name)
         elif not cache.mirror.bucket.create(name, commit.to_bytes()):
@@ -131,7 +134,7 @@ class ShardWriter:
 
     def _place(self, shard: int, temporary: Path, hidden: Hidden) -> tuple[Hidden, dict[str, ShardFileRecord]]:
         """Put a shard's files in place on disk, that at `temporary` first; returns what they are."""
-        files = {hidden_file(shard): hidden.record}
+        files = {feature_file(self.cache.array, shard): hidden.record}
         move_synced(temporary, self.cache.path / next(iter(files)))
         for name, values in token_arrays(self.cache, shard, hidden.skipped).items():
             pieces, summary = one_chunk(values)
@@ -141,7 +144,7 @@ class ShardWriter:
     def _put(self, shard: int, temporary: Path, own: Hidden) -> tuple[Hidden, dict[str, ShardFileRecord]]:
         """Put a shard's objects into the bucket, that at `temporary` first; returns what is there."""
         hidden = put_hidden(self.cache, shard, temporary, own)
-        files = {hidden_file(shard): hidden.record}
+        files = {feature_file(self.cache.array, shard): hidden.record}
         for name, values in token_arrays(self.cache, shard, hidden.skipped).items():
             files[name] = put_tokens(self.cache, name, values, temporary)
         return hidden, files
@@ -159,18 +162,19 @@ class ShardWriter:
 
         Chunks are encoded side by side, and hashed and written in order meanwhile; `encoded` is called after the last.
         """
-        layout = self.cache.layout
-        filled = np.zeros(layout.shard_tokens, np.bool_)
+        layout, cache_has_all = self.cache.layout, self.cache.array == HIDDEN
+        slots = np.zeros(layout.shard_tokens, np.bool_)
         for sample in members:
-            filled[self.cache.slots(sample)] = True
-        counts = filled.reshape(-1, layout.chunk_tokens).sum(axis=1)  # a chunk belongs to one sample
+            slots[self.cache.slots(sample)] = self.cache.stored(sample)
+        filled = slots.reshape(-1, layout.chunk_tokens)
+        counts = filled.sum(axis=1)  # of hidden states they come first: a chunk belongs to one sample
 
         def encode(rows: range, out: NDArray[np.uint8]) -> tuple[Encoded, list[Sums]]:
             end, sizes, by_layer = 0, [], [Sums()] * layout.num_layers
             for row in rows:
                 slot = row * layout.chunk_tokens
                 part = codes[slot : slot + layout.chunk_tokens]
-                features = part[: counts[row]]
+                features = part[: counts[row]] if cache_has_all else part[filled[row]]
                 if features.size and self.cache.codec.holds_fill(features):
                     raise self._not_finite(slot)
                 if add_up:

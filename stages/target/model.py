@@ -259,6 +259,17 @@ def layer_states(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> lis
     raise AssertionError("the forward ended before the last captured layer")
 
 
+@torch.inference_mode()
+def layer_and_final_states(model: Any, input_ids: Tensor, layer_ids: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """Return what `layer_states` does, of no layer too, and the last hidden state after the final norm, [B, S, H].
+
+    The latter is what the head reads. The forward runs to its end, but for the head.
+    """
+    with capture_layers(model, layer_ids) as captured:
+        output = decoder_of(model)(input_ids=input_ids, use_cache=False)
+    return list(captured), output[0]
+
+
 def load_as_configured(
     files: TargetFiles,
     config: ExtractConfig | RegenerateConfig,

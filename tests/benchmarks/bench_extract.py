@@ -84,7 +84,7 @@ class Sides:
         self.work = open_worker(inputs.config)
         assert isinstance(self.work.runner, TargetRunner)
         self.runner = self.work.runner
-        self.layout, self.samples = self.work.writer.cache.layout, self.work.writer.cache.samples
+        self.layout, self.samples = self.work.cache.layout, self.work.cache.samples
         self.num_tokens = int(self.samples.num_tokens.sum())
         self.bytes_written = 0
         shards = map(self.samples.samples_of_shard, range(self.layout.num_shards))

@@ -162,12 +162,15 @@ class HugeChannel:
     def batches(self, samples: SampleTable, members: np.ndarray) -> list[np.ndarray]:
         return [members]
 
-    def run_batch(self, samples: SampleTable, batch: np.ndarray, encoder: FeatureEncoder) -> tuple[torch.Tensor, ...]:
+    def run_batch(
+        self, samples: SampleTable, batch: np.ndarray, encoders: dict[str, FeatureEncoder]
+    ) -> dict[str, tuple[torch.Tensor, ...]]:
+        ((array, encoder),) = encoders.items()
         states = torch.randn(int(samples.num_tokens[batch].sum()), 1, 8, generator=torch.Generator().manual_seed(0))
         states[:, 0, 5] = 3e38 * states[:, 0, 5].sign()
         codes, statistics = encoder.encode(states, 0), torch.empty(len(states), 1, len(TOKEN_STATISTICS))
         token_statistics(states[:, 0], codes[:, 0], encoder, 0, statistics[:, 0])
-        return codes, statistics
+        return {array: (codes, statistics)}
 
 
 def test_a_scale_that_is_no_number_above_zero_is_refused(tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dflash_offline.schemas.draft.anchor_rule import AnchorRule
-from dflash_offline.schemas.manifest import FeatureLayout, Layout
+from dflash_offline.schemas.manifest import HIDDEN, FeatureLayout, Layout
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.runner import TargetRunner
-from dflash_offline.stages.capture.shard import FilledShard
+from dflash_offline.stages.capture.shard import FilledShard, Wanted
 from dflash_offline.stages.draft import attention as drafter
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 from dflash_offline.stages.draft.pairing import check_rewindable
@@ -88,7 +88,8 @@ def test_a_shard_is_captured_as_on_the_cpu_without_waiting_behind_a_forward(
         runner, counts = TargetRunner(model.to(device), device, LAYERS, 200), list[int]()
         buffer = runner.buffer(places, codec.fill)
         gpu.waits.clear()
-        queued = runner.run_shard(samples, members, FeatureEncoder(codec), buffer, counts.append)
+        wanted = [Wanted(HIDDEN, FeatureEncoder(codec), buffer)]
+        (queued,) = runner.run_shard(samples, members, wanted, counts.append)
         assert queued.copied is None or queued.copied.blocking
         return queued.wait(), buffer.array, len(counts)
 

@@ -78,6 +78,7 @@ NOT_CONTENT: Settings = {
     "world_size": 2,
     "plan_timeout_s": 1.0,
     "ignore_free_space": True,
+    "final": True,
 }
 """A change of each of the others; seed and mantissa bits decide nothing where there are no weights and no rounding."""
 

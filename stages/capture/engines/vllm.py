@@ -6,7 +6,7 @@ Axes: N real tokens of a batch, T tokens, L captured layers, H hidden size.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from dflash_offline.stages.capture.engines.start import common_arguments, starte
 from dflash_offline.stages.capture.engines.trial import Reference, reference_states, refuse_untrue_states
 from dflash_offline.stages.capture.inputs import ChosenTarget
 from dflash_offline.stages.capture.runner import encode_states, free_dropped_memory, load_unchanged, micro_batches
-from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer, Wanted
 from dflash_offline.stages.cores import usable_memory_bytes
 from dflash_offline.stages.progress import Progress, readable_bytes
 from dflash_offline.stages.target.model import embedding_tensors
@@ -160,22 +160,24 @@ class VllmExtractor:
         return buffer
 
     def run_batch(
-        self, samples: SampleTable, batch: NDArray[np.int64], encoder: FeatureEncoder
-    ) -> tuple[Tensor, Tensor]:
+        self, samples: SampleTable, batch: NDArray[np.int64], encoders: Mapping[str, FeatureEncoder]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of the samples' tokens in order."""
+        ((array, encoder),) = encoders.items()  # the settings refuse final states of vllm
         states = self.states([samples.input_ids(sample).tolist() for sample in batch.tolist()])
         encoded = [_encode(state, encoder) for state in states]
-        return torch.cat([codes for codes, _ in encoded]), torch.cat([statistics for _, statistics in encoded])
+        return {array: (torch.cat([codes for codes, _ in encoded]), torch.cat([found for _, found in encoded]))}
 
     def run_shard(
         self,
         samples: SampleTable,
         members: NDArray[np.int64],
-        encoder: FeatureEncoder,
-        buffer: ShardBuffer,
+        wanted: Sequence[Wanted],
         progress: Callable[[int], None],
-    ) -> QueuedShard:
+    ) -> list[QueuedShard]:
         """Queue a shard's samples in the engine, and return; each is encoded as its states come."""
+        (hidden,) = wanted
+        encoder, buffer = hidden.encoder, hidden.buffer
         copies, batches = _Copies(len(members)), list[tuple[NDArray[np.int64], Tensor]]()
         room = self._rooms[buffer.codes.data_ptr()]
 
@@ -199,7 +201,7 @@ class VllmExtractor:
             return Request(ids, room.place(begin), done)
 
         self._submit([request(sample) for sample in members.tolist()])
-        return QueuedShard(buffer, samples, self.layer_ids, batches, copies)
+        return [QueuedShard(buffer, samples, self.layer_ids, batches, copies)]
 
     def close(self) -> None:
         """End the engine."""
