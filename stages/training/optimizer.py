@@ -41,8 +41,8 @@ def make_optimizers(
 class Float32Muon(torch.optim.Muon):
     """torch's Muon, iterating in the dtype of the gradients; the state is the same.
 
-    torch's iterates in bfloat16. A CPU without AVX-512 multiplies such matrices some twenty times slower than float32
-    ones, which made a step of the demo's draft five times as long.
+    torch's iterates in bfloat16. A CPU without AVX-512 multiplies such matrices six to forty times slower than float32
+    ones, which made a step of the demo's draft four times as long.
     """
 
     @torch.no_grad()
