@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from dflash_offline.schemas.checked import Count, FilePath, Seconds, Size, checked, unlike
 from dflash_offline.schemas.results.draft_lengths import DraftLengths
+from dflash_offline.schemas.results.expected import ExpectedAcceptance
 from dflash_offline.schemas.results.rounds import Acceptance
 from dflash_offline.schemas.sealed import parse_json, read_bounded
 from dflash_offline.schemas.settings.evaluate import EvalConfig
@@ -314,6 +315,8 @@ class EvalResult:
     """Whether every difference is a tie to rounding. False is a fault of the decoder or of a client's kernel."""
     proposals: tuple[ProposalFigures, ...] = ()
     """Each way of drafting where tokens are drawn here; the figures above are those of the greedy one."""
+    expected: tuple[ExpectedAcceptance, ...] = ()
+    """What drawn tokens would give along the cached answers, where the cache has the target's final states."""
     draft_lengths: DraftLengths | None = None
     """What shorter blocks give and how many tokens to draft, if the settings ask for it."""
     decoded: tuple[DecodedPrompt, ...] | None = None

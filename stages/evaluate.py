@@ -87,7 +87,7 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
     """Return the serving walk of the draft over the cache's held-out samples; no target is loaded.
 
     Where the cached answers are the target's own greedy ones, it is what live decoding gives, but for the rounding of
-    cached features.
+    cached features. Where the cache has the target's final states it is also expected of drawn tokens.
     """
     assert config.cache is not None, "the settings were checked"
     device = choose_device(config.device)
@@ -99,15 +99,16 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
     with _torch_threads(config.threads):
         progress, lengths, saved = progress or Silent(), None, saved_costs(config, trained)
         if config.draft_lengths:
-            rounds, lengths = walk_lengths(samples, draft, progress)
+            walk, lengths = walk_lengths(samples, draft, progress)
         else:
-            (rounds,) = walk_samples(samples, [draft], progress)
+            (walk,) = walk_samples(samples, [draft], progress)
         return EvalResult(
             config=config,
             trained=trained,
             offline=True,
             held_out=samples.held_out,
-            **round_figures(rounds, draft.config.block_size),
+            **round_figures(walk.rounds, draft.config.block_size),
+            expected=walk.expected,
             draft_lengths=advise(lengths, (), saved, config) if lengths else None,
             **machine(device, dtype),
         )

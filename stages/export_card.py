@@ -13,7 +13,7 @@ from dflash_offline.stages.training.checkpoint import TrainState
 _RECIPE = (
     *("steps", "epochs", "weights", "batch_tokens", "row_tokens", "batch_size", "accumulation_times_ranks"),
     *("optimizer", "learning_rate", "warmup_ratio", "weight_decay", "clip", "ema", "num_anchors", "anchors"),
-    *("loss", "gamma", "seed", "dtype"),
+    *("loss", "teacher_temperature", "gamma", "seed", "dtype"),
 )
 """Settings that decide a run, in the order in which the card lists those that it has."""
 

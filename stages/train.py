@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.paths import output_folder
+from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
 from dflash_offline.schemas.run import RUN
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
@@ -203,10 +204,12 @@ def _validate(training: Training, progress: Progress, log: Log) -> None:
     log(step, row)
     paths = training.draft_config.variant.paths
     others = "".join(f"; {name.replace('_', ' ')} {row[f'val_serving_walk_{name}']:.2f}" for name in paths)
+    drawn = {f"{one:g}": row.get(f"val_{expected_metric(one)}") for one in TEMPERATURES}
+    expected = "".join(f"; {value:.2f} expected at temperature {one}" for one, value in drawn.items() if value)
     progress.say(
         f"step {step}: held-out loss {row['val_loss']:.3f}, accuracy {row['val_accuracy']:.3f}, acceptance length "
         f"{row['val_serving_walk']:.2f} in the serving walk, {row['val_accept_len_over_anchors']:.2f} over all "
-        f"anchors{others}"
+        f"anchors{others}{expected}"
     )
 
 
@@ -251,7 +254,12 @@ def dry_run(config: TrainConfig) -> DryRun:
             tokens_per_step=result.window.tokens,
             filled=result.window.tokens / slots,
             flops_per_step=sum(
-                step_flops(training.draft_config, rows * tokens, rows * anchors * training.draft_config.block_size)
+                step_flops(
+                    training.draft_config,
+                    rows * tokens,
+                    rows * anchors * training.draft_config.block_size,
+                    teacher=training.needs_final,
+                )
                 for rows, tokens, anchors in shapes
             ),
             seconds_per_step=seconds,

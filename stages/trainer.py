@@ -3,6 +3,7 @@
 # Axes: B rows, S positions, N anchors, K block size, H hidden size, L captured target layers, V vocabulary.
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from dflash_offline.schemas.draft.config import FULL, AttentionRule
 from dflash_offline.schemas.errors import DflashError, NoValidAnchorsError
-from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS, LOSSES
-from dflash_offline.schemas.variants.table import BASE, VARIANTS
+from dflash_offline.schemas.settings.losses import LossMixture
+from dflash_offline.schemas.settings.train import ATTENTION_BACKENDS
+from dflash_offline.schemas.variants.table import BASE
 from dflash_offline.stages.draft.anchors import Anchors, document_starts, sample_anchors, sample_document_anchors
 from dflash_offline.stages.draft.attention import Blocks, dense_mask, flex_mask, tiled_mask
 from dflash_offline.stages.draft.model import DraftModel, Masks, ProjectedContext
 from dflash_offline.stages.draft.objective import Head, dpace_weights, slot_weights, supervised_slots
+from dflash_offline.stages.draft.pairing import draft_problems
 from dflash_offline.stages.draft.step_metrics import DFlashStepMetrics, step_metrics
 from dflash_offline.stages.draft.variants import table as torch_variants
 from dflash_offline.stages.draft.variants.variant import Slots, SlotTerms
@@ -36,6 +39,9 @@ class DFlashTrainerModule(nn.Module):
     `compiled` runs the layers of a `DraftModel` and the softmax through `torch.compile`, which fuses the norms, rotary
     embeddings and gates that otherwise go through a GPU's memory one by one; it pays where shapes stay the same.
     Compiled layers keep the share `activation_budget` of what their backward pass needs, and compute the rest again.
+    `loss_type` names a loss or a mixture, as in `kl:0.9,dflash:0.1`, all of it weighed slot by slot alike: by decay, or
+    where dpace is a part as D-PACE does, by the draft's probability of the label, whatever else it learns from. The
+    target's logits are divided by `teacher_temperature`.
     `anchor_kind`, that of an `AnchorRule`, says which positions anchor a block; None leaves it to the draft's variant,
     whose `loss_settings` go by the names that it gives them. `progress`, which the caller sets, is the share of the
     run's steps that is done.
@@ -59,6 +65,7 @@ class DFlashTrainerModule(nn.Module):
         activation_budget: float = 1.0,
         loss_settings: Mapping[str, float] | None = None,
         anchor_kind: str | None = None,
+        teacher_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.draft_model = draft_model
@@ -71,6 +78,7 @@ class DFlashTrainerModule(nn.Module):
         self.loss_decay_gamma = loss_decay_gamma
         self.loss_type = loss_type
         self.dpace_alpha = dpace_alpha
+        self.teacher_temperature = teacher_temperature
         self.head_chunk_slots = head_chunk_slots
         self.compiled = compiled
         self.variant, self._computes = BASE(), torch_variants.BASE
@@ -99,7 +107,11 @@ class DFlashTrainerModule(nn.Module):
     @property
     def needs_final(self) -> bool:
         """Whether the loss reads the target's states after its final norm."""
-        return self.variant.needs_final
+        return self.variant.needs_final or self._mixture.needs_final
+
+    @property
+    def _mixture(self) -> LossMixture:
+        return LossMixture.read(self.loss_type)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimizer may see: the draft's parameters, never the head's or the embeddings'."""
@@ -164,13 +176,17 @@ class DFlashTrainerModule(nn.Module):
         keep_mask: Tensor,
         is_trained: Tensor,
         final: Tensor | None = None,
-    ) -> tuple[Tensor, DFlashStepMetrics]:
+    ) -> tuple[Tensor, DFlashStepMetrics, Tensor | None]:
         """Return how many slots of every block are right before the first wrong one, int64 [1 + P, B, N], and metrics.
 
         Each block is drafted whole, as serving would; slots beyond its document are never right. Behind the tokens that
         are served stand the P other ways to choose them that the variant measures. Where a choice depends on the
         tokens before it, it is made after the true ones, which up to the first wrong one they are. The metrics are
         those of the blocks that bool [B, N] `is_trained` names, as `forward` gives them.
+
+        With `final`, as `forward` takes it, the third are the probabilities that a slot's label is drafted and stays,
+        those before it having stayed, where tokens are drawn at each of `TEMPERATURES`: float32 [T, B, N, n], 0 where
+        no state is known.
         """
         anywhere = torch.ones_like(loss_mask)
         position, real = self._supervised(anchors, keep_mask, anywhere, document_ids)
@@ -181,7 +197,11 @@ class DFlashTrainerModule(nn.Module):
         _, supervised = self._supervised(anchors, is_trained, loss_mask, document_ids)
         (theirs,) = supervised.flatten()[slots].nonzero(as_tuple=True)
         metrics = self._metrics(terms.of(theirs), supervised, slots[theirs])
-        return right.cumprod(dim=-1).sum(dim=-1), metrics
+        kept = None
+        if terms.acceptance is not None:
+            none, stays = torch.zeros(real.shape, device=real.device), terms.acceptance.nan_to_num(nan=0.0)
+            kept = torch.stack([none.masked_scatter(real, each) for each in stays.unbind(dim=-1)])
+        return right.cumprod(dim=-1).sum(dim=-1), metrics, kept
 
     def _supervised(
         self, anchors: Tensor, keep: Tensor, loss_mask: Tensor, document_ids: Tensor | None
@@ -299,7 +319,13 @@ class DFlashTrainerModule(nn.Module):
             row = torch.arange(len(final), device=final.device)[:, None, None]
             return final[row.expand_as(position).flatten()[slots], position.flatten()[slots] - 1]
 
-        head = Head(linear=self.target_lm_head, chunk_slots=self.head_chunk_slots, compiled=self.compiled)
+        head = Head(
+            linear=self.target_lm_head,
+            chunk_slots=self.head_chunk_slots,
+            compiled=self.compiled,
+            mixture=self._mixture,
+            teacher_temperature=self.teacher_temperature,
+        )
         return self._computes.terms(
             self.draft_model,
             Slots(
@@ -307,6 +333,7 @@ class DFlashTrainerModule(nn.Module):
                 labels=tokens(position),
                 previous=lambda: tokens(position - 1),
                 teacher=None if final is None else partial(teacher, final),
+                expects_acceptance=final is not None and not torch.is_grad_enabled(),
             ),
             head,
             self.loss_settings,
@@ -319,7 +346,7 @@ class DFlashTrainerModule(nn.Module):
 
     def _weights(self, ce: Tensor, supervised: Tensor) -> Tensor:
         """Return the weight of every slot, float32 [B, N, n]; `ce` is the detached cross-entropy [M]."""
-        if self.loss_type == "dpace":
+        if self._mixture.weighs_by_confidence:
             probability = torch.zeros(supervised.shape, device=ce.device).masked_scatter(supervised, torch.exp(-ce))
             return dpace_weights(probability, supervised, self.dpace_alpha)
         weights = slot_weights(self.block_size, self.loss_decay_gamma, ce.device, self.variant.first_slot)
@@ -333,15 +360,9 @@ class DFlashTrainerModule(nn.Module):
             )
         width = self.target_lm_head.weight.shape[1]
         if final is not None and final.shape != (*input_ids.shape, width):
-            raise DflashError(
-                f"final is {list(final.shape)}; expected {[*input_ids.shape, width]}: the target's state after its "
-                f"final norm at every position of input_ids."
-            )
+            raise DflashError(f"final is {list(final.shape)}; expected {[*input_ids.shape, width]}: [B, S, H].")
         if final is None and self.needs_final:
-            raise DflashError(
-                "final is not given, and this draft's loss reads it; expected the target's states after its final "
-                "norm, [B, S, H]."
-            )
+            raise DflashError("final is not given, and this draft's loss reads it; expected the states, [B, S, H].")
         return input_ids.shape[1]
 
     def _setting_problems(self) -> list[str]:
@@ -356,8 +377,12 @@ class DFlashTrainerModule(nn.Module):
             problems.append(f"head_chunk_slots is {self.head_chunk_slots}; expected at least 1.")
         if self.attention_backend not in ATTENTION_BACKENDS:
             problems.append(f"attention_backend is {self.attention_backend!r}; expected one of {ATTENTION_BACKENDS}.")
-        if self.loss_type not in LOSSES:
-            problems.append(f"loss_type is {self.loss_type!r}; expected one of {LOSSES}.")
+        try:
+            LossMixture.read(self.loss_type)
+        except ValueError as error:
+            problems.append(f"loss_type: {error}")
+        if not 0 < self.teacher_temperature < math.inf:
+            problems.append(f"teacher_temperature is {self.teacher_temperature}; expected more than 0, and finite.")
         if self.loss_decay_gamma is not None and not self.loss_decay_gamma > 0:
             problems.append(f"loss_decay_gamma is {self.loss_decay_gamma}; expected more than 0, or None for no decay.")
         if not 0 <= self.dpace_alpha <= 1:
@@ -368,29 +393,4 @@ class DFlashTrainerModule(nn.Module):
         rows = self.target_embed_tokens.weight.shape[0]
         if not 0 <= self.mask_token_id < rows:
             problems.append(f"mask_token_id is {self.mask_token_id}; expected a row of the table, 0 to {rows - 1}.")
-        if isinstance(self.draft_model, DraftModel):
-            config = self.draft_model.config
-            for name, here in (("block_size", self.block_size), ("mask_token_id", self.mask_token_id)):
-                if getattr(config, name) != here:
-                    problems.append(
-                        f"{name} is {here}, but the draft's config, which is served, says "
-                        f"{getattr(config, name)}; expected the same."
-                    )
-        else:
-            problems += _foreign_problems(self.draft_model)
-        return problems
-
-
-def _foreign_problems(draft: nn.Module) -> list[str]:
-    """Return why another project's draft, called as a base draft with one mask for all layers, would be trained as it
-    is not served."""
-    config, ours = getattr(draft, "config", None), "Load the folder with dflash_offline.stages.draft.weights.load_draft"
-    kinds = set(getattr(config, "layer_types", None) or [FULL])
-    if type(draft).__name__ in VARIANTS.keys() - {BASE.architecture}:
-        return [f"The draft is another project's {type(draft).__name__}; expected its {BASE.architecture}. {ours}."]
-    if kinds == {FULL} and not getattr(config, "is_causal", False):
-        return []
-    return [
-        f"The draft's config has layer_types {sorted(kinds)} and is_causal {getattr(config, 'is_causal', None)}; "
-        f"expected full attention that is not causal. {ours}, which masks every layer as it is served."
-    ]
+        return problems + draft_problems(self.draft_model, self.block_size, self.mask_token_id)

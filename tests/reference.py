@@ -5,6 +5,7 @@ the block, nothing hidden because nothing else is there, unless a layer has a wi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -119,8 +120,13 @@ def train_step(
     documents: list[dict[str, Tensor]],
     gamma: float | None = None,
     dpace_alpha: float | None = None,
+    slot_loss: Callable[[Tensor, Tensor, int], Tensor] | None = None,
 ) -> ReferenceStep:
-    """Return one step over `documents`, each with input_ids [T], hidden_states [T, L*H], loss_mask [T], anchors."""
+    """Return one step over `documents`, each with input_ids [T], hidden_states [T, L*H], loss_mask [T], anchors.
+
+    The loss of a slot is cross-entropy, or `slot_loss` of its logits [V], the target's [V] and its label; then each
+    document has `final` [T, H].
+    """
     K = config.block_size
     step = ReferenceStep(torch.zeros(()), torch.zeros(()), 0.0, 0, 0, [], [0] * (K - 1), [0] * (K - 1))
     for document in documents:
@@ -139,7 +145,10 @@ def train_step(
                     for t in [t for t in slots if t >= k]:
                         q = [(1 - dpace_alpha) * math.exp(-ce[i].item()) + dpace_alpha for i in slots if i <= t]
                         w += math.prod(q)
-                step.loss_sum = step.loss_sum + w * ce[k]
+                loss = ce[k]
+                if slot_loss is not None:
+                    loss = slot_loss(head(hidden[k]), head(document["final"][a + k - 1]), tokens[a + k])
+                step.loss_sum = step.loss_sum + w * loss
                 step.loss_weight += w
             right = {k: int(log_p[k].argmax()) == tokens[a + k] for k in slots}
             for k in slots:

@@ -169,6 +169,9 @@ def _acceptance_lines(result: EvalResult) -> list[str]:
         figures = f"{_number(group.pooled, 2):>6}  {_number(group.mean, 2):>6}  {group.prompts:>7}  {group.rounds:>6}"
         lines.append(f"  {name[:width]:<{max(width, 17)}}  {figures}")
     lines.append(f"accepted {result.accepted_tokens} of {result.drafted_tokens} drafted tokens ({share:.1%})")
+    if result.expected:
+        lines += ["expected acceptance length without a target, along the cached answers"]
+        lines += [f"  at temperature {one.temperature:<5g} {_number(one.pooled, 2):>8}" for one in result.expected]
     if result.nll is not None:
         lines.append(f"the target's own answers: {result.nll:.3f} nats per token")
     return [*lines, ""]

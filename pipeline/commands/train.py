@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # help is shown, and words are completed, without what takes 
     "Train a draft from caches, without the target.",
     ("parameters, memory, steps and time; writes nothing", "cache --out run --dry-run"),
     ("all by default; repeated, it goes on", "cache --out run"),
+    (
+        "the target's own distribution as teacher, of a cache made with --final",
+        "cache --out run --loss kl:0.9,dflash:0.1",
+    ),
     ("two caches, of one three tenths an epoch", "cache more --weights 1,0.3 --out run"),
     ("the settings of another run, one of them changed", "--config run/config.toml --out again --lr 3e-4"),
 )

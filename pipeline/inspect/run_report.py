@@ -9,6 +9,7 @@ from dflash_offline.pipeline.inspect.run_view import RunView
 from dflash_offline.pipeline.safe_output import safe
 from dflash_offline.pipeline.terminal import open_console, sparkline
 from dflash_offline.schemas.errors import dflash_line
+from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
 from dflash_offline.schemas.variants.table import VARIANTS, own_fields
 from dflash_offline.stages.progress import readable_seconds
 
@@ -20,6 +21,10 @@ CURVES = (
     ("training", "accept_len_over_anchors", "acceptance, all anchors, training"),
     ("validation", "val_accept_len_over_anchors", "acceptance, all anchors, held-out"),
     ("validation", "val_serving_walk", "acceptance, serving walk, held-out"),
+    *(
+        ("validation", f"val_{expected_metric(one)}", f"expected acceptance at {one:g}, no target")
+        for one in TEMPERATURES
+    ),
     ("validation", "val_accuracy", "accuracy, held-out"),
     ("training", "learning_rate", "learning rate"),
     ("training", "grad_norm", "gradient norm"),
@@ -35,8 +40,8 @@ BY_SLOT = {
 }
 """Metrics of held-out samples with a value for each slot."""
 SHOWN_SETTINGS = (
-    "loss gamma optimizer learning_rate warmup_ratio weight_decay clip ema packing batch_tokens batch_size num_anchors "
-    "accumulation_times_ranks dtype seed val_samples val_every weights"
+    "loss teacher_temperature gamma optimizer learning_rate warmup_ratio weight_decay clip ema packing batch_tokens "
+    "batch_size num_anchors accumulation_times_ranks dtype seed val_samples val_every weights"
 ).split() + [name for kind in VARIANTS.values() for name in kind.loss_settings]
 
 

@@ -131,6 +131,10 @@ def _facts(result: EvalResult) -> list[tuple[str, Any]]:
         ("times as fast", result.speedup),
         ("answers identical to the target's", result.identical),
     ]
+    facts += [
+        (f"expected acceptance length at temperature {one.temperature:g}, without a target", one.pooled)
+        for one in result.expected
+    ]
     return [(name, value) for name, value in facts if value is not None]
 
 

@@ -12,6 +12,7 @@ from dflash_offline.pipeline.pages.page import link, write_page
 from dflash_offline.pipeline.pages.plots import Plot, Series, draw, require_matplotlib
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.paths import store_url
+from dflash_offline.schemas.results.expected import TEMPERATURES, WHAT_IT_IS, expected_metric
 from dflash_offline.schemas.variants.table import VARIANTS
 
 CACHE_PAGE, EVALUATION_PAGE = "report.html", "eval.html"
@@ -146,6 +147,8 @@ def _plots(views: list[RunView], names: list[str]) -> Iterator[Plot]:
         "Acceptance length, serving walk": (walks, "tokens a round", SERVING_NOTE),
         "Acceptance length, mean over all anchors": (anchors, "tokens a block", ANCHORS_NOTE),
     }
+    drawn = {f"val_{expected_metric(one)}": f"temperature {one:g}" for one in TEMPERATURES}
+    plots["Expected acceptance length where tokens are drawn, without a target"] = (drawn, "tokens a round", WHAT_IT_IS)
     for each in [each for kind in VARIANTS.values() for each in kind.curves]:
         plots.setdefault(each.plot, ({}, "share", ""))[0][each.metric] = each.name
     for title, (curves, unit, note) in plots.items():

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from dflash_offline.schemas.draft.anchor_rule import ANCHORS
 from dflash_offline.schemas.draft.config import CAUSAL_LAYERS
+from dflash_offline.schemas.settings.losses import LOSSES, LossMixture
 from dflash_offline.schemas.settings.option import (
     ARGUMENTS,
     AT_LEAST_0,
@@ -22,7 +23,6 @@ from dflash_offline.schemas.settings.option import (
 from dflash_offline.schemas.settings.shared import DEVICE
 from dflash_offline.schemas.variants.table import NAMES
 
-LOSSES = ("dflash", "dpace")
 ATTENTION_BACKENDS = ("flex_attention", "sdpa", "eager")
 FLEX_TILES = ("default", "narrow")
 MAX_EPOCHS = 1_000_000
@@ -103,10 +103,16 @@ class TrainConfig:
         "Length of a block: an anchor and the drafted tokens.",
         "Loss", "recorded", "TOKENS", unset="the cache's, which is the longest", bounds=AT_LEAST_2)] = None
     loss: Annotated[str, Option(
-        "Loss: dflash, whose weights fall with the slot; or dpace, whose weights follow the draft's confidence.",
-        "Loss", "identity", "NAME", choices=LOSSES)] = "dflash"
+        "Loss: cross-entropy with the cached tokens, in dflash weighed less from slot to slot, in dpace by the draft's "
+        "confidence; or kl, tv, lk or soft-ce, distances from the target's own distribution, weighed as dflash, for "
+        "which a cache holds its final states. A mixture has coefficients, as in kl:0.9,dflash:0.1; dpace weighs all "
+        "of one that it is in.",
+        "Loss", "identity", "NAME", completions=LOSSES)] = "dflash"
+    teacher_temperature: Annotated[float | None, Option(
+        "Temperature of the target's distribution where the loss is a distance from it: above 1 it is flatter.",
+        "Loss", "resolved", "TEMPERATURE", unset="1", bounds=POSITIVE)] = None
     gamma: Annotated[float | None, Option(
-        "Slots over which the loss weight of `--loss dflash` decays by e.",
+        "Slots over which the weight of the loss decays by e; not of one with dpace.",
         "Loss", "identity", "SLOTS", unset="7, 5, 4 for blocks of 16, 10, 8", bounds=POSITIVE)] = None
     variant: Annotated[str | None, Option(
         "Variant of the draft: dflash; or dflash2, with convolutions within the block and a selector of candidates.",
@@ -210,6 +216,7 @@ class TrainConfig:
         found = problems(self)
         if not self.caches:
             found.append("No cache is given.")
+        found += self._loss_problems()
         if self.weights is not None and len(self.weights) != len(self.caches):
             found.append(f"{len(self.weights)} weights are given for {len(self.caches)} caches; expected one each.")
         if any(not 0 < weight <= 1 for weight in self.weights or ()):
@@ -223,6 +230,18 @@ class TrainConfig:
                 f"the window of those layers with --sliding-window, or leave --sliding-layers out."
             )
         refuse("train", found)
+
+    @property
+    def mixture(self) -> LossMixture:
+        """The losses that `loss` names."""
+        return LossMixture.read(self.loss)
+
+    def _loss_problems(self) -> list[str]:
+        try:
+            LossMixture.read(self.loss)
+        except ValueError as error:
+            return [str(error)]
+        return []
 
 
 def recommended_gamma(block_size: int) -> float:

@@ -1,13 +1,16 @@
-"""Whether a target can be decoded with a draft: the same sizes, and a cache that gives up rejected tokens."""
+"""Whether a draft goes with a target: its sizes, and a cache that gives up rejected tokens; or with a trainer."""
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from dflash_offline.schemas.draft.config import DraftConfig
+from dflash_offline.schemas.draft.config import FULL, DraftConfig
 from dflash_offline.schemas.errors import UnsupportedTargetError
 from dflash_offline.schemas.identity import differences, refuse_differences
+from dflash_offline.schemas.variants.table import BASE, VARIANTS
+from dflash_offline.stages.draft.model import DraftModel
 
 
 def check_draft_fits(draft: DraftConfig, target: Any) -> None:
@@ -57,3 +60,30 @@ def check_rewindable(target: PreTrainedModel, name: str) -> None:
             f"before a rejected token ({why}). Extracting from it and training for it work, and so does `dflash eval "
             f"RUN --cache CACHE`, which needs no target."
         )
+
+
+def draft_problems(draft: nn.Module, block_size: int, mask_token_id: int) -> list[str]:
+    """Return why a draft would be trained as it is not served, with blocks of this size and this mask token."""
+    if not isinstance(draft, DraftModel):
+        return _foreign_problems(draft)
+    return [
+        f"{name} is {here}, but the draft's config, which is served, says {getattr(draft.config, name)}; expected the "
+        f"same."
+        for name, here in (("block_size", block_size), ("mask_token_id", mask_token_id))
+        if getattr(draft.config, name) != here
+    ]
+
+
+def _foreign_problems(draft: nn.Module) -> list[str]:
+    """Return why another project's draft, called as a base draft with one mask for all layers, would be trained as it
+    is not served."""
+    config, ours = getattr(draft, "config", None), "Load the folder with dflash_offline.stages.draft.weights.load_draft"
+    kinds = set(getattr(config, "layer_types", None) or [FULL])
+    if type(draft).__name__ in VARIANTS.keys() - {BASE.architecture}:
+        return [f"The draft is another project's {type(draft).__name__}; expected its {BASE.architecture}. {ours}."]
+    if kinds == {FULL} and not getattr(config, "is_causal", False):
+        return []
+    return [
+        f"The draft's config has layer_types {sorted(kinds)} and is_causal {getattr(config, 'is_causal', None)}; "
+        f"expected full attention that is not causal. {ours}, which masks every layer as it is served."
+    ]

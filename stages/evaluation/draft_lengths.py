@@ -12,7 +12,7 @@ from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import run_as
 from dflash_offline.stages.evaluation.decoding import Case, Decoder, Outcome, in_turn, rounds_of, tokens_per_s
 from dflash_offline.stages.evaluation.expected import expected_speeds
-from dflash_offline.stages.evaluation.samples import EvalSamples, walk_samples
+from dflash_offline.stages.evaluation.samples import EvalSamples, Walk, walk_samples
 from dflash_offline.stages.progress import Progress
 
 
@@ -43,13 +43,11 @@ def decode_lengths(decoder: Decoder, outcomes: Sequence[Outcome], progress: Prog
     return tuple(_decoded_length(size, cases, decodings) for size, decodings in by_size)
 
 
-def walk_lengths(
-    chosen: EvalSamples, draft: DraftModel, progress: Progress
-) -> tuple[list[Rounds], tuple[DraftLength, ...]]:
-    """Return the rounds of whole blocks over a cache's samples, and what every block size from 2 gives."""
+def walk_lengths(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> tuple[Walk, tuple[DraftLength, ...]]:
+    """Return the walk of whole blocks over a cache's samples, and what every block size from 2 gives."""
     sizes = range(draft.config.block_size, 1, -1)
     walked = walk_samples(chosen, [shortened(draft, size) for size in sizes], progress)
-    lengths = [draft_length(size, rounds) for size, rounds in zip(sizes, walked, strict=True)]
+    lengths = [draft_length(size, walk.rounds) for size, walk in zip(sizes, walked, strict=True)]
     return walked[0], tuple(reversed(lengths))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dflash_offline.schemas.draft.lint import trained_with
 from dflash_offline.schemas.draft.weights import read_header
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences
+from dflash_offline.schemas.results.expected import TEMPERATURES, ExpectedAcceptance
 from dflash_offline.schemas.results.rounds import Rounds
 from dflash_offline.schemas.run import RUN, RunRecord
 from dflash_offline.stages.conversations.prompts import Prompt
@@ -24,7 +25,7 @@ from dflash_offline.stages.training.checkpoint import choose_checkpoint, read_st
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import borrowed_parts
 from dflash_offline.stages.training.loader import BatchLoader
-from dflash_offline.stages.training.simulated_serving import draft_everywhere, simulate_turn, turns
+from dflash_offline.stages.training.simulated_serving import draft_everywhere, expected_of, simulate_turn, turns
 
 BATCH_SAMPLES = 8
 
@@ -130,8 +131,16 @@ def check_cache_fits(chosen: EvalSamples, draft: DraftModel) -> None:
     )
 
 
-def walk_samples(chosen: EvalSamples, drafts: Sequence[DraftModel], progress: Progress) -> list[list[Rounds]]:
-    """Return each draft's serving walk of every assistant turn, on its own device and in its own dtype.
+class Walk(NamedTuple):
+    """The serving walk of every assistant turn."""
+
+    rounds: list[Rounds]
+    expected: tuple[ExpectedAcceptance, ...]
+    """What is expected where tokens are drawn; nothing of a cache without final states."""
+
+
+def walk_samples(chosen: EvalSamples, drafts: Sequence[DraftModel], progress: Progress) -> list[Walk]:
+    """Return each draft's walk, on its own device and in its own dtype.
 
     The drafts read the same layers, each of which is read once; the first has the longest block. The kind of a turn is
     the input file of its sample, if there are several.
@@ -152,26 +161,40 @@ def walk_samples(chosen: EvalSamples, drafts: Sequence[DraftModel], progress: Pr
         seed=0,
         shape=None,
         device=device,
+        with_final=bool(chosen.corpus.finals),
     )
     order = chosen.samples[np.argsort(cache.samples.num_tokens[chosen.samples], kind="stable")]
     parts = [(list(order[i : i + BATCH_SAMPLES, None]), 0) for i in range(0, len(order), BATCH_SAMPLES)]
     walked: list[list[Rounds]] = [[] for _ in drafts]
+    expected = np.zeros((len(drafts), len(TEMPERATURES), 2))
     several_files = len({cache.samples.source(i) for i in chosen.samples.tolist()}) > 1
     progress.start("Walking", len(order), "samples")
     try:
         with torch.inference_mode():
             for batch in loader.stream(parts, threads=1):
                 masks = batch.loss_mask.cpu().numpy()
-                for module, rounds in zip(modules, walked, strict=True):
-                    (prefixes, *_), _ = draft_everywhere(module, batch)
-                    for sample, prefix, mask in zip(batch.samples, prefixes, masks, strict=True):
+                for module, rounds, sums in zip(modules, walked, expected, strict=True):
+                    drafted = draft_everywhere(module, batch)
+                    for row, (sample, mask) in enumerate(zip(batch.samples, masks, strict=True)):
                         kind = cache.samples.source(sample) if several_files else None
                         several = [turn for turn in turns(mask) if turn[0] < turn[1]]
-                        rounds += [_walked(kind, *turn, prefix, module.block_size) for turn in several]
+                        rounds += [_walked(kind, *turn, drafted.prefix[0, row], module.block_size) for turn in several]
+                        if drafted.kept is not None:
+                            sums += expected_of(several, drafted.kept[:, row])
                 progress.advance(len(batch.samples))
     finally:
         progress.finish()
-    return walked
+    return [Walk(rounds, _expected(sums)) for rounds, sums in zip(walked, expected, strict=True)]
+
+
+def _expected(sums: NDArray[np.float64]) -> tuple[ExpectedAcceptance, ...]:
+    """Return what tokens and expected rounds, [T, 2], come to."""
+    if not sums.any():
+        return ()
+    return tuple(
+        ExpectedAcceptance(temperature=temperature, pooled=tokens / rounds, rounds=rounds)
+        for temperature, (tokens, rounds) in zip(TEMPERATURES, sums.tolist(), strict=True)
+    )
 
 
 def _walked(kind: str | None, first: int, last: int, prefix: NDArray[np.int64], block_size: int) -> Rounds:

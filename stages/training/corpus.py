@@ -28,6 +28,9 @@ class Corpus:
         usable = [cache.usable() + start for cache, start in zip(caches, self.starts[:-1], strict=True)]
         self.usable: NDArray[np.int64] = np.concatenate(usable)
         """Samples that have features, ascending."""
+        self.finals = _finals(caches)
+        """The target's states after its final norm of each cache; empty unless every usable sample has them."""
+        self._left_out = np.zeros(0, np.int64)
 
     @classmethod
     def open(cls, paths: tuple[Path, ...]) -> "Corpus":
@@ -39,6 +42,15 @@ class Corpus:
                 raise DflashError(f"{cache.path} is the same cache as one named before it. Name each cache once.")
             _refuse_other_target(caches[0], cache)
         return cls(caches)
+
+    def require_final(self) -> None:
+        """Let `split` leave out samples without the target's states after its final norm, as extraction may have done.
+
+        `CacheError` for a cache without such states.
+        """
+        self.finals = [cache.require_final() for cache in self.caches]
+        has_final = [final.usable() + start for final, start in zip(self.finals, self.starts[:-1], strict=True)]
+        self._left_out = np.setdiff1d(self.usable, np.concatenate(has_final))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -83,7 +95,8 @@ class Corpus:
                 held_out.append(digest)
                 room -= copies
         is_held_out = np.isin(digests, held_out)
-        return self.usable[~is_held_out], self.usable[is_held_out]
+        has_final = ~np.isin(self.usable, self._left_out)
+        return self.usable[~is_held_out & has_final], self.usable[is_held_out & has_final]
 
     def _digests(self) -> NDArray[np.bytes_]:
         """Return a hash of each usable sample's tokens, or of all samples' of the conversation that it is a part of."""
@@ -115,6 +128,15 @@ class Corpus:
             if numbers:
                 texts.append(f"{numbers[:at_most]}{more} of {self.caches[cache].path}")
         return ", ".join(texts)
+
+
+def _finals(caches: list[Cache]) -> list[Cache]:
+    """Return the final states of the caches if all of them have those of every usable sample, else nothing."""
+    finals = [cache.final for cache in caches if cache.final is not None]
+    whole = len(finals) == len(caches) and all(
+        np.isin(cache.usable(), final.usable()).all() for cache, final in zip(caches, finals, strict=True)
+    )
+    return finals if whole else []
 
 
 def _anchor_counts(cache: Cache, rule: AnchorRule) -> NDArray[np.int64]:

@@ -140,7 +140,21 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
     if start:
         start.refuse_other_config(draft_config)
     _refuse_unexportable(draft_config)
+    _refuse_idle_temperature(config, draft_config)
     return draft_config
+
+
+def needs_final(config: TrainConfig, draft: DraftConfig) -> bool:
+    """Return whether a run learns from the target's own distribution, by its loss or by its draft's variant."""
+    return config.mixture.needs_final or draft.variant.needs_final
+
+
+def _refuse_idle_temperature(config: TrainConfig, draft: DraftConfig) -> None:
+    if config.teacher_temperature is not None and not needs_final(config, draft):
+        raise DflashError(
+            f"teacher_temperature is {config.teacher_temperature}, and --loss {config.loss} does not learn from the "
+            f"target's distribution. Choose a loss that does, as in --loss kl, or leave it out."
+        )
 
 
 def _refuse_unexportable(config: DraftConfig) -> None:

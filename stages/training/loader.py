@@ -48,7 +48,8 @@ class Batch:
     keep_mask: Tensor
     """[B, N] bool."""
     final: Tensor | None = None
-    """The target's states after its final norm, [B, S, H] bfloat16, where the loss reads them."""
+    """The target's states after its final norm, [B, S, H] bfloat16, where they are asked for; before
+    `BatchLoader.widen`, the stored codes, [B, S, 1, H] int16. Positions before no supervised token may hold NaN."""
     wait_s: float = 0.0
     """Seconds the step waited for this micro-batch."""
 
@@ -91,10 +92,16 @@ class BatchLoader:
         seed: int,
         shape: RowShape | None,
         device: torch.device,
+        with_final: bool = False,
     ) -> None:
-        """`shape` is the shape of every micro-batch; None for the smallest that its documents fit."""
+        """`shape` is the shape of every micro-batch; None for the smallest that its documents fit.
+
+        `with_final` loads the final states, too, which the corpus must then have.
+        """
         self.corpus = corpus
+        self.with_final = with_final
         self.encoders = [FeatureEncoder(cache.codec) for cache in corpus.caches]
+        self.final_encoders = [FeatureEncoder(final.codec) for final in corpus.finals]
         self.columns = [[cache.layer_ids.index(layer) for layer in layer_ids] for cache in corpus.caches]
         self.anchor_rule = anchor_rule
         self.num_anchors = num_anchors
@@ -103,13 +110,13 @@ class BatchLoader:
         self.device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def seeded(self, seed: int) -> "BatchLoader":
-        """Return this loader with another seed; both copy on one stream.
+    def changed(self, seed: int, with_final: bool) -> "BatchLoader":
+        """Return this loader with another seed, and with or without final states; both copy on one stream.
 
         A GPU's memory is kept for reuse by stream: with a new one each time, what was freed would not be found again.
         """
         other = copy.copy(self)
-        other.seed = seed
+        other.seed, other.with_final = seed, with_final
         return other
 
     def load(self, rows: Rows, epoch: int) -> Batch:
@@ -123,9 +130,15 @@ class BatchLoader:
         seq_len = self.shape.tokens if self.shape else int(max(end[-1] for end in ends))
         width = corpus.caches[0].manifest.layout.hidden_size
         pinned = self._copies is not None
-        codes = torch.empty((num_rows, seq_len, len(self.columns[0]), width), dtype=torch.int16, pin_memory=pinned)
-        for b in range(num_rows):
-            codes[b, ends[b][-1] if b < len(rows) else 0 :] = 0
+
+        def empty(num_layers: int) -> Tensor:
+            made = torch.empty((num_rows, seq_len, num_layers, width), dtype=torch.int16, pin_memory=pinned)
+            for b in range(num_rows):
+                made[b, ends[b][-1] if b < len(rows) else 0 :] = 0
+            return made
+
+        codes = empty(len(self.columns[0]))
+        final = empty(1) if self.with_final else None
         ids = np.zeros((num_rows, seq_len), np.int64)
         mask, documents = np.zeros(ids.shape, np.bool_), np.full(ids.shape, -1, np.int64)
         anchors: list[list[NDArray[np.int64]]] = [[] for _ in range(num_rows)]
@@ -136,6 +149,8 @@ class BatchLoader:
                 input_ids, loss_mask = corpus.tokens(sample)
                 start = stop - len(input_ids)
                 self._read_codes(sample, codes[b, start:stop])
+                if final is not None:
+                    self._read_final(sample, final[b, start:stop])
                 ids[b, start:stop], mask[b, start:stop], documents[b, start:stop] = input_ids, loss_mask, document
                 drawn = draw_anchors(
                     loss_mask, self.anchor_rule, self.num_anchors, self.seed, epoch, corpus.anchor_id(sample)
@@ -156,6 +171,7 @@ class BatchLoader:
             document_ids=torch.from_numpy(documents),
             anchors=F.pad(positions, (0, room)),
             keep_mask=F.pad(keep, (0, room)),
+            final=final,
         )
         return batch.pinned() if pinned else batch
 
@@ -163,6 +179,11 @@ class BatchLoader:
         """Read one document's stored codes into `out`, int16 [tokens, L, H]."""
         cache, number = self.corpus.locate(sample)
         self.corpus.caches[cache].codes(number, self.columns[cache], out=out.numpy().view(np.uint16))
+
+    def _read_final(self, sample: int, out: Tensor) -> None:
+        """Read one document's stored codes of final states into `out`, int16 [tokens, 1, H]."""
+        cache, number = self.corpus.locate(sample)
+        self.corpus.finals[cache].codes(number, out=out.numpy().view(np.uint16))
 
     def _fetch(self, rows: Rows, epoch: int) -> Batch:
         """Return a loaded micro-batch on the device; a copy to a GPU overlaps with the computation and is complete."""
@@ -176,16 +197,21 @@ class BatchLoader:
 
     def widen(self, batch: Batch) -> Batch:
         """Return the micro-batch with bfloat16 features in place of codes, computed on the device that holds it."""
-        codes = batch.hidden_states
-        if len(self.encoders) == 1:
-            features = self.encoders[0].widen(codes, self.columns[0])
-        else:
-            features = torch.zeros_like(codes, dtype=torch.bfloat16)
-            for sample, (row, start, stop) in zip(batch.samples, batch.spans, strict=True):
-                cache, _ = self.corpus.locate(sample)
-                here = self.encoders[cache].widen(codes[row, start:stop], self.columns[cache])
-                features[row, start:stop] = here
-        return replace(batch, hidden_states=features.flatten(2))
+        features = self._widened(batch, batch.hidden_states, self.encoders, self.columns)
+        final = None
+        if batch.final is not None:
+            final = self._widened(batch, batch.final, self.final_encoders, [[0]] * len(self.encoders))
+        return replace(batch, hidden_states=features, final=final)
+
+    def _widened(self, batch: Batch, codes: Tensor, encoders: list[FeatureEncoder], columns: list[list[int]]) -> Tensor:
+        """Return bfloat16 features [B, S, L*H] of codes [B, S, L, H], given each cache's encoder and columns."""
+        if len(encoders) == 1:
+            return encoders[0].widen(codes, columns[0]).flatten(2)
+        features = torch.zeros_like(codes, dtype=torch.bfloat16)
+        for sample, (row, start, stop) in zip(batch.samples, batch.spans, strict=True):
+            cache, _ = self.corpus.locate(sample)
+            features[row, start:stop] = encoders[cache].widen(codes[row, start:stop], columns[cache])
+        return features.flatten(2)
 
     def stream(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Generator[Batch, None, None]:
         """Yield a micro-batch on the device for each (rows, epoch); `threads` read, decode and copy ahead."""

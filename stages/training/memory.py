@@ -67,11 +67,11 @@ def kept_by_block_token(config: DraftConfig, *, compiled: bool, budget: float, c
     return kept + 2 * hidden + own.by_slot
 
 
-def step_flops(config: DraftConfig, context_tokens: int, block_tokens: int) -> float:
+def step_flops(config: DraftConfig, context_tokens: int, block_tokens: int, *, teacher: bool = False) -> float:
     """Return the floating-point operations of one micro-batch's matmuls, two a multiply-add, attention's left out.
 
     Forward, the weights' gradient and the inputs', which `fc` does not need; the head has no gradient of its own. All
-    slots of all blocks are counted, supervised or not.
+    slots of all blocks are counted, supervised or not. With a `teacher` the target's logits are formed, too.
     """
     hidden, sizes = config.hidden_size, vars(config)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -80,7 +80,8 @@ def step_flops(config: DraftConfig, context_tokens: int, block_tokens: int) -> f
     by_block_token = 2 * queries * hidden + 2 * keys * hidden + 3 * hidden * config.intermediate_size + own.by_layer
     layers = config.num_hidden_layers * (block_tokens * by_block_token + context_tokens * 2 * keys * hidden)
     fc = context_tokens * len(config.target_layer_ids) * hidden * hidden
-    return 6.0 * (layers + slots * own.by_slot) + 4.0 * (fc + slots * hidden * config.vocab_size)
+    logits = slots * hidden * config.vocab_size
+    return 6.0 * (layers + slots * own.by_slot) + 4.0 * (fc + logits) + 2.0 * logits * teacher
 
 
 def device_memory(device: torch.device) -> int:

@@ -59,7 +59,10 @@ def _identity(training: Training) -> dict[str, Any]:
     """Return every field that decides what the run computes."""
     settings = settings_identity(training.config)
     settings["dtype"] = "bfloat16" if training.bfloat16 else "float32"
+    settings["loss"] = str(training.config.mixture)
     settings["gamma"] = training.gamma
+    if training.needs_final:
+        settings["teacher_temperature"] = training.teacher_temperature
     settings["val_every"] = training.val_every
     settings["accumulation_times_ranks"] = training.per_step
     del settings["accumulation"]

@@ -21,17 +21,13 @@ from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.draft.attention import choose_flex_tiles, default_backend
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
-from dflash_offline.stages.training.checkpoint import (
-    CheckpointWriter,
-    TrainState,
-    list_checkpoints,
-    restore,
-)
+from dflash_offline.stages.training.checkpoint import CheckpointWriter, TrainState, list_checkpoints, restore
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.draft_setup import (
     StartDraft,
     borrowed_parts,
     choose_anchor_rule,
+    needs_final,
     resolve_draft_config,
 )
 from dflash_offline.stages.training.loader import AHEAD, Batch, BatchLoader
@@ -48,8 +44,8 @@ from dflash_offline.stages.training.schedule import (
     earlier_row_shape,
     row_shape,
 )
-from dflash_offline.stages.training.simulated_serving import ServingSums, simulate_serving
-from dflash_offline.stages.training.sums import StepResult, Window, means_of, no_sums, sums_of
+from dflash_offline.stages.training.simulated_serving import Validation
+from dflash_offline.stages.training.sums import StepResult, Window, no_sums, sums_of
 
 VAL_EVERY = 500
 """Steps between two validations, unless told otherwise or begun otherwise."""
@@ -72,6 +68,8 @@ class Training:
         self.start_is_compared = start is None or start.target is not None
         self.draft_config = resolve_draft_config(config, corpus, start)
         self.anchor_rule = choose_anchor_rule(config, self.draft_config, begun)
+        if self.needs_final:
+            corpus.require_final()
         torch.manual_seed(config.seed)
         self.draft = DraftModel(self.draft_config)
         if start:
@@ -119,7 +117,8 @@ class Training:
         parameters = sum(p.numel() for p in self.draft.parameters())
         size = 2 if self.bfloat16 else 4
         ends = {tensor.data_ptr(): tensor.nbytes for tensor in (head.weight, table.weight)}  # one, where they are tied
-        features = 2 * tokens * rows * len(draft.target_layer_ids) * draft.hidden_size
+        arrays = len(draft.target_layer_ids) + self.needs_final
+        features = 2 * tokens * rows * arrays * draft.hidden_size
         ready = config.loader_threads + AHEAD + 1
         return StepMemory(
             block_tokens=rows * anchors * draft.block_size,
@@ -138,7 +137,8 @@ class Training:
             budget=budget,
             checkpointing=self.config.gradient_checkpointing,
         )
-        return (2 if self.bfloat16 else 4) * kept
+        teacher = 2 * self.draft_config.hidden_size if self.needs_final else 0  # in the cache's bfloat16
+        return (2 if self.bfloat16 else 4) * kept + teacher
 
     def activations_at(self, budget: float) -> int:
         """Return the bytes that a step would keep for its backward pass with another budget."""
@@ -157,7 +157,8 @@ class Training:
             attention_backend=self.backend,
             num_anchors=config.num_anchors,
             loss_decay_gamma=self.gamma,
-            loss_type=config.loss,
+            loss_type=str(config.mixture),
+            teacher_temperature=self.teacher_temperature,
             compiled=self.compiled,
             activation_budget=self.activation_budget,
             loss_settings=self.loss_settings,
@@ -172,9 +173,19 @@ class Training:
         return {name: default if asked[name] is None else asked[name] for name, default in defaults.items()}
 
     @property
+    def needs_final(self) -> bool:
+        """Whether the loss reads the target's states after its final norm."""
+        return needs_final(self.config, self.draft_config)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """That of the target's distribution, as asked for, or as it is."""
+        return 1.0 if self.config.teacher_temperature is None else self.config.teacher_temperature
+
+    @property
     def gamma(self) -> float | None:
-        """Decay of the dflash loss; None for dpace, which has none."""
-        if self.config.loss != "dflash":
+        """Decay of the weights of slots; None for dpace, which has none."""
+        if self.config.mixture.weighs_by_confidence:
             return None
         return recommended_gamma(self.draft_config.block_size) if self.config.gamma is None else self.config.gamma
 
@@ -211,7 +222,7 @@ class Training:
 
     def loader(self, seed: int) -> BatchLoader:
         """Return the loader of this draft's layers and blocks; all of them share what copies to a GPU."""
-        return self._loader.seeded(seed)
+        return self._loader.changed(seed, self.needs_final)
 
     def _make_loader(self) -> BatchLoader:
         return BatchLoader(
@@ -345,31 +356,19 @@ class Training:
         Validated are the averaged weights, if there are such.
         """
         batches = self.batching.batches(self.val_samples)[self.ranks.rank :: self.ranks.count]
-        stream = self.loader(VAL_SEED).stream(((rows, 0) for rows in batches), self.config.loader_threads)
-        paths = self.draft_config.variant.paths
-        sums, servings = self._no_sums(), [ServingSums() for _ in ("served", *paths)]
+        loader = self._loader.changed(VAL_SEED, with_final=bool(self.corpus.finals))
+        found = Validation(self.module, self.device)
         self.draft.eval()
         self.module.progress = 1.0  # so that the losses of all validations compare
         with self.average.served(self.draft) if self.average else nullcontext():
-            for batch in stream:
+            for batch in loader.stream(((rows, 0) for rows in batches), self.config.loader_threads):
                 with self.autocast:
-                    walks, found = simulate_serving(self.module, batch)
-                sums += found
-                for serving, documents in zip(servings, walks, strict=True):
-                    for turns in documents:
-                        serving.add(turns)
+                    found.add(batch)
         self.draft.train()
-        totals = torch.tensor([each.totals for each in servings], dtype=torch.float64, device=self.device)
-        serving, *others = (ServingSums(*each) for each in self.ranks.add(totals).tolist())
-        means = means_of(self.ranks.add(sums).tolist(), self.draft_config)
-        if serving.pooled > self.state.best_walk:
-            self.state = replace(self.state, best_step=self.state.step, best_walk=serving.pooled)
-        return {
-            **{f"val_{name}": value for name, value in means.items()},
-            "val_serving_walk": serving.pooled,
-            "val_serving_walk_mean_of_samples": serving.mean_of_samples,
-            **{f"val_serving_walk_{name}": other.pooled for name, other in zip(paths, others, strict=True)},
-        }
+        row = found.row(self.ranks, self.draft_config, with_expected=bool(self.corpus.finals))
+        if row["val_serving_walk"] > self.state.best_walk:
+            self.state = replace(self.state, best_step=self.state.step, best_walk=row["val_serving_walk"])
+        return row
 
     def _no_sums(self) -> torch.Tensor:
         return no_sums(self.draft_config.variant, self.draft_config.block_size, self.device)

@@ -120,7 +120,7 @@ def test_the_accepted_prefix_under_teacher_forcing_is_that_of_the_sequential_wal
         batch.input_ids[row, anchor + 1 : anchor + 1 + length] = torch.tensor(tokens, dtype=torch.long)
     anchors = torch.arange(1, 18).expand(2, -1).contiguous()
     keep = torch.ones_like(anchors, dtype=torch.bool)
-    found, _ = trainer.serve(
+    found, *_ = trainer.serve(
         batch.input_ids, batch.hidden_states, batch.loss_mask, batch.document_ids, anchors, keep, keep
     )
     seen = set()

@@ -99,14 +99,14 @@ def test_prefixes_equal_drafting_one_block_at_a_time() -> None:
     for row in range(2):
         batch.input_ids[row, 7:10] = torch.tensor(_slow_draft(module, batch, row, 6)[:3])
     batch.loss_mask[:, 6] = True
-    (prefixes,), _ = draft_everywhere(module, batch, anchors_at_once=5)
+    (prefixes,) = draft_everywhere(module, batch, anchors_at_once=5).prefix
     assert prefixes.max() >= 3
     for row in range(2):
         for anchor in batch.loss_mask[row].nonzero()[:, 0].tolist():
             if anchor:
                 assert prefixes[row, anchor] == _slow_prefix(module, batch, row, anchor)
         assert (prefixes[row][~batch.loss_mask[row].numpy()] == 0).all()
-    (documents,), _ = simulate_serving(module, batch)
+    (documents,) = simulate_serving(module, batch).walks
     produced = [sum(map(sum, turns)) for turns in documents]
     expected = [sum(last - first for first, last in turns(mask.numpy())) for mask in batch.loss_mask]
     assert produced == expected
@@ -114,7 +114,7 @@ def test_prefixes_equal_drafting_one_block_at_a_time() -> None:
 
 def test_a_compiled_draft_is_asked_for_equally_many_anchors_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     module, batch = _module_and_batch()
-    (expected, _), serve, asked = draft_everywhere(module, batch, anchors_at_once=5), module.serve, []
+    expected, serve, asked = draft_everywhere(module, batch, anchors_at_once=5).prefix, module.serve, []
 
     def note(*arguments: Tensor) -> object:
         asked.append(arguments[4].shape)
@@ -147,6 +147,6 @@ def test_the_sums_are_those_of_a_forward_pass_and_the_context_is_projected_once(
         )
     module.draft_model.fc.register_forward_hook(lambda *_: projected.append(1))
     for at_once in (3, 100):
-        _, sums = draft_everywhere(module, batch, anchors_at_once=at_once)
+        sums = draft_everywhere(module, batch, anchors_at_once=at_once).sums
         torch.testing.assert_close(sums, sums_of(wanted), rtol=1e-5, atol=1e-9)
     assert len(projected) == 2

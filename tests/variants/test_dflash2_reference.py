@@ -195,7 +195,7 @@ def test_the_teacher_forced_prefix_is_that_of_the_sequential_walk(tmp_path: Path
     features = torch.randn(1, 60, 64, generator=generator)
     anchors, everywhere = torch.arange(57)[None], torch.ones_like(tokens)
     keep = torch.ones_like(anchors, dtype=torch.bool)
-    lengths, _ = trainer.serve(tokens, features, everywhere, torch.zeros_like(tokens), anchors, keep, keep)
+    lengths, *_ = trainer.serve(tokens, features, everywhere, torch.zeros_like(tokens), anchors, keep, keep)
     prefixes, later = [], 0
     for a in range(57):
         hidden = draft_block(weights, config, features[0, :a], table(torch.tensor([tokens[0, a], 4, 4, 4])))[1:]

@@ -24,9 +24,12 @@ def heads(config: DraftConfig, /) -> dict[str, nn.Module]:
 
 
 def terms(draft: nn.Module, slots: Slots, head: Head, settings: Mapping[str, float], progress: float, /) -> SlotTerms:
-    """Return each slot's cross-entropy, and whether its greedy token is the label."""
-    ce, correct = head.cross_entropy(slots.hidden, slots.labels)
-    return SlotTerms(loss=ce, ce=ce.detach(), correct=correct)
+    """Return each slot's loss, and whether its greedy token is the label."""
+    found = head.loss(slots.hidden, slots.labels, slots.teacher)
+    acceptance = None
+    if slots.expects_acceptance and slots.teacher is not None:
+        acceptance = head.acceptance(slots.hidden, slots.teacher(), slots.labels)
+    return SlotTerms(loss=found.loss, ce=found.ce, correct=found.correct, acceptance=acceptance)
 
 
 def propose(draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, chooser: Chooser, /) -> Tensor:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.stages.draft.acceptance import sparse_acceptance
 from dflash_offline.stages.draft.attention import Mask
 from dflash_offline.stages.draft.layers import DraftCache, DraftLayer, KeysValues, Rotary
 from dflash_offline.stages.draft.objective import Head, top_candidates
@@ -146,24 +147,29 @@ def heads(config: DraftConfig, /) -> dict[str, nn.Module]:
 
 
 def terms(draft: nn.Module, slots: Slots, head: Head, settings: Mapping[str, float], progress: float, /) -> SlotTerms:
-    """Return the draft's cross-entropy and the selector's, which is that among the candidates after the true token.
+    """Return the draft's loss and the selector's, which is cross-entropy among the candidates after the true token.
 
     Slots whose label is no candidate add nothing to the selector's. It reads hidden states and logits without a
-    gradient, so the draft below learns from its own cross-entropy alone.
+    gradient, so the draft below learns from its own loss alone.
     """
     selector = _selector(draft)
-    ce, correct, values, ids = head.candidates(slots.hidden, slots.labels, selector.top_k)
+    loss, ce, correct, values, ids = head.loss(slots.hidden, slots.labels, slots.teacher, selector.top_k)
     with torch.autocast(slots.hidden.device.type, enabled=False):
         scores = _scores(selector, slots, values, ids)
+    acceptance = None
+    if slots.expects_acceptance and slots.teacher is not None:
+        label_log_p = head.log_probabilities(slots.teacher(), slots.labels)
+        acceptance = sparse_acceptance(scores, ids, label_log_p, slots.labels)
     is_truth = ids == slots.labels[:, None]
     covered = is_truth.any(dim=-1)
     selector_ce = torch.where(covered, scores.logsumexp(dim=-1) - (scores * is_truth).sum(dim=-1), 0.0)
     return SlotTerms(
-        loss=ce + selector_weight(settings, progress) * selector_ce,
-        ce=ce.detach(),
+        loss=loss + selector_weight(settings, progress) * selector_ce,
+        ce=ce,
         correct=_chosen(scores, ids) == slots.labels,
-        parts={"draft_loss": ce.detach(), "selector_loss": selector_ce.detach()},
+        parts={"draft_loss": loss.detach(), "selector_loss": selector_ce.detach()},
         paths={"without_selector": correct, "oracle": covered},
+        acceptance=acceptance,
     )
 
 

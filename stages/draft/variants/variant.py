@@ -28,6 +28,8 @@ class Slots:
     """Returns the target's state after its final norm at the position before each label, [M, H], of which its head
     makes the distribution that the label was drawn from; None where the batch does not bring them. Where the label is
     not under the loss mask the state may be fill."""
+    expects_acceptance: bool = False
+    """Whether the terms are to say what is accepted where tokens are drawn, for which there is a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class SlotTerms:
     """Parts of the loss before they are weighed against each other, float32 [M]."""
     paths: Mapping[str, Tensor] = field(default_factory=dict)
     """The same as `correct` for other ways to choose the token, bool [M]."""
+    acceptance: Tensor | None = None
+    """Probability that the slot drafts the label and it stays where tokens are drawn, those before it having stayed, at
+    each of `TEMPERATURES`, float32 [M, T]; if that is asked for."""
 
     def of(self, slots: Tensor) -> "SlotTerms":
         """Return the terms of some of the slots, int64 [m]."""
@@ -53,6 +58,7 @@ class SlotTerms:
             correct=self.correct[slots],
             parts={name: part[slots] for name, part in self.parts.items()},
             paths={name: flags[slots] for name, flags in self.paths.items()},
+            acceptance=None if self.acceptance is None else self.acceptance[slots],
         )
 
 
