@@ -1,13 +1,14 @@
-"""What a draft variant is worth: base drafts, wider ones and DFlash 2, trained alike on two targets, by several seeds.
+"""What variants and losses are worth: drafts of each, trained alike on two targets, by several seeds.
 
 Usage: python tests/benchmarks/bench_variants.py --out variants [--seeds 5]
 
 The first target is the embedded one with the demo's conversations, the second is trained here by `second_target`, with
 answers of its own. Each has one cache; every draft trains on it with the demo's settings, half its batch and equally
 many steps, but those that start from a trained base draft, which take a quarter. What is compared is the serving walk
-over the cache's held-out samples after the last step. DFlash 2 is also walked by its logits alone: the selector learns
-from detached values, so that is the draft without it. A run that is there is not made again, so that more seeds go on
-where fewer ended. `--table` only prints what is there.
+over the cache's held-out samples after the last step, and what is expected of drawn tokens along them. Sides that name
+no loss take dpace; kl and soft-ce have one gradient, so what lies between them is rounding. DFlash 2 is also walked by
+its logits alone: the selector learns from detached values, so that is the draft without it. A run that is there is not
+made again, so that more seeds go on where fewer ended. `--table` only prints what is there.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from sides import interleaved, machine, median_ratio
 from steps import packed_row, target_ends
 
 from dflash_offline.pipeline.demo import BLOCK_SIZE, CONVERSATIONS, TARGET
+from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
 from dflash_offline.schemas.run import CHECKPOINTS, METRICS
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
@@ -42,6 +44,7 @@ from dflash_offline.stages.target.model import load_model
 from dflash_offline.stages.train import train
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import list_checkpoints
+from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.optimizer import make_optimizers
 
 CPU = torch.device("cpu")
@@ -100,7 +103,12 @@ def prepare_embedded(folder: Path) -> None:
     """Make the cache of the demo's conversations."""
     extract(
         ExtractConfig(
-            data=(CONVERSATIONS,), target=str(TARGET), out=folder / "cache", block_size=BLOCK_SIZE, shard_mib=64
+            data=(CONVERSATIONS,),
+            target=str(TARGET),
+            out=folder / "cache",
+            block_size=BLOCK_SIZE,
+            shard_mib=64,
+            final=True,
         ),
         Silent(),
     )
@@ -116,7 +124,13 @@ def prepare_second(folder: Path) -> None:
         regenerate(RegenerateConfig(data=(rows,), target=str(target), out=own, max_new_tokens=200), Silent())
     extract(
         ExtractConfig(
-            data=(own,), target=str(target), out=folder / "cache", block_size=BLOCK_SIZE, num_layers=3, shard_mib=64
+            data=(own,),
+            target=str(target),
+            out=folder / "cache",
+            block_size=BLOCK_SIZE,
+            num_layers=3,
+            shard_mib=64,
+            final=True,
         ),
         Silent(),
     )
@@ -149,12 +163,26 @@ def continued(bench: Bench, seed: int) -> dict[str, Any]:
     return {"init_from": bench.base_draft(seed), "steps": steps, "val_every": steps, "save_every": steps}
 
 
+LOSSES = {
+    "hard": "dflash",
+    **{name: name for name in ("kl", "tv", "lk", "soft-ce")},
+    "kl-hard": "kl:0.9,dflash:0.1",
+}
+"""Losses that are tried beside dpace, by the names of their sides."""
+
+
+def base(bench: Bench, seed: int, **changes: Any) -> dict[str, Any]:
+    return changes
+
+
 SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
-    "base": lambda bench, seed: {},
+    "base": base,
     "wide": wide,
     "dflash2": lambda bench, seed: dflash2(),
     "continued": continued,
     "from-base": from_base,
+    **{f"base-{name}": partial(base, loss=loss) for name, loss in LOSSES.items()},
+    **{f"dflash2-{name}": lambda bench, seed, loss=loss: dflash2(loss=loss) for name, loss in LOSSES.items()},
 }
 """Settings by which a side's runs differ."""
 
@@ -211,12 +239,16 @@ def table(bench: Bench, seeds: int) -> list[str]:
         if not rows:
             continue
         walks = [row["val_serving_walk"] for row in rows]
-        line = f"  {side:<13} {spread_of(walks):<13}{', '.join(f'{walk:.2f}' for walk in walks):<32}"
+        line = f"  {side:<16} {spread_of(walks):<13}{', '.join(f'{walk:.2f}' for walk in walks):<32}"
         if "val_serving_walk_without_selector" in rows[0]:
             plain, oracle = (
                 [row[f"val_serving_walk_{path}"] for row in rows] for path in ("without_selector", "oracle")
             )
             line += f" by the logits alone {spread_of(plain)}, best of the candidates {spread_of(oracle)}"
+        for temperature in TEMPERATURES:
+            name = f"val_{expected_metric(temperature)}"
+            if drawn := [row[name] for row in rows if name in row]:
+                line += f" expected at {temperature:g} {spread_of(drawn)}"
         lines.append(line)
     return lines
 
@@ -246,8 +278,7 @@ class Timed:
 
 def print_costs(bench: Bench, rounds: int) -> None:
     """Print what a training step and a round of decoding take on each side, timed in turn, and the base's beside it."""
-    shapes = [side for side in SIDES if side not in ("continued", "from-base")]  # the same shapes as others
-    sides = {side: Timed(bench, side) for side in shapes if finished(bench.settings(side, 0))}
+    sides = {side: Timed(bench, side) for side in ("base", "wide", "dflash2") if finished(bench.settings(side, 0))}
     files = open_target(str(bench.target))
     target = load_model(files, dtype=torch.float32, device=CPU)
     prompts = some_prompts(bench.cache, 6, 40)
@@ -277,14 +308,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
+    parser.add_argument("--steps", type=int, help="of a draft, in place of each target's own number")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 leaves it out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    benches = [Bench(folder=args.out / name, steps=STEPS[name]) for name in args.targets]
+    benches = [Bench(folder=args.out / name, steps=args.steps or STEPS[name]) for name in args.targets]
     for bench in benches if not args.table else ():
-        if not (bench.cache / "manifest.json").is_file():
+        if not (bench.cache / "manifest.json").is_file() or not Corpus.open((bench.cache,)).finals:
             TARGETS[bench.folder.name](bench.folder)
     for seed in range(args.seeds) if not args.table else ():
         for bench in benches:
