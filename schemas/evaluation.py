@@ -280,14 +280,14 @@ class EvalResult:
     prompt_set: dict[str, Any] | None = None
     """The public set that the prompts are of: its dataset, and the revision or the local copy's hash."""
     block_size: int
-    """K: the anchor and K - 1 drafted tokens; also the most tokens one round can produce."""
+    """The most tokens that one round can produce: what is drafted, and the target's own; of a base draft K."""
     acceptance: Acceptance
     acceptance_by_kind: dict[str, Acceptance]
     """Of the prompts that name a kind."""
     rounds_by_tokens: tuple[int, ...]
     """Rounds that produced 1, 2, ... K tokens."""
     drafted_by_slot: tuple[int, ...]
-    """Tokens drafted in slots 1, 2, ... K - 1."""
+    """Tokens drafted first, second, ... in their block."""
     accepted_by_slot: tuple[int, ...]
     """Those of them that are in an answer, and then so are all before them in their block."""
     drafted_tokens: int

@@ -118,7 +118,7 @@ def _what_was_served(bench: Bench) -> _Case:
     path = Path(config.served)
     if not path.is_file():
         served = typed_profile(config.served, config.served_rounds)
-        if len(served.shares) > bench.draft.block_size - 1:
+        if len(served.shares) > bench.draft.num_draft_tokens:
             served = replace(served, block_size=len(served.shares) + 1)
         return _Case(served=served, scope=SAME_PROMPTS if prompts else OTHER_PROMPTS, prompts=prompts)
     if config.served_rounds is not None:
@@ -164,8 +164,8 @@ def _asked(bench: Bench, prompts: tuple[Prompt, ...]) -> _Case:
 
 def _run_trials(bench: Bench, case: _Case) -> list[Trial]:
     """Return the draft run under every change, as it was trained first."""
-    block_size = case.served.block_size if case.served else None
-    own = possible_changes(bench.draft, block_size, bench.text_config(), bench.special_ids())
+    drafted = case.served.block_size - 1 if case.served and case.served.block_size else None
+    own = possible_changes(bench.draft, drafted, bench.text_config(), bench.special_ids())
     if bench.files is None:
         return [run_trial(bench, None, bench.cached_texts, own)]
     model = load_target(bench, bench.files, bench.dtype)
@@ -240,7 +240,7 @@ def _causes(
 ) -> tuple[Cause, ...]:
     """Return what was found: what the server itself shows, then what the changes show."""
     found: dict[str, tuple[list[str], str]] = {}
-    size = bench.draft.block_size
+    size = 1 + bench.draft.num_draft_tokens
     if served.block_size is not None and served.block_size != size:
         title = f"blocks of {served.block_size}"
         found[changes.BLOCK] = (
@@ -304,7 +304,7 @@ def _row(case: _Case, change: Change, counts: Counts, verdict: Verdict | None, i
         title=change.title,
         rates=Rates(
             length=1 + sum(by_slot) / max(rounds, 1),
-            shares=tuple(number / max(rounds, 1) for number in by_slot[: change.config.block_size - 1]),
+            shares=tuple(number / max(rounds, 1) for number in by_slot[: change.config.num_draft_tokens]),
             rounds=int(rounds),
         ),
         misfit=None if verdict is None else verdict.scores[index],

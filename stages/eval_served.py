@@ -80,12 +80,14 @@ def evaluate_served(config: EvalConfig, progress: Progress | None = None) -> Eva
         compared_with=None if config.temperature else _compared_with(plain, local),
         num_speculative_tokens=server.num_speculative_tokens,
         passes=served,
-        notes=(*server.notes, *_notes(served, server, draft.config.block_size), *_unasked(questions)),
+        notes=(*server.notes, *_notes(served, server, draft.config.num_draft_tokens), *_unasked(questions)),
     )
     if local is not None:
         found = replace(local, decoded=local.decoded if config.keep_rounds else None)
     else:
-        found = _of_the_server(config, questions, passes[0], served[0], trained, held_out, draft.config.block_size)
+        found = _of_the_server(
+            config, questions, passes[0], served[0], trained, held_out, draft.config.num_draft_tokens
+        )
     if lengths is not None:
         lengths = advise(lengths.lengths, lengths.costs, [*saved, *costs_of(service)], config)
     return replace(
@@ -220,11 +222,11 @@ def _of_the_server(
     served: Served,
     trained: dict[str, Any] | None,
     held_out: bool | None,
-    block_size: int,
+    num_draft_tokens: int,
 ) -> EvalResult:
     """Return a result whose figures are all a server's."""
     rounds = _rounds(questions, one.answers)
-    figures = round_figures(rounds, _longest(rounds)) if rounds else _counted_figures(one, block_size)
+    figures = round_figures(rounds, _longest(rounds)) if rounds else _counted_figures(one, num_draft_tokens)
     ours = machine(torch.device("cpu"), torch.float32)
     return EvalResult(
         config=config,
@@ -239,10 +241,10 @@ def _of_the_server(
     )
 
 
-def _counted_figures(one: Pass, block_size: int) -> dict[str, Any]:
+def _counted_figures(one: Pass, num_draft_tokens: int) -> dict[str, Any]:
     """Return the fields of a result that follow from a server's counters; of one that has none, nothing was counted."""
     counted = one.counted or Counted(acceptance_length=None)
-    rounds, by_slot = counted.rounds or 0, counted.accepted_by_slot or (0,) * (block_size - 1)
+    rounds, by_slot = counted.rounds or 0, counted.accepted_by_slot or (0,) * num_draft_tokens
     reached = (rounds, *by_slot, 0)
     return {
         "block_size": len(by_slot) + 1,
@@ -262,7 +264,7 @@ def _counted_figures(one: Pass, block_size: int) -> dict[str, Any]:
     }
 
 
-def _notes(served: tuple[Served, ...], server: LiveServer, block_size: int) -> list[str]:
+def _notes(served: tuple[Served, ...], server: LiveServer, num_draft_tokens: int) -> list[str]:
     """Return what a reader must know before believing the figures."""
     found = []
     for one in served:
@@ -282,8 +284,8 @@ def _notes(served: tuple[Served, ...], server: LiveServer, block_size: int) -> l
                 f"here: give both the same template and --chat-template-kwargs"
             )
     drafts = server.num_speculative_tokens
-    if drafts is not None and drafts != block_size - 1:
-        found.append(f"the server drafts {drafts} tokens a round, and the draft was trained for {block_size - 1}")
+    if drafts is not None and drafts != num_draft_tokens:
+        found.append(f"the server drafts {drafts} tokens a round, and the draft was trained for {num_draft_tokens}")
     if server.kind == "vLLM" and drafts is None:
         found.append("the server counts no drafts: it was started without --speculative-config")
     return list(dict.fromkeys(found))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dflash_offline.schemas.errors import BadInputError
+from dflash_offline.schemas.errors import BadInputError, DflashError
 from dflash_offline.schemas.evaluation import DecodedPrompt, EvalResult, ProposalFigures
 from dflash_offline.schemas.results.draft_lengths import DraftLengths, ServedCost
 from dflash_offline.schemas.results.rounds import round_figures
@@ -107,7 +107,7 @@ def evaluate_offline(config: EvalConfig, progress: Progress | None = None) -> Ev
             trained=trained,
             offline=True,
             held_out=samples.held_out,
-            **round_figures(walk.rounds, draft.config.block_size),
+            **round_figures(walk.rounds, 1 + draft.config.num_draft_tokens),
             expected=walk.expected,
             draft_lengths=advise(lengths, (), saved, config) if lengths else None,
             **machine(device, dtype),
@@ -131,6 +131,11 @@ def evaluate(
     are drawn, the draft's are proposed in both ways, and the figures are those of the greedy one.
     """
     check_draft_fits(draft.config, target)
+    if config.confidence_threshold is not None and not draft.config.variant.has_confidence:
+        raise DflashError(
+            f"--confidence-threshold is {config.confidence_threshold}, and {config.draft} is a draft of the variant "
+            f"{draft.config.variant.name}, which foretells no acceptance. Leave it out."
+        )
     check_rewindable(target, config.target or type(target).__name__)
     progress = progress or Silent()
     if prompts is None and config.prompts is not None:
@@ -156,11 +161,13 @@ def evaluate(
             offline=False,
             held_out=held_out,
             prompt_set=describe_set(config.prompts) if config.prompts is not None else None,
-            **round_figures([rounds_of(o.case, o.speculative) for o in outcomes], draft.config.block_size),
+            **round_figures([rounds_of(o.case, o.speculative) for o in outcomes], 1 + draft.config.num_draft_tokens),
             **_live_figures(config, target, outcomes),
             draft_lengths=_draft_lengths(decoder, outcomes, saved, progress) if config.draft_lengths else None,
             proposals=tuple(
-                _proposal(name, outcomes, draft.config.block_size) for name in decoder.proposals if config.temperature
+                _proposal(name, outcomes, 1 + draft.config.num_draft_tokens)
+                for name in decoder.proposals
+                if config.temperature
             ),
             decoded=tuple(_decoded(config, o) for o in outcomes) if config.keep_rounds else None,
             **machine(target.device, target.dtype),

@@ -77,7 +77,7 @@ def export(run: Path, out: Path, which: str = "best", kind: str = ZLAB, evaluati
     weights = load_file(checkpoint / WEIGHTS)
     check_draft_weights(weights, config, str(checkpoint))
     trained = training_record(record, state.step)
-    result = _evaluation(run, evaluation, trained)
+    result = _evaluation(run, evaluation, trained, config.num_draft_tokens)
     target = _target_config(record)
     architectures = record.origin.get("target_architectures") or (target or {}).get("architectures") or []
     document = config_json(config, kind, record.origin["target"], architectures)
@@ -176,7 +176,7 @@ def _refuse_faulty(faults: list[DraftFault], checkpoint: Path) -> list[str]:
     return [f"{', '.join(f.breaks)}: {f.why}." for f in limits]
 
 
-def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[str, Any] | None:
+def _evaluation(run: Path, path: Path | None, trained: dict[str, Any], num_draft_tokens: int) -> dict[str, Any] | None:
     """Return the result of `dflash eval` for this checkpoint; one that was asked for must be of it."""
     given = path if path is not None else run / "eval.json"
     if path is None and not given.is_file():
@@ -191,10 +191,10 @@ def _evaluation(run: Path, path: Path | None, trained: dict[str, Any]) -> dict[s
             f"{trained['step']}. Evaluate this checkpoint, or leave --eval out."
         )
     for one in (result.get("draft_lengths") or {}).get("expected", ()):
-        if one["num_speculative_tokens"] >= trained["block_size"]:
+        if one["num_speculative_tokens"] > num_draft_tokens:
             raise MismatchError(
-                f"{given} advises to draft {one['num_speculative_tokens']} tokens; expected fewer than the block size "
-                f"{trained['block_size']}. Evaluate this checkpoint again, or leave --eval out."
+                f"{given} advises to draft {one['num_speculative_tokens']} tokens; expected at most the block's "
+                f"{num_draft_tokens}. Evaluate this checkpoint again, or leave --eval out."
             )
     return result
 

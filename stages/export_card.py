@@ -17,19 +17,19 @@ _RECIPE = (
 )
 """Settings that decide a run, in the order in which the card lists those that it has."""
 
-_ZLAB = """A block holds one anchor and {trained} drafted tokens; vLLM counts the drafted ones, SGLang the whole block.
+_ZLAB = """A block holds {holds}; vLLM counts the drafted ones, SGLang {counts}.
 {advice}
     vllm serve {quoted} --speculative-config \\
-      '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
+      '{{"method": "{method}", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
-    python -m sglang.launch_server --model-path {quoted} --speculative-algorithm DFLASH \\
+    python -m sglang.launch_server --model-path {quoted} --speculative-algorithm {algorithm} \\
       --speculative-draft-model-path THIS_FOLDER --speculative-num-draft-tokens {block}
 """
 _SPECULATORS = """The speculators format. Its layer ids are {aux}, one more than those above: entries of
 transformers' hidden states, of which entry 0 is the embedding. Embeddings and head are the target's own.
 {advice}
     vllm serve {quoted} --speculative-config \\
-      '{{"method": "dflash", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
+      '{{"method": "{method}", "model": "THIS_FOLDER", "num_speculative_tokens": {drafted}}}'
 
 SGLang does not read this format; for it, export with `--format zlab` and serve {block} draft tokens.
 """
@@ -104,12 +104,18 @@ def _expected(result: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _serving(config: DraftConfig, kind: str, target: str, limits: list[str], expected: list[dict[str, Any]]) -> str:
     """Return how each client serves a draft, with as many drafted tokens as the first of `expected` says."""
-    drafted = expected[0]["num_speculative_tokens"] if expected else config.block_size - 1
+    drafted, variant = expected[0]["num_speculative_tokens"] if expected else config.num_draft_tokens, config.variant
+    holds, counts = f"one anchor and {config.num_draft_tokens} drafted tokens", "the whole block"
+    if variant.first_slot == 0:
+        holds, counts = f"{config.num_draft_tokens} drafted tokens, one for every slot", "one more"
     texts = {ZLAB: _ZLAB, SPECULATORS: _SPECULATORS}
     serving = texts.get(kind, _TRANSFORMERS).format(
         target=target,
         quoted=shlex.quote(target),
-        trained=config.block_size - 1,
+        holds=holds,
+        counts=counts,
+        method=variant.vllm_method,
+        algorithm=variant.sglang_algorithm,
         drafted=drafted,
         block=drafted + 1,
         advice="".join(f"{_advice(one)}\n" for one in expected),

@@ -207,7 +207,7 @@ class DFlashTrainerModule(nn.Module):
         self, anchors: Tensor, keep: Tensor, loss_mask: Tensor, document_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return `supervised_slots` of the draft's variant."""
-        geometry = self.variant.first_slot, self.variant.label_offset
+        geometry = self.variant.first_slot, self.variant.label_offset, self.variant.is_unbroken
         return supervised_slots(anchors, keep, loss_mask, document_ids, self.block_size, *geometry)
 
     def _sample_anchor_positions(
@@ -367,8 +367,9 @@ class DFlashTrainerModule(nn.Module):
 
     def _setting_problems(self) -> list[str]:
         problems = []
-        if self.block_size < 2:
-            problems.append(f"block_size is {self.block_size}; expected at least 2 (an anchor and one slot).")
+        if self.block_size <= self.variant.first_slot:
+            least = self.variant.first_slot + 1
+            problems.append(f"block_size is {self.block_size}; expected at least {least}: one slot that predicts.")
         if self.anchor_rule.kind not in self.variant.anchors:
             problems.append(f"anchor_kind is {self.anchor_rule.kind!r}; expected one of {self.variant.anchors}.")
         if self.num_anchors < 1:

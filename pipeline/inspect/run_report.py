@@ -10,7 +10,7 @@ from dflash_offline.pipeline.safe_output import safe
 from dflash_offline.pipeline.terminal import open_console, sparkline
 from dflash_offline.schemas.errors import dflash_line
 from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
-from dflash_offline.schemas.variants.table import VARIANTS, own_fields
+from dflash_offline.schemas.variants.table import BASE, VARIANTS, own_fields
 from dflash_offline.stages.progress import readable_seconds
 
 _BESIDE_CURVE = 52
@@ -122,8 +122,14 @@ def best_text(view: RunView) -> str:
         return "none measured yet; the last checkpoint would be exported"
     return (
         f"step {view.best_step:,}: acceptance length {view.best_serving_walk:.2f} in the serving walk over "
-        f"held-out samples, of at most {view.draft['block_size']}"
+        f"held-out samples, of at most {_most_tokens(view.draft)}"
     )
+
+
+def _most_tokens(draft: dict[str, Any]) -> int:
+    """Return how many tokens a round can give: those that are drafted, and the target's own."""
+    kind = VARIANTS.get(draft.get("architecture", BASE.architecture), BASE)
+    return int(draft["block_size"]) - kind.first_slot + 1
 
 
 def evaluation_text(result: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ class DraftConfig:
     """Captured target layers, ascending; id i is the output of decoder layer i."""
     num_target_layers: Annotated[int, Meta(ge=1, le=4096)]
     block_size: Size
-    """K: one anchor and K - 1 drafted tokens."""
+    """K: the anchor's slot and those of masks behind it."""
     mask_token_id: Index
     """Token that fills the slots to be predicted."""
     rms_norm_eps: float = 1e-6
@@ -69,6 +69,11 @@ class DraftConfig:
     """Layers in which a block's token does not see the later ones of its block: none, sliding or all."""
     variant: Variant = field(default_factory=BASE)
     """What the draft has beyond the parts of every draft."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that a block drafts: one of each slot that predicts, of the base draft K - 1."""
+        return self.block_size - self.variant.first_slot
 
     @property
     def layer_types(self) -> tuple[str, ...]:

@@ -107,8 +107,10 @@ def spread_layers(num_layers: int, count: int) -> list[int]:
 def block_and_mask(config: dict[str, Any]) -> Found:
     """Block size and mask token."""
     block, mask, rows = (first(config, name) for name in ("block_size", "mask_token_id", "vocab_size"))
-    if not is_int(block, 2):
-        yield "block size", "block_size", f"is {say(block)}; expected a whole number of at least 2"
+    kind = find_variant(config)
+    least = 1 + (kind.first_slot if kind else 1)
+    if not is_int(block, least):
+        yield "block size", "block_size", f"is {say(block)}; expected a whole number of at least {least}"
     if not is_int(mask, 0) or (is_int(rows) and mask >= rows):
         end = f"0 to {rows - 1}" if is_int(rows) else "a row of the embedding table"
         yield "mask token", "mask_token_id", f"is {say(mask)}; expected {end}, a row of the target's embedding table"
@@ -143,7 +145,9 @@ def nested_fields(config: dict[str, Any]) -> Found:
         top, inner = config.get(name), nested.get(name)
         if top is None and inner is None:
             yield rule, name, "is absent; expected at the top and in dflash_config"
-        elif top is None and kind is not None and name in kind.nested_only:
+        elif kind is not None and (
+            (top is None and name in kind.nested_only) or (inner is None and name in kind.top_only)
+        ):
             continue
         elif top is None:
             yield "one place", name, "is absent; expected at the top as in dflash_config"
@@ -260,12 +264,14 @@ def speculators(config: dict[str, Any]) -> Found:
         what = f"has architectures {say(architectures)}; expected name_or_path and a list of the target's architectures"
         yield "speculators config", "speculators_config.verifier", what
     method = methods[0] if isinstance(methods, list) and methods and isinstance(methods[0], dict) else {}
-    tokens, block = method.get("speculative_tokens"), config.get("block_size")
-    if not is_int(block) or tokens != block - 1:
-        what = f"is {say(tokens)}; expected one less than block_size {say(block)}"
+    tokens, block, kind = method.get("speculative_tokens"), config.get("block_size"), find_variant(config)
+    first_slot = kind.first_slot if kind else 1
+    if not is_int(block) or tokens != block - first_slot:
+        what = f"is {say(tokens)}; expected {'one less than ' if first_slot else ''}block_size {say(block)}"
         yield "speculative tokens", "speculators_config.proposal_methods[0].speculative_tokens", what
-    if config.get("sample_from_anchor"):
-        yield "anchor", "sample_from_anchor", "is true; expected false"
+    if bool(config.get("sample_from_anchor")) != (first_slot == 0):
+        what = f"is {say(config.get('sample_from_anchor'))}; expected {say(first_slot == 0)}"
+        yield "anchor", "sample_from_anchor", what
     types = config.get("layer_types")
     slides = isinstance(types, list) and SLIDING in types
     if not slides and config.get("sliding_window_non_causal") is not True:

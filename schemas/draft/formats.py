@@ -53,7 +53,8 @@ def config_json(config: DraftConfig, kind: str, target: str, architectures: list
             f"{target} in its cache says them. Put the cache back where the run was started from, or export it with "
             f"--format zlab."
         )
-    return {**variant.speculators_fields(), **_speculators(document, not any(causal), target, architectures)}
+    found = _speculators(document, config.num_draft_tokens, not any(causal), target, architectures)
+    return {**variant.speculators_fields(), **found}
 
 
 def tensor_name(name: str, kind: str) -> str:
@@ -80,7 +81,9 @@ def _transformers(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _speculators(document: dict[str, Any], non_causal: bool, target: str, architectures: list[str]) -> dict[str, Any]:
+def _speculators(
+    document: dict[str, Any], num_draft_tokens: int, non_causal: bool, target: str, architectures: list[str]
+) -> dict[str, Any]:
     """The layer ids there are entries of transformers' hidden states, one more than a draft's own ids."""
     return {
         "speculators_version": "0.9.0",
@@ -90,10 +93,10 @@ def _speculators(document: dict[str, Any], non_causal: bool, target: str, archit
         "aux_hidden_state_layer_ids": [i + 1 for i in document["target_layer_ids"]],
         "mask_token_id": document["mask_token_id"],
         "sliding_window_non_causal": non_causal,
-        "sample_from_anchor": False,
+        "sample_from_anchor": num_draft_tokens == document["block_size"],
         "speculators_config": {
             "algorithm": "dflash",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": document["block_size"] - 1}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": target, "architectures": architectures},
         },

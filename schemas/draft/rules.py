@@ -48,6 +48,7 @@ RULES = {
     "architecture": Rule("clients choose their draft class by this name, and it says what the tensors are for", EVERY),
     "no architecture": Rule("vLLM and SGLang choose their draft class by this name", (VLLM, SGLANG), clear=True),
     "variant's shape": Rule("clients build the variant's own parts by these numbers", EVERY),
+    "variant's heads": Rule("clients build its heads as these say, and others than these are not computed here", EVERY),
     "kernel and block": Rule("z-lab's client fails at it, and speculators refuses it", (ZLAB,), clear=True),
     "nested variant's shape": Rule("vLLM looks for it in dflash_config alone", (VLLM,), clear=True),
     "model type": Rule(
@@ -147,9 +148,9 @@ RULES = {
     "target": Rule("the draft borrows the target's embeddings and head and reads its layers", EVERY),
     "speculators config": Rule("vLLM and speculators refuse a config without it", (VLLM, SPECULATORS)),
     "speculative tokens": Rule(
-        "vLLM takes its number of speculative tokens from it: a block without its anchor", (VLLM, SPECULATORS)
+        "vLLM takes its number of speculative tokens from it: the slots that predict", (VLLM, SPECULATORS)
     ),
-    "anchor": Rule("with it a client takes a token from slot 0, which was never trained", (VLLM, SPECULATORS)),
+    "anchor": Rule("by it a client takes a token from slot 0, or takes none", (VLLM, SPECULATORS)),
     "window causality": Rule(
         "its defaults differ, and vLLM takes it for every layer: not true makes full layers causal", (VLLM,)
     ),

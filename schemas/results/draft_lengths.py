@@ -10,7 +10,7 @@ class DraftLength:
     """What blocks of one length gave, each drafted by a pass of its own: a shorter block sees fewer masks."""
 
     num_speculative_tokens: int
-    """Tokens drafted in a round; the block is one longer."""
+    """Tokens drafted in a round."""
     acceptance: Acceptance
     acceptance_by_kind: dict[str, Acceptance]
     tokens_per_s: float | None = None

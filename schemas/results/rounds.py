@@ -48,7 +48,7 @@ def acceptance(answers: Sequence[Rounds]) -> Acceptance:
 
 
 def round_figures(answers: Sequence[Rounds], block_size: int) -> dict[str, Any]:
-    """Return the fields of an `EvalResult` that follow from the rounds alone."""
+    """Return the fields of an `EvalResult` that follow from the rounds alone; a round gives `block_size` at most."""
     kinds = sorted({answer.kind for answer in answers if answer.kind is not None})
     produced = [n for answer in answers for n in answer.produced]
     proposed = [n for answer in answers for n in answer.proposed]

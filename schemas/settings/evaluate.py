@@ -7,7 +7,16 @@ from urllib.parse import urlsplit
 
 from dflash_offline.schemas.secrets import shown_url
 from dflash_offline.schemas.settings import shared
-from dflash_offline.schemas.settings.option import ARGUMENTS, AT_LEAST_1, POSITIVE, SEEDS, Option, problems, refuse
+from dflash_offline.schemas.settings.option import (
+    ARGUMENTS,
+    AT_LEAST_1,
+    POSITIVE,
+    SEEDS,
+    Bounds,
+    Option,
+    problems,
+    refuse,
+)
 
 
 def is_url(text: str) -> bool:
@@ -55,6 +64,10 @@ class EvalConfig:
         "Answers", "free", "TIMES", bounds=AT_LEAST_1)] = 1
     prompt_lookup: Annotated[bool, Option(
         "Also decode with prompt lookup, the comparison that needs no draft.", "Answers", "free")] = False
+    confidence_threshold: Annotated[float | None, Option(
+        "Foretold acceptance below which a block ends before a token, for drafts with a confidence head.",
+        "Answers", "identity", "SHARE", unset="whole blocks",
+        bounds=Bounds("0 to 1", lambda value: 0 <= value <= 1))] = None
     chat_template_kwargs: shared.TemplateKwargs = field(default_factory=dict)
     draft_lengths: Annotated[bool, Option(
         "Also measure every shorter block, and say how many tokens to draft at each --concurrency; takes some times as "
@@ -104,7 +117,8 @@ class EvalConfig:
             return []
         if self.cache is None:
             return ["No target is given. Name one with --target, or walk a cache without it, by --cache CACHE."]
-        live = {"temperature": self.temperature > 0, "prompt_lookup": self.prompt_lookup, "repeats": self.repeats > 1}
+        live: dict[str, bool] = {"confidence_threshold": self.confidence_threshold is not None}
+        live |= {"temperature": self.temperature > 0, "prompt_lookup": self.prompt_lookup, "repeats": self.repeats > 1}
         return [f"{name} needs --target: a cache is walked without one." for name, given in live.items() if given]
 
     def _length_problems(self) -> list[str]:
@@ -120,6 +134,8 @@ class EvalConfig:
         return found
 
     def _server_problems(self) -> list[str]:
+        if self.confidence_threshold is not None:
+            return ["confidence_threshold is of the drafting here; a server has its own. Leave out --server."]
         found = [
             f"{name} is {shown_url(url)!r}; expected a URL, as in http://127.0.0.1:8000/v1."
             for name, url in (("server", self.server), ("plain_server", self.plain_server))

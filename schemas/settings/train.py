@@ -29,6 +29,7 @@ MAX_EPOCHS = 1_000_000
 """Passes over the samples; far above any run, and few enough to count the steps of."""
 _CHECKPOINTS = "Validation and checkpoints"
 _TARGETS = "the target's"
+_WEIGHTS = Bounds("0 or more, and finite", lambda value: 0 <= value < math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,8 @@ class TrainConfig:
         "Slots over which the weight of the loss decays by e; not of one with dpace.",
         "Loss", "identity", "SLOTS", unset="7, 5, 4 for blocks of 16, 10, 8", bounds=POSITIVE)] = None
     variant: Annotated[str | None, Option(
-        "Variant of the draft: dflash; or dflash2, with convolutions within the block and a selector of candidates.",
+        "Variant of the draft: dflash; dflash2, with convolutions within the block and a selector of candidates; or "
+        "dspark, with a bias by the token before and a confidence, which needs a cache with `final`.",
         "Draft", "resolved", "NAME", unset="dflash, or that of --init-from", choices=tuple(NAMES))] = None
     conv_kernel_size: Annotated[int | None, Option(
         "Slots that a convolution of `--variant dflash2` reads: the own one and those before it.",
@@ -131,12 +133,23 @@ class TrainConfig:
         "Draft", "resolved", "TOKENS", unset="16, as published", bounds=AT_LEAST_1)] = None
     selector_loss_alpha: Annotated[float | None, Option(
         "Weight of the selector's loss; with 0 it learns nothing and changes nothing.",
-        "Loss", "resolved", "WEIGHT", unset="1",
-        bounds=Bounds("0 or more, and finite", lambda value: 0 <= value < math.inf))] = None
+        "Loss", "resolved", "WEIGHT", unset="1", bounds=_WEIGHTS)] = None
     selector_warmup_ratio: Annotated[float | None, Option(
         "Share of the steps in which the weight of the selector's loss rises from zero.",
         "Loss", "resolved", "SHARE", unset="0",
         bounds=Bounds("0 to 1", lambda value: 0 <= value <= 1))] = None
+    markov_rank: Annotated[int | None, Option(
+        "Width of the codes by which `--variant dspark` biases a token by the one before it.",
+        "Draft", "resolved", "WIDTH", unset="256, as published", bounds=AT_LEAST_1)] = None
+    ce_loss_alpha: Annotated[float | None, Option(
+        "Weight of the cross-entropy in the loss of `--variant dspark`.",
+        "Loss", "resolved", "WEIGHT", unset="0.1, as published", bounds=_WEIGHTS)] = None
+    l1_loss_alpha: Annotated[float | None, Option(
+        "Weight of the distance between the draft's and the target's distribution in it.",
+        "Loss", "resolved", "WEIGHT", unset="0.9, as published", bounds=_WEIGHTS)] = None
+    confidence_loss_alpha: Annotated[float | None, Option(
+        "Weight of its confidence head's loss; with 0 the head learns nothing.",
+        "Loss", "resolved", "WEIGHT", unset="1, as published", bounds=_WEIGHTS)] = None
     draft_layers: Annotated[int | None, Option(
         "Number of draft layers.",
         "Draft", "recorded", "LAYERS", unset="as many as target layers are read", bounds=AT_LEAST_1)] = None

@@ -31,16 +31,22 @@ class DFlash2:
     architecture: ClassVar[str] = "DFlash2DraftModel"
     speculators: ClassVar[str | None] = "dflash2"
     transformers: ClassVar[bool] = False
+    vllm_method: ClassVar[str] = "dflash"
+    sglang_algorithm: ClassVar[str] = "DFLASH"
     needs_plain_head: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "A DFlash 2 draft: convolutions within the block, and a selector that walks over each slot's best candidates."
     )
     starts_from: ClassVar[tuple[str, ...]] = (DFlash.architecture,)
     nested_only: ClassVar[tuple[str, ...]] = ("block_size",)
+    top_only: ClassVar[tuple[str, ...]] = ()
     first_slot: ClassVar[int] = 1
     label_offset: ClassVar[int] = 0
+    is_unbroken: ClassVar[bool] = False
+    has_confidence: ClassVar[bool] = False
     needs_final: ClassVar[bool] = False
     anchors: ClassVar[tuple[str, ...]] = ANCHORS
+    has_own_loss: ClassVar[bool] = False
     loss_settings: ClassVar[Mapping[str, float]] = {"selector_loss_alpha": 1.0, "selector_warmup_ratio": 0.0}
     losses: ClassVar[tuple[str, ...]] = ("draft_loss", "selector_loss")
     paths: ClassVar[tuple[str, ...]] = ("without_selector", "oracle")

@@ -6,11 +6,12 @@ from typing import Any
 
 from dflash_offline.schemas.variants.dflash import DFlash
 from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.dspark import DSpark
 from dflash_offline.schemas.variants.variant import Variant
 
 BASE: type[Variant] = DFlash
 """What a draft is that says nothing else."""
-VARIANTS: dict[str, type[Variant]] = {kind.architecture: kind for kind in (DFlash, DFlash2)}
+VARIANTS: dict[str, type[Variant]] = {kind.architecture: kind for kind in (DFlash, DFlash2, DSpark)}
 NAMES = {kind.name: kind for kind in VARIANTS.values()}
 """The same by the names that a user gives."""
 

@@ -47,6 +47,10 @@ class Variant(Protocol):
     """What the speculators format calls it; None if that has no such draft."""
     transformers: ClassVar[bool]
     """Whether transformers' own generator has such a draft."""
+    vllm_method: ClassVar[str]
+    """What vLLM's speculative config calls its way of drafting."""
+    sglang_algorithm: ClassVar[str]
+    """What SGLang calls it."""
     needs_plain_head: ClassVar[bool]
     """Whether vLLM serves it only where the target's head is not quantized."""
     summary: ClassVar[str]
@@ -55,14 +59,22 @@ class Variant(Protocol):
     """Architectures of drafts without its own tensors that it can start from; it then drafts at first what they do."""
     nested_only: ClassVar[tuple[str, ...]]
     """Fields of every draft that its config.json has in `dflash_config` alone, and not at the top as well."""
+    top_only: ClassVar[tuple[str, ...]]
+    """Fields of every draft that its config.json may have at the top alone, where its clients find them."""
     first_slot: ClassVar[int]
     """First slot of a block that predicts."""
     label_offset: ClassVar[int]
     """Slot k of anchor a predicts the token at a + label_offset + k."""
+    is_unbroken: ClassVar[bool]
+    """Whether a block's supervised slots end before the first that is not."""
+    has_confidence: ClassVar[bool]
+    """Whether it foretells each slot's acceptance, so that a block may end early."""
     needs_final: ClassVar[bool]
     """Whether its loss reads the target's states after the final norm, which a cache has only where asked for."""
     anchors: ClassVar[tuple[str, ...]]
     """Kinds of `AnchorRule` that it can be trained by; the first is taken where none is asked for."""
+    has_own_loss: ClassVar[bool]
+    """Whether what a slot learns is its own, so that a user's choice of a loss only says how slots are weighed."""
     loss_settings: ClassVar[Mapping[str, float]]
     """Settings of its loss, by the names that a user knows them by, with their defaults."""
     losses: ClassVar[tuple[str, ...]]

@@ -99,26 +99,33 @@ class Stopwatch:
 class _BlockDraft:
     """The draft's side of one decoding: its cache, its buffers, and what it borrows from the target."""
 
-    def __init__(self, target: PreTrainedModel, draft: DraftModel, num_positions: int, chooser: Chooser) -> None:
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: DraftModel,
+        num_positions: int,
+        chooser: Chooser,
+        threshold: float | None,
+    ) -> None:
         config = draft.config
-        self._chooser = chooser
+        self._chooser, self._threshold = chooser, threshold
         table = target.get_input_embeddings().weight
         self._draft, self._table, self._head = draft, table, target.get_output_embeddings()
         self._variant = variant_of(config)
         self._cache = DraftCache()
-        self._ids = torch.full((1, config.block_size), config.mask_token_id, device=table.device)
         # The table's raw rows: whatever a target's embedding module does beyond the look-up is not part of a block.
-        self._noise = table[self._ids[0]].unsqueeze(0)
+        self._noise = table[config.mask_token_id].repeat(1, config.block_size, 1)
         self._positions = torch.arange(num_positions, device=table.device).unsqueeze(0)
 
-    def propose(self, anchor: int, start: int, size: int, context: Tensor) -> Tensor:
-        """Return the block [1, Q] that begins with `anchor` at position `start`; overwritten by the next call.
+    def propose(self, anchor: int, start: int, num_tokens: int, context: Tensor) -> Tensor:
+        """Return the block to verify, int64 [1, Q]: `anchor` at position `start` and at most so many drafted tokens.
 
         `context` holds the features [1, C, L*H] of the positions before `start` that no earlier call has seen.
         """
-        ids = self._ids[:, :size]
-        ids[:, 0] = anchor
+        first = self._draft.config.variant.first_slot
+        size = first + num_tokens
         self._noise[0, 0] = self._table[anchor]
+        token = torch.tensor([anchor], device=self._table.device)
         hidden = self._draft(
             position_ids=self._positions[:, start - context.shape[1] : start + size],
             noise_embedding=self._noise[:, :size],
@@ -126,8 +133,10 @@ class _BlockDraft:
             past_key_values=self._cache,
         )
         self._cache.crop(start)
-        ids[:, 1:] = self._variant.propose(self._draft, hidden[:, 1:], self._head, ids[0, :1], self._chooser)
-        return ids
+        drafted = self._variant.propose(
+            self._draft, hidden[:, first:], self._head, token, self._chooser, self._threshold
+        )
+        return torch.cat((token[None], drafted), dim=1)
 
 
 @torch.inference_mode()
@@ -193,12 +202,14 @@ def speculative_decode(
     chooser: Chooser | None = None,
     *,
     keep_blocks: bool = False,
+    confidence_threshold: float | None = None,
 ) -> SpeculativeDecoding:
     """Return the target's answer, decoded in rounds that each verify a block of the draft; greedy without a `chooser`.
 
-    A round drafts K - 1 tokens after the newest one, has the target read the whole block in one call, and keeps the
+    A round drafts a block of tokens after the newest one, has the target read them all in one call, and keeps the
     tokens the target agrees with and the target's own next one. The last block is only as long as the answer may
-    still become. `keep_blocks` keeps what was proposed, at the price of one more transfer a round.
+    still become. `keep_blocks` keeps what was proposed, at the price of one more transfer a round. With a
+    `confidence_threshold` a block ends before the first token whose foretold acceptance is below it.
     """
     chooser = chooser or Greedy()
     cache, stops = DynamicCache(config=target.config), frozenset(stop_ids)
@@ -214,11 +225,11 @@ def speculative_decode(
         cache.crop(0)
         start, fresh = len(prompt_ids), len(prompt_ids)
         with watch:
-            drafting = _BlockDraft(target, draft, start + max_new_tokens, chooser)
+            drafting = _BlockDraft(target, draft, start + max_new_tokens, chooser, confidence_threshold)
             while (room := max_new_tokens - len(tokens)) > 0 and tokens[-1] not in stops:
-                size = min(draft.config.block_size, room + 1)
                 context = torch.cat([layer[:, :fresh] for layer in features], dim=-1)
-                block = drafting.propose(tokens[-1], start, size, context)
+                block = drafting.propose(tokens[-1], start, min(draft.config.num_draft_tokens, room), context)
+                size = block.shape[1]
                 logits = target(block, past_key_values=cache, use_cache=True).logits
                 agreed, answer = chooser.verify(block, logits)
                 answer = _until_stop(answer[:room], stops)

@@ -53,12 +53,13 @@ def supervised_slots(
     block_size: int,
     first_slot: int = 1,
     label_offset: int = 0,
+    is_unbroken: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the label positions int64 [B, N, n] of slots `first_slot` to K-1, and which of them are supervised, bool.
 
     Slot k predicts the token `label_offset` + k after its anchor. A slot of a kept block is supervised where that lies
-    in the row, in the anchor's document, and under the loss mask. Positions beyond the row are clamped to its end and
-    not supervised.
+    in the row, in the anchor's document, and under the loss mask; where `is_unbroken`, and all before it in its block
+    do. Positions beyond the row are clamped to its end and not supervised.
     """
     num_rows, seq_len = loss_mask.shape
     slots = torch.arange(first_slot, block_size, device=anchors.device)
@@ -69,6 +70,8 @@ def supervised_slots(
     supervised = keep[:, :, None] & inside & (loss_mask[row, position] > 0.5)
     if document_ids is not None:
         supervised &= document_ids[row, position] == document_ids[row, anchors[:, :, None]]
+    if is_unbroken:
+        supervised = supervised.cumprod(dim=-1).bool()
     return position, supervised
 
 

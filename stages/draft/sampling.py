@@ -17,8 +17,21 @@ from torch import Tensor
 
 Proposal = Literal["greedy", "drawn"]
 """How tokens are drafted where the target's are drawn: the draft's best ones, or drawn from the draft likewise."""
-Scores = Callable[[int, Tensor], Tensor]
-"""Scores float32 [1, k] of a slot's candidates, by the slot's number and the token chosen before it, int64 [1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How a block's tokens are chosen one after another; functions of the slot's number and the token before, [1]."""
+
+    scores: Callable[[int, Tensor], Tensor]
+    """Scores [1, k] of a slot's candidates."""
+    count: int
+    """Slots."""
+    ids: Tensor | None = None
+    """Each slot's candidates, int64 [count, k]; None where they are the vocabulary."""
+    goes_on: Callable[[int, Tensor], bool] | None = None
+    """Whether the slot is drafted at all; where it is not, the block ends before it. It may depend on nothing that is
+    chosen later, so that what comes out stays the target's own. None to draft all of them."""
 
 
 class Chooser(Protocol):
@@ -30,10 +43,10 @@ class Chooser(Protocol):
     def draft(self, logits: Tensor) -> Tensor:
         """Return the drafted tokens, int64 [1, Q - 1] of [1, Q - 1, V]; `verify` is told of the same block."""
 
-    def walk(self, ids: Tensor, scores: Scores, anchor: Tensor) -> Tensor:
+    def walk(self, steps: Steps, anchor: Tensor) -> Tensor:
         """Return the drafted tokens, int64 [1, Q - 1], each chosen among its slot's candidates after the one before it.
 
-        `ids` are the candidates [Q - 1, k], `anchor` int64 [1] is the token before the first.
+        `anchor`, int64 [1], is the token before the first.
         """
 
     def verify(self, block: Tensor, logits: Tensor) -> tuple[int, list[int]]:
@@ -43,12 +56,15 @@ class Chooser(Protocol):
         """
 
 
-def _walk(ids: Tensor, scores: Scores, anchor: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+def _walk(steps: Steps, anchor: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
     tokens, previous = [], anchor
-    for slot, candidates in enumerate(ids):
-        previous = candidates[pick(scores(slot, previous))]
+    for slot in range(steps.count):
+        if steps.goes_on is not None and not steps.goes_on(slot, previous):
+            break
+        place = pick(steps.scores(slot, previous))
+        previous = place if steps.ids is None else steps.ids[slot, place]
         tokens.append(previous)
-    return torch.stack(tokens, dim=1)
+    return torch.stack(tokens, dim=1) if tokens else anchor.new_empty((1, 0))
 
 
 @dataclass(frozen=True)
@@ -94,8 +110,8 @@ class Greedy:
     def draft(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
 
-    def walk(self, ids: Tensor, scores: Scores, anchor: Tensor) -> Tensor:
-        return _walk(ids, scores, anchor, lambda row: row.argmax(dim=-1))
+    def walk(self, steps: Steps, anchor: Tensor) -> Tensor:
+        return _walk(steps, anchor, lambda row: row.argmax(dim=-1))
 
     def verify(self, block: Tensor, logits: Tensor) -> tuple[int, list[int]]:
         # One transfer a round; the comparison of two short lists costs nothing.
@@ -160,17 +176,19 @@ class Sampler:
         self._drafted_from = DenseProposal(q[0])
         return self._draw(q)
 
-    def walk(self, ids: Tensor, scores: Scores, anchor: Tensor) -> Tensor:
+    def walk(self, steps: Steps, anchor: Tensor) -> Tensor:
         if self._proposal == "greedy":
-            return self._all_on(Greedy().walk(ids, scores, anchor))
+            return self._all_on(Greedy().walk(steps, anchor))
         rows: list[Tensor] = []
 
         def pick(row: Tensor) -> Tensor:
-            rows.append((row / self._rule.temperature).softmax(dim=-1))
+            rows.append((row.float() / self._rule.temperature).softmax(dim=-1))
             return self._draw(rows[-1])
 
-        tokens = _walk(ids, scores, anchor, pick)
-        self._drafted_from = SparseProposal(ids, torch.cat(rows))
+        tokens = _walk(steps, anchor, pick)
+        if rows:
+            q, ids = torch.cat(rows), steps.ids
+            self._drafted_from = DenseProposal(q) if ids is None else SparseProposal(ids[: len(q)], q)
         return tokens
 
     def _all_on(self, tokens: Tensor) -> Tensor:

@@ -58,17 +58,19 @@ class _Steps:
             target(rows, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             states = torch.cat(list(features), dim=-1)
         self._cache.crop(0)
-        self._ids = torch.full((concurrency, draft.config.block_size), draft.config.mask_token_id, device=rows.device)
+        most = 1 + draft.config.num_draft_tokens
+        self._ids = torch.full((concurrency, most), draft.config.mask_token_id, device=rows.device)
         self._ids[:, 0] = rows[:, -1]
         self._noise = target.get_input_embeddings().weight[self._ids]
         self._positions = torch.arange(self._length + draft.config.block_size, device=rows.device).unsqueeze(0)
         self._fresh = states[:, -fresh:].clone()
         self._drafted = DraftCache()
-        self._pass(states[:, :-fresh], 0, 2)
+        self._pass(states[:, :-fresh], 0, 1)
 
-    def _pass(self, states: Tensor, start: int, size: int) -> None:
-        """Draft a block of every sequence behind some states [B, S, L*H], which are kept in the cache."""
-        end = start + states.shape[1]
+    def _pass(self, states: Tensor, start: int, number: int) -> None:
+        """Draft so many tokens of every sequence behind some states [B, S, L*H], which are kept in the cache."""
+        end, first = start + states.shape[1], self._draft.config.variant.first_slot
+        size = first + number
         hidden = self._draft(
             position_ids=self._positions[:, start : end + size],
             noise_embedding=self._noise[:, :size],
@@ -78,13 +80,13 @@ class _Steps:
         self._drafted.crop(end)
         # Where tokens are chosen one after another, all sequences do it at once: one shows how long it takes.
         head, anchor = self._target.get_output_embeddings(), self._ids[0, :1]
-        variant_of(self._draft.config).propose(self._draft, hidden[:1, 1:], head, anchor, Greedy()).tolist()
-        head(hidden[1:, 1:]).argmax(dim=-1)
+        variant_of(self._draft.config).propose(self._draft, hidden[:1, first:], head, anchor, Greedy()).tolist()
+        head(hidden[1:, first:]).argmax(dim=-1)
 
-    def draft(self, size: int) -> None:
-        """Draft blocks of a size, the states of the round before taken in."""
+    def draft(self, number: int) -> None:
+        """Draft so many tokens, the states of the round before taken in."""
         start = self._length - self._fresh.shape[1]
-        self._pass(self._fresh, start, size)
+        self._pass(self._fresh, start, number)
         self._drafted.crop(start)
 
     def read(self, size: int) -> None:
@@ -93,17 +95,17 @@ class _Steps:
         logits.argmax(dim=-1).tolist()
         self._cache.crop(-size)
 
-    def verify(self, size: int) -> None:
-        """Let the target read a block, and give the states that the draft reads."""
+    def verify(self, number: int) -> None:
+        """Let the target read so many drafted tokens behind the newest, and give the states that the draft reads."""
         with capture_layers(self._target, self._draft.config.target_layer_ids) as features:
-            self.read(size)
+            self.read(1 + number)
             torch.cat(list(features), dim=-1)
 
     @torch.inference_mode()
     def timed(self, progress: Progress) -> StepCosts:
-        sizes = range(2, self._draft.config.block_size + 1)
+        numbers = range(1, self._draft.config.num_draft_tokens + 1)
         steps: list[tuple[Callable[[int], None], int]] = [(self.read, 1)]
-        steps += [(self.draft, size) for size in sizes] + [(self.verify, size) for size in sizes]
+        steps += [(self.draft, number) for number in numbers] + [(self.verify, number) for number in numbers]
         seconds: list[list[float]] = [[] for _ in steps]
         for turn in range(TIMES + 1):
             for i in range(len(steps)):
@@ -120,6 +122,6 @@ class _Steps:
             concurrency=self._concurrency,
             context_tokens=self._length,
             plain_s=plain,
-            draft_s=tuple(others[: len(sizes)]),
-            verify_s=tuple(others[len(sizes) :]),
+            draft_s=tuple(others[: len(numbers)]),
+            verify_s=tuple(others[len(numbers) :]),
         )

@@ -74,7 +74,7 @@ class Decoder:
         plain, *speculative = (_timed_by_median(each) for each in zip(*found, strict=True))
         lookup = None
         if config.prompt_lookup:
-            num_lookup_tokens = self.draft.config.block_size - 1
+            num_lookup_tokens = self.draft.config.num_draft_tokens
             lookup = prompt_lookup_decode(self.target, case.ids, config.max_new_tokens, self.stops, num_lookup_tokens)
         return Outcome(case, plain, dict(zip(self.proposals, speculative, strict=True)), lookup)
 
@@ -90,6 +90,7 @@ class Decoder:
             self.stops,
             chooser_for(self.config, self.target.device, f"{proposal} {index}", proposal),
             keep_blocks=self.config.keep_rounds,
+            confidence_threshold=self.config.confidence_threshold,
         )
 
     def _ways(self, case: Case, index: int) -> list[Callable[[], Any]]:

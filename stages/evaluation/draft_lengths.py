@@ -22,12 +22,12 @@ def shortened(draft: DraftModel, block_size: int) -> DraftModel:
 
 
 def decode_lengths(decoder: Decoder, outcomes: Sequence[Outcome], progress: Progress) -> tuple[DraftLength, ...]:
-    """Return what every block size from 2 gives on the prompts of `outcomes`, which are those of the whole block.
+    """Return what blocks of 1, 2, ... drafted tokens give on the prompts of `outcomes`, which are of whole blocks.
 
     The sizes take turns at going first, so that none has the warmer machine.
     """
-    block_size = decoder.draft.config.block_size
-    sizes = range(2, block_size)
+    config = decoder.draft.config
+    sizes = range(1 + config.variant.first_slot, config.block_size)
     drafts = [shortened(decoder.draft, size) for size in sizes]
     done: list[list[SpeculativeDecoding]] = []
     progress.start("Decoding with shorter blocks", len(outcomes), "prompts")
@@ -39,28 +39,27 @@ def decode_lengths(decoder: Decoder, outcomes: Sequence[Outcome], progress: Prog
     finally:
         progress.finish()
     cases = [outcome.case for outcome in outcomes]
-    by_size = zip([*sizes, block_size], zip(*done, strict=True), strict=True)
-    return tuple(_decoded_length(size, cases, decodings) for size, decodings in by_size)
+    return tuple(_decoded_length(number, cases, each) for number, each in enumerate(zip(*done, strict=True), start=1))
 
 
 def walk_lengths(chosen: EvalSamples, draft: DraftModel, progress: Progress) -> tuple[Walk, tuple[DraftLength, ...]]:
-    """Return the walk of whole blocks over a cache's samples, and what every block size from 2 gives."""
-    sizes = range(draft.config.block_size, 1, -1)
+    """Return the walk of whole blocks over a cache's samples, and what every shorter block gives."""
+    sizes = range(draft.config.block_size, draft.config.variant.first_slot, -1)
     walked = walk_samples(chosen, [shortened(draft, size) for size in sizes], progress)
-    lengths = [draft_length(size, walk.rounds) for size, walk in zip(sizes, walked, strict=True)]
-    return walked[0], tuple(reversed(lengths))
+    lengths = enumerate(reversed(walked), start=1)
+    return walked[0], tuple(draft_length(number, walk.rounds) for number, walk in lengths)
 
 
-def _decoded_length(size: int, cases: Sequence[Case], done: Sequence[SpeculativeDecoding]) -> DraftLength:
+def _decoded_length(number: int, cases: Sequence[Case], done: Sequence[SpeculativeDecoding]) -> DraftLength:
     rounds = [rounds_of(case, one) for case, one in zip(cases, done, strict=True)]
-    return draft_length(size, rounds, tokens_per_s(done))
+    return draft_length(number, rounds, tokens_per_s(done))
 
 
-def draft_length(block_size: int, rounds: Sequence[Rounds], speed: float | None = None) -> DraftLength:
-    """Return what the rounds of blocks of one size come to."""
-    figures = round_figures(rounds, block_size)
+def draft_length(number: int, rounds: Sequence[Rounds], speed: float | None = None) -> DraftLength:
+    """Return what the rounds of blocks of so many drafted tokens come to."""
+    figures = round_figures(rounds, 1 + number)
     return DraftLength(
-        num_speculative_tokens=block_size - 1,
+        num_speculative_tokens=number,
         acceptance=figures["acceptance"],
         acceptance_by_kind=figures["acceptance_by_kind"],
         tokens_per_s=speed,

@@ -173,12 +173,12 @@ def walk_samples(chosen: EvalSamples, drafts: Sequence[DraftModel], progress: Pr
         with torch.inference_mode():
             for batch in loader.stream(parts, threads=1):
                 masks = batch.loss_mask.cpu().numpy()
-                for module, rounds, sums in zip(modules, walked, expected, strict=True):
-                    drafted = draft_everywhere(module, batch)
+                for draft, module, rounds, sums in zip(drafts, modules, walked, expected, strict=True):
+                    drafted, most = draft_everywhere(module, batch), draft.config.num_draft_tokens
                     for row, (sample, mask) in enumerate(zip(batch.samples, masks, strict=True)):
                         kind = cache.samples.source(sample) if several_files else None
                         several = [turn for turn in turns(mask) if turn[0] < turn[1]]
-                        rounds += [_walked(kind, *turn, drafted.prefix[0, row], module.block_size) for turn in several]
+                        rounds += [_walked(kind, *turn, drafted.prefix[0, row], most) for turn in several]
                         if drafted.kept is not None:
                             sums += expected_of(several, drafted.kept[:, row])
                 progress.advance(len(batch.samples))
@@ -197,9 +197,9 @@ def _expected(sums: NDArray[np.float64]) -> tuple[ExpectedAcceptance, ...]:
     )
 
 
-def _walked(kind: str | None, first: int, last: int, prefix: NDArray[np.int64], block_size: int) -> Rounds:
+def _walked(kind: str | None, first: int, last: int, prefix: NDArray[np.int64], num_draft_tokens: int) -> Rounds:
     produced, kept, anchor = simulate_turn(first, last, prefix), [], first
     for tokens in produced:
         kept.append(min(int(prefix[anchor]), tokens))
         anchor += tokens
-    return Rounds(kind=kind, produced=produced, proposed=[block_size - 1] * len(produced), kept=kept)
+    return Rounds(kind=kind, produced=produced, proposed=[num_draft_tokens] * len(produced), kept=kept)

@@ -141,6 +141,11 @@ def resolve_draft_config(config: TrainConfig, corpus: Corpus, start: StartDraft 
         start.refuse_other_config(draft_config)
     _refuse_unexportable(draft_config)
     _refuse_idle_temperature(config, draft_config)
+    if draft_config.variant.has_own_loss and config.mixture.needs_final:
+        raise DflashError(
+            f"--loss {config.loss} is not for the variant {draft_config.variant.name}, which learns by a loss of its "
+            f"own. Leave it out, or name dflash or dpace, which then weigh its slots."
+        )
     return draft_config
 
 

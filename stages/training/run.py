@@ -61,10 +61,9 @@ class Training:
         self.is_earlier = begun is not None and begun["packing"] and "row_rule" not in begun
         """Whether it goes on with a run whose rows are those of an earlier version."""
         self.val_every: int = config.val_every or (begun["val_every"] if begun else VAL_EVERY)
-        self.config, self.corpus, self.ranks = config, corpus, ranks
-        self.device = ranks.device
+        self.config, self.corpus, self.ranks, self.device = config, corpus, ranks, ranks.device
         start = StartDraft.read(config.init_from) if config.init_from else None
-        self.start_sha256 = start.sha256 if start else None
+        self.start_sha256 = start and start.sha256
         self.start_is_compared = start is None or start.target is not None
         self.draft_config = resolve_draft_config(config, corpus, start)
         self.anchor_rule = choose_anchor_rule(config, self.draft_config, begun)
@@ -97,8 +96,7 @@ class Training:
         self._loader = self._make_loader()
         self.per_step = config.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
-        self.state = TrainState(step=0)
-        self.writer = CheckpointWriter(config.out, config.keep)
+        self.state, self.writer = TrainState(step=0), CheckpointWriter(config.out, config.keep)
         self._parameters = list(self.draft.parameters())
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
@@ -187,7 +185,11 @@ class Training:
         """Decay of the weights of slots; None for dpace, which has none."""
         if self.config.mixture.weighs_by_confidence:
             return None
-        return recommended_gamma(self.draft_config.block_size) if self.config.gamma is None else self.config.gamma
+        return (
+            recommended_gamma(1 + self.draft_config.num_draft_tokens)
+            if self.config.gamma is None
+            else self.config.gamma
+        )
 
     def _plan(self, num_anchors: Samples) -> tuple[Batching, Schedule]:
         config, corpus = self.config, self.corpus

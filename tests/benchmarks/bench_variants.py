@@ -185,6 +185,8 @@ SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     **{f"dflash2-{name}": lambda bench, seed, loss=loss: dflash2(loss=loss) for name, loss in LOSSES.items()},
 }
 """Settings by which a side's runs differ."""
+SIDES["partial"] = lambda bench, seed: {"anchors": "partial"}
+SIDES["dspark"] = lambda bench, seed: {"variant": "dspark", "block_size": BLOCK_SIZE - 1, "markov_rank": RANK}
 
 
 def some_prompts(cache: Path, num: int, length: int) -> list[list[int]]:

@@ -47,11 +47,13 @@ ON_A_CPU += ["--enforce-eager", "--generation-config", "vllm", "--per-request-sp
 START_S = 480.0
 
 
-def embedded_run(folder: Path, **settings: Any) -> Path:
-    """Return a run on the embedded target that has learned something, made in a folder."""
+def embedded_run(folder: Path, *, final: bool = False, **settings: Any) -> Path:
+    """Return a run on the embedded target that has learned something, made in a folder; `final` for its cache."""
+    folder.mkdir(exist_ok=True)
     data = folder / "chats.jsonl"
     data.write_text("".join(CONVERSATIONS.read_text().splitlines(keepends=True)[:600]))
-    extract(ExtractConfig(data=(data,), target=str(TARGET), out=folder / "cache", block_size=8, shard_mib=64), Silent())
+    made: dict[str, Any] = {"data": (data,), "target": str(TARGET), "block_size": 8, "shard_mib": 64}
+    extract(ExtractConfig(**made, out=folder / "cache", **({"final": True} if final else {})), Silent())
     learning = {"steps": 150, "optimizer": "muon", "learning_rate": 6e-3, "num_anchors": 16}
     learning |= {"packing": False, "batch_size": 8, "val_samples": 16}
     train(TrainConfig(caches=(folder / "cache",), out=folder / "run", **learning, **settings), Silent())

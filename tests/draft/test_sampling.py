@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.variants.dflash import DFlash
 from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.dspark import DSpark
 from dflash_offline.schemas.variants.variant import Variant
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
 from dflash_offline.stages.draft.model import DraftModel
-from dflash_offline.stages.draft.sampling import Greedy, Proposal, Sampler, SamplingRule
+from dflash_offline.stages.draft.sampling import Greedy, Proposal, Sampler, SamplingRule, Steps
 
 CPU = torch.device("cpu")
 PROPOSALS: tuple[Proposal, ...] = ("greedy", "drawn")
@@ -46,13 +48,14 @@ class Careless(Sampler):
 def first_tokens(sampler: Sampler, target: Tensor, draft: Tensor, draws: int, top_k: int) -> Tensor:
     """Return how often each token came out first, one round of one drafted token each; logits are [V].
 
-    With `top_k` it is drafted by a walk over so many candidates.
+    With `top_k` it is drafted by a walk over so many candidates, or over all tokens if they are as many.
     """
-    values, ids = draft[None].topk(top_k)
+    values, ids = draft[None].topk(top_k) if top_k < len(draft) else (draft[None], None)
+    steps, anchor = Steps(scores=lambda *_: values, count=1, ids=ids), torch.zeros(1, dtype=torch.long)
     counts = torch.zeros(len(target))
     logits = torch.stack((target, torch.zeros_like(target)))[None]
     for _ in range(draws):
-        drafted = sampler.walk(ids, lambda *_: values, ids[0, :1]) if top_k else sampler.draft(draft[None, None])
+        drafted = sampler.walk(steps, anchor) if top_k else sampler.draft(draft[None, None])
         _, answer = sampler.verify(torch.cat((torch.zeros_like(drafted), drafted), dim=1), logits)
         counts[answer[0]] += 1
     return counts
@@ -82,7 +85,7 @@ def test_the_tokens_that_may_be_drawn_are_those_of_the_plain_rule(top_p: float, 
     torch.testing.assert_close(rule.probabilities(logits), wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("top_k", [0, 4, 10])
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("rule", [SamplingRule(temperature=1.0), SamplingRule(temperature=1.3, top_p=0.8)])
 def test_a_round_gives_the_targets_distribution_and_a_careless_one_does_not(
@@ -144,7 +147,7 @@ def small_pair(variant: Variant) -> tuple[PreTrainedModel, DraftModel]:
     changes = {"vocab_size": VOCAB, "hidden_size": 16, "head_dim": 4, "intermediate_size": 16, "num_hidden_layers": 1}
     changes |= {"target_layer_ids": (0, 1), "num_target_layers": 3, "mask_token_id": 4}
     draft = DraftModel(DraftConfig(**{**vars(tiny_draft_config(3)), **changes, "variant": variant})).eval()
-    for parameter in (p for name, p in draft.named_parameters() if "_conv." in name or "selector" in name):
+    for parameter in (p for name, p in draft.named_parameters() if re.search("_conv|selector|markov", name)):
         torch.nn.init.normal_(parameter, std=0.7)
     return target, draft
 
@@ -159,7 +162,9 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
     return dict(zip(answers, joint.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("variant", [DFlash(), DFlash2(conv_group_size=4, selector_rank=3, selector_top_k=3)])
+@pytest.mark.parametrize(
+    "variant", [DFlash(), DFlash2(conv_group_size=4, selector_rank=3, selector_top_k=3), DSpark(markov_rank=3)]
+)
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(
     ("rule", "draws"),

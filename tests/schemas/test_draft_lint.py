@@ -27,6 +27,7 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import sha256_file
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.schemas.variants.dflash2 import DFlash2
+from dflash_offline.schemas.variants.dspark import DSpark
 from dflash_offline.stages.export import export
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import train
@@ -426,7 +427,7 @@ def test_a_dflash2_config_as_published_is_read_and_breaks_only_what_cannot_serve
         (nested("selector_rank", "6"), "variant's shape", "at least 1"),
         (nested("selector_rank", None), "variant's shape", "absent"),
         (nested("selector_top_k", 41), "variant's shape", "vocab_size 40"),
-        ({"architectures": ["Qwen3DSparkModel"]}, "architecture", '["DFlashDraftModel"] or ["DFlash2DraftModel"]'),
+        ({"architectures": ["DominoDraftModel"]}, "architecture", '["DFlashDraftModel"] or ["DFlash2DraftModel"]'),
         ({"architectures": "DFlash2DraftModel"}, "architecture", "expected"),
         ({"block_size": 5}, "block size", "expected the same"),
     ],
@@ -477,3 +478,54 @@ def test_the_speculators_format_has_dflash2_under_its_own_name() -> None:
         "speculators config"
     }
     assert {fault.rule for fault in config_faults({**document, "selector_rank": 0})} == {"variant's shape"}
+
+
+def dspark_config(**changes: object) -> Config:
+    """Return a config.json as DeepSpec's published drafts have it: all at the top, nothing nested."""
+    config = tiny_draft_config(variant=DSpark(markov_rank=6)).to_json()
+    del config["is_causal"]
+    return {**config, "num_anchors": 512, **changes}
+
+
+def test_a_dspark_config_as_published_is_read_and_breaks_nothing() -> None:
+    config = dspark_config()
+    assert config["architectures"] == ["Qwen3DSparkModel"] and "dflash_config" not in config
+    assert (config["block_size"], config["markov_rank"], config["markov_head_type"]) == (4, 6, "vanilla")
+    assert config["enable_confidence_head"] is config["confidence_head_with_markov"] is True
+    assert config_faults(config) == []
+    read = DraftConfig.from_json(config, "config.json")
+    assert read.variant == DSpark(markov_rank=6) and read.num_draft_tokens == read.block_size == 4
+    assert read.to_json() == {**tiny_draft_config(variant=DSpark(markov_rank=6)).to_json()}
+    assert config_faults(dspark_config(block_size=1)) == [], "one slot predicts too"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "said"),
+    [
+        ({"markov_rank": 0}, "variant's shape", "at least 1"),
+        ({"markov_rank": None}, "variant's shape", "at least 1"),
+        ({"markov_head_type": "gated"}, "variant's heads", 'expected "vanilla"'),
+        ({"enable_confidence_head": False}, "variant's heads", "expected true"),
+        ({"confidence_head_with_markov": None}, "variant's heads", "expected true"),
+        ({"block_size": 0}, "block size", "at least 1"),
+        ({"dflash_config": {"block_size": 5}}, "block size", "expected the same"),
+        ({"target_layer_ids": None}, "layer ids", "absent"),
+    ],
+)
+def test_a_fault_of_a_dspark_config_is_named(changes: Config, rule: str, said: str) -> None:
+    found = [fault for fault in config_faults(dspark_config(**changes)) if fault.rule == rule]
+    assert found and any(said in fault.what for fault in found)
+    with pytest.raises(DflashError, match=re.escape(said)):
+        DraftConfig.from_json(dspark_config(**changes), "config.json")
+
+
+def test_the_speculators_format_has_dspark_as_vllm_reads_it() -> None:
+    """Every slot is sampled from, so as many tokens are drafted as the block is long; the ids are one more."""
+    config = tiny_draft_config(variant=DSpark(markov_rank=6))
+    document = config_json(config, "speculators", "target", ["Qwen3ForCausalLM"])
+    assert (document["speculators_model_type"], document["sample_from_anchor"]) == ("dspark", True)
+    assert document["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    assert (document["markov_rank"], document["aux_hidden_state_layer_ids"]) == (6, [2, 4])
+    assert config_faults(document) == []
+    wrong = {**document, "sample_from_anchor": False}
+    assert [fault.rule for fault in config_faults(wrong)] == ["anchor"]

@@ -208,6 +208,7 @@ SAID: dict[str, tuple[object, object]] = {
     "weight_decay": (0.01, 0.0),
     "clip": (1.0, 2.0),
     "num_anchors": (8, 4),
+    "anchors": ("whole", "partial"),
     "block_size": (8, 6),
     "loss": ("dflash", "dpace"),
     "gamma": (4.0, 5.0),

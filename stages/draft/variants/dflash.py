@@ -32,6 +32,14 @@ def terms(draft: nn.Module, slots: Slots, head: Head, settings: Mapping[str, flo
     return SlotTerms(loss=found.loss, ce=found.ce, correct=found.correct, acceptance=acceptance)
 
 
-def propose(draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, chooser: Chooser, /) -> Tensor:
+def propose(
+    draft: nn.Module,
+    hidden: Tensor,
+    head: nn.Module,
+    anchor: Tensor,
+    chooser: Chooser,
+    threshold: float | None = None,
+    /,
+) -> Tensor:
     """Return each slot's token by its own logits."""
     return chooser.draft(head(hidden))

@@ -30,7 +30,7 @@ from dflash_offline.stages.draft.acceptance import sparse_acceptance
 from dflash_offline.stages.draft.attention import Mask
 from dflash_offline.stages.draft.layers import DraftCache, DraftLayer, KeysValues, Rotary
 from dflash_offline.stages.draft.objective import Head, top_candidates
-from dflash_offline.stages.draft.sampling import Chooser
+from dflash_offline.stages.draft.sampling import Chooser, Steps
 from dflash_offline.stages.draft.variants.variant import Slots, SlotTerms
 
 SELECTOR = "candidate_selector"
@@ -179,7 +179,15 @@ def selector_weight(settings: Mapping[str, float], progress: float) -> float:
     return settings["selector_loss_alpha"] * (min(1.0, progress / warmup) if warmup else 1.0)
 
 
-def propose(draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, chooser: Chooser, /) -> Tensor:
+def propose(
+    draft: nn.Module,
+    hidden: Tensor,
+    head: nn.Module,
+    anchor: Tensor,
+    chooser: Chooser,
+    threshold: float | None = None,
+    /,
+) -> Tensor:
     """Return the tokens of a walk over the slots' candidates, each scored after the token chosen before it."""
     selector = _selector(draft)
     values, ids = top_candidates(head(hidden)[0], selector.top_k)
@@ -189,7 +197,7 @@ def propose(draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, c
         here = slice(slot, slot + 1)
         return selector.scores(values[here], ids[here], projected[here], previous)
 
-    return chooser.walk(ids, scores, anchor)
+    return chooser.walk(Steps(scores=scores, ids=ids, count=len(ids)), anchor)
 
 
 def _scores(selector: CandidateSelector, slots: Slots, values: Tensor, ids: Tensor) -> Tensor:

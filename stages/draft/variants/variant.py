@@ -76,8 +76,19 @@ class TorchVariant(Protocol):
     ) -> SlotTerms:
         """Return the objective's terms; `progress` is the share of the run's steps that is done."""
 
-    def propose(self, draft: nn.Module, hidden: Tensor, head: nn.Module, anchor: Tensor, chooser: Chooser, /) -> Tensor:
-        """Return the drafted tokens, int64 [1, K - 1], after the anchor, int64 [1], given their states [1, K - 1, H].
+    def propose(
+        self,
+        draft: nn.Module,
+        hidden: Tensor,
+        head: nn.Module,
+        anchor: Tensor,
+        chooser: Chooser,
+        threshold: float | None = None,
+        /,
+    ) -> Tensor:
+        """Return the drafted tokens, int64 [1, n], after the anchor, int64 [1], given the states of all slots that
+        predict, [1, n, H].
 
-        `head` makes logits of states. The chooser notes what the tokens were drawn from.
+        `head` makes logits of states. The chooser notes what the tokens were drawn from. A variant with a confidence
+        ends the block, maybe before its first token, where that is below `threshold`; others are given none.
         """

@@ -34,15 +34,15 @@ class Change:
 
 
 def possible_changes(
-    config: DraftConfig, block_size: int | None, target: Any | None, special_ids: Sequence[int]
+    config: DraftConfig, num_draft_tokens: int | None, target: Any | None, special_ids: Sequence[int]
 ) -> list[Change]:
     """Return the draft as it was trained, and then with one mistake at a time.
 
-    `block_size` is the one that is served, where it is known: it then holds for all of them. `target` is the target's
+    `num_draft_tokens` is what is served, where it is known: it then holds for all of them. `target` is the target's
     own text config, and `special_ids` are tokens that a client may take for the mask token.
     """
-    if block_size is not None:
-        config = replace(config, block_size=block_size)
+    if num_draft_tokens is not None:
+        config = replace(config, block_size=config.variant.first_slot + num_draft_tokens)
     trained = Change(cause=AS_TRAINED, title=AS_TRAINED, config=config, taps=config.target_layer_ids)
     found = [trained, *_other_features(trained)]
     found += _other_configs(trained, CAUSALITY, _causalities(config))
@@ -50,7 +50,7 @@ def possible_changes(
     found += _other_configs(trained, MASK_TOKEN, [(f"mask token {i}", {"mask_token_id": i}) for i in masks])
     found += _other_configs(trained, ROTARY, _rotary_bases(config, target))
     found += _other_configs(trained, WINDOW, _windows(config, target))
-    if block_size is None:
+    if num_draft_tokens is None:
         sizes = sorted({config.block_size // 2, config.block_size + 2, config.block_size * 2} - {0, 1})
         found += _other_configs(trained, BLOCK, [(f"blocks of {size}", {"block_size": size}) for size in sizes])
     return found

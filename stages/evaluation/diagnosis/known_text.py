@@ -137,7 +137,7 @@ class Walker:
             tokens = torch.tensor([texts[i].ids[anchors[i]] for i in rows], device=device)
             blocks = self._draft_blocks(draft, _select(context, rows, device), at, tokens, change.sees_anchor)
             for i, drafted in zip(rows, blocks, strict=True):
-                known = texts[i].ids[anchors[i] + 1 : anchors[i] + change.config.block_size]
+                known = texts[i].ids[anchors[i] + 1 : anchors[i] + 1 + change.config.num_draft_tokens]
                 accepted[i].append(next((j for j, token in enumerate(known) if drafted[j] != token), len(known)))
                 anchors[i] += accepted[i][-1] + 1
         return accepted
@@ -145,7 +145,7 @@ class Walker:
     def _draft_blocks(
         self, draft: DraftModel, context: ProjectedContext, anchors: Tensor, tokens: Tensor, sees_anchor: bool
     ) -> list[list[int]]:
-        """Return the tokens [B, K - 1] drafted behind the anchors [B], whose tokens are given."""
+        """Return the tokens [B, n] drafted behind the anchors [B], whose tokens are given."""
         config, chooser = draft.config, Greedy()
         ids = torch.full((len(tokens), config.block_size), config.mask_token_id, device=tokens.device)
         ids[:, 0] = tokens
@@ -157,9 +157,9 @@ class Walker:
             target_hidden=context,
             attention_mask={kind: dense_mask(blocks, rule) for kind, rule in config.attention_rules.items()},
         )
-        variant = variant_of(config)
+        variant, first = variant_of(config), config.variant.first_slot
         return [
-            variant.propose(draft, row[None, 1:], self._head, token[None], chooser)[0].tolist()
+            variant.propose(draft, row[None, first:], self._head, token[None], chooser)[0].tolist()
             for row, token in zip(hidden, tokens, strict=True)
         ]
 
@@ -191,5 +191,5 @@ def walk_all(
 def as_counted(text: KnownText, accepted: list[int], change: Change) -> list[int]:
     """Return the rounds as a server counts them: with what it accepts behind the answer's end, if they get so far."""
     if text.beyond and text.first + sum(accepted) + len(accepted) == text.last + 1:
-        return [*accepted[:-1], min(accepted[-1] + text.beyond, change.config.block_size - 1)]
+        return [*accepted[:-1], min(accepted[-1] + text.beyond, change.config.num_draft_tokens)]
     return accepted

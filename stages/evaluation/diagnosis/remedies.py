@@ -51,8 +51,8 @@ _REMEDIES = {
     },
     changes.BLOCK: {
         ZLAB: "block_size, at the top of config.json and in dflash_config, is to be {block}.",
-        VLLM: '"num_speculative_tokens" in --speculative-config is to be {drafted}: the block without its anchor.',
-        SGLANG: "--speculative-num-draft-tokens is to be {block}: it counts the anchor.",
+        VLLM: '"num_speculative_tokens" in --speculative-config is to be {drafted}: what the block drafts.',
+        SGLANG: "--speculative-num-draft-tokens is to be {verified}: it counts the token before them.",
     },
     changes.DTYPE: {
         ZLAB: "load target and draft in the data type that the cache was extracted in.",
@@ -93,7 +93,8 @@ def remedies(cause: str, config: DraftConfig, target: str, kwargs: str) -> dict[
         "sliding": str(bool(config.sliding_layers)).lower(),
         "window": "null" if config.sliding_window is None else config.sliding_window,
         "block": config.block_size,
-        "drafted": config.block_size - 1,
+        "drafted": config.num_draft_tokens,
+        "verified": 1 + config.num_draft_tokens,
         "kwargs": kwargs,
         "target": target,
     }

@@ -41,7 +41,7 @@ class ServedProfile:
     rounds: int | None
     """Rounds counted; None where nobody says."""
     block_size: int | None
-    """Of what is drafted, the anchor included; None where nobody says."""
+    """Tokens that are drafted, and one: those that the target reads; None where nobody says."""
     texts: tuple[KnownText, ...] = ()
     """The very answers, where the server was asked one prompt at a time."""
     each: Counts | None = field(default=None, repr=False)

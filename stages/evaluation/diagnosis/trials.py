@@ -194,7 +194,7 @@ def run_trial(bench: Bench, model: Any | None, texts: Iterable[KnownText], tried
     walker = Walker(load_draft(bench.folder, dtype, bench.device), head.to(dtype), table.to(dtype))
     possible = [change for change in tried if states.known.issuperset(change.taps)]
     bench.not_tried.extend(f"{c.title}: the cache does not hold these layers" for c in tried if c not in possible)
-    slots = max(change.config.block_size for change in possible) - 1
+    slots = max(change.config.num_draft_tokens for change in possible)
     texts = list(texts)
     if not texts:
         raise DflashError(
