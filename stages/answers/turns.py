@@ -5,6 +5,7 @@ from typing import Any
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.files import sha256_bytes
 from dflash_offline.schemas.sealed import canonical_json
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages.answers.dialogues import (
     PROMPT_TOO_LONG,
@@ -29,7 +30,10 @@ class TargetTurns:
         assert config.target is not None
         self.config = config
         self.files: TargetFiles = open_target(
-            config.target, revision=config.revision, trust_remote_code=config.trust_remote_code
+            config.target,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            by_transformers=config.engine == TRANSFORMERS,
         )
         self.device = choose_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device, self.files.config)

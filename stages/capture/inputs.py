@@ -114,7 +114,12 @@ def _compiles(config: ExtractConfig, target: ChosenTarget, made: dict[str, Any] 
 
 def choose_target(config: ExtractConfig) -> ChosenTarget:
     """Return the target that the settings name, and how they run it."""
-    files = open_target(config.target, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    files = open_target(
+        config.target,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        by_transformers=config.engine == TRANSFORMERS,
+    )
     if config.layers is None:
         layer_ids = default_layer_ids(files.num_layers, config.num_layers)
     else:

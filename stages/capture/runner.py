@@ -287,13 +287,18 @@ def load_unchanged(
     Raises `MismatchError` if its files are no longer those of the cache's `identity`, which were hashed before.
     """
     model = load_as_configured(target.files, config, target.dtype, device, progress)
+    refuse_changed_target(config, target, identity)
+    return model
+
+
+def refuse_changed_target(config: ExtractConfig, target: ChosenTarget, identity: dict[str, Any]) -> None:
+    """Raise `MismatchError` if the target's files are no longer those of a cache's `identity`."""
     refuse_differences(
         f"{target.files.folder} changed while the target was loaded from it",
         differences(identity["target"], target_identity(config, target)),
         ("before", "now"),
         "Repeat the command when nobody writes there any more.",
     )
-    return model
 
 
 def free_dropped_memory(device: torch.device) -> None:

@@ -24,6 +24,10 @@ _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.(k_scale|v_scale|kv_scale)$")
 """Tables that a model computes itself, and scales by which a server may store its key-value cache."""
 
 
+class UnreadableCheckpointError(UnsupportedTargetError):
+    """The weights are quantized in a way that transformers does not undo."""
+
+
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
     """Return what a config says of its weights' quantization, or None; a nested config may say it in its text part."""
     said = getattr(config, "quantization_config", None)
@@ -46,7 +50,7 @@ def refuse_unreadable_checkpoint(folder: Path, config: Any) -> None:
         return
     said = "names no quantization" if quantization is None else f"names the quantization {_method(quantization)!r}"
     stored = f"{len(quantized)} tensors of its weights are stored in few bits or are scales of such: {_some(quantized)}"
-    raise UnsupportedTargetError(
+    raise UnreadableCheckpointError(
         f"{folder / 'config.json'} {said}, which transformers cannot undo{f'; {stored}' if quantized else ''}. "
         f"The scales would be left out and every hidden state be wrong. Expected: weights of 16 or 32 bits, or a "
         f"quant_method among {', '.join(_methods())}. Name the unquantized checkpoint, or one in such a format."

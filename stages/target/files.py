@@ -217,8 +217,13 @@ class TargetFiles:
         return {"other_chat_templates_sha256": others} if others else {}
 
 
-def open_target(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TargetFiles:
-    """Return a target's config and tokenizer; `DflashError` if either is missing or cannot be used here."""
+def open_target(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, by_transformers: bool = True
+) -> TargetFiles:
+    """Return a target's config and tokenizer; `DflashError` if either is missing or cannot be used here.
+
+    Weights that transformers does not read are refused, unless something else is to run them.
+    """
     folder = target_folder(name, revision)
     _refuse_parts_elsewhere(folder, trust_remote_code)
     try:
@@ -231,7 +236,8 @@ def open_target(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise DflashError(
             f"transformers cannot open the model in {folder}: {str(error).strip().splitlines()[0]}.{hint}"
         ) from error
-    refuse_unreadable_checkpoint(folder, config)
+    if by_transformers:
+        refuse_unreadable_checkpoint(folder, config)
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedTargetError(
             f"The tokenizer of {folder} has no fast version (tokenizer.json), which the loss mask needs. "

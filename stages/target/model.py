@@ -33,6 +33,10 @@ _KEPT_BYTES = 1 << 30
 """Freed memory that the C library keeps for the next forward."""
 
 
+class TargetLoadError(DflashError):
+    """transformers cannot hold or load the target here."""
+
+
 def quiet_libraries() -> None:
     """Keep transformers' own bars and notices off the terminal; its errors still arrive as exceptions."""
     logging.set_verbosity_error()
@@ -145,7 +149,7 @@ def _read_weights(folder: Path, told: list[str], **settings: Any) -> tuple[Any, 
         if report and "above report" in said:
             said = " ".join(line.strip() for line in report[-1].splitlines()[3:] if line.strip())[:500]
         hint = " Try --attn-implementation eager." if "scaled_dot_product_attention" in said else ""
-        raise DflashError(
+        raise TargetLoadError(
             f"transformers cannot load the model in {folder} as a causal language model: {said}{hint}"
         ) from error
 
@@ -349,12 +353,16 @@ def check_plain_embeddings(model: Any, name: str) -> None:
     same = torch.allclose(
         output.logits.float(), logits.float().to(output.logits.device), rtol=1e-2, atol=1e-2, equal_nan=True
     )
-    text = model.config.get_text_config()
-    if not same or any(getattr(text, name, None) not in (None, 0, 1) for name in _LOGIT_CHANGES):
+    if not same or changes_logits(model.config.get_text_config()):
         raise UnsupportedTargetError(
             f"{name} ({type(model).__name__}) scales or caps its logits after the head; a DFlash draft is trained "
             f"through the plain head and would be served another one. Use another target."
         )
+
+
+def changes_logits(text: Any) -> bool:
+    """Say whether a decoder's config changes the logits after the head."""
+    return any(getattr(text, name, None) not in (None, 0, 1) for name in _LOGIT_CHANGES)
 
 
 def embedding_tensors(model: Any) -> dict[str, Tensor]:

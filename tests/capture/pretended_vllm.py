@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.engines import vllm
+from dflash_offline.stages.capture.engines import states
 from dflash_offline.stages.capture.engines.loop import EngineLoop
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
 from dflash_offline.stages.capture.inputs import ChosenTarget
@@ -33,6 +33,11 @@ class PretendedEngine:
     dies_after: int | None = None
     """Requests after which it raises."""
     gives_states: bool = True
+    scale: float = 1.0
+    """What the embedding is multiplied by before layer 0."""
+    named: list[int] = field(default_factory=list)
+    """Layers that it was asked for, before any shift."""
+    max_num_seqs: int = 3
     other_ids: bool = False
     waiting: list[tuple[str, list[int], int]] = field(default_factory=list)
     ended: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -57,15 +62,34 @@ class PretendedEngine:
             self.delivered.put(begin)
         self.ended = []
         random.Random(self.ran).shuffle(self.waiting)
-        now, self.waiting = self.waiting[:3], self.waiting[3:]
-        states = [torch.stack(layer_states(self.model, torch.tensor([ids]), self.layer_ids), 2)[0] for _, ids, _ in now]
+        now, self.waiting = self.waiting[: self.max_num_seqs], self.waiting[self.max_num_seqs :]
+        states = [self._states(ids) for _, ids, _ in now]
         self.ran += len(now)
         if self.dies_after is not None and self.ran > self.dies_after:
             raise RuntimeError("cancelled\nworker 0 died")
         if self.gives_states:
             self.ended = [(begin, state) for (_, _, begin), state in zip(now, self.change(states), strict=True)]
         spoilt = [0] if self.other_ids else []
-        return [SimpleNamespace(request_id=name, prompt_token_ids=[*ids, *spoilt]) for name, ids, _ in now]
+        return [
+            SimpleNamespace(
+                request_id=name,
+                prompt_token_ids=[*ids, *spoilt],
+                outputs=[SimpleNamespace(token_ids=[self._drawn(ids)])],
+            )
+            for name, ids, _ in now
+        ]
+
+    def _states(self, ids: list[int]) -> Tensor:
+        """Return states, [T, L, H]; the output of layer -1 is the embedding."""
+        wanted = [layer for layer in self.layer_ids if layer >= 0]
+        found = dict(zip(wanted, layer_states(self.model, torch.tensor([ids]), wanted), strict=True))
+        found[-1] = self.model.get_input_embeddings()(torch.tensor([ids])) * self.scale
+        return torch.stack([found[layer][0] for layer in self.layer_ids], 1)
+
+    @torch.inference_mode()
+    def _drawn(self, ids: list[int]) -> int:
+        """Return the likeliest next token, which only a second layout's proof looks at."""
+        return int(self.model(torch.tensor([ids])).logits[0, -1].argmax()) if -1 in self.named else 0
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, shift: int = 0, **settings: Any) -> list[PretendedEngine]:
@@ -73,15 +97,25 @@ def pretend(monkeypatch: pytest.MonkeyPatch, shift: int = 0, **settings: Any) ->
     engines: list[PretendedEngine] = []
 
     def start(config: ExtractConfig, target: ChosenTarget, path: str) -> EngineLoop:
-        model = load_model(open_target(config.target), dtype=torch.float32, device=torch.device("cpu"))
-        named: Sequence[int] = vllm.engine_arguments(config, target)["speculative_config"]["draft_model_config"][
-            "hf_config"
-        ]["eagle_aux_hidden_state_layer_ids"]
-        delivered: SimpleQueue[int] = SimpleQueue()
-        layers = [layer - 1 + shift for layer in named]
-        engine = PretendedEngine(model, layers, SharedMemory(path), delivered, **settings)
+        files = open_target(config.target, by_transformers=False)
+        model = load_model(files, dtype=torch.float32, device=torch.device("cpu"))
+        arguments = states.engine_arguments(config, target)
+        asked: Sequence[int] = arguments["speculative_config"]["draft_model_config"]["hf_config"][
+            "eagle_aux_hidden_state_layer_ids"
+        ]
+        named = [layer - 1 for layer in asked]
+        layers = [min(layer + shift, files.num_layers - 1) for layer in named]
+        engine = PretendedEngine(
+            model,
+            layers,
+            SharedMemory(path),
+            SimpleQueue(),
+            named=named,
+            max_num_seqs=min(arguments["max_num_seqs"], 3),
+            **settings,
+        )
         engines.append(engine)
-        return EngineLoop(engine, delivered, lambda begin: begin)
+        return EngineLoop(engine, engine.delivered, lambda begin: begin)
 
-    monkeypatch.setattr(vllm, "start_engine", start)
+    monkeypatch.setattr(states, "start_engine", start)
     return engines

@@ -1,5 +1,6 @@
 """Extraction by an engine: the same cache as transformers makes, or a refusal that says what the engine got wrong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 from cache_files import made_otherwise, set_field
 from pretended_vllm import pretend
 from running import Settings, dflash
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.identity import differences
-from dflash_offline.schemas.manifest import Manifest
+from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET, Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.compare import compare_with_target
@@ -233,12 +235,88 @@ def test_settings_that_do_not_go_together_are_refused(
         ExtractConfig(**extract_config | settings, out=tmp_path)
 
 
-def test_a_target_that_transformers_cannot_hold_is_refused_before_any_work(
+@pytest.fixture
+def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a machine whose memory takes no target as transformers loads it."""
+    monkeypatch.setattr(vllm, "usable_memory_bytes", lambda: 1000)
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said = ""
+
+    def say(self, text: str) -> None:
+        self.said += f"{text}\n"
+
+
+@pytest.mark.usefixtures("too_large")
+def test_a_target_that_transformers_cannot_hold_is_held_against_a_second_layout(
+    cache: Path, extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, heard = pretend(monkeypatch), Heard()
+    extract(by_engine(extract_config, tmp_path / "other"), heard)
+    assert [(engine.named, engine.max_num_seqs) for engine in engines] == [([-1, 0, 1, 2, 3, 4, 5], 1), ([1, 2, 4], 3)]
+    assert [engine.was_shut for engine in engines] == [True, True]
+    for said in ("fits neither one GPU nor the host", "1000 B", "A fault of vLLM's that both layouts share would not"):
+        assert said in heard.said
+    assert "states are those of a second layout of vLLM to" in heard.said
+    own, other = Cache.open(cache), Cache.open(tmp_path / "other")
+    borrowed, others = (load_file(folder / TARGET / EMBEDDINGS) for folder in (cache, tmp_path / "other"))
+    assert borrowed.keys() == others.keys() and all(torch.equal(borrowed[name], others[name]) for name in borrowed)
+    assert other.usable().tolist() == own.usable().tolist()
+
+
+def turned(state: Tensor) -> Tensor:
+    """Return states whose layers but the embedding are each the one before, the first the last."""
+    return torch.cat([state[:, :1], state[:, 1:].roll(1, 1)], 1)
+
+
+@pytest.mark.usefixtures("too_large")
+@pytest.mark.parametrize(
+    ("plant", "said"),
+    [
+        ({"shift": 1}, "what goes into layer 0 is not the embedding table's rows"),
+        ({"scale": 2.0}, "what goes into layer 0 is not the embedding table's rows"),
+        (
+            {"change": lambda states: [torch.cat([s[:, :1], s[:, 1:].roll(1, 1)], 1) for s in states]},
+            "leads to the token",
+        ),
+        ({"change": lambda states: [torch.cat([s[:, :2], s[:, 1:-1]], 1) for s in states]}, "layer 1 repeats layer 0"),
+        (
+            {"change": lambda states: swapped(states) if len(states) > 1 else states},
+            "those that a second layout of vLLM",
+        ),
+    ],
+)
+def test_a_fault_that_shows_between_two_layouts_or_at_their_ends_is_refused(
+    plant: Settings,
+    said: str,
+    extract_config: Settings,
+    installed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engines = pretend(monkeypatch, **plant)
+    with pytest.raises(DflashError, match=said):
+        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+    assert all(engine.was_shut for engine in engines) and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.usefixtures("too_large")
+def test_where_neither_transformers_nor_a_second_layout_can_prove_states_nothing_is_run(
     extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "usable_memory_bytes", lambda: 1000)
-    with pytest.raises(DflashError, match=r"fits neither one GPU nor the host .* and the host has 1000 B"):
-        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+    engines = pretend(monkeypatch)
+    folder = tmp_path / "target"
+    shutil.copytree(str(extract_config["target"]), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(DflashError, match=r"A second layout cannot prove them: .* is stored as torch.float8_e4m3fn"):
+        extract(by_engine(extract_config | {"target": str(folder)}, tmp_path / "cache"), Silent())
+    assert engines == []
 
 
 def test_engines_take_groups_of_gpus_in_turn() -> None:

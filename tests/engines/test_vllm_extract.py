@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.vllm
 NUM_ROWS = 3 * int(os.environ.get("DFLASH_VLLM_PROMPTS", "200"))
 FEW = min(NUM_ROWS, 60)
 KILLS = min(10, -(-NUM_ROWS // 60))
+"""Of each kind."""
 BATCH_TOKENS = 96
 """Less than most samples have, so that they are run in pieces."""
 
@@ -67,16 +69,19 @@ def test_vllm_makes_the_cache_that_transformers_makes(layout: str, config: Setti
     extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
     done = subprocess.run(by_vllm(config, tmp_path / "cache"), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "vLLM's states are transformers' to" in done.stderr
+    assert "vLLM's states are those of transformers to" in done.stderr
     assert verify_cache(tmp_path / "cache", Silent()) == []
     refuse_other_values(tmp_path / "own", tmp_path / "cache")
     fits = compare_with_target(tmp_path / "cache", RerunConfig(target=str(TARGET), samples=8), Silent())
     assert [fit.fault for fit in fits] == [""] * len(fits)
 
 
-def scripted(folder: Path, config: Settings, out: Path, plant: str | None) -> dict[str, Any]:
+def scripted(
+    folder: Path, config: Settings, out: Path, plant: str | None, *, too_large: bool = False
+) -> dict[str, Any]:
     assert isinstance(config["data"], tuple)
     job = {"config": config | {"data": list(map(str, config["data"])), "out": str(out)}, "plant": plant}
+    job |= {"too_large": too_large}
     (folder / "job.json").write_text(json.dumps(job))
     return run_script(
         Path(__file__).with_name("vllm_extract.py"), folder / "job.json", folder / "result.json", env=environment()
@@ -111,14 +116,25 @@ def test_a_fault_of_vllm_is_refused_before_anything_is_written(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_killed_it_leaves_no_process_and_goes_on(parallel: int, config: Settings, tmp_path: Path) -> None:
-    """The command is killed, or one of its engine's workers where those are processes of their own."""
-    config = config | {"tensor_parallel_size": parallel, "shard_mib": 1}
-    extract(ExtractConfig(**config | {"tensor_parallel_size": 1}, out=tmp_path / "own"), Silent())
+def test_a_target_too_large_for_transformers_is_proved_by_a_second_layout(config: Settings, tmp_path: Path) -> None:
+    config = config | {"limit": FEW}
+    extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
+    assert scripted(tmp_path, config, tmp_path / "cache", None, too_large=True)["refused"] is None
+    refuse_other_values(tmp_path / "own", tmp_path / "cache")
+    found = scripted(tmp_path, config, tmp_path / "other", "shift", too_large=True)
+    assert "what goes into layer 0 is not the embedding table's rows" in found["refused"]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("victim", ["command", "engine", "worker"])
+def test_killed_it_leaves_no_process_and_goes_on(victim: str, config: Settings, tmp_path: Path) -> None:
+    """The command alone is killed; it, in which the engine is, with workers beside it; or one of these workers."""
+    config = config | {"shard_mib": 1, "limit": min(NUM_ROWS, 20 * KILLS)}
+    extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
+    config |= {"tensor_parallel_size": 1 if victim == "command" else 2}
     out, before = tmp_path / "cache", forgotten_memory()
-    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT] * KILLS
-    for turn, number in enumerate(signals[: KILLS + 2]):
+    signals = [signal.SIGKILL] * KILLS + ([signal.SIGTERM, signal.SIGINT] if victim != "worker" else [])
+    for turn, number in enumerate(signals):
         records = len(list(out.glob("commits/*.json")))
         process = subprocess.Popen(
             by_vllm(config, out), env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
@@ -126,23 +142,28 @@ def test_killed_it_leaves_no_process_and_goes_on(parallel: int, config: Settings
         while process.poll() is None and len(list(out.glob("commits/*.json"))) == records:
             time.sleep(0.01)
         assert process.poll() is None, process.communicate()[1]
-        workers = [pid for pid in members(process.pid) if pid != process.pid]
-        victim = max(workers) if parallel > 1 and turn % 2 else process.pid
-        if victim != process.pid:
-            os.kill(victim, signal.SIGKILL)
+        if victim == "worker":
+            workers = sorted(pid for pid in members(process.pid) if "VLLM::Worker" in name_of(pid))
+            os.kill(workers[turn % len(workers)], number)
         elif number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
         else:
-            os.kill(victim, number)
+            os.kill(process.pid, number)
         said = process.communicate()[1]
         assert ended(process.pid), members(process.pid)
         assert "Traceback" not in said, said
-        if len(list(out.glob("commits/*.json"))) == Cache(out).layout.num_shards:
-            break
+        assert len(list(out.glob("commits/*.json"))) < Cache(out).layout.num_shards, f"whole after {turn + 1} kills"
     done = subprocess.run(by_vllm(config, out), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert verify_cache(out, Silent()) == [] and forgotten_memory() <= before
     refuse_other_values(tmp_path / "own", out)
+
+
+def name_of(pid: int) -> str:
+    """Return what a process calls itself."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def test_what_vllm_cannot_run_is_said_in_a_message(config: Settings, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ Runs in a process of its own; vLLM is found through PYTHONPATH.
 
     python vllm_extract.py JOB RESULT
 
-JOB is JSON: config, the settings of `dflash extract --engine vllm`, and plant, the name of a fault or None. RESULT
-becomes JSON: with a plant, refused, what extraction was refused with, or None. Without one, largest, the largest
+JOB is JSON: config, the settings of `dflash extract --engine vllm`; plant, the name of a fault or None; and too_large,
+whether the target is to be taken for one that transformers cannot hold. RESULT becomes JSON: with either, refused, what
+extraction was refused with, or None. Without them, largest, the largest
 difference of a raw value from transformers', which runs each sample by itself, over the largest value of its token and
 layer: of the samples run at once, twice, so that prefixes are cached the second time; cached, the tokens that vLLM took
 from cached prefixes; and samples, how many they were.
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.engines import loop, vllm
+from dflash_offline.stages.capture.engines import loop, states, vllm
+from dflash_offline.stages.capture.engines.start import set_environment
 from dflash_offline.stages.capture.engines.vllm import VllmExtractor, load_vllm
 from dflash_offline.stages.capture.inputs import open_inputs
 from dflash_offline.stages.extract import extract
@@ -33,7 +35,7 @@ from dflash_offline.stages.target.model import layer_states, load_model
 
 def plant_shift() -> None:
     """Have vLLM put out each layer after the one that is asked for."""
-    right = vllm.engine_arguments
+    right = states.engine_arguments
 
     def shifted(*arguments: Any) -> dict[str, Any]:
         found = right(*arguments)
@@ -41,7 +43,7 @@ def plant_shift() -> None:
         layers["eagle_aux_hidden_state_layer_ids"] = [k + 1 for k in layers["eagle_aux_hidden_state_layer_ids"]]
         return found
 
-    vllm.engine_arguments = shifted
+    states.engine_arguments = shifted
 
 
 def plant_in_states(change: Callable[[Tensor, Any], Tensor]) -> None:
@@ -81,10 +83,13 @@ def plant_cached() -> None:
 PLANTS = {"shift": plant_shift, "swapped": plant_swapped, "padded": plant_padded, "cached": plant_cached}
 
 
-def refused(config: ExtractConfig, plant: str) -> str | None:
-    """Return what an extraction with a planted fault is refused with."""
-    vllm.set_environment()
-    PLANTS[plant]()
+def refused(config: ExtractConfig, plant: str | None, *, too_large: bool) -> str | None:
+    """Return what an extraction is refused with, perhaps with a planted fault."""
+    set_environment()
+    if plant is not None:
+        PLANTS[plant]()
+    if too_large:
+        vllm.usable_memory_bytes = lambda: 1000
     try:
         extract(config, Silent())
     except DflashError as error:
@@ -100,19 +105,19 @@ def compare(config: ExtractConfig) -> dict[str, Any]:
     model = load_model(inputs.target.files, dtype=torch.float32, device=torch.device("cpu"))
     extractor.start(samples, Silent())
     largest, cached = 0.0, 0
-    right = loop.EngineLoop._compare_ids
+    right = loop.EngineLoop._take
 
     def count(self: Any, output: Any) -> None:
         nonlocal cached
         cached += output.num_cached_tokens or 0
         right(self, output)
 
-    loop.EngineLoop._compare_ids = count
+    loop.EngineLoop._take = count
     for members in extractor.batches(samples, torch.arange(len(samples)).numpy()):
         ids = [samples.input_ids(sample).tolist() for sample in members.tolist()]
         own = [torch.stack(layer_states(model, torch.tensor([one]), extractor.layer_ids), 2)[0] for one in ids]
         for _ in range(2):
-            found = extractor.states(ids)
+            found = extractor._engine.states(ids)
             off = [(a - b).abs().amax(-1) / b.abs().amax(-1) for a, b in zip(found, own, strict=True)]
             largest = max(largest, *(float(one.max()) for one in off))
     extractor.close()
@@ -123,5 +128,6 @@ if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     job["config"] |= {"data": tuple(map(Path, job["config"]["data"])), "out": Path(job["config"]["out"])}
     config = ExtractConfig(**job["config"], engine="vllm")
-    result = {"refused": refused(config, job["plant"])} if job["plant"] else compare(config)
+    plant, too_large = job["plant"], job["too_large"]
+    result = {"refused": refused(config, plant, too_large=too_large)} if plant or too_large else compare(config)
     Path(sys.argv[2]).write_text(json.dumps(result))

@@ -24,6 +24,8 @@ class Request:
     """In bytes of the shared memory."""
     done: Callable[[BaseException | None], None]
     """Called once, in the engine's thread: when the states are there, or with what went wrong."""
+    drawn: Callable[[int], None] = lambda token: None
+    """Called before that, with the token that the engine takes for the likeliest after them."""
 
 
 class EngineLoop:
@@ -73,7 +75,7 @@ class EngineLoop:
         idle = 0
         while self._open and self._asked.empty():
             for output in self._engine.step():
-                self._compare_ids(output)
+                self._take(output)
             idle = idle + 1 if not self._engine.has_unfinished_requests() else 0
             while True:
                 try:
@@ -98,11 +100,13 @@ class EngineLoop:
             name = f"{request.begin}.{self._number}"
             self._engine.add_request(name, {"prompt_token_ids": request.ids}, self._parameters(request.begin))
 
-    def _compare_ids(self, output: Any) -> None:
-        """Raise `DflashError` unless the token ids that come back are those that were sent."""
+    def _take(self, output: Any) -> None:
+        """Pass on what was drawn; `DflashError` unless the token ids that come back are those that were sent."""
         request = self._open[int(output.request_id.split(".")[0])]
         if list(output.prompt_token_ids) != request.ids:
             raise DflashError("vLLM ran other token ids than it was given, so its states are another text's.")
+        for token in output.outputs[0].token_ids:
+            request.drawn(int(token))
 
     def _fail(self, error: Exception) -> None:
         self._fault = (

@@ -1,4 +1,4 @@
-"""What proves an engine's states before a shard is written: some samples' states, layer by layer, beside transformers'.
+"""What proves an engine's states before a shard is written: some samples' states, layer by layer, beside another's.
 
 Axes: T tokens, L captured layers, H hidden size.
 """
@@ -24,9 +24,10 @@ from dflash_offline.stages.capture.compare import (
 )
 from dflash_offline.stages.capture.engines.installed import engine_identity, quantizes
 from dflash_offline.stages.capture.inputs import ChosenTarget
-from dflash_offline.stages.capture.runner import evenly_spaced
+from dflash_offline.stages.capture.runner import evenly_spaced, free_dropped_memory
+from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.target.checkpoint import quantization_of
-from dflash_offline.stages.target.model import layer_states
+from dflash_offline.stages.target.model import embedding_tensors, layer_states
 
 _TRIAL_SAMPLES, _TRIAL_TOKENS = 12, 256
 """Samples that are compared, spread over the plan, and tokens of each, from its start."""
@@ -37,8 +38,10 @@ _FAR_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Reference:
-    """Samples' states as transformers gives them."""
+    """Samples' states as something else than the engine gives them."""
 
+    given_by: str
+    """What that is, as messages name it."""
     comparison: LayerComparison
     ids: list[list[int]]
     states: list[list[NDArray[np.float32]]]
@@ -54,16 +57,37 @@ class _Bounds:
     token_error: float
 
 
-def reference_states(model: Any, num_layers: int, layer_ids: Sequence[int], samples: SampleTable) -> Reference:
-    """Return states of some samples of the plan, each run by itself: of each captured layer and of those around it."""
+def trial_ids(samples: SampleTable) -> list[list[int]]:
+    """Return the token ids of the samples that are compared."""
     chosen = evenly_spaced(len(samples), _TRIAL_SAMPLES)
-    ids = [samples.input_ids(sample)[:_TRIAL_TOKENS].tolist() for sample in chosen.tolist()]
-    comparison = LayerComparison(layer_ids, num_layers, int(model.config.get_text_config().hidden_size))
-    states = []
-    for sequence in ids:
-        found = layer_states(model, torch.tensor([sequence], device=model.device), comparison.around)
-        states.append([state[0].float().cpu().numpy() for state in found])
-    return Reference(comparison, ids, states)
+    return [samples.input_ids(sample)[:_TRIAL_TOKENS].tolist() for sample in chosen.tolist()]
+
+
+class TransformersReference:
+    """The target as transformers runs it, each sample by itself."""
+
+    def __init__(self, target: ChosenTarget, model: Any) -> None:
+        self._target, self._model = target, model
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """Return a copy of the target's embedding table, and of its head unless it is the same."""
+        return {name: tensor.cpu().clone() for name, tensor in embedding_tensors(self._model).items()}
+
+    def states(self, samples: SampleTable, progress: Progress) -> Reference:
+        """Return states of some samples of the plan: of each captured layer and of those around it."""
+        progress.say("Running some samples by transformers, to compare vLLM's states with.")
+        files, ids = self._target.files, trial_ids(samples)
+        comparison = LayerComparison(self._target.layer_ids, files.num_layers, int(files.text_config.hidden_size))
+        states = []
+        for sequence in ids:
+            found = layer_states(self._model, torch.tensor([sequence], device=self._model.device), comparison.around)
+            states.append([state[0].float().cpu().numpy() for state in found])
+        return Reference("transformers", comparison, ids, states)
+
+    def close(self) -> None:
+        """Drop the target, and give back its memory."""
+        self._model = None
+        free_dropped_memory(self._target.device)
 
 
 def refuse_untrue_states(
@@ -86,13 +110,14 @@ def refuse_untrue_states(
             faults.append(f"{run}: {len(of_samples) - _NAMED_SAMPLES} more of {len(found)} samples have other states")
     if faults:
         raise DflashError(
-            "vLLM's states are not those that transformers gives, so nothing is extracted:"
+            f"vLLM's states are not those that {reference.given_by} gives, so nothing is extracted:"
             + "".join(f"\n  {fault}" for fault in faults)
             + "\nTry another release of vLLM or other --engine-args, or leave --engine out."
         )
     largest = max(error for states in runs.values() for error in map(_largest_error, states, wanted))
     return (
-        f"vLLM's states are transformers' to {largest:.1e} of a token's norm ({len(wanted)} samples, {len(runs)} runs)."
+        f"vLLM's states are those of {reference.given_by} to {largest:.1e} of a token's norm ({len(wanted)} samples, "
+        f"{len(runs)} runs)."
     )
 
 
