@@ -34,6 +34,7 @@ _OTHERS_SHOWN = 5
     "verify",
     "Check a cache, or a draft; exit 1 if it is wrong.",
     ("every checksum, and some samples run again", "cache --target Qwen/Qwen3-8B"),
+    ("the same, run again by vLLM", "cache --target Qwen/Qwen3-8B --engine vllm"),
     ("forget what is faulty; repeat the extraction then", "cache --repair"),
     ("a draft, by every client's rules", "draft"),
 )

@@ -13,10 +13,9 @@ _ARGUMENTS: dict[str, str] = {
     "tokenizer": "target",
     **{name: name for name in "revision trust_remote_code dtype tensor_parallel_size".split()},
     **{name: name for name in "gpu_memory_utilization quantization kv_cache_dtype".split()},
+    **dict.fromkeys("skip_tokenizer_init speculative_config kv_transfer_config".split(), ""),
 }
-"""Arguments of vLLM's engine that every command has a setting for."""
-_OWN = ("skip_tokenizer_init", "speculative_config", "kv_transfer_config")
-"""Arguments that this program sets itself."""
+"""Arguments of vLLM's engine that every command has a setting for, or sets itself."""
 _OTHER_LAYOUTS = ("pipeline_parallel_size", "data_parallel_size")
 """Arguments that spread the target so that no worker has all states."""
 
@@ -48,8 +47,8 @@ EngineArgs = Annotated[dict[str, Any], Option(
 def engine_problems(config: Any, arguments: Mapping[str, str], instead: Mapping[str, str]) -> list[str]:
     """Return what is wrong with a command's settings of the engine, each with the others.
 
-    `arguments` names further arguments of vLLM's engine that the command has a setting for, each with that setting;
-    `instead` the settings that are of transformers alone, each with what holds of vllm in their place.
+    `arguments` names further arguments of vLLM's engine that the command has a setting for, each with that setting, or
+    sets itself; `instead` the settings that are of transformers alone, each with what holds of vllm in their place.
     """
     declared = {field.name: field for field in fields(config)}
     changed = {name for name, field in declared.items() if getattr(config, name) != _default(field)}
@@ -58,10 +57,9 @@ def engine_problems(config: Any, arguments: Mapping[str, str], instead: Mapping[
         return [f"{name} is a setting of vllm, and the engine is transformers." for name in engine if name in changed]
     found = []
     for name in sorted(config.engine_args):
-        if setting := {**_ARGUMENTS, **arguments}.get(name):
-            found.append(f"engine_args holds {name}, which is the setting {setting}.")
-        elif name in _OWN:
-            found.append(f"engine_args holds {name}, which this program sets itself.")
+        if (setting := {**_ARGUMENTS, **arguments}.get(name)) is not None:
+            what = f"is the setting {setting}" if setting else "this program sets itself"
+            found.append(f"engine_args holds {name}, which {what}.")
         elif name in _OTHER_LAYOUTS:
             found.append(f"engine_args holds {name}, which no command supports; take tensor_parallel_size.")
     found += [f"{name} is a setting of transformers; {instead[name]}." for name in instead if name in changed]

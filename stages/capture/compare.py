@@ -4,7 +4,8 @@ Axes: T tokens, L captured layers, H hidden size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.identity import refuse_other_identity
 from dflash_offline.schemas.manifest import FINAL, HIDDEN
+from dflash_offline.schemas.settings.engine import TRANSFORMERS
 from dflash_offline.schemas.settings.verify import RerunConfig
-from dflash_offline.stages.capture.engines.installed import quantizes
+from dflash_offline.stages.capture.engines.installed import engine_identity, quantizes
 from dflash_offline.stages.progress import Progress
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.target.files import TargetFiles, open_target
@@ -29,6 +31,10 @@ median channel 0.005 after one layer and 0.008 after eight, and the error grows 
 QUANTIZED_ERROR, QUANTIZED_CHANNEL_ERROR = 0.25, 0.5
 """The same of an engine that quantized the target as it loaded it, which transformers does not: a bound against another
 layer or another text, not against poor numbers."""
+_UNQUANTIZED = {"quantization": None, "kv_cache_dtype": "auto"}
+"""What an engine's part of an identity says where it quantizes nothing."""
+Rerun = tuple[list[NDArray[np.float32]], NDArray[np.float32] | None]
+"""A sample's states as the target gives them again, [T, H] for each layer, and its final states, [T, H]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,27 +182,38 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     finished = cache.usable()
     if not len(finished):
         raise CacheError(f"{path} has no finished shard to compare with the target. Let `dflash extract` finish one.")
-    device = choose_device(rerun.device)
-    files, model = _open_recorded(cache, rerun, device, progress)
+    device, files = choose_device(rerun.device), _open_recorded(cache, rerun)
     comparison = LayerComparison(cache.layer_ids, files.num_layers, cache.layout.hidden_size)
     final, of_final = cache.final, _Difference(cache.layout.hidden_size)
-    with_final = set[int]() if final is None else {*final.usable().tolist()}
-    drawn = np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
-    progress.start("Running the target", len(drawn), "samples")
-    for sample in np.sort(drawn).tolist():
-        ids = torch.from_numpy(cache.samples.input_ids(sample).astype(np.int64))[None].to(device)
-        if final is None or sample not in with_final:
-            states = layer_states(model, ids, comparison.around)
-        else:
-            states, after_norm = layer_and_final_states(model, ids, comparison.around)
-            kept = final.stored(sample)
-            of_final.add(final.values(sample)[kept, 0], after_norm[0].float().cpu().numpy()[kept])
-        comparison.add(cache.values(sample), [state[0].float().cpu().numpy() for state in states])
-        progress.advance(1)
-    progress.finish()
+    drawn = np.sort(
+        np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
+    )
+    with_final = set[int]() if final is None else {*final.usable().tolist()} & {*drawn.tolist()}
+    made = cache.manifest.identity.get("engine", {})
+    is_quantized = quantizes(made)
+    if rerun.engine == TRANSFORMERS:
+        run = _by_transformers(cache, rerun, files, device, comparison.around, drawn.tolist(), with_final, progress)
+    else:
+        from dflash_offline.stages.capture.engines.rerun import as_made, rerun_states
+
+        rerun = as_made(rerun, cache)
+        own = engine_identity(rerun)["engine"]
+        # Where both quantize alike they differ by arithmetic alone.
+        is_alike = all(own.get(name, unset) == made.get(name, unset) for name, unset in _UNQUANTIZED.items())
+        is_quantized = not is_alike and (quantizes(made) or quantizes(own))
+        run = rerun_states(cache, rerun, files, device, comparison.around, drawn.tolist(), with_final, progress)
+    with run as reruns:
+        progress.start("Running the target", len(drawn), "samples")
+        for sample, (states, final_state) in zip(drawn.tolist(), reruns, strict=True):
+            if final is not None and final_state is not None:
+                kept = final.stored(sample)
+                of_final.add(final.values(sample)[kept, 0], final_state[kept])
+            comparison.add(cache.values(sample), states)
+            progress.advance(1)
+        progress.finish()
     expected_error = cache.layout.features.expected_error
     error, channel_error = LARGEST_ERROR, LARGEST_CHANNEL_ERROR
-    if quantizes(cache.manifest.identity.get("engine", {})):
+    if is_quantized:
         error, channel_error = QUANTIZED_ERROR, QUANTIZED_CHANNEL_ERROR
     fits = comparison.fits(error + expected_error, channel_error + expected_error)
     if final is not None and of_final.count:
@@ -205,20 +222,19 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     return fits
 
 
-def _open_recorded(
-    cache: Cache, rerun: RerunConfig, device: torch.device, progress: Progress
-) -> tuple[TargetFiles, torch.nn.Module]:
-    """Return the target's files and its model, loaded as for extraction; `MismatchError` if it is not the cache's."""
-    recorded, origin = cache.manifest.identity["target"], cache.manifest.origin
-    revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
-    files = open_target(rerun.target, revision=revision, trust_remote_code=rerun.trust_remote_code)
-    own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
-    refuse_other_identity(
-        cache.path,
-        {"target": recorded},
-        {"target": {**files.identity(), **own}},
-        what_to_do="Name the target that it was made from, or extract again from this one into a new folder.",
-    )
+@contextmanager
+def _by_transformers(
+    cache: Cache,
+    rerun: RerunConfig,
+    files: TargetFiles,
+    device: torch.device,
+    layer_ids: Sequence[int],
+    samples: Sequence[int],
+    with_final: set[int],
+    progress: Progress,
+) -> Iterator[Iterator[Rerun]]:
+    """Give what yields the states of the chosen layers for each of a cache's samples, and its final states for some."""
+    recorded = cache.manifest.identity["target"]
     model = load_model(
         files,
         dtype=getattr(torch, recorded["dtype"]),
@@ -228,7 +244,38 @@ def _open_recorded(
         trust_remote_code=rerun.trust_remote_code,
         progress=progress,
     )
-    return files, model
+
+    def states() -> Iterator[Rerun]:
+        for sample in samples:
+            ids = torch.from_numpy(cache.samples.input_ids(sample).astype(np.int64))[None].to(device)
+            if sample in with_final:
+                found, after_norm = layer_and_final_states(model, ids, layer_ids)
+                final = after_norm[0].float().cpu().numpy()
+            else:
+                found, final = layer_states(model, ids, layer_ids), None
+            yield [state[0].float().cpu().numpy() for state in found], final
+
+    yield states()
+
+
+def _open_recorded(cache: Cache, rerun: RerunConfig) -> TargetFiles:
+    """Return the target's files; `MismatchError` if it is not the cache's."""
+    recorded, origin = cache.manifest.identity["target"], cache.manifest.origin
+    revision = rerun.revision or (origin.get("revision") if rerun.target == origin["target"] else None)
+    files = open_target(
+        rerun.target,
+        revision=revision,
+        trust_remote_code=rerun.trust_remote_code,
+        by_transformers=rerun.engine == TRANSFORMERS,
+    )
+    own = {name: recorded[name] for name in ("dtype", "attn_implementation", "device_map")}
+    refuse_other_identity(
+        cache.path,
+        {"target": recorded},
+        {"target": {**files.identity(), **own}},
+        what_to_do="Name the target that it was made from, or extract again from this one into a new folder.",
+    )
+    return files
 
 
 def _fit(

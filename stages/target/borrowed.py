@@ -34,11 +34,16 @@ class Borrowed:
         """Return the embedding table, and the head unless it is the same, by the names that a cache has for them."""
         return {_TABLE: self.table} | ({} if self.head is None else {_HEAD: self.head})
 
+    def normed(self, states: Tensor) -> Tensor:
+        """Return the final states, float32 [..., H], of the last layer's output [..., H]."""
+        states = states.float()
+        scale = torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        return states * scale * self.norm.float()
+
     def likeliest(self, state: Tensor) -> int:
         """Return the token that the last layer's output [H] at a place leads to."""
-        scaled = state.float() * torch.rsqrt(state.float().square().mean() + self.epsilon) * self.norm.float()
         head = self.table if self.head is None else self.head
-        return int((head.float() @ scaled).argmax())
+        return int((head.float() @ self.normed(state)).argmax())
 
 
 def read_borrowed(files: TargetFiles, dtype: torch.dtype) -> Borrowed:
@@ -74,7 +79,7 @@ def _places(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    places = {}
+    places: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with _opened(path) as file:
             places |= dict.fromkeys(file.keys(), path)

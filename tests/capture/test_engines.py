@@ -131,7 +131,7 @@ def test_an_engine_whose_states_are_not_the_targets_writes_nothing(
 ) -> None:
     engines = pretend(monkeypatch, **plant)
     with pytest.raises(DflashError, match=f"(?s){said}"):
-        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+        extract(by_engine(extract_config | {"limit": 12}, tmp_path / "cache"), Silent())
     assert [engine.was_shut for engine in engines] == [True]
     assert not (tmp_path / "cache").exists()
 
@@ -203,6 +203,25 @@ def test_caches_of_two_engines_go_together_unless_one_quantized_the_target(
     assert [fit.largest_error for fit in compare_with_target(other, rerun, Silent())] == 3 * [0.25]
 
 
+def test_a_cache_of_either_is_compared_with_the_engine_that_runs_its_target_again(
+    cache: Path, extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = pretend(monkeypatch)
+    rerun = RerunConfig(target=str(extract_config["target"]), samples=10, engine="vllm")
+    fits = compare_with_target(cache, rerun, Silent())
+    assert [(fit.layer_id, fit.fault, fit.error < 5e-3) for fit in fits] == [(n, "", True) for n in (1, 2, 4)]
+    assert (engines[0].named, engines[0].ran, engines[0].was_shut) == ([0, 1, 2, 3, 4, 5], 10, True)
+    told = dflash("verify", cache, "--target", extract_config["target"], "--engine", "vllm", "--samples", 2)
+    assert told.exit_code == 0 and "is sound" in told.stdout
+    fp8 = made_otherwise(cache, tmp_path / "fp8", set_field("identity/engine", {"name": "vllm", "quantization": "fp8"}))
+    assert [fit.largest_error for fit in compare_with_target(fp8, rerun, Silent())] == 3 * [0.02], "both quantize"
+    pretend(monkeypatch, shift=1)
+    fits = compare_with_target(cache, rerun, Silent())
+    assert "layer 2 is off by -1: the target's layer 1 fits better" in fits[1].fault
+    with pytest.raises(DflashError, match="engine_args holds max_model_len, which this program sets itself"):
+        RerunConfig(target="t", engine="vllm", engine_args={"max_model_len": 3})
+
+
 def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, installed: Path, tmp_path: Path) -> None:
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.11.0\n")
     with pytest.raises(DflashError, match=r"vLLM 0.11.0 is installed, and --engine vllm needs 0.32 or later"):
@@ -269,8 +288,8 @@ def test_a_target_that_transformers_cannot_hold_is_held_against_a_second_layout(
 
 
 def turned(state: Tensor) -> Tensor:
-    """Return states whose layers but the embedding are each the one before, the first the last."""
-    return torch.cat([state[:, :1], state[:, 1:].roll(1, 1)], 1)
+    """Return states whose first and last layer are exchanged, behind the embedding."""
+    return state[:, [0, 6, *range(2, 6), 1]]
 
 
 @pytest.mark.usefixtures("too_large")
@@ -300,7 +319,7 @@ def test_a_fault_that_shows_between_two_layouts_or_at_their_ends_is_refused(
 ) -> None:
     engines = pretend(monkeypatch, **plant)
     with pytest.raises(DflashError, match=said):
-        extract(by_engine(extract_config, tmp_path / "cache"), Silent())
+        extract(by_engine(extract_config | {"limit": 12}, tmp_path / "cache"), Silent())
     assert all(engine.was_shut for engine in engines) and not (tmp_path / "cache").exists()
 
 

@@ -121,7 +121,7 @@ def test_a_target_too_large_for_transformers_is_proved_by_a_second_layout(config
     extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
     assert scripted(tmp_path, config, tmp_path / "cache", None, too_large=True)["refused"] is None
     refuse_other_values(tmp_path / "own", tmp_path / "cache")
-    found = scripted(tmp_path, config, tmp_path / "other", "shift", too_large=True)
+    found = scripted(tmp_path, config, tmp_path / "other", "padded", too_large=True)
     assert "what goes into layer 0 is not the embedding table's rows" in found["refused"]
     assert not (tmp_path / "other").exists()
 
