@@ -20,9 +20,9 @@ from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET, Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.compare import compare_with_target
-from dflash_offline.stages.capture.engines import vllm
+from dflash_offline.stages.capture.engines import states, vllm
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
-from dflash_offline.stages.capture.inputs import open_inputs
+from dflash_offline.stages.capture.inputs import choose_target, open_inputs
 from dflash_offline.stages.capture.workers import gpus_of_engine
 from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
@@ -336,6 +336,18 @@ def test_where_neither_transformers_nor_a_second_layout_can_prove_states_nothing
     with pytest.raises(DflashError, match=r"A second layout cannot prove them: .* is stored as torch.float8_e4m3fn"):
         extract(by_engine(extract_config | {"target": str(folder)}, tmp_path / "cache"), Silent())
     assert engines == []
+
+
+def test_an_engine_loads_no_layer_behind_the_last_captured_one(extract_config: Settings, tmp_path: Path) -> None:
+    def loaded(**changes: object) -> dict[str, object]:
+        config = ExtractConfig(**extract_config | {"engine": "vllm"} | changes, out=tmp_path)
+        arguments = states.engine_arguments(config, choose_target(config))
+        return {name: arguments[name] for name in ("hf_overrides", "load_format") if name in arguments}
+
+    cut = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    assert loaded() == {"hf_overrides": cut, "load_format": "dflash_first_layers"}
+    own = {"hf_overrides": {"rope_theta": 1.0}}
+    assert loaded(engine_args=own) == own and loaded(engine_args={"load_format": "dummy"}) == {"load_format": "dummy"}
 
 
 def test_engines_take_groups_of_gpus_in_turn() -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -21,7 +22,10 @@ from dflash_offline.stages.capture.engines.start import common_arguments, starte
 from dflash_offline.stages.capture.inputs import ChosenTarget
 
 _CONNECTOR = "dflash_offline.stages.capture.engines.connector"
+_FIRST_LAYERS = "dflash_offline.stages.capture.engines.first_layers"
 _MOST_SEQUENCES = 256
+FIRST_LAYERS = "dflash_first_layers"
+"""vLLM's load format that leaves out layers behind those of the model's config."""
 
 
 @dataclass
@@ -132,6 +136,7 @@ def start_engine(config: ExtractConfig, target: ChosenTarget, shared_memory: str
         from vllm.config import KVTransferConfig
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        import_module(_FIRST_LAYERS)  # names the load format
         transfer = KVTransferConfig(
             kv_connector="StateConnector",
             kv_role="kv_producer",
@@ -158,6 +163,7 @@ def engine_arguments(config: ExtractConfig, target: ChosenTarget) -> dict[str, A
     most = min(_MOST_SEQUENCES, config.batch_tokens)
     return {
         **common_arguments(config, target.files.folder, target.device, target.dtype, max_num_seqs=most),
+        **_without_last_layers(config, target),
         "max_model_len": config.max_length + 1,
         "max_num_batched_tokens": config.batch_tokens,
         "speculative_config": {
@@ -165,4 +171,26 @@ def engine_arguments(config: ExtractConfig, target: ChosenTarget) -> dict[str, A
             "num_speculative_tokens": 1,
             "draft_model_config": {"hf_config": layers},
         },
+    }
+
+
+def _without_last_layers(config: ExtractConfig, target: ChosenTarget) -> dict[str, Any]:
+    """Return the arguments by which vLLM runs no layer behind the last captured one, as transformers runs none.
+
+    There are none where it is not clear what else would have to change: the decoder is a part of another model, or the
+    user's own arguments say how the target is loaded.
+    """
+    num_layers, files = max(target.layer_ids) + 1, target.files
+    is_part = files.config is not files.text_config
+    if num_layers == files.num_layers or is_part or {"hf_overrides", "load_format"} & config.engine_args.keys():
+        return {}
+    listed = {
+        name: value[:num_layers]
+        for name, value in files.config.to_dict().items()
+        if isinstance(value, list) and len(value) == files.num_layers
+    }
+    return {
+        "hf_overrides": {**listed, "num_hidden_layers": num_layers},
+        "load_format": FIRST_LAYERS,
+        "worker_extension_cls": f"{_FIRST_LAYERS}.FirstLayers",
     }
