@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.identity import differences
-from dflash_offline.schemas.manifest import EMBEDDINGS, TARGET, Manifest
+from dflash_offline.schemas.manifest import EMBEDDINGS, FINAL, TARGET, Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
 from dflash_offline.stages.capture.compare import compare_with_target
@@ -220,6 +220,17 @@ def test_a_cache_of_either_is_compared_with_the_engine_that_runs_its_target_agai
     assert "layer 2 is off by -1: the target's layer 1 fits better" in fits[1].fault
     with pytest.raises(DflashError, match="engine_args holds max_model_len, which this program sets itself"):
         RerunConfig(target="t", engine="vllm", engine_args={"max_model_len": 3})
+
+
+def test_final_states_are_compared_with_the_engines_last_layer_after_the_final_norm(
+    extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = pretend(monkeypatch)
+    extract(ExtractConfig(**extract_config | {"limit": 16, "final": True}, out=tmp_path / "cache"), Silent())
+    rerun = RerunConfig(target=str(extract_config["target"]), samples=4, engine="vllm", engine_args={"seed": 1})
+    fits = compare_with_target(tmp_path / "cache", rerun, Silent())
+    assert [(fit.array, fit.layer_id, fit.fault) for fit in fits[3:]] == [(FINAL, 5, "")] and engines[0].named[-1] == 5
+    assert fits[3].error < 5e-3
 
 
 def test_what_is_not_installed_or_too_old_is_said(extract_config: Settings, installed: Path, tmp_path: Path) -> None:
