@@ -41,7 +41,8 @@ def plant_shift() -> None:
         found = right(*arguments)
         layers = found["speculative_config"]["draft_model_config"]["hf_config"]
         layers["eagle_aux_hidden_state_layer_ids"] = [k + 1 for k in layers["eagle_aux_hidden_state_layer_ids"]]
-        return found
+        whole = {"hf_overrides", "load_format", "worker_extension_cls"}  # it has the layer behind the last one then
+        return {name: value for name, value in found.items() if name not in whole}
 
     states.engine_arguments = shifted
 
