@@ -67,9 +67,10 @@ class TrainConfig:
         bounds=AT_LEAST_1)] = None
     batch_size: Annotated[int, Option(
         "Samples of one padded micro-batch, with --no-packing.", "Data", "identity", "SAMPLES", bounds=AT_LEAST_1)] = 8
-    accumulation: Annotated[int, Option(
+    accumulation: Annotated[int | None, Option(
         "Micro-batches that each rank adds to one optimizer step; the loss is their exact mean.",
-        "Data", "identity", "BATCHES", bounds=AT_LEAST_1)] = 1
+        "Data", "identity", "BATCHES", unset="1, or each rank's share of what the run was begun with",
+        bounds=AT_LEAST_1)] = None
     optimizer: Annotated[str, Option(
         "Optimizer: adamw, as published; or muon, which needs fewer steps where steps are few.",
         "Optimizer", "identity", "NAME", choices=("adamw", "muon"))] = "adamw"
@@ -210,6 +211,9 @@ class TrainConfig:
         "Device", "identity", "NAME", choices=("auto", "float32", "bfloat16"))] = "auto"
     gradient_checkpointing: Annotated[bool, Option(
         "Compute each draft layer again in the backward pass: less memory, more time.", "Device", "free")] = False
+    shard_draft: Annotated[bool, Option(
+        "Under torchrun, hold on each rank only its part of weights, gradients and optimizer; gather them by layers.",
+        "Device", "free")] = False
     activation_budget: Annotated[float | None, Option(
         "Share of compiled layers' activations to keep for the backward pass, which computes the rest again.",
         "Device", "free", "SHARE", unset="1, or 0.5 where a GPU could not hold all",
