@@ -11,7 +11,7 @@ FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' 
 LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture
-.PHONY: check-browser check-buckets check-clients check-vllm check-kernels check-gpu check-oldest
+.PHONY: check-browser check-buckets check-clients check-ray check-vllm check-kernels check-gpu check-oldest
 .PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train bench-variants target demo-data format
 .DEFAULT_GOAL := help
 
@@ -38,7 +38,7 @@ LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
   arg-type assignment call-overload func-returns-value index misc operator return-value var-annotated)
 
 # What needs no more than this repository and its environment.
-HERE = not gpu and not kernels and not clients and not vllm and not buckets and not browser
+HERE = not gpu and not kernels and not clients and not vllm and not buckets and not ray and not browser
 
 test: $(LINKED)
 	$(BIN)/pytest -n 2 -m "not slow and not torture and $(HERE)"
@@ -82,6 +82,13 @@ check-vllm: $(LINKED) $(CLIENTS)/vllm/installed $(CLIENTS)/triton/installed ## s
 
 check-buckets: $(LINKED) $(CLIENTS)/moto/installed ## kill workers that fill a cache on a real S3 server, and let the server fail
 	DFLASH_MOTO=$(CURDIR)/$(CLIENTS)/moto $(BIN)/pytest -m buckets
+
+check-ray: $(LINKED) $(CLIENTS)/ray/installed ## workers on a Ray cluster of this machine: nodes come and go, the command is killed
+	DFLASH_RAY=$(CURDIR)/$(CLIENTS)/ray $(BIN)/pytest -m ray
+
+$(CLIENTS)/ray/installed: | $(LINKED)
+	$(BIN)/pip install -q --upgrade --target $(@D) ray==2.60.0
+	touch $@
 
 $(CLIENTS)/moto/installed:
 	$(PYTHON) -m venv $(@D)

@@ -127,6 +127,8 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
     same_bytes = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
     rate = tokens / seconds
     processes = config.world_size * (config.workers if runner.device.type == "cuda" else 1)
+    if config.ray is not None:
+        processes = config.workers_min
     plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
     free = free_bytes(config.out)
     return Forecast(
@@ -151,6 +153,21 @@ def _final_bytes(samples: SampleTable, codes: torch.Tensor, features: FeatureLay
     kept = sum(int(np.count_nonzero(before_supervised(samples.loss_mask(sample)))) for sample in range(len(samples)))
     ratio = _ratio(codes[:_COMPRESSED_TOKENS], features, alone) if len(codes) else 0.0
     return int(ratio * kept * alone.slot_bytes) + _index_bytes(alone)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank of an array job would do."""
+
+    shards: int
+    tokens: int
+
+
+def shares(samples: SampleTable, num_shards: int, world_size: int) -> list[Share]:
+    """Return each rank's share of a plan."""
+    tokens = np.bincount(samples.shard, weights=samples.num_tokens, minlength=num_shards)
+    ranks = (range(num_shards)[rank::world_size] for rank in range(world_size))
+    return [Share(len(rank), int(tokens[rank.start : rank.stop : rank.step].sum())) for rank in ranks]
 
 
 def _some_batches(runner: Extractor, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
