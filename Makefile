@@ -12,7 +12,8 @@ LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture
 .PHONY: check-browser check-buckets check-clients check-ray check-vllm check-kernels check-gpu check-oldest
-.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train bench-variants target demo-data format
+.PHONY: bench-buckets bench-data bench-eval bench-extract bench-gpu bench-inspect bench-scale bench-store bench-train
+.PHONY: bench-variants target demo-data format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,7 +32,7 @@ lint: $(LINKED)
 
 types: $(LINKED)
 	$(BIN)/mypy
-	$(BIN)/mypy tests/benchmarks $(LOOSE)
+	MYPYPATH=tests $(BIN)/mypy tests/benchmarks $(LOOSE)
 
 # Benchmarks run seldom, so that calls of what has changed would break unseen; their own tables and lambdas may be loose.
 LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
@@ -142,6 +143,12 @@ check-oldest: ## run the tests on the oldest torch and transformers that are sup
 
 bench-store: $(LINKED) ## the feature store's size, error and speed beside other formats (minutes)
 	$(BIN)/python tests/benchmarks/bench_store.py
+
+bench-buckets: $(LINKED) ## reading and opening a cache from a slow server, beside a folder (minutes)
+	$(BIN)/python tests/benchmarks/bench_buckets.py
+
+bench-scale: $(LINKED) ## memory and time of plans of a million and of ten million samples (half an hour)
+	PYTHONPATH=tests/benchmarks $(BIN)/python -m large.scale
 
 bench-inspect: $(LINKED) ## `dflash inspect` on a plan of a million samples in 20,000 shards: time and memory
 	$(BIN)/python tests/benchmarks/bench_inspect.py

@@ -21,7 +21,14 @@ from dflash_offline.stages.capture.create import create_cache, plan_samples
 from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.capture.extractor import Extractor, load_extractor
 from dflash_offline.stages.capture.final import add_final
-from dflash_offline.stages.capture.forecast import Forecast, forecast_cost, free_bytes, refuse_too_large, rest_bytes
+from dflash_offline.stages.capture.forecast import (
+    Forecast,
+    forecast_cost,
+    free_bytes,
+    refuse_large_objects,
+    refuse_too_large,
+    rest_bytes,
+)
 from dflash_offline.stages.capture.inputs import ChosenTarget, Inputs, choose_target, open_inputs, target_identity
 from dflash_offline.stages.capture.workers import Output, Work, run_shards, run_workers
 from dflash_offline.stages.cluster.connection import connected
@@ -172,6 +179,7 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
         runner.start(plan.samples, progress)
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)
+        refuse_large_objects(out, layout, forecast)
     return plan, layout, forecast.of_rest(begun) if begun else forecast
 
 

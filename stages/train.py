@@ -14,7 +14,7 @@ from typing import Any
 from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
 from dflash_offline.schemas.run import RUN
-from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.settings.train import LOCAL_CACHE_GIB, TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.stop import Stopped, stops_noted
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
@@ -116,7 +116,7 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
     """
     began = time.perf_counter()
     with ExitStack() as stack:
-        training = _set_up(config, stack)
+        training = _set_up(config, stack, progress)
         if training.ranks.is_first:
             claim_folder(training, stack)
         else:
@@ -162,13 +162,15 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
         )
 
 
-def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
+def _set_up(config: TrainConfig, stack: ExitStack, progress: Progress) -> Training:
     config = replace(config, out=output_folder(config.out, marker=RUN, kind="training run", renamed=False))
     check_reporter(config.report_to)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Micro-batches differ in how many slots are supervised: blocks of a fixed size would seldom fit the next one's.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     corpus = Corpus.open(config.caches)
+    if config.local_cache is not None:
+        corpus.copy_locally(config.local_cache, int((config.local_cache_gib or LOCAL_CACHE_GIB) * 2**30), progress.say)
     return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 
 
@@ -230,7 +232,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         return batch
 
     with ExitStack() as stack:
-        training = _set_up(config, stack)
+        training = _set_up(config, stack, Silent())
         stream = stack.enter_context(closing(training.stream()))
         for _ in range(min(2, training.total_steps)):
             began = time.perf_counter()

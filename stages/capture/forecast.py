@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FINAL, HIDDEN, FeatureLayout, Layout
 from dflash_offline.schemas.samples import SampleTable, before_supervised
+from dflash_offline.stages.buckets.bucket import MOST_OBJECT_BYTES
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.extractor import Extractor
@@ -31,6 +32,8 @@ _TIMED_S = 2.0
 """Seconds after which no further batch is timed."""
 _COMPRESSED_TOKENS = 2048
 """Tokens whose features are compressed to measure the ratio."""
+_UNEVEN = 1.1
+"""Largest shard over what the measured ratio gives."""
 _RECORD_BYTES, _LAYER_RECORD_BYTES = 1400, 180
 """Bytes of a commit record, and of each layer in it."""
 
@@ -244,6 +247,18 @@ def refuse_too_large(out: Path, needed: int, free: int | None, *, is_begun: bool
         raise DflashError(
             f"{out} needs {readable_bytes(needed)} more and its disk has {readable_bytes(free)} free. "
             f"{advice[0].upper()}{advice[1:]}; --ignore-free-space starts all the same."
+        )
+
+
+def refuse_large_objects(out: Path, layout: Layout, forecast: Forecast) -> None:
+    """Raise `DflashError` if a shard of a bucket's cache would be an object that cannot be put at once."""
+    raw = layout.shard_tokens * layout.slot_bytes
+    size = int(raw * min(1.0, _UNEVEN * forecast.ratios[forecast.features.kind]))
+    if mirror_of(out) is not None and size > MOST_OBJECT_BYTES:
+        raise DflashError(
+            f"A shard has {layout.shard_tokens:,} token slots, about {readable_bytes(size)} of hidden states, and a "
+            f"store takes {readable_bytes(MOST_OBJECT_BYTES)} in one object that must not be there yet. Lower "
+            f"--shard-mib; where one sample alone is as large, lower --max-length or take fewer --layers."
         )
 
 
