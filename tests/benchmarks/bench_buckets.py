@@ -68,7 +68,7 @@ def main() -> None:
 
 def make_cache(cache: Path) -> None:
     """Make a cache whose samples have the sizes of those of an 8B target: 8 MB of 3 layers of 4,096, compressed."""
-    from feature_writer import create, fill_cache
+    from feature_writer import create, fill_cache  # type: ignore[import-not-found]
 
     create(cache, num_shards=6, shard_tokens=2048, width=4096)
     fill_cache(cache)
