@@ -11,8 +11,9 @@ FILES := $(shell find schemas stages pipeline -type f ! -path '*/__pycache__/*' 
 LINKED = $(VENV)/linked-$(FILES)
 
 .PHONY: help install demo check lint types test test-slow torture
-.PHONY: check-browser check-buckets check-clients check-vllm check-kernels check-gpu check-oldest
-.PHONY: bench-data bench-eval bench-extract bench-gpu bench-inspect bench-store bench-train bench-variants target demo-data format
+.PHONY: check-browser check-buckets check-clients check-ray check-vllm check-kernels check-gpu check-oldest
+.PHONY: bench-buckets bench-data bench-eval bench-extract bench-gpu bench-inspect bench-scale bench-store bench-train
+.PHONY: bench-variants target demo-data format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,7 +39,7 @@ LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
   arg-type assignment call-overload func-returns-value index misc operator return-value var-annotated)
 
 # What needs no more than this repository and its environment.
-HERE = not gpu and not kernels and not clients and not vllm and not buckets and not browser
+HERE = not gpu and not kernels and not clients and not vllm and not buckets and not ray and not browser
 
 test: $(LINKED)
 	$(BIN)/pytest -n 2 -m "not slow and not torture and $(HERE)"
@@ -82,6 +83,13 @@ check-vllm: $(LINKED) $(CLIENTS)/vllm/installed $(CLIENTS)/triton/installed ## s
 
 check-buckets: $(LINKED) $(CLIENTS)/moto/installed ## kill workers that fill a cache on a real S3 server, and let the server fail
 	DFLASH_MOTO=$(CURDIR)/$(CLIENTS)/moto $(BIN)/pytest -m buckets
+
+check-ray: $(LINKED) $(CLIENTS)/ray/installed ## workers on a Ray cluster of this machine: nodes come and go, the command is killed
+	DFLASH_RAY=$(CURDIR)/$(CLIENTS)/ray $(BIN)/pytest -m ray
+
+$(CLIENTS)/ray/installed: | $(LINKED)
+	$(BIN)/pip install -q --upgrade --target $(@D) ray==2.60.0
+	touch $@
 
 $(CLIENTS)/moto/installed:
 	$(PYTHON) -m venv $(@D)
@@ -135,6 +143,12 @@ check-oldest: ## run the tests on the oldest torch and transformers that are sup
 
 bench-store: $(LINKED) ## the feature store's size, error and speed beside other formats (minutes)
 	$(BIN)/python tests/benchmarks/bench_store.py
+
+bench-buckets: $(LINKED) ## reading and opening a cache from a slow server, beside a folder (minutes)
+	$(BIN)/python tests/benchmarks/bench_buckets.py
+
+bench-scale: $(LINKED) ## memory and time of plans of a million and of ten million samples (half an hour)
+	PYTHONPATH=tests/benchmarks $(BIN)/python -m large.scale
 
 bench-inspect: $(LINKED) ## `dflash inspect` on a plan of a million samples in 20,000 shards: time and memory
 	$(BIN)/python tests/benchmarks/bench_inspect.py

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -70,7 +71,10 @@ def add_command(app: typer.Typer, command: Command) -> None:
     lines = [f"  # {remark}\n  {_broken(f'dflash {command.name} {line}'.strip())}" for remark, line in command.examples]
     app.command(
         command.name,
-        cls=_grouped({parameter.name: parameter.option.group for parameter in parameters}),
+        cls=_grouped(
+            {parameter.name: parameter.option.group for parameter in parameters},
+            {flag: parameter.option.bare for parameter in parameters for flag in _flags(parameter)},
+        ),
         short_help=command.summary,
         epilog="\b\nExamples:\n" + "\n".join(lines),
     )(run)
@@ -242,10 +246,25 @@ def _broken(line: str) -> str:
     return " \\\n    ".join(textwrap.wrap(line, 74, break_long_words=False, break_on_hyphens=False))
 
 
-def _grouped(headings: dict[str, str]) -> type[typer.core.TyperCommand]:
-    """Return a command class that lists its options by heading: typer knows headings in rich's boxes alone."""
+def _with_bare_values(words: list[str], bare: dict[str, str]) -> list[str]:
+    """Return the words of a command line in which a flag that stands alone has the value it means, if it has one."""
+    found: list[str] = []
+    for word, following in pairwise([*words, "-"]):
+        found += [word, bare[word]] if bare.get(word) and following.startswith("-") else [word]
+    return found
+
+
+def _grouped(headings: dict[str, str], bare: dict[str, str]) -> type[typer.core.TyperCommand]:
+    """Return a command class that lists its options by heading: typer knows headings in rich's boxes alone.
+
+    `bare` are the values of flags that stand alone, which typer does not know either.
+    """
 
     class Grouped(typer.core.TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            """Read the command line."""
+            return super().parse_args(ctx, _with_bare_values(args, bare))
+
         def format_options(self, ctx: Any, formatter: Any) -> None:
             """Write the arguments first, the options of output last, and the other headings in order between them."""
             sections: dict[str, list[tuple[str, str]]] = {ARGUMENTS: []}

@@ -199,6 +199,14 @@ class StoredTokens:
                 if number not in self._held:
                     self._held[number] = self._read(number)
 
+    def groups(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint32]]]:
+        """Yield the first sample of each row group, where its samples begin and end in its tokens, and the tokens."""
+        for number, first in enumerate(self._firsts[:-1]):
+            with self._lock:
+                group = self._held.get(number)
+            group = group or self._read(number)
+            yield first, group.offsets, group.ids
+
     def _forget(self) -> None:
         """Drop the row groups used longest ago; at least two stay, for a shard may begin in one and end in the next."""
         while self._most_held is not None and len(self._held) > 2:

@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,18 @@ from dflash_offline.stages.capture.create import create_cache, plan_samples
 from dflash_offline.stages.capture.engines.installed import engine_identity
 from dflash_offline.stages.capture.extractor import Extractor, load_extractor
 from dflash_offline.stages.capture.final import add_final
-from dflash_offline.stages.capture.forecast import Forecast, forecast_cost, free_bytes, refuse_too_large, rest_bytes
+from dflash_offline.stages.capture.forecast import (
+    Forecast,
+    forecast_cost,
+    free_bytes,
+    refuse_large_objects,
+    refuse_too_large,
+    rest_bytes,
+)
 from dflash_offline.stages.capture.inputs import ChosenTarget, Inputs, choose_target, open_inputs, target_identity
 from dflash_offline.stages.capture.workers import Output, Work, run_shards, run_workers
+from dflash_offline.stages.cluster.connection import connected
+from dflash_offline.stages.cluster.shards import gpus_of_worker, run_on_cluster
 from dflash_offline.stages.conversations.plan import Plan
 from dflash_offline.stages.progress import Progress, Silent, readable_bytes
 from dflash_offline.stages.store.cache import Cache
@@ -62,16 +72,20 @@ def extract(config: ExtractConfig, progress: Progress) -> Extracted:
         mirror.pull()
     with ExitStack() as held:
         runner: Extractor | None = None
+        ray = None
+        if config.ray is not None:
+            gpus_of_worker(config, inputs.target.device)
+            ray = held.enter_context(connected(config.ray))
         if not (inputs.config.out / MANIFEST).exists():
             if config.rank:
                 wait_for_plan(inputs.config.out, config.plan_timeout_s, progress)
             else:
                 runner = create_cache(inputs, progress)
                 held.callback(runner.close)
-        return _extract(inputs, runner, progress)
+        return _extract(inputs, runner, ray, progress)
 
 
-def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Extracted:
+def _extract(inputs: Inputs, runner: Extractor | None, ray: Any, progress: Progress) -> Extracted:
     """Run what is left of a cache that is there; `runner` is what made it, if this process did."""
     config, out = inputs.config, inputs.config.out
     cache = Cache(out)
@@ -90,9 +104,11 @@ def _extract(inputs: Inputs, runner: Extractor | None, progress: Progress) -> Ex
     if left:
         if not config.ignore_free_space:
             _refuse_no_room(cache, final)
-        if config.workers > 1:
-            if runner:
-                runner.close()  # worker processes load the target anew and need its memory
+        if runner and (ray or config.workers > 1):
+            runner.close()  # worker processes load the target anew and need its memory
+        if ray:
+            written = run_on_cluster(ray, open_worker, config, cache, left, inputs.target.device, progress)
+        elif config.workers > 1:
             written = run_workers(open_worker, config, cache, left, progress)
         elif runner:
             written = run_shards(_work(config, cache, runner), left, progress)
@@ -163,6 +179,7 @@ def plan_only(config: ExtractConfig, progress: Progress) -> tuple[Plan, Layout, 
         runner.start(plan.samples, progress)
         layout = inputs.layout(plan.num_shards, plan.shard_tokens)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)
+        refuse_large_objects(out, layout, forecast)
     return plan, layout, forecast.of_rest(begun) if begun else forecast
 
 

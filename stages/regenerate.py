@@ -129,6 +129,10 @@ def _choose_answerer(config: RegenerateConfig, progress: Progress) -> Answerer:
         from dflash_offline.stages.answers.engine import EngineAnswerer
 
         return EngineAnswerer(config, progress)
+    if config.ray is not None:
+        from dflash_offline.stages.cluster.answers import ClusterAnswerer
+
+        return ClusterAnswerer(config, progress)
     from dflash_offline.stages.answers.local import LocalAnswerer
 
     return LocalAnswerer(config, progress)

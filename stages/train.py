@@ -14,7 +14,7 @@ from typing import Any
 from dflash_offline.schemas.paths import output_folder
 from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
 from dflash_offline.schemas.run import RUN
-from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.schemas.settings.train import LOCAL_CACHE_GIB, TrainConfig
 from dflash_offline.stages.progress import Progress, Silent
 from dflash_offline.stages.stop import Stopped, stops_noted
 from dflash_offline.stages.training.checkpoint import TrainState, checkpoint_folder
@@ -22,7 +22,7 @@ from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import Batch
 from dflash_offline.stages.training.memory import HALF, step_flops
 from dflash_offline.stages.training.metrics import MetricsLog, check_reporter, peak_memory
-from dflash_offline.stages.training.ranks import joined_ranks
+from dflash_offline.stages.training.ranks import joined_ranks, part
 from dflash_offline.stages.training.record import claim_folder
 from dflash_offline.stages.training.run import Training
 
@@ -60,7 +60,10 @@ class DryRun:
 
     parameters: int
     weight_bytes: int
-    """Bytes of float32 weights, gradients and optimizer, on each rank."""
+    """Bytes of float32 weights, gradients and optimizer that this rank holds."""
+    num_ranks: int
+    is_sharded: bool
+    """Whether each rank holds a part of them, and not all."""
     peak_bytes: int
     """Most memory held in a step: by tensors on a GPU, by the process on a CPU."""
     num_train: int
@@ -113,7 +116,7 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
     """
     began = time.perf_counter()
     with ExitStack() as stack:
-        training = _set_up(config, stack)
+        training = _set_up(config, stack, progress)
         if training.ranks.is_first:
             claim_folder(training, stack)
         else:
@@ -133,6 +136,10 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
                 f"{training.memory.block_tokens:,} block tokens a micro-batch fit {training.device} only with half of "
                 f"their activations kept, so the other half is computed twice. See --activation-budget and "
                 f"--batch-block-tokens."
+            )
+        if config.shard_draft and not training.is_sharded:
+            progress.say(
+                "--shard-draft: this process is alone, so it holds the whole draft. Start several with torchrun."
             )
         training.ranks.meet()
         if checkpoint := training.resume():
@@ -155,13 +162,15 @@ def train(config: TrainConfig, progress: Progress) -> Trained:
         )
 
 
-def _set_up(config: TrainConfig, stack: ExitStack) -> Training:
+def _set_up(config: TrainConfig, stack: ExitStack, progress: Progress) -> Training:
     config = replace(config, out=output_folder(config.out, marker=RUN, kind="training run", renamed=False))
     check_reporter(config.report_to)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Micro-batches differ in how many slots are supervised: blocks of a fixed size would seldom fit the next one's.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     corpus = Corpus.open(config.caches)
+    if config.local_cache is not None:
+        corpus.copy_locally(config.local_cache, int((config.local_cache_gib or LOCAL_CACHE_GIB) * 2**30), progress.say)
     return Training(config, corpus, stack.enter_context(joined_ranks(config.device)))
 
 
@@ -178,7 +187,7 @@ def _train_steps(training: Training, signals: list[int], progress: Progress, log
     with training.writer as writer, closing(training.stream()) as stream:
         while not (training.is_at_last_step or training.is_stale):
             writer.check()
-            result = training.step(islice(stream, config.accumulation), stop=bool(signals))
+            result = training.step(islice(stream, training.accumulation), stop=bool(signals))
             step, last = training.state.step, training.is_at_last_step
             validates = len(training.val_samples) > 0 and (step % training.val_every == 0 or last)
             if step % LOG_EVERY == 0 or validates or last:
@@ -193,6 +202,7 @@ def _train_steps(training: Training, signals: list[int], progress: Progress, log
                 training.save()
             if result.stop and not last:
                 writer.wait()
+                training.ranks.meet()  # torchrun ends all ranks once one has ended: none before the checkpoint is there
                 number = signals[0] if signals else signal.SIGTERM  # another rank's
                 raise Interrupted(number, f"Stopped at step {step}; {checkpoint_folder(config.out, step)} is saved.")
     if not training.is_at_last_step:
@@ -222,19 +232,21 @@ def dry_run(config: TrainConfig) -> DryRun:
         return batch
 
     with ExitStack() as stack:
-        training = _set_up(config, stack)
+        training = _set_up(config, stack, Silent())
         stream = stack.enter_context(closing(training.stream()))
         for _ in range(min(2, training.total_steps)):
             began = time.perf_counter()
             shapes.clear()
-            result = training.step(map(noted, islice(stream, config.accumulation)))
+            result = training.step(map(noted, islice(stream, training.accumulation)))
             seconds = time.perf_counter() - began
         optimizer_state = [t for o in training.optimizers for s in o.state.values() for t in s.values()]
-        weights = [*training.draft.parameters(), *training.draft.parameters(), *optimizer_state]
+        weights = [part(t) for t in (*training.draft.parameters(), *training.draft.parameters(), *optimizer_state)]
         slots = statistics.mean(rows * tokens for rows, tokens, _ in shapes) * training.per_step
         return DryRun(
             parameters=sum(p.numel() for p in training.draft.parameters()),
-            weight_bytes=sum(t.numel() * t.element_size() for t in weights),
+            weight_bytes=sum(t.nbytes for t in weights),
+            num_ranks=training.ranks.count,
+            is_sharded=training.is_sharded,
             peak_bytes=peak_memory(training.device),
             num_train=len(training.train_samples),
             num_val=len(training.val_samples),

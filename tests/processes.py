@@ -10,10 +10,14 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
@@ -29,12 +33,14 @@ FORKING.set_forkserver_preload(
 class Command:
     """A `dflash` command that runs beside the test."""
 
-    def __init__(self, arguments: list[str], *, most_file_bytes: int | None = None) -> None:
-        """`most_file_bytes` limits every file that it writes, as `ulimit -f` does."""
+    def __init__(
+        self, arguments: list[str], *, most_file_bytes: int | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        """`most_file_bytes` limits every file that it writes, as `ulimit -f` does; `environment` adds to its own."""
         number, self._stderr = tempfile.mkstemp()
         os.close(number)
         self.process: ForkServerProcess = FORKING.Process(
-            target=_run, args=(arguments, self._stderr, most_file_bytes), daemon=False
+            target=_run, args=(arguments, self._stderr, most_file_bytes, environment or {}), daemon=False
         )
         self.process.start()
 
@@ -78,9 +84,46 @@ def run(arguments: list[str], *, most_file_bytes: int | None = None) -> tuple[in
     return Command(arguments, most_file_bytes=most_file_bytes).wait()
 
 
-def _run(arguments: list[str], stderr: str, most_file_bytes: int | None) -> None:
+def agents_store() -> TCPStore:
+    """Return what torchrun keeps for the ranks that it starts, as long as it is held."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def rank_environments(count: int, store: TCPStore) -> list[dict[str, str]]:
+    """Return what torchrun would set for each of some ranks that train together on this machine."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def as_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what a function, called with the same arguments by each of some ranks, returned to each."""
+    store, pipes = agents_store(), [FORKING.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        FORKING.Process(target=_as_rank, args=(environment, end, work, arguments), daemon=True)
+        for environment, (_, end) in zip(rank_environments(count, store), pipes, strict=True)
+    ]
+    for process, (_, end) in zip(processes, pipes, strict=True):
+        process.start()
+        end.close()  # so that a process which dies ends the wait for it
+    try:
+        found = [answers.recv() for answers, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(30)
+            process.kill()
+    return found
+
+
+def _as_rank(environment: dict[str, str], answers: Connection, work: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(environment)
+    answers.send(work(*arguments))
+
+
+def _run(arguments: list[str], stderr: str, most_file_bytes: int | None, environment: dict[str, str]) -> None:
     from dflash_offline.pipeline.app import main
 
+    os.environ.update(environment)
     for stream, path in ((1, os.devnull), (2, stderr)):
         opened = os.open(path, os.O_WRONLY)
         os.dup2(opened, stream)

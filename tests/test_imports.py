@@ -17,7 +17,7 @@ MAY_IMPORT = {
 STAGES = {"extract", "regenerate", "train", "export", "evaluate", "eval_served", "export_card", "diagnose"}
 LOOSE = {"bounds", "cores", "progress", "stop"}
 """Files of `stages/` that belong to no room and import none."""
-ROOMS = "buckets store target conversations draft capture trainer training answers serving evaluation".split()
+ROOMS = "buckets store target conversations draft capture trainer training answers cluster serving evaluation".split()
 """From the ground up: a room imports those before it, never one behind it."""
 
 

@@ -10,7 +10,7 @@ import typer
 from dflash_offline.pipeline.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "schemas/FORMAT.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CLUSTERS.md", ROOT / "schemas/FORMAT.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -20,13 +20,13 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
 
 
 def commands() -> list[list[str]]:
-    """Return the arguments of every `dflash` command line in the README."""
-    lines = re.findall(r"^dflash .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    """Return the arguments of every `dflash` command line in the documents, numbers in the place of variables."""
+    lines = [line for path in DOCUMENTS for line in re.findall(r"^ *dflash .*$", path.read_text(), re.MULTILINE)]
+    return [shlex.split(re.sub(r"\$\w+", "1", line), comments=True)[1:] for line in lines]
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=lambda arguments: " ".join(arguments))
-def test_every_command_of_the_readme_is_understood(arguments: list[str]) -> None:
+def test_every_command_of_a_document_is_understood(arguments: list[str]) -> None:
     command = typer.main.get_command(app).commands[arguments[0]]
     command.make_context(arguments[0], arguments[1:])  # raises on an unknown or a missing option
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,12 +21,16 @@ if TYPE_CHECKING:  # help is shown, and words are completed, without what takes 
     from dflash_offline.stages.conversations.plan import Plan
     from dflash_offline.stages.extract import Extracted
 
+_MOST_RANKS = 32
+"""Ranks whose shares a plan lists one by one."""
+
 
 @command(
     "extract",
     "Run a target over conversations once, into a cache.",
     ("what it would make and take, before any work", "chats.jsonl --target Qwen/Qwen3-8B --out cache --plan"),
     ("the same without --plan; repeated, it goes on", "chats.jsonl --target Qwen/Qwen3-8B --out cache"),
+    ("by the nodes of a Ray cluster", "chats.jsonl --target Qwen/Qwen3-8B --out s3://bucket/cache --ray"),
     ("three tenths of a file and all of another, mixed", "a.jsonl:0.3 b.jsonl --target Qwen/Qwen3-8B --out mixed"),
     (
         "by vLLM, which spreads the target over four GPUs",
@@ -89,7 +93,7 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
     from dflash_offline.stages.capture.forecast import more_room
 
     if as_json:
-        print(json.dumps(_document(plan, layout, forecast), indent=1))
+        print(json.dumps(_document(config, plan, layout, forecast), indent=1))
         return
     for name, text in plan.facts():
         print(f"{name:<12}{text}")
@@ -111,6 +115,8 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
         )
     if forecast.free_bytes is not None:
         print(f"Free        {readable_bytes(forecast.free_bytes)}{'' if forecast.fits else ': NOT ENOUGH'}")
+    if config.world_size > 1:
+        _print_shares(plan, config.world_size)
     print(
         f"Time        {readable_seconds(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s a process, measured"
     )
@@ -119,7 +125,22 @@ def print_plan(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "F
     )
 
 
-def _document(plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, Any]:
+def _print_shares(plan: "Plan", world_size: int) -> None:
+    """Print what each rank would take, of many the range, and how even that is."""
+    from dflash_offline.stages.capture.forecast import shares
+
+    ranks = shares(plan.samples, plan.num_shards, world_size)
+    largest, mean = max(rank.tokens for rank in ranks), sum(rank.tokens for rank in ranks) / world_size
+    spread = [f"{min(counts):,} to {max(counts):,}" for counts in zip(*map(astuple, ranks), strict=True)]
+    even = f"the most is {largest / mean:.3f} of the mean"
+    print(f"Ranks       {world_size:,}: {spread[0]} shards, {spread[1]} tokens; {even}")
+    for number, rank in enumerate(ranks if world_size <= _MOST_RANKS else ()):
+        print(f"            {number:>3}: {rank.shards:,} shards, {rank.tokens:,} tokens")
+
+
+def _document(config: ExtractConfig, plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, Any]:
+    from dflash_offline.stages.capture.forecast import shares
+
     found = asdict(forecast)
     del found["rest_bytes"]
     return {
@@ -130,4 +151,5 @@ def _document(plan: "Plan", layout: Layout, forecast: "Forecast") -> dict[str, A
         **found,
         "bytes_left": forecast.bytes_left,
         "fits": forecast.fits,
+        "ranks": list(map(asdict, shares(plan.samples, plan.num_shards, config.world_size))),
     }

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # help is shown, and words are completed, without what takes 
     ),
     ("two caches, of one three tenths an epoch", "cache more --weights 1,0.3 --out run"),
     ("the settings of another run, one of them changed", "--config run/config.toml --out again --lr 3e-4"),
+    ("behind `torchrun --nproc-per-node 2 --no-python`, each rank holds a half", "cache --out run --shard-draft"),
 )
 def train(
     settings: Callable[..., TrainConfig],
@@ -106,6 +107,12 @@ def _kept_by_budget(found: "DryRun") -> dict[str, str]:
     return {"Budget": f"{share}; 1 keeps {readable_bytes(whole)}, 0.5 keeps {readable_bytes(half)} and takes more time"}
 
 
+def _by_rank(found: "DryRun") -> str:
+    if found.num_ranks == 1:
+        return ""
+    return f" on each of {found.num_ranks} ranks" + (", each a part of them" if found.is_sharded else "")
+
+
 def print_dry_run(found: "DryRun") -> None:
     """Print what a run would take."""
     rows, tokens, blocks = found.batch_shape
@@ -113,8 +120,8 @@ def print_dry_run(found: "DryRun") -> None:
         "Samples": f"{found.num_train:,} to train on, {found.num_val:,} held out{_idle(found.num_idle)}",
         "Anchors": f"{found.anchors}; {found.blocks_per_epoch:,} blocks an epoch",
         "Parameters": f"{found.parameters:,}",
-        "Memory": f"{readable_bytes(found.weight_bytes)} weights, gradients and optimizer; at its peak "
-        f"{readable_bytes(found.peak_bytes)}",
+        "Memory": f"{readable_bytes(found.weight_bytes)} weights, gradients and optimizer{_by_rank(found)}; "
+        f"at its peak {readable_bytes(found.peak_bytes)}",
         "Micro-batch": f"{rows} x {tokens:,} tokens, {blocks:,} blocks a row: {found.block_tokens:,} block tokens",
         "Activations": f"{readable_bytes(found.activation_bytes)}, counted; {readable_bytes(found.device_bytes)} of "
         f"memory would hold {found.most_block_tokens:,} block tokens",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dflash_offline.schemas.draft.anchor_rule import ANCHORS, WHOLE, AnchorRule
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FeatureLayout
-from dflash_offline.schemas.settings import shared
+from dflash_offline.schemas.settings import cluster, shared
 from dflash_offline.schemas.settings.engine import (
     TRANSFORMERS,
     Engine,
@@ -138,6 +138,10 @@ class ExtractConfig:
     plan_timeout_s: Annotated[float, Option(
         "Time that a later rank waits for a sign of the plan, which rank 0 makes.",
         "Several processes", "free", "SECONDS", bounds=AT_LEAST_0)] = 1800.0
+    ray: cluster.Ray = None
+    gpus_per_worker: cluster.GpusPerWorker = None
+    workers_min: cluster.WorkersMin = 1
+    workers_max: cluster.WorkersMax = None
 
     # fmt: on
 
@@ -175,5 +179,8 @@ class ExtractConfig:
             found.append("device_map spreads one target over all devices; its layers cannot be compiled.")
         if self.workers > 1 and self.device_map is not None:
             found.append("device_map spreads one target over all devices; it cannot be used with several workers.")
+        if self.ray is not None and (self.workers > 1 or self.world_size > 1):
+            found.append("ray starts workers of its own; workers and world_size cannot be used beside it.")
+        found += cluster.cluster_problems(self)
         found += engine_problems(self, _ARGUMENTS, _INSTEAD)
         refuse("extract", found + shared.template_problems(self.chat_template_kwargs))

@@ -56,6 +56,8 @@ class Option:
     bounds: Bounds | None = None
     flags: tuple[str, ...] = ()
     """Its flags, where they are not its field's name alone."""
+    bare: str = ""
+    """What a flag means that stands alone, where it may: before another flag, or at the end."""
     instead_of: str = ""
     """A setting that means nothing beside it: a flag for either sets aside what a file says of the other."""
 

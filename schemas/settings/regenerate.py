@@ -7,7 +7,7 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from dflash_offline.schemas.secrets import shown_url
-from dflash_offline.schemas.settings import shared
+from dflash_offline.schemas.settings import cluster, shared
 from dflash_offline.schemas.settings.engine import (
     TRANSFORMERS,
     Engine,
@@ -111,6 +111,10 @@ class RegenerateConfig:
     rests: Annotated[int, Option(
         "Rests in a row after which a server is gone; when all are, the command stops.",
         "Servers", "free", "TIMES", bounds=AT_LEAST_1)] = 4
+    ray: cluster.Ray = None
+    gpus_per_worker: cluster.GpusPerWorker = None
+    workers_min: cluster.WorkersMin = 1
+    workers_max: cluster.WorkersMax = None
 
     # fmt: on
 
@@ -128,7 +132,7 @@ class RegenerateConfig:
         if not self.temperature:
             asked = [name for name in ("top_k", "min_p") if getattr(self, name)]
             found += [f"{name} is of tokens that are drawn, and temperature is 0, which is greedy." for name in asked]
-        found += self._source_problems() + engine_problems(self, {}, _INSTEAD)
+        found += self._source_problems() + cluster.cluster_problems(self) + engine_problems(self, {}, _INSTEAD)
         refuse("regenerate", found + shared.template_problems(self.chat_template_kwargs))
 
     def _source_problems(self) -> list[str]:
@@ -153,6 +157,8 @@ class RegenerateConfig:
                 usable = False
             if not usable:
                 found.append(f"server is {shown_url(url)!r}; expected a URL, as in http://127.0.0.1:8000/v1.")
+        if self.ray is not None and (self.servers or self.engine != TRANSFORMERS):
+            found.append("ray has workers answer by transformers. vllm answers on many machines as servers on each.")
         if len(set(self.servers)) < len(self.servers):
             found.append("The same server is named twice; name each once.")
         return found

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from dflash_offline.schemas.draft.anchor_rule import ANCHORS
 from dflash_offline.schemas.draft.config import CAUSAL_LAYERS
+from dflash_offline.schemas.paths import store_url
 from dflash_offline.schemas.settings.losses import LOSSES, LossMixture
 from dflash_offline.schemas.settings.option import (
     ARGUMENTS,
@@ -25,6 +26,8 @@ from dflash_offline.schemas.variants.table import NAMES
 
 ATTENTION_BACKENDS = ("flex_attention", "sdpa", "eager")
 FLEX_TILES = ("default", "narrow")
+LOCAL_CACHE_GIB = 100.0
+"""What a local copy of caches in object stores holds at most, unless told otherwise."""
 MAX_EPOCHS = 1_000_000
 """Passes over the samples; far above any run, and few enough to count the steps of."""
 _CHECKPOINTS = "Validation and checkpoints"
@@ -67,9 +70,10 @@ class TrainConfig:
         bounds=AT_LEAST_1)] = None
     batch_size: Annotated[int, Option(
         "Samples of one padded micro-batch, with --no-packing.", "Data", "identity", "SAMPLES", bounds=AT_LEAST_1)] = 8
-    accumulation: Annotated[int, Option(
+    accumulation: Annotated[int | None, Option(
         "Micro-batches that each rank adds to one optimizer step; the loss is their exact mean.",
-        "Data", "identity", "BATCHES", bounds=AT_LEAST_1)] = 1
+        "Data", "identity", "BATCHES", unset="1, or each rank's share of what the run was begun with",
+        bounds=AT_LEAST_1)] = None
     optimizer: Annotated[str, Option(
         "Optimizer: adamw, as published; or muon, which needs fewer steps where steps are few.",
         "Optimizer", "identity", "NAME", choices=("adamw", "muon"))] = "adamw"
@@ -210,6 +214,9 @@ class TrainConfig:
         "Device", "identity", "NAME", choices=("auto", "float32", "bfloat16"))] = "auto"
     gradient_checkpointing: Annotated[bool, Option(
         "Compute each draft layer again in the backward pass: less memory, more time.", "Device", "free")] = False
+    shard_draft: Annotated[bool, Option(
+        "Under torchrun, hold on each rank only its part of weights, gradients and optimizer; gather them by layers.",
+        "Device", "free")] = False
     activation_budget: Annotated[float | None, Option(
         "Share of compiled layers' activations to keep for the backward pass, which computes the rest again.",
         "Device", "free", "SHARE", unset="1, or 0.5 where a GPU could not hold all",
@@ -222,6 +229,12 @@ class TrainConfig:
     loader_threads: Annotated[int, Option(
         "Threads that read and decode samples ahead of the step; take more where the log shows waiting.",
         "Data", "free", "THREADS", bounds=AT_LEAST_1)] = 2
+    local_cache: Annotated[Path | None, Option(
+        "Folder on a local disk that keeps what is read of caches in object stores; it may be removed at any time.",
+        "Data", "free", "FOLDER", unset="none")] = None
+    local_cache_gib: Annotated[float | None, Option(
+        "Most that the folder of --local-cache holds, of all processes together.",
+        "Data", "free", "GIB", unset="100", bounds=POSITIVE)] = None
 
     # fmt: on
 
@@ -230,6 +243,12 @@ class TrainConfig:
         if not self.caches:
             found.append("No cache is given.")
         found += self._loss_problems()
+        if self.local_cache_gib is not None and self.local_cache is None:
+            found.append("local_cache_gib bounds what --local-cache keeps, and no --local-cache is given.")
+        if self.local_cache is not None and not any(map(store_url, self.caches)):
+            found.append(
+                f"local_cache is {self.local_cache}, and no cache is in an object store. Leave --local-cache out."
+            )
         if self.weights is not None and len(self.weights) != len(self.caches):
             found.append(f"{len(self.weights)} weights are given for {len(self.caches)} caches; expected one each.")
         if any(not 0 < weight <= 1 for weight in self.weights or ()):

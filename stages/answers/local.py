@@ -38,6 +38,7 @@ class LocalAnswerer:
         self.config = config
         self.progress = progress
         self._turns = TargetTurns(config)
+        self.device = self._turns.device
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the answers."""
@@ -58,6 +59,14 @@ class LocalAnswerer:
         """Answer every open turn of the dialogues, and note the answers batch by batch."""
         if not num_open:
             return
+        self.load()
+        rows = iter(dialogues)
+        while window := list(islice(rows, window_rows(self.config))):
+            if any(dialogue.is_open for dialogue in window):
+                self.answer_window(window, note)
+
+    def load(self) -> None:
+        """Load the target, which windows are answered with."""
         # Checked as for extraction: answers of a target that no draft can serve would train none.
         turns = self._turns
         self.model = load_as_configured(turns.files, self.config, turns.dtype, turns.device, self.progress)
@@ -66,12 +75,9 @@ class LocalAnswerer:
         self.model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=turns.end_ids, pad_token_id=turns.end_ids[0] if pad is None else pad
         )
-        rows = iter(dialogues)
-        while window := list(islice(rows, WINDOW_BATCHES * self.config.batch_rows)):
-            if any(dialogue.is_open for dialogue in window):
-                self._answer_window(window, note)
 
-    def _answer_window(self, window: list[Dialogue], note: Note) -> None:
+    def answer_window(self, window: list[Dialogue], note: Note) -> None:
+        """Answer every open turn of dialogues that make up one window, by the target that is loaded."""
         for turn in range(max(len(dialogue.questions) for dialogue in window)):
             prompts: list[tuple[Dialogue, Asked]] = []
             for dialogue in window:
@@ -126,6 +132,11 @@ class LocalAnswerer:
             ) from error
         new: list[list[int]] = generated[:, width:].tolist()
         return new
+
+
+def window_rows(config: RegenerateConfig) -> int:
+    """Return how many rows are answered turn by turn together: whole windows, from the first row of the data."""
+    return WINDOW_BATCHES * config.batch_rows
 
 
 class OwnDraws:

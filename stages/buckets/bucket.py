@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
@@ -22,6 +22,8 @@ _PART_BYTES = 32 << 20
 """Bytes of one request where a whole object is fetched."""
 _AT_ONCE = 16
 """Requests that one call has under way."""
+RANGE_BYTES = 8 << 20
+"""Bytes of one request where a range of an object is read."""
 SMALL_AT_ONCE = 64
 """Requests for small objects that one call has under way: each is little but waiting."""
 _PAGE = 1000
@@ -76,11 +78,27 @@ class Bucket:
         return self._found(name, lambda obstore: int(obstore.head(self._store, name)["size"]))
 
     def read_range(self, name: str, begin: int, end: int) -> Any:
-        """Return bytes `begin` to `end` of an object that is there, as a buffer; `StoreError` if it is not."""
-        found = self._range(name, begin, end)
-        if found is None:
+        """Return bytes `begin` to `end` of an object that is there, as a buffer; `StoreError` if it is not.
+
+        Many bytes are asked for in parts, side by side: one connection is slower than what a machine can take.
+        """
+        begins = range(begin, end, RANGE_BYTES)
+        if len(begins) == 1:
+            found = [self._range(name, begin, end)]
+        else:
+            found = list(_parts().map(lambda first: self._range(name, first, min(first + RANGE_BYTES, end)), begins))
+        if any(part is None for part in found):
             raise StoreError(f"{self.url}/{name} is gone: an object of the cache was removed while it was read.")
-        return found
+        return found[0] if len(found) == 1 else b"".join(memoryview(part) for part in found if part is not None)
+
+    def read_sized(self, name: str, begin: int, end: int) -> tuple[bytes, int] | None:
+        """Return bytes `begin` to `end` of an object and the bytes that it has in all, or None if it is not there."""
+
+        def read(obstore: Any) -> tuple[bytes, int]:
+            answer = obstore.get(self._store, name, options={"range": (begin, end)})
+            return bytes(answer.bytes()), int(answer.meta["size"])
+
+        return self._found(name, read)
 
     def _range(self, name: str, begin: int, end: int) -> Any | None:
         return self._found(name, lambda obstore: obstore.get_range(self._store, name, start=begin, end=end))
@@ -185,6 +203,12 @@ class Bucket:
         except (obstore.exceptions.BaseError, OSError) as error:
             place = f"{self.url}/{name}" if name else self.url
             raise StoreError(refusal(place, str(error))) from None  # its text may hold secrets
+
+
+@cache
+def _parts() -> ThreadPoolExecutor:
+    """Return the threads that ask for the parts of long ranges; no task of theirs waits for another."""
+    return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="ranges")
 
 
 def _delete(store: Any, name: str, obstore: Any) -> None:

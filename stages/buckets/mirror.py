@@ -22,8 +22,21 @@ from pathlib import Path
 from dflash_offline.schemas.commits import Commit, commit_path
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import building_name, sha256_bytes
-from dflash_offline.schemas.locks import building_folder
-from dflash_offline.schemas.manifest import COMMITS, FEATURES, FINAL, HIDDEN, IDS, MANIFEST, MASK, TARGET, TMP, Manifest
+from dflash_offline.schemas.locks import building_folder, locked, touch_lock
+from dflash_offline.schemas.manifest import (
+    COMMITS,
+    FEATURES,
+    FINAL,
+    FINAL_MANIFEST,
+    FINAL_METADATA,
+    HIDDEN,
+    IDS,
+    MANIFEST,
+    MASK,
+    TARGET,
+    TMP,
+    Manifest,
+)
 from dflash_offline.schemas.paths import local_path, store_url
 from dflash_offline.stages.buckets.bucket import SMALL_AT_ONCE, Bucket, Listed, in_parallel
 from dflash_offline.stages.buckets.bundles import (
@@ -59,12 +72,26 @@ class Mirror:
         Files of the same manifest are not fetched again; readers compare them with it.
         """
         content = self.bucket.read(MANIFEST)
-        with suppress(OSError):
-            if content == (self.folder / MANIFEST).read_bytes():
-                return True
         if content is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             return False
+        if self._is_of(content):
+            return True
+        lock = self.folder.with_name("pulling.lock")
+        lock.parent.mkdir(exist_ok=True)
+        touch_lock(lock)
+        with locked(lock, wait=True):  # the other processes of this machine need the same files
+            if not self._is_of(content):
+                self._build(content)
+        return True
+
+    def _is_of(self, manifest: bytes) -> bool:
+        with suppress(OSError):
+            return manifest == (self.folder / MANIFEST).read_bytes()
+        return False
+
+    def _build(self, content: bytes) -> None:
+        """Let the folder hold the static files of this manifest."""
         with building_folder(self.folder) as new:
             (new / MANIFEST).write_bytes(content)
             for name in (COMMITS, TMP):
@@ -75,20 +102,24 @@ class Mirror:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # not empty: another process was first
                 new.rename(self.folder)
-        return True
 
-    def fetch_anew(self, names: list[str]) -> None:
-        """Let the folder hold these files as they are now in the bucket, and none that is not there."""
-        for name in names:
-            path = self.folder / name
-            path.unlink(missing_ok=True)
-            self.bucket.fetch(name, path)
+    @contextmanager
+    def apart(self) -> Iterator["Mirror"]:
+        """Give a mirror of the same cache in a folder that no other process uses, just fetched; it goes on leaving."""
+        self.folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="apart-", dir=self.folder.parent) as folder:
+            mirror = Mirror(Path(folder) / _FOLDER, self.bucket)
+            if mirror.pull():
+                for name in (FINAL_MANIFEST, FINAL_METADATA):
+                    self.bucket.fetch(name, mirror.folder / name)
+            yield mirror
 
     @contextmanager
     def fetched(self, names: list[str]) -> Iterator[None]:
-        """Let the folder hold these files as they are now in the bucket, and remove them on leaving."""
+        """Let the folder, which is `apart`, hold these files as they are now in the bucket; they go on leaving."""
         try:
-            self.fetch_anew(names)
+            for name in names:
+                self.bucket.fetch(name, self.folder / name)
             yield
         finally:
             for name in names:

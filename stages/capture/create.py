@@ -23,7 +23,7 @@ from dflash_offline.schemas.paths import utf8_name
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.calibrate import calibrated_scales
 from dflash_offline.stages.capture.extractor import Extractor, load_extractor
-from dflash_offline.stages.capture.forecast import forecast_cost, refuse_too_large
+from dflash_offline.stages.capture.forecast import forecast_cost, refuse_large_objects, refuse_too_large
 from dflash_offline.stages.capture.inputs import Inputs
 from dflash_offline.stages.conversations.plan import Plan, make_plan, refuse_ids_beyond_table
 from dflash_offline.stages.draft.weights import save_weights
@@ -52,6 +52,7 @@ def create_cache(inputs: Inputs, progress: Progress) -> Extractor:
         runner.start(plan.samples, progress)
         forecast = forecast_cost(inputs, runner, plan, layout, progress)
         progress.say(f"Forecast: {forecast}.")
+        refuse_large_objects(config.out, layout, forecast)
         if not config.ignore_free_space:
             refuse_too_large(config.out, forecast.num_bytes, forecast.free_bytes, is_begun=False)
         step, skip_bad = layout.features.step, config.on_bad_features == "skip"

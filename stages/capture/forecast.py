@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.manifest import FEATURE_KINDS, FINAL, HIDDEN, FeatureLayout, Layout
 from dflash_offline.schemas.samples import SampleTable, before_supervised
+from dflash_offline.stages.buckets.bucket import MOST_OBJECT_BYTES
 from dflash_offline.stages.buckets.mirror import mirror_of
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
 from dflash_offline.stages.capture.extractor import Extractor
@@ -31,6 +32,8 @@ _TIMED_S = 2.0
 """Seconds after which no further batch is timed."""
 _COMPRESSED_TOKENS = 2048
 """Tokens whose features are compressed to measure the ratio."""
+_UNEVEN = 1.1
+"""Largest shard over what the measured ratio gives."""
 _RECORD_BYTES, _LAYER_RECORD_BYTES = 1400, 180
 """Bytes of a commit record, and of each layer in it."""
 
@@ -127,6 +130,8 @@ def forecast_cost(inputs: Inputs, runner: Extractor, plan: Plan, layout: Layout,
     same_bytes = int(_token_bytes(samples, batches[0]) * num_tokens) + _index_bytes(layout)
     rate = tokens / seconds
     processes = config.world_size * (config.workers if runner.device.type == "cuda" else 1)
+    if config.ray is not None:
+        processes = config.workers_min
     plan_bytes = sum(path.stat().st_size for path in plan.folder.iterdir())
     free = free_bytes(config.out)
     return Forecast(
@@ -151,6 +156,21 @@ def _final_bytes(samples: SampleTable, codes: torch.Tensor, features: FeatureLay
     kept = sum(int(np.count_nonzero(before_supervised(samples.loss_mask(sample)))) for sample in range(len(samples)))
     ratio = _ratio(codes[:_COMPRESSED_TOKENS], features, alone) if len(codes) else 0.0
     return int(ratio * kept * alone.slot_bytes) + _index_bytes(alone)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank of an array job would do."""
+
+    shards: int
+    tokens: int
+
+
+def shares(samples: SampleTable, num_shards: int, world_size: int) -> list[Share]:
+    """Return each rank's share of a plan."""
+    tokens = np.bincount(samples.shard, weights=samples.num_tokens, minlength=num_shards)
+    ranks = (range(num_shards)[rank::world_size] for rank in range(world_size))
+    return [Share(len(rank), int(tokens[rank.start : rank.stop : rank.step].sum())) for rank in ranks]
 
 
 def _some_batches(runner: Extractor, samples: SampleTable, num_shards: int) -> list[NDArray[np.int64]]:
@@ -227,6 +247,18 @@ def refuse_too_large(out: Path, needed: int, free: int | None, *, is_begun: bool
         raise DflashError(
             f"{out} needs {readable_bytes(needed)} more and its disk has {readable_bytes(free)} free. "
             f"{advice[0].upper()}{advice[1:]}; --ignore-free-space starts all the same."
+        )
+
+
+def refuse_large_objects(out: Path, layout: Layout, forecast: Forecast) -> None:
+    """Raise `DflashError` if a shard of a bucket's cache would be an object that cannot be put at once."""
+    raw = layout.shard_tokens * layout.slot_bytes
+    size = int(raw * min(1.0, _UNEVEN * forecast.ratios[forecast.features.kind]))
+    if mirror_of(out) is not None and size > MOST_OBJECT_BYTES:
+        raise DflashError(
+            f"A shard has {layout.shard_tokens:,} token slots, about {readable_bytes(size)} of hidden states, and a "
+            f"store takes {readable_bytes(MOST_OBJECT_BYTES)} in one object that must not be there yet. Lower "
+            f"--shard-mib; where one sample alone is as large, lower --max-length or take fewer --layers."
         )
 
 

@@ -9,28 +9,30 @@ import multiprocessing
 import os
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
 from dflash_offline.schemas.commits import SkippedSample
-from dflash_offline.schemas.errors import DflashError, missing_memory
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.engine import TRANSFORMERS
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.bad_features import BadFeatures, skipped_place
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.capture.extractor import Extractor
+from dflash_offline.stages.capture.faults import as_fault, as_one, fault_message
 from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer, Wanted
 from dflash_offline.stages.cores import share_cores
 from dflash_offline.stages.progress import Progress, readable_bytes
@@ -110,12 +112,13 @@ class Report:
         """Add tokens whose forward is done."""
         self.progress.advance(count)
 
-    def shard(self, num_bytes: int) -> None:
-        """Add a finished shard."""
-        self.written.append(num_bytes)
-        self.progress.advance(
-            0, shards=f"{len(self.written)}/{self.num_shards}", written=readable_bytes(sum(self.written))
-        )
+    def shard(self, shard: int, num_bytes: int) -> None:
+        """Add a finished shard, unless it was another worker who finished it."""
+        if num_bytes:
+            self.written.append(num_bytes)
+            self.progress.advance(
+                0, shards=f"{len(self.written)}/{self.num_shards}", written=readable_bytes(sum(self.written))
+            )
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -131,10 +134,38 @@ def run_shards(work: Work, left: Sequence[int], progress: Progress) -> list[int]
 
 
 def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> None:
-    """Fill buffers with one shard while those before it are encoded and written; records come in the shards' order.
+    """Run shards; those that another worker holds are waited for at the end, and run here if that worker died."""
+    held: list[int] = []
 
+    def seen_before(shard: int) -> bool:
+        if shard in held:
+            return True
+        held.append(shard)
+        return False
+
+    run_free_shards(work, chain(left, held), report, seen_before)
+
+
+class Listener(Protocol):
+    """Hears what becomes of shards, from several threads."""
+
+    def tokens(self, count: int) -> None:
+        """Hear of tokens whose forward is done."""
+
+    def shard(self, shard: int, num_bytes: int) -> None:
+        """Hear of a finished shard: the bytes that were written, 0 if it was another worker who finished it."""
+
+    def say(self, text: str) -> None:
+        """Hear a line for the user."""
+
+
+def run_free_shards(work: Work, shards: Iterable[int | None], report: Listener, waits: Callable[[int], bool]) -> None:
+    """Run shards as they come, None where none is there yet.
+
+    Of a shard that another worker holds, `waits` says whether to wait until it is finished or that worker died.
+
+    A buffer is filled with one shard while those before it are encoded and written; records come in the shards' order.
     On a CPU forward and encoder share cores, so they take turns: only encoded chunks are written and synced meanwhile.
-    Shards that another worker holds are waited for at the end, and run here if that worker died.
     """
     runner, samples = work.runner, work.cache.samples
     free: dict[str, SimpleQueue[ShardBuffer]] = {output.array: SimpleQueue() for output in work.outputs}
@@ -146,32 +177,34 @@ def _run_shards(work: Work, left: Sequence[int], report: "Report | _Sender") -> 
         with claim, ExitStack() as held:
             for one in queued:
                 held.enter_context(one.held)
-            size = sum([one.write(shard, started, before, report.say) for one in queued])
-            if size:  # else another worker's record won
-                report.shard(size)
+            report.shard(shard, sum([one.write(shard, started, before, report.say) for one in queued]))
 
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(_WRITES, thread_name_prefix="write") as background:
-        for waiting in (False, True):
-            for shard in left:
-                if work.is_done(shard):
-                    continue
-                started = time.time()
-                with ExitStack() as claim:
-                    if not claim.enter_context(work.outputs[0].writer.claim(shard, wait=waiting, is_done=work.is_done)):
+        for shard in shards:
+            if shard is None:
+                _finish([job for job in pending if job.done()])
+                continue
+            if work.is_done(shard):
+                report.shard(shard, 0)
+                continue
+            started, claimed = time.time(), partial(work.outputs[0].writer.claim, shard, is_done=work.is_done)
+            with ExitStack() as claim:
+                if not claim.enter_context(claimed(wait=False)):
+                    if not waits(shard):
                         continue
-                    members, outputs = samples.samples_of_shard(shard), work.left(shard)
-                    wanted = [Wanted(output.array, output.encoder, free[output.array].get()) for output in outputs]
-                    _finish([job for job in pending if job.done()])  # before any more work, if it failed
-                    filling = runner.run_shard(samples, members, wanted, report.tokens)
-                    queued = [_Queued.of(*one, free[one[0].array]) for one in zip(outputs, filling, strict=True)]
-                    while len(pending) >= _WRITES:
-                        pending.popleft().result()
-                    pending.append(
-                        background.submit(write, shard, queued, started, claim.pop_all(), list(pending)[-1:])
-                    )
-            while pending:
-                pending.popleft().result()
+                    if not claim.enter_context(claimed(wait=True)):
+                        report.shard(shard, 0)
+                        continue
+                members, outputs = samples.samples_of_shard(shard), work.left(shard)
+                wanted = [Wanted(output.array, output.encoder, free[output.array].get()) for output in outputs]
+                _finish([job for job in pending if job.done()])  # before any more work, if it failed
+                filling = runner.run_shard(samples, members, wanted, report.tokens)
+                queued = [_Queued.of(*one, free[one[0].array]) for one in zip(outputs, filling, strict=True)]
+                while len(pending) >= _WRITES:
+                    pending.popleft().result()
+                pending.append(background.submit(write, shard, queued, started, claim.pop_all(), list(pending)[-1:]))
+        _finish(pending)
 
 
 @dataclass(frozen=True)
@@ -248,11 +281,11 @@ def run_workers(
         while listening:
             for receiver in cast(list[Connection], wait(listening)):
                 try:
-                    kind, value = receiver.recv()
+                    kind, *values = receiver.recv()
                 except EOFError:
                     listening.remove(receiver)
                     continue
-                faults.append(value) if kind == "fault" else getattr(report, kind)(value)
+                faults.extend(values) if kind == "fault" else getattr(report, kind)(*values)
     except BaseException:
         for process in processes.values():
             if process.pid is not None:
@@ -267,9 +300,9 @@ def run_workers(
         if process.exitcode not in (0, _FAULT):
             faults.append(DflashError(f"{process.name} ended with exit code {process.exitcode}."))
     if faults and not all(map(cache.is_done, left)):
-        raise _as_one(faults)
+        raise as_one(faults)
     if faults:
-        progress.say("\n".join(map(_message, faults)))
+        progress.say("\n".join(map(fault_message, faults)))
     return report.written
 
 
@@ -280,15 +313,15 @@ class _Sender:
         self._connection = connection
         self._lock = threading.Lock()
 
-    def send(self, kind: str, value: Any) -> None:
+    def send(self, kind: str, *values: Any) -> None:
         with self._lock:
-            self._connection.send((kind, value))
+            self._connection.send((kind, *values))
 
     def tokens(self, count: int) -> None:
         self.send("tokens", count)
 
-    def shard(self, num_bytes: int) -> None:
-        self.send("shard", num_bytes)
+    def shard(self, shard: int, num_bytes: int) -> None:
+        self.send("shard", shard, num_bytes)
 
     def say(self, text: str) -> None:
         self.send("say", text)
@@ -318,20 +351,9 @@ def _worker(
             _run_shards(work, left, sender)
     except BrokenPipeError:  # the command was killed
         raise SystemExit(_FAULT) from None
-    except (DflashError, OSError) as error:
-        of_system = isinstance(error, OSError) and error.errno is not None
-        sender.send("fault", error if of_system else DflashError(str(error)))
-        raise SystemExit(_FAULT) from None
     except Exception as error:  # the command shows it, as it shows everything
-        sender.send("fault", DflashError(_unexpected(error)))
+        sender.send("fault", as_fault(error, "--workers"))
         raise SystemExit(_FAULT) from None
-
-
-def _unexpected(error: Exception) -> str:
-    """Return what to say of an error in a worker that is none of the input or the settings."""
-    if found := missing_memory(error):
-        return f"A worker has too little memory: {found}. Let it have more, or start fewer: --workers."
-    return f"A bug of dflash in a worker:\n{''.join(traceback.format_exception(error))}"
 
 
 def _end_with_the_command() -> None:
@@ -340,20 +362,6 @@ def _end_with_the_command() -> None:
     assert command is not None
     command.join()
     os._exit(_FAULT)
-
-
-def _as_one(faults: list[DflashError | OSError]) -> DflashError | OSError:
-    """Return what to raise: a system error that all have met as it is, for commands have advice for it."""
-    numbers = {fault.errno if isinstance(fault, OSError) else None for fault in faults}
-    if len(numbers) == 1 and None not in numbers:
-        return faults[0]
-    return DflashError("\n".join(dict.fromkeys(map(_message, faults))))
-
-
-def _message(fault: DflashError | OSError) -> str:
-    if isinstance(fault, OSError) and fault.filename:
-        return f"{fault.filename}: {fault.strerror}"
-    return str(fault)
 
 
 def _gpus(config: ExtractConfig, index: int) -> str | None:

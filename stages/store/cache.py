@@ -7,7 +7,7 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,29 @@ from dflash_offline.schemas.manifest import (
     FINAL_MANIFEST,
     FINAL_METADATA,
     HIDDEN,
+    IDS,
+    MASK,
     SAMPLES,
     Manifest,
     feature_file,
+    token_file,
 )
-from dflash_offline.schemas.samples import SampleTable, before_supervised
+from dflash_offline.schemas.samples import SampleTable, Tokens, before_supervised
 from dflash_offline.stages.buckets.bundles import list_records
-from dflash_offline.stages.buckets.mirror import mirror_of, worked_on
-from dflash_offline.stages.buckets.ranges import ObjectRanges
+from dflash_offline.stages.buckets.local_copy import LocalCopy
+from dflash_offline.stages.buckets.mirror import Mirror, mirror_of, worked_on
+from dflash_offline.stages.buckets.ranges import Kept, ObjectRanges
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.store.array_metadata import check_final_metadata, check_metadata, read_scale
 from dflash_offline.stages.store.codec import CENTER, STEP, FeatureCodec
-from dflash_offline.stages.store.shard_file import OpenFile, ShardFile
+from dflash_offline.stages.store.shard_file import Chunks, OpenFile, Ranges, ShardFile, ShardTokens, read_one_chunk
 
 _MOST_OPEN = 1024
 """Shard files that a process keeps open, with their indexes, and never more than half of the files it may have open."""
+_MOST_INDEX_BYTES = 256 << 20
+"""Of the indexes of a bucket's shards that are kept."""
+_FETCHED_AT_ONCE = 16
+"""Samples that are fetched from a bucket ahead of their use."""
 _caches: "WeakSet[Cache]" = WeakSet()
 _opening = threading.Lock()
 """Held while shard files are opened or closed, and caches counted."""
@@ -82,8 +90,16 @@ class Cache:
         self._known: dict[int, Commit] = {}
         """The commit records that were read."""
         self._shards: OrderedDict[int, ShardFile] = OrderedDict()
+        self.local_copy: LocalCopy | None = None
+        """Where what is read from a bucket is kept on this machine; set before anything is read."""
+        self.shard_tokens: ShardTokens | None = None
+        """What tokens are read by where the plan's are too many to be held; set before anything is read."""
         with _opening:
             _caches.add(self)
+        self._ahead: dict[tuple[int, ...], list[Future[Chunks]]] = {}
+        """What is being fetched, by sample and columns."""
+        self._changing_ahead = threading.Lock()
+        self._fetchers = ThreadPoolExecutor(_FETCHED_AT_ONCE, thread_name_prefix="fetch")
         self._num_helpers = usable_cores() - 1
         self._decoders = ThreadPoolExecutor(max(1, self._num_helpers), thread_name_prefix="decode")
 
@@ -235,8 +251,16 @@ class Cache:
         """Return the features of a finished shard."""
         name = feature_file(self.array, commit.shard)
         record, path = commit.files[name], self.path / name
-        ranges = OpenFile(path) if self.mirror is None else ObjectRanges(self.mirror.bucket, name)
+        ranges: Ranges = OpenFile(path) if self.mirror is None else self._object(self.mirror, name, record.sha256)
         return ShardFile(path, record, self.layout, self.layer_ids, ranges)
+
+    def _object(self, mirror: Mirror, name: str, sha256: str) -> ObjectRanges:
+        return ObjectRanges(mirror.bucket, name, self.local_copy, f"{self.copied_as}/{sha256[:32]}")
+
+    @property
+    def copied_as(self) -> str:
+        """The cache's name in a local copy."""
+        return self.manifest.checksum[:32]
 
     def _record(self, shard: int) -> Commit:
         """Return a finished shard's record, read alone if no other was asked for."""
@@ -250,12 +274,72 @@ class Cache:
 
     def _shard(self, shard: int) -> ShardFile:
         with _opening:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+        opened = self.open_shard(self._record(shard))  # others open theirs meanwhile: a store takes its time
+        with _opening:
             if shard not in self._shards:
-                commit = self._record(shard)
-                _make_room()
-                self._shards[shard] = self.open_shard(commit)
-            self._shards.move_to_end(shard)
+                self._make_room()
+                self._shards[shard] = opened
             return self._shards[shard]
+
+    def _make_room(self) -> None:
+        """Close shards until one more may be opened: files of all caches, or this one's indexes of objects."""
+        if self.mirror is not None:
+            index_bytes = 16 * self.layout.num_layers * (self.layout.shard_tokens // self.layout.chunk_tokens)
+            while len(self._shards) >= max(1, _MOST_INDEX_BYTES // index_bytes):
+                self._shards.popitem(last=False)
+            return
+        opened = [cache._shards for cache in _caches if cache.mirror is None]
+        while sum(map(len, opened)) >= most_open_shards():
+            max(opened, key=len).popitem(last=False)
+
+    def ahead(self, sample: int, columns: list[int]) -> Future[Chunks] | None:
+        """Begin to fetch a sample's features from a bucket, for the next `codes` of the same sample and columns.
+
+        Returns what comes of it, to be given to `forget_ahead` if nobody asks for them; None for a local cache.
+        """
+        if self.mirror is None:
+            return None
+        future = self._fetchers.submit(self._chunks, sample, columns)
+        with self._changing_ahead:
+            self._ahead.setdefault((sample, *columns), []).append(future)
+        return future
+
+    def forget_ahead(self, sample: int, columns: list[int], future: Future[Chunks]) -> None:
+        """Drop what was fetched ahead, unless it was asked for."""
+        with self._changing_ahead:
+            waiting = self._ahead.get((sample, *columns), [])
+            if future in waiting:
+                waiting.remove(future)
+                future.cancel()
+
+    def read_tokens(self, shard: int) -> Tokens:
+        """Return the token ids and the mask of a finished shard, [shard_tokens] each; 0 in slots of no sample."""
+        found, commit = [], self._record(shard)
+        for array, dtype in ((IDS, "<u4"), (MASK, "?")):
+            name = token_file(array, shard)
+            content = None if self.mirror is None else self.mirror.bucket.read(name) or b""
+            path = self.path / name
+            found.append(read_one_chunk(path, commit.files[name], self.layout.shard_tokens, dtype, content))
+        ids, mask = found
+        return ids, mask
+
+    def _chunks(self, sample: int, columns: list[int]) -> Chunks:
+        shard = self._shard(int(self.samples.shard[sample]))
+        if self.shard_tokens is not None:
+            self.shard_tokens.of(int(self.samples.shard[sample]))  # read before they are asked for
+        return shard.ahead(self.slots(sample).start, int(self.samples.num_tokens[sample]), columns)
+
+    def _fetched(self, sample: int, columns: list[int]) -> Chunks | None:
+        """Return what `ahead` has fetched, waiting for it; None if it was not asked."""
+        with self._changing_ahead:
+            waiting = self._ahead.get((sample, *columns), [])
+            future = waiting.pop(0) if waiting else None
+            if not waiting:
+                self._ahead.pop((sample, *columns), None)
+        return None if future is None else future.result()
 
     def codes(
         self, sample: int, columns: list[int] | None = None, out: NDArray[np.uint16] | None = None
@@ -272,7 +356,15 @@ class Cache:
         for skipped in self._record(shard).skipped:
             if skipped.sample == sample:
                 raise CacheError(f"{self.samples.place(sample)} was left out of {self.path}: {skipped.reason}.")
-        self._shard(shard).read(self.slots(sample).start, columns, out, self._decoders, self._num_helpers)
+        file, start = self._shard(shard), self.slots(sample).start
+        chunks = self._fetched(sample, columns) or file.ahead(start, len(out), columns)
+        try:
+            file.read(start, columns, out, self._decoders, self._num_helpers, chunks)
+        except (CacheError, OSError):
+            if not isinstance(chunks, Kept):
+                raise
+            chunks.forget()  # damaged on this machine, or thrown away just now
+            file.read(start, columns, out, self._decoders, self._num_helpers)
         return out
 
     def values(self, sample: int) -> NDArray[np.float32]:
@@ -289,10 +381,3 @@ def most_open_shards() -> int:
     """Return how many shard files this process keeps open under its limit of open files; at least 1."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_OPEN if allowed == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, allowed // 2))
-
-
-def _make_room() -> None:
-    """Close shard files of the caches with most of them until one more may be opened."""
-    opened = [cache._shards for cache in _caches]
-    while sum(map(len, opened)) >= most_open_shards():
-        max(opened, key=len).popitem(last=False)

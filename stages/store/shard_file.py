@@ -7,7 +7,9 @@ and write the same files; tests compare the two.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from dflash_offline.schemas.commits import ShardFileRecord
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece
 from dflash_offline.schemas.manifest import Layout
+from dflash_offline.schemas.samples import Tokens
 from dflash_offline.stages.store.chunks import (
     CRC_BYTES,
     LEAST_BYTES,
@@ -38,6 +41,8 @@ _PARALLEL_BYTES = 1 << 20
 """Raw bytes from which a sample's chunks are decoded side by side."""
 _PART_BYTES = 3 << 19
 """Raw bytes from which it pays to wake another thread: about what one decodes at a time."""
+_HELD_TOKENS = 1 << 29
+"""Tokens of shards that `ShardTokens` keeps, 5 bytes each."""
 REDO = "Run `dflash verify --repair` on this cache, then repeat the `dflash extract` that made it."
 
 _SOUND = 0x48674BC7
@@ -90,9 +95,10 @@ class OpenFile:
         if self._file >= 0:
             os.close(self._file)
 
-    def size(self) -> int:
-        """Return the file's bytes."""
-        return os.fstat(self._file).st_size
+    def end(self, _size: int, length: int) -> tuple[int, bytes]:
+        """Return the file's bytes and its last `length` ones."""
+        size = os.fstat(self._file).st_size
+        return size, self.read(max(size - length, 0), size)
 
     def read(self, begin: int, end: int) -> bytes:
         """Return the bytes from `begin` to `end`, fewer where the file ends before."""
@@ -107,22 +113,46 @@ class OpenFile:
         return self
 
 
-class Ranges(Protocol):
-    """The bytes of a shard file, wherever it lies, by ranges; see `OpenFile`."""
+class HeldBytes:
+    """The bytes of a whole file, in memory."""
 
-    def size(self) -> int: ...
-    def read(self, begin: int, end: int) -> bytes: ...
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def end(self, _size: int, length: int) -> tuple[int, bytes]:
+        """Return the file's bytes and its last `length` ones."""
+        return len(self._content), self._content[max(len(self._content) - length, 0) :]
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Return the bytes from `begin` to `end`, fewer where the file ends before."""
+        return self._content[begin:end]
+
+
+class Chunks(Protocol):
+    """Where chunks of a shard file are read from; see `OpenFile.fill`."""
+
     def fill(self, out: memoryview, begin: int) -> int: ...
-    def ahead(self, places: NDArray[np.uint64]) -> "Ranges": ...
+
+
+class Bytes(Protocol):
+    """The bytes of a shard file, by ranges; see `OpenFile`. `size` is what the file should have."""
+
+    def end(self, size: int, length: int) -> tuple[int, bytes]: ...
+    def read(self, begin: int, end: int) -> bytes: ...
+
+
+class Ranges(Bytes, Protocol):
+    """Those of hidden states, wherever the file lies."""
+
+    def ahead(self, places: NDArray[np.uint64]) -> Chunks: ...
 
 
 def _checked_index(
-    path: Path, file: Ranges, record: ShardFileRecord, num_chunks: int, chunk_bytes: int
+    path: Path, file: Bytes, record: ShardFileRecord, num_chunks: int, chunk_bytes: int
 ) -> NDArray[np.uint64]:
     """Return where a shard's chunks lie, (offset, size) each; `CacheError` unless the record and the file agree."""
-    size = file.size()
     length = num_chunks * 16 + CRC_BYTES
-    tail = file.read(max(size - length, 0), size)
+    size, tail = file.end(record.size, length)
     stored = int.from_bytes(tail[-CRC_BYTES:], "little")
     intact = len(tail) == length and crc32c_bytes(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]
     if size != record.size or not intact or stored != record.index_crc32c:
@@ -156,11 +186,16 @@ def one_chunk(values: NDArray[np.generic]) -> tuple[list[Piece], ShardSummary]:
     return [chunk.data, summary.index()], summary
 
 
-def read_one_chunk(path: Path, record: ShardFileRecord, count: int, dtype: DTypeLike) -> NDArray[Any]:
-    """Return the items of a shard file of one chunk, [count]; `CacheError` if it does not hold them."""
+def read_one_chunk(
+    path: Path, record: ShardFileRecord, count: int, dtype: DTypeLike, content: bytes | None = None
+) -> NDArray[Any]:
+    """Return the items of a shard file of one chunk, [count]; `CacheError` if it does not hold them.
+
+    `content` is what the file holds, where it does not lie at `path`, which messages name.
+    """
     out = np.empty(count, dtype)
     try:
-        file = OpenFile(path)
+        file: Bytes = OpenFile(path) if content is None else HeldBytes(content)
         ((offset, size),) = _checked_index(path, file, record, 1, out.nbytes).tolist()
         chunk = memoryview(file.read(offset, offset + size))
     except OSError as error:
@@ -172,6 +207,31 @@ def read_one_chunk(path: Path, record: ShardFileRecord, count: int, dtype: DType
     except DamagedFrameError as error:
         raise CacheError(f"{path}, bytes {offset} to {offset + size}, is damaged: {error}. {REDO}") from error
     return out
+
+
+class ShardTokens:
+    """The tokens of a cache's shards, those used last kept in memory. Safe in threads."""
+
+    def __init__(self, read: Callable[[int], Tokens], shard_tokens: int) -> None:
+        """`read` returns those of a shard, of so many slots."""
+        self._read = read
+        self._held: OrderedDict[int, Tokens] = OrderedDict()
+        self._lock = threading.Lock()
+        self._most = max(1, _HELD_TOKENS // shard_tokens)
+
+    def of(self, shard: int) -> Tokens:
+        """Return the token ids and the mask of a finished shard, [shard_tokens] each."""
+        with self._lock:
+            held = self._held.get(shard)
+            if held is not None:
+                self._held.move_to_end(shard)
+                return held
+        found = self._read(shard)
+        with self._lock:
+            self._held[shard] = found
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+        return found
 
 
 class ShardFile:
@@ -210,19 +270,17 @@ class ShardFile:
         out: NDArray[np.uint16],
         executor: Executor | None = None,
         num_helpers: int = 0,
+        chunks: Chunks | None = None,
     ) -> None:
         """Fill `out` [tokens, layers, H] with the codes of the slots from `start`, where a chunk begins.
 
         `layers` are columns of the shard. With a large sample's chunks, `num_helpers` threads of the executor help the
-        calling one.
+        calling one. `chunks` is what `ahead` returned for the same slots and layers, if it was asked.
         """
         step, width = self.chunk_tokens, len(layers)
-        assert start % step == 0, "a sample begins with a chunk"
-        num_rows = -(-len(out) // step)
-        index = self._index.reshape(-1, len(self.layer_ids), 2)[start // step :][:num_rows]
-        if layers != list(range(len(self.layer_ids))):
-            index = index[:, layers]
-        file = self._file.ahead(index)
+        index = self._places(start, len(out), layers)
+        num_rows = len(index)
+        file = self._file.ahead(index) if chunks is None else chunks
         parts, helpers = [(file, index, out)], []
         if out.nbytes >= _PARALLEL_BYTES:
             most = max(1, _PART_BYTES // (step * out[0, 0].nbytes))
@@ -248,6 +306,17 @@ class ShardFile:
         for helper in helpers:
             helper.result()
 
+    def ahead(self, start: int, num_tokens: int, layers: list[int]) -> Chunks:
+        """Return what the codes of these slots and layers are read from; from a bucket they are fetched for it."""
+        return self._file.ahead(self._places(start, num_tokens, layers))
+
+    def _places(self, start: int, num_tokens: int, layers: list[int]) -> NDArray[np.uint64]:
+        """Return where the chunks of so many slots from `start` lie, [rows, layers, 2]."""
+        assert start % self.chunk_tokens == 0, "a sample begins with a chunk"
+        num_rows = -(-num_tokens // self.chunk_tokens)
+        index = self._index.reshape(-1, len(self.layer_ids), 2)[start // self.chunk_tokens :][:num_rows]
+        return index if layers == list(range(len(self.layer_ids))) else index[:, layers]
+
     def codes(self, begin: int, num_slots: int) -> NDArray[np.uint16]:
         """Return the codes of whole chunks that hold so many slots from `begin`, [at least num_slots, L, H]."""
         num_tokens = -(-num_slots // self.chunk_tokens) * self.chunk_tokens
@@ -255,7 +324,7 @@ class ShardFile:
         self.read(begin, list(range(len(self.layer_ids))), codes)
         return codes
 
-    def _read(self, parts: Iterator[tuple[Ranges, NDArray[np.uint64], NDArray[np.uint16]]]) -> None:
+    def _read(self, parts: Iterator[tuple[Chunks, NDArray[np.uint64], NDArray[np.uint16]]]) -> None:
         """Fill each part's `out` [tokens, layers, H] with its chunks, whose places in a file are [rows, layers, 2]."""
         for file, index, out in parts:
             chunks: list[list[int]] = index.reshape(-1, 2).tolist()

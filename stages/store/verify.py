@@ -1,13 +1,14 @@
 """A cache checked against its manifest, its plan and its records; faulty shards are forgotten.
 
-Of a cache in a bucket the static files are fetched anew, and a shard's objects as it is judged, into the folder of its
-mirror; then all is judged as on disk.
+Of a cache in a bucket the static files are fetched anew, and a shard's objects as it is judged, into a folder of this
+process's own; then all is judged as on disk.
 
 Axes: T tokens, L captured layers, H hidden size.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from dflash_offline.schemas.manifest import (
 )
 from dflash_offline.schemas.samples import SampleTable, count_anchors
 from dflash_offline.stages.buckets.bundles import damaged_bundles, write_bundles
-from dflash_offline.stages.buckets.mirror import mirror_of
+from dflash_offline.stages.buckets.mirror import Mirror, mirror_of
 from dflash_offline.stages.buckets.publish import remove_attempts
 from dflash_offline.stages.cores import usable_cores
 from dflash_offline.stages.progress import Progress
@@ -75,36 +76,46 @@ def verify_cache(cache: Path, progress: Progress, unexpected: UnexpectedFiles | 
     checksums, tokens against the plan, features against the recorded statistics, files that nobody knows. A shard that
     is not extracted is a fault too. Shards are judged unless the plan or the arrays' metadata are damaged. `unexpected`
     is what `unexpected_files` found, where it is known."""
+    mirror = mirror_of(cache)
+    if mirror is None:
+        return list(_faults(cache, cache, None, progress, unexpected))
+    with mirror.apart() as apart:
+        found = _faults(apart.folder, cache, apart, progress, unexpected)
+        return [replace(fault, what=fault.what.replace(str(apart.folder), str(cache))) for fault in found]
+
+
+def _faults(
+    folder: Path, cache: Path, apart: Mirror | None, progress: Progress, unexpected: UnexpectedFiles | None
+) -> list[Fault]:
+    """Return the faults of a cache whose files are in `folder`; of one in a bucket, those that `apart` brings there."""
     try:
-        manifest = Manifest.read(cache)
-        if (mirror := mirror_of(cache)) is not None:
-            mirror.fetch_anew([*manifest.files, FINAL_MANIFEST, FINAL_METADATA])
+        manifest = Manifest.read(folder)
     except CacheError as error:
         return [Fault(place=MANIFEST, what=str(error))]
-    damaged = manifest.static_faults(cache)
+    damaged = manifest.static_faults(folder)
     needed = [name for name, _ in damaged if name == SAMPLES or name.startswith(f"{FEATURES}/")]
     faults = [Fault(place=name, what=f"{what}; {_mend(name in needed)}") for name, what in damaged]
     faults += [
         Fault(place=name, what="is no file of this cache, and a reader may take it for one; move it elsewhere")
         for name in (unexpected or unexpected_files(cache, manifest)).misleading
     ]
-    if mirror is not None:
+    if apart is not None:
         faults += [
             Fault(place=name, what=f"is damaged ({what}), and its records are read one by one; --repair writes it anew")
-            for array in _arrays(cache)
-            for name, what in damaged_bundles(mirror.bucket, replace(manifest, array=array)).items()
+            for array in _arrays(folder)
+            for name, what in damaged_bundles(apart.bucket, replace(manifest, array=array)).items()
         ]
     if needed:
         return faults
     try:
-        shards = _Shards(Cache(cache, manifest, whole=True))
+        shards = _Shards(Cache(folder, manifest, whole=True), apart)
         faults += [Fault(place=SAMPLES, what=what) for what in _plan_faults(manifest, shards.cache.samples)]
     except CacheError as error:  # a file is as it was written, but not by this program
         return [*faults, Fault(place=MANIFEST, what=str(error))]
     parts = [shards]
     try:
         if (final := shards.cache.final) is not None:
-            parts.append(_Shards(final))
+            parts.append(_Shards(final, apart))
     except CacheError as error:
         faults.append(Fault(place=FINAL_MANIFEST, what=f"{error} {_MEND_FINAL}", array=FINAL))
     progress.start("Verifying", manifest.layout.num_shards * len(parts), "shards")
@@ -125,27 +136,35 @@ def repair(cache: Path, faults: list[Fault]) -> list[int]:
     records are written where they are missing, damaged or of records that are gone. What says that there are final
     states is removed where it is damaged: `extract --final` writes the same again, and goes on with their records.
     """
+    if any(fault.place == MANIFEST for fault in faults):
+        return []  # nothing was judged
     mirror = mirror_of(cache)
-    if any(fault.place == FINAL_MANIFEST for fault in faults):
-        for name in (FINAL_MANIFEST, FINAL_METADATA):
+    with nullcontext() if mirror is None else mirror.apart() as apart:
+        whole = cache if apart is None else apart.folder
+        if any(fault.place == FINAL_MANIFEST for fault in faults):
+            for name in (FINAL_MANIFEST, FINAL_METADATA):
+                if mirror is not None:
+                    mirror.bucket.remove(name)
+                for folder in {cache, whole}:
+                    (folder / name).unlink(missing_ok=True)
+        forgotten = set[int]()
+        for array in _arrays(whole):
+            of_array = [fault for fault in faults if fault.shard is not None and fault.array == array]
+            faulty = {fault.shard for fault in of_array if fault.shard is not None and not fault.missing}
+            missing = {fault.shard for fault in of_array if fault.shard is not None} - faulty
+            if faulty:
+                there = _of_array(Cache(cache), array)
+                shards = _Shards(_of_array(Cache(whole, whole=True), array), apart)
+                forgotten |= (gone := {shard for shard in sorted(faulty) if _forget(there, shards, shard)})
+                missing |= gone
             if mirror is not None:
-                mirror.bucket.remove(name)
-            (cache / name).unlink(missing_ok=True)
-    forgotten = set[int]()
-    for array in _arrays(cache):
-        of_array = [fault for fault in faults if fault.shard is not None and fault.array == array]
-        faulty = {fault.shard for fault in of_array if fault.shard is not None and not fault.missing}
-        missing = {fault.shard for fault in of_array if fault.shard is not None} - faulty
-        if faulty:
-            shards = _Shards(_of_array(Cache(cache, whole=True), array))
-            forgotten |= (gone := {shard for shard in sorted(faulty) if shards.forget(shard)})
-            missing |= gone
-        if mirror is not None:
-            remove_attempts(mirror.bucket)
-            there = _of_array(Cache(cache), array)
-            for shard in sorted(missing):
-                remove_aliens(there, shard)
-            write_bundles(mirror.bucket, there.manifest, anew=True)
+                remove_attempts(mirror.bucket)
+                for shard in sorted(missing):
+                    remove_aliens(_of_array(Cache(cache), array), shard)
+                manifest = Manifest.read(whole)
+                write_bundles(
+                    mirror.bucket, manifest.final(whole) or manifest if array == FINAL else manifest, anew=True
+                )
     return sorted(forgotten)
 
 
@@ -160,6 +179,15 @@ def _of_array(cache: Cache, array: str) -> Cache:
         return cache
     assert cache.final is not None, "its shards were judged"
     return cache.final
+
+
+def _forget(cache: Cache, shards: "_Shards", shard: int) -> bool:
+    """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
+    with locked(claimed_lock(cache.path, shard), wait=True) as held:
+        is_faulty = held and any(not fault.missing for fault in shards.faults(shard))
+        if is_faulty:
+            cache.forget(shard)  # where there are no locks it may be gone
+    return is_faulty
 
 
 def _mend(is_needed: bool) -> str:
@@ -210,10 +238,10 @@ class _Shards:
     Nothing of a shard is remembered: it may be done anew at any time.
     """
 
-    def __init__(self, cache: Cache) -> None:
-        """`cache` is taken to be whole, whatever lies elsewhere."""
+    def __init__(self, cache: Cache, apart: Mirror | None) -> None:
+        """`cache` is taken to be whole; `apart` brings a shard's files there from a bucket."""
         self.cache = cache
-        self._mirror = mirror_of(cache.path)
+        self._mirror = apart
         self._columns = list(range(cache.layout.num_layers))
         self._array = cache.array
 
@@ -241,15 +269,6 @@ class _Shards:
                 raise
             faults = [(f"shard {shard}", f"cannot be read: {error}")]
         return [Fault(place=place, what=what, shard=shard, array=self._array) for place, what in faults]
-
-    def forget(self, shard: int) -> bool:
-        """Remove a shard's record if there is one and the shard is faulty; returns whether it was."""
-        lock = claimed_lock(self.cache.path, shard)
-        with locked(lock, wait=True) as held:
-            is_faulty = held and any(not fault.missing for fault in self.faults(shard))
-            if is_faulty:
-                Cache(self.cache.path, self.cache.manifest).forget(shard)  # where there are no locks it may be gone
-        return is_faulty
 
     def _file_faults(self, commit: Commit) -> Iterator[tuple[str, str]]:
         for name, record in commit.files.items():

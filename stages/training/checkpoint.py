@@ -26,6 +26,7 @@ from dflash_offline.schemas.sealed import sealed_bytes
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.weights import check_draft_weights, save_weights
 from dflash_offline.stages.training.optimizer import WeightAverage
+from dflash_offline.stages.training.ranks import Ranks, held_like, part, whole
 from dflash_offline.stages.training.sums import Window, no_sums
 
 WEIGHTS, MASTERS, OPTIMIZER = "model.safetensors", "masters.safetensors", "optimizer.safetensors"
@@ -63,11 +64,12 @@ class CheckpointWriter:
 
     `save` copies what is to be saved and returns; a thread writes the copies, removes checkpoints that need not be
     kept, and keeps an error for the next call. As a context manager it returns once nothing is being written: a
-    checkpoint is finished, or after a KeyboardInterrupt left out as if it had not been begun.
+    checkpoint is finished, or after a KeyboardInterrupt left out as if it had not been begun. The first rank writes,
+    whole tensors; the others give it their parts.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self._run, self._keep = run, keep
+    def __init__(self, run: Path, keep: int, ranks: Ranks) -> None:
+        self._run, self._keep, self._ranks = run, keep, ranks
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._pinned: dict[str, dict[str, Tensor]] = {}
@@ -81,7 +83,10 @@ class CheckpointWriter:
         optimizers: list[torch.optim.Optimizer],
         average: WeightAverage | None = None,
     ) -> None:
-        """Begin to write masters, optimizers and state as they are now, once the checkpoint before is written."""
+        """Begin to write masters, optimizers and state as they are now, once the checkpoint before is written.
+
+        Every rank calls this.
+        """
         self.wait()
         folder = checkpoint_folder(self._run, state.step)
         if os.path.lexists(folder):
@@ -96,7 +101,8 @@ class CheckpointWriter:
         copies = {file: self._copied(file, tensors) for file, tensors in files.items()}
         if (device := masters["fc.weight"].device).type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-        self._writing = self._pool.submit(self._write, folder, state, draft.config, copies)
+        if self._ranks.is_first:
+            self._writing = self._pool.submit(self._write, folder, state, draft.config, copies)
 
     def check(self) -> None:
         """Raise what ended the writing of a checkpoint, if anything did."""
@@ -126,10 +132,15 @@ class CheckpointWriter:
             raise DflashError(f"{error}\nNor could the last checkpoint be written: {failed}") from error
 
     def _copied(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies on the CPU; those of a GPU's tensors are complete when its stream is."""
+        """Return copies on the CPU of whole tensors; those of a GPU's are complete when its stream is.
+
+        Those ranks that do not write return none.
+        """
         held = self._pinned.get(file, {})
         copies = {}
-        for name, tensor in tensors.items():
+        for name, tensor in ((name, whole(tensor)) for name, tensor in tensors.items()):
+            if not self._ranks.is_first:
+                continue
             if name not in held:
                 held[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not tensor.is_cpu)
             copies[name] = held[name].copy_(tensor, non_blocking=True)
@@ -203,17 +214,17 @@ def remove_unfinished_checkpoints(run: Path) -> None:
 def restore(
     folder: Path, draft: DraftModel, optimizers: list[torch.optim.Optimizer], average: WeightAverage | None = None
 ) -> TrainState:
-    """Load a checkpoint into draft, optimizers and average; returns its state."""
+    """Load a checkpoint into draft, optimizers and average, of all tensors this rank's part; returns its state."""
     state = read_state(folder)
     if DraftConfig.read(folder) != draft.config:
         raise unlike(folder / "config.json", "it is another draft's than the run's", _GO_BACK)
     none = no_sums(draft.config.variant, draft.config.block_size, torch.device("cpu"))
     if len(state.window.sums) not in (0, len(none)):
         raise unlike(folder / STATE, f"window.sums holds {len(state.window.sums)} numbers", _GO_BACK)
-    draft.load_state_dict(_load_weights(folder / (MASTERS if average else WEIGHTS), draft))
+    masters = {name: parameter.detach() for name, parameter in draft.named_parameters()}
+    _fill(masters, _load_weights(folder / (MASTERS if average else WEIGHTS), draft))
     if average:
-        for name, tensor in _load_weights(folder / WEIGHTS, draft).items():
-            average.weights[name].copy_(tensor)
+        _fill(average.weights, _load_weights(folder / WEIGHTS, draft))
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _load(folder / OPTIMIZER).items():
         kind, _, name = key.partition(".")
@@ -221,8 +232,13 @@ def restore(
     for optimizer, name, parameter in _named(optimizers):
         if name not in moments:
             raise unlike(folder / OPTIMIZER, f"it holds nothing of {name}", _GO_BACK)
-        optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in moments[name].items()}
+        optimizer.state[parameter] = {kind: held_like(tensor, parameter) for kind, tensor in moments[name].items()}
     return state
+
+
+def _fill(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        part(tensor).copy_(part(held_like(saved[name], tensor)))
 
 
 def _load(path: Path) -> dict[str, Tensor]:

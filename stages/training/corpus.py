@@ -2,6 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,16 @@ from numpy.typing import NDArray
 from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
+from dflash_offline.schemas.manifest import feature_file
 from dflash_offline.schemas.samples import Tokens, count_anchors
 from dflash_offline.schemas.settings.engine import TRANSFORMERS
+from dflash_offline.stages.buckets.local_copy import LocalCopy
 from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.shard_file import ShardTokens
+
+LOADED_TOKENS = 1 << 30
+"""Tokens of plans that a process keeps in memory, 5 bytes each; those of larger plans come from the shards."""
+_DIGEST_BYTES = 32
 
 
 class Corpus:
@@ -20,8 +28,12 @@ class Corpus:
 
     def __init__(self, caches: list[Cache]) -> None:
         self.caches = caches
-        for cache in caches:
-            cache.samples.tokens.load()  # samples are asked for in any order, all of them
+        is_small = sum(cache.manifest.plan["tokens"] for cache in caches) <= LOADED_TOKENS
+        for cache in caches:  # samples are asked for in any order, all of them
+            if is_small:
+                cache.samples.tokens.load()
+            else:
+                cache.shard_tokens = ShardTokens(cache.read_tokens, cache.layout.shard_tokens)
         self.starts = np.cumsum([0, *(len(cache.samples) for cache in caches)])
         self._firsts: list[int] = self.starts.tolist()
         self.num_tokens = np.concatenate([cache.samples.num_tokens for cache in caches])
@@ -52,6 +64,19 @@ class Corpus:
         has_final = [final.usable() + start for final, start in zip(self.finals, self.starts[:-1], strict=True)]
         self._left_out = np.setdiff1d(self.usable, np.concatenate(has_final))
 
+    def copy_locally(self, folder: Path, most_bytes: int, say: Callable[[str], object]) -> None:
+        """Keep what is read of the caches in buckets on a local disk, and read it there again."""
+        remote = [cache for cache in self.caches if cache.mirror is not None]
+        wanted = {
+            cache.copied_as: sum(
+                commit.files[feature_file(cache.array, shard)].size for shard, commit in cache.commits.items()
+            )
+            for cache in remote
+        }
+        copy = LocalCopy(folder, most_bytes, wanted, say)
+        for cache in remote:
+            cache.local_copy = copy
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -67,8 +92,12 @@ class Corpus:
 
     def tokens(self, sample: int) -> Tokens:
         """Return the sample's tokens, uint32 [num_tokens], and which are supervised, bool [num_tokens]."""
-        cache, number = self.locate(sample)
-        return self.caches[cache].samples.tokens.of(number)
+        place, number = self.locate(sample)
+        cache = self.caches[place]
+        if cache.shard_tokens is None:
+            return cache.samples.tokens.of(number)
+        ids, mask = cache.shard_tokens.of(int(cache.samples.shard[number]))
+        return ids[cache.slots(number)], mask[cache.slots(number)]
 
     def anchor_id(self, sample: int) -> int:
         """Return the id by which the sample's anchors are drawn, which does not depend on other caches' sizes."""
@@ -87,33 +116,48 @@ class Corpus:
         is repeated leaks from one side to the other. The samples of one conversation go together: a later one holds
         the answers of those before.
         """
-        digests = self._digests()
         room = min(val_samples, len(self.usable) // 10)
-        held_out: list[bytes] = []
-        for digest, copies in zip(*np.unique(digests, return_counts=True), strict=True):
-            if copies <= room:
-                held_out.append(digest)
-                room -= copies
-        is_held_out = np.isin(digests, held_out)
+        is_held_out = np.zeros(len(self.usable), np.bool_)
+        if room:
+            is_held_out = _held_out(self._digests(), room)
         has_final = ~np.isin(self.usable, self._left_out)
         return self.usable[~is_held_out & has_final], self.usable[is_held_out & has_final]
 
     def _digests(self) -> NDArray[np.bytes_]:
-        """Return a hash of each usable sample's tokens, or of all samples' of the conversation that it is a part of."""
-        texts = (self.tokens(sample)[0].tobytes() for sample in self.usable.tolist())
-        digests = [hashlib.sha256(text).digest() for text in texts]
-        parts: dict[tuple[int, int, int], list[int]] = {}
-        for place, sample in enumerate(self.usable.tolist()):
-            cache, number = self.locate(sample)
-            samples = self.caches[cache].samples
-            if samples.answer[number]:
-                row = cache, int(samples.source_index[number]), int(samples.row[number])
-                parts.setdefault(row, []).append(place)
-        for places in parts.values():
-            whole = hashlib.sha256(b"".join(sorted(digests[place] for place in places))).digest()
-            for place in places:
-                digests[place] = whole
-        return np.array(digests)
+        """Return a hash of each usable sample's tokens, or of all samples' of the conversation that it is a part of.
+
+        The plan is read once from its start to its end.
+        """
+        found = bytearray(_DIGEST_BYTES * len(self.usable))  # of a hundred million, objects would take five times that
+        place = 0
+        for start, cache, members in zip(self.starts[:-1], self.caches, self.by_cache(self.usable), strict=True):
+            is_usable = np.zeros(len(cache.samples), np.bool_)
+            is_usable[members - start] = True
+            for first, offsets, ids in cache.samples.tokens.groups():
+                data, ends = ids.data.cast("B"), (4 * offsets).tolist()
+                for number in np.flatnonzero(is_usable[first : first + len(offsets) - 1]).tolist():
+                    text = data[ends[number] : ends[number + 1]]
+                    found[place : place + _DIGEST_BYTES] = hashlib.sha256(text).digest()
+                    place += _DIGEST_BYTES
+        digests = np.frombuffer(found, f"S{_DIGEST_BYTES}")
+        for places in self._conversations():
+            begins = (_DIGEST_BYTES * places).tolist()
+            parts = sorted(bytes(found[begin : begin + _DIGEST_BYTES]) for begin in begins)
+            digests[places] = hashlib.sha256(b"".join(parts)).digest()
+        return digests
+
+    def _conversations(self) -> list[NDArray[np.int64]]:
+        """Return the places among the usable samples of each conversation that became several samples."""
+        found = []
+        for first, cache, members in zip(self.starts[:-1], self.caches, self.by_cache(self.usable), strict=True):
+            samples, numbers = cache.samples, members - first
+            several = np.flatnonzero(samples.answer[numbers])
+            places = np.searchsorted(self.usable, members[several])
+            source, row = samples.source_index[numbers[several]], samples.row[numbers[several]]
+            order = np.lexsort((places, row, source))
+            is_new = np.diff(source[order]).astype(np.bool_) | np.diff(row[order]).astype(np.bool_)
+            found += np.split(places[order], np.flatnonzero(is_new) + 1) if len(order) else []
+        return found
 
     def by_cache(self, samples: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return ascending samples, those of each cache apart."""
@@ -137,6 +181,28 @@ def _finals(caches: list[Cache]) -> list[Cache]:
         np.isin(cache.usable(), final.usable()).all() for cache, final in zip(caches, finals, strict=True)
     )
     return finals if whole else []
+
+
+def _held_out(digests: NDArray[np.bytes_], room: int) -> NDArray[np.bool_]:
+    """Return which samples are held out: those of the least digests, each with all its copies if there is room left.
+
+    Only as many of the least are sorted as the room takes.
+    """
+    is_held_out = np.zeros(len(digests), np.bool_)
+    heads = np.frombuffer(digests, ">u8")[:: _DIGEST_BYTES // 8].astype(np.uint64)
+    tried, left = 0, room
+    while left and tried < len(digests):
+        tried = min(max(16 * tried, 16 * room, 1024), len(digests))
+        least = np.flatnonzero(heads <= np.partition(heads, tried - 1)[tried - 1])  # with all their copies
+        is_held_out[:], left, tried = False, room, len(least)
+        _, which, copies = np.unique(digests[least], return_inverse=True, return_counts=True)
+        taken = np.zeros(len(copies), np.bool_)
+        for number, count in enumerate(copies.tolist()):
+            if count <= left:
+                taken[number] = True
+                left -= count
+        is_held_out[least] = taken[which]
+    return is_held_out
 
 
 def _anchor_counts(cache: Cache, rule: AnchorRule) -> NDArray[np.int64]:

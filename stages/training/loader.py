@@ -6,7 +6,7 @@ Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,11 +20,18 @@ from torch.nn import functional as F
 from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.stages.capture.encode import FeatureEncoder
 from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
+from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.shard_file import Chunks
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.schedule import Rows, RowShape
 
 AHEAD = 2
 """Micro-batches kept ready beyond those that the threads are loading."""
+FETCHED_BYTES = 512 << 20
+"""Features, before compression, that are asked of a bucket beyond the micro-batches being loaded; one more may be."""
+
+_Asked = tuple[Cache, int, list[int], Future[Chunks]]
+"""A cache, its sample, the columns, and what comes of having asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +223,8 @@ class BatchLoader:
     def stream(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Generator[Batch, None, None]:
         """Yield a micro-batch on the device for each (rows, epoch); `threads` read, decode and copy ahead."""
         pending: deque[Future[Batch]] = deque()
+        if any(cache.mirror is not None for cache in self.corpus.caches):
+            batches = self._fetched_ahead(batches, threads)
         source = iter(batches)
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
 
@@ -232,6 +241,44 @@ class BatchLoader:
             finally:
                 for future in pending:
                     future.cancel()
+                if isinstance(source, Generator):
+                    source.close()
+
+    def _fetched_ahead(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Iterator[tuple[Rows, int]]:
+        """Yield the batches, those that follow being fetched from their buckets meanwhile, `FETCHED_BYTES` of them."""
+        waiting = deque[tuple[tuple[Rows, int], list[_Asked], int]]()
+        yielded = deque[list[_Asked]](maxlen=threads + AHEAD + 1)  # all that may not be loaded yet
+        held = 0
+        slot_bytes = 2 * len(self.columns[0]) * self.corpus.caches[0].layout.hidden_size
+
+        def first() -> tuple[Rows, int]:
+            nonlocal held
+            batch, asked, num_bytes = waiting.popleft()
+            yielded.append(asked)
+            held -= num_bytes
+            return batch
+
+        try:
+            for rows, epoch in batches:
+                num_bytes = slot_bytes * int(sum(self.corpus.num_tokens[row].sum() for row in rows))
+                asked = [one for row in rows for sample in row.tolist() if (one := self._ask(sample)) is not None]
+                waiting.append(((rows, epoch), asked, num_bytes))
+                held += num_bytes
+                while held > FETCHED_BYTES and len(waiting) > 1:
+                    yield first()
+            while waiting:
+                yield first()
+        finally:
+            for each in (*yielded, *(asked for _, asked, _ in waiting)):
+                for cache, number, columns, future in each:
+                    cache.forget_ahead(number, columns, future)
+
+    def _ask(self, sample: int) -> "_Asked | None":
+        """Begin to fetch one document's stored codes, if its cache is in a bucket."""
+        place, number = self.corpus.locate(sample)
+        cache, columns = self.corpus.caches[place], self.columns[place]
+        future = cache.ahead(number, columns)
+        return None if future is None else (cache, number, columns, future)
 
     def _next(self, pending: deque[Future[Batch]], submit: Callable[[], None]) -> Batch:
         """Return the next micro-batch, ready for the step; nothing else holds it."""

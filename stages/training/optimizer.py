@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dflash_offline.stages.training.ranks import held_like, part, whole
+
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.95
 
@@ -56,9 +58,9 @@ class Float32Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalized(
-                    parameter.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
-                )
+                # Ranks that hold parts of a matrix gather it, and all do the same.
+                matrix = whole(parameter.grad.lerp(momentum, group["momentum"]))
+                update = held_like(orthogonalized(matrix, group["ns_coefficients"], group["ns_steps"]), parameter)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * _scale(group["adjust_lr_fn"], *parameter.shape))
 
@@ -86,9 +88,9 @@ def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], ste
 
 
 def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    """Return the bytes of the moments, float32: AdamW holds two of each of its parameters, Muon one."""
+    """Return the bytes of this rank's moments, float32: AdamW holds two of each of its parameters, Muon one."""
     return sum(
-        (4 if isinstance(each, torch.optim.Muon) else 8) * parameter.numel()
+        (4 if isinstance(each, torch.optim.Muon) else 8) * part(parameter).numel()
         for each in optimizers
         for group in each.param_groups
         for parameter in group["params"]
@@ -114,7 +116,7 @@ class WeightAverage:
         """Average in the weights after a step (from 0); the decay starts low, so that the first ones are forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in draft.named_parameters():
-            self.weights[name].lerp_(parameter.detach(), 1 - decay)
+            part(self.weights[name]).lerp_(part(parameter.detach()), 1 - decay)
 
     @contextmanager
     def served(self, draft: nn.Module) -> Iterator[None]:
@@ -127,4 +129,7 @@ class WeightAverage:
 
     def _exchange(self, draft: nn.Module) -> None:
         for name, parameter in draft.named_parameters():
-            parameter.data, self.weights[name] = self.weights[name], parameter.data
+            trained, averaged = part(parameter.detach()), part(self.weights[name])
+            held = trained.clone()
+            trained.copy_(averaged)
+            averaged.copy_(held)

@@ -1,19 +1,28 @@
-"""Data-parallel ranks under torchrun, and their sums. A process alone is rank 0 of 1."""
+"""Data-parallel ranks under torchrun, their sums, and the draft that they hold. A process alone is rank 0 of 1.
 
+torch's `fully_shard` reduces the gradients beside the backward pass, whether every rank holds the whole draft or a part
+of it. Its parameters, gradients and moments are then `DTensor`s: `part` is what this rank holds of one, `whole` all of
+it.
+"""
+
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dflash_offline.schemas.errors import DflashError
+from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.target.model import choose_device
 
-_LARGE = 1 << 20
-"""Elements from which on a gradient is reduced by itself."""
+_JOINED = itertools.count()
+"""Numbers the runs of this process: what the ranks told each other for one must not be taken for the next one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +44,6 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    @contextmanager
-    def adding_gradients(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Make every gradient the sum of all ranks' while the block runs the last backward pass of a step.
-
-        A large gradient is reduced, in place, as soon as it and all before it in a fixed order are complete, beside the
-        rest of the backward pass; all small ones in one flat tensor at the end: a reduction of few bytes costs as much.
-        A rank without a gradient adds zero. Where the block raises, nothing more is reduced.
-        """
-        if self.count == 1:
-            yield
-            return
-        reduction = _Reduction(parameters)
-        hooks = [parameter.register_post_accumulate_grad_hook(reduction.complete) for parameter in parameters]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        reduction.finish()
-
     def meet(self) -> None:
         """Return once every rank has called this."""
         self.add(torch.zeros(1, device=self.device)).item()  # on a GPU, only reading the value waits for it
@@ -62,7 +51,10 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, by nccl on GPUs (one a rank) and by gloo on CPUs."""
+    """Join the ranks that torchrun started, by nccl on GPUs (one a rank) and by gloo on CPUs.
+
+    Where one of them ends amid the block, one of the others raises `DflashError`, and the rest end without a word.
+    """
     chosen = choose_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
     if count == 1:
@@ -83,11 +75,47 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
                 f"it --nproc-per-node {gpus}, or train with --device cpu."
             )
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+    store, rank, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"ranks {next(_JOINED)}", store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=count,
+        device_id=chosen if on_gpu else None,
+    )
     try:
-        yield Ranks(rank=dist.get_rank(), count=count, device=chosen)
+        yield Ranks(rank=rank, count=count, device=chosen)
+    except BaseException as error:
+        is_first_to_end = _is_first_to_end(store)
+        if lost := _lost_connection(error):
+            if not is_first_to_end:
+                raise SystemExit(1) from error
+            raise DflashError(
+                f"Another of the {count} ranks has ended, or cannot be reached: {lost}. torchrun prints which, "
+                f"and why if the rank could. Repeat the command to go on from the last checkpoint; with `torchrun "
+                f"--max-restarts 3` that is done for you."
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_first_to_end(store: dist.Store) -> bool:
+    """Return whether no other rank has ended in an error; also if none can be asked."""
+    try:
+        return store.add("ended", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def _lost_connection(error: BaseException | None) -> str:
+    """Return in what words the connection to another rank ended, if that ended the work, or came before what did."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        error = error.__context__
+    return ""
 
 
 def _refuse_other_launcher(needed: Iterable[str], count: int) -> None:
@@ -99,43 +127,79 @@ def _refuse_other_launcher(needed: Iterable[str], count: int) -> None:
         )
 
 
-class _Reduction:
-    """The reductions of one step's gradients, in the same order on every rank whatever order they are made in."""
+def distribute(draft: DraftModel, ranks: Ranks, *, sharded: bool, bfloat16: bool) -> None:
+    """Move a draft, which all ranks hold alike, to their devices; from then on gradients are sums over the ranks.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        # Last layers first, as a backward pass makes them.
-        self._large = [parameter for parameter in reversed(parameters) if parameter.numel() >= _LARGE]
-        self._small = [parameter for parameter in parameters if parameter.numel() < _LARGE]
-        self._complete: set[nn.Parameter] = set()
-        self._works: list[dist.Work | None] = []
-
-    def complete(self, parameter: nn.Parameter) -> None:
-        """Note that a gradient is complete, and reduce what is next and complete."""
-        self._complete.add(parameter)
-        while len(self._works) < len(self._large) and self._large[len(self._works)] in self._complete:
-            self._reduce_next()
-
-    def finish(self) -> None:
-        """Reduce all that is left, and return once every gradient is the sum."""
-        while len(self._works) < len(self._large):
-            self._reduce_next()
-        small = [_gradient(parameter) for parameter in self._small]
-        if small:
-            together = torch.cat([gradient.flatten() for gradient in small])
-            self._works.append(dist.all_reduce(together, async_op=True))
-        for work in self._works:
-            if work is not None:
-                work.wait()
-        if small:
-            parts = together.split([gradient.numel() for gradient in small])
-            for gradient, part in zip(small, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-
-    def _reduce_next(self) -> None:
-        self._works.append(dist.all_reduce(_gradient(self._large[len(self._works)]), async_op=True))
+    If `sharded`, a rank keeps a part of every parameter, gradient and moment, and gathers a layer's parameters while it
+    computes with them; else it keeps them whole. What layers compute with is bfloat16 where autocast would make it so:
+    rounded before it is gathered, and the same. Gradients are added in float32.
+    """
+    if ranks.count == 1:
+        draft.to(ranks.device)
+        return
+    shape, names = ((ranks.count,), ("shard",)) if sharded else ((ranks.count, 1), ("replicate", "shard"))
+    mesh = dist.device_mesh.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    rounded = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, torch.float32, cast_forward_inputs=False)
+    for module in (draft.fc, *draft.layers):
+        fully_shard(module, mesh=mesh, mp_policy=rounded)
+    # Norms and what a variant adds, which is also used beside the draft's own forward pass, stay whole within a step.
+    fully_shard(draft, mesh=mesh, reshard_after_forward=False)
+    for module in _shards(draft):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+def gathered_bytes(draft: DraftModel, ranks: Ranks, *, bfloat16: bool) -> int:
+    """Return the bytes of the weights that a step computes with beside those that this rank holds, counted.
+
+    A process alone has autocast's copies of all. Of several, each gathers `fc` and the layers one after the other, the
+    next one early: of two of them there are weights, gradients and their float32 sums, and of all else, which stays
+    gathered, weights and gradients.
+    """
+    total, size = sum(p.numel() for p in draft.parameters()), 2 if bfloat16 else 4
+    if ranks.count == 1:
+        return total * size if bfloat16 else 0
+    units = [sum(p.numel() for p in module.parameters()) for module in (draft.fc, *draft.layers)]
+    return (total - sum(units)) * 8 + 2 * max(units) * (2 * size + 4)
+
+
+def reduce_gradients(draft: nn.Module, now: bool) -> None:
+    """Have the next backward pass reduce gradients, its own and those before it; or only add its own to them."""
+    if isinstance(draft, FSDPModule):
+        draft.set_requires_gradient_sync(now)
+
+
+@contextmanager
+def whole_draft(draft: nn.Module) -> Iterator[None]:
+    """Hold all parameters whole on every rank while the block runs, within which no rank waits for another."""
+    for module in _shards(draft):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in _shards(draft):
+            module.set_reshard_after_forward(module is not draft, recurse=False)
+            module.reshard()
+
+
+def _shards(draft: nn.Module) -> list[FSDPModule]:
+    return [module for module in draft.modules() if isinstance(module, FSDPModule)]
+
+
+def part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that ranks hold in parts; every rank calls this for the same ones."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def held_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor of a parameter's shape, or a number beside it, as its ranks hold the parameter."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor

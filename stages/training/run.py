@@ -34,7 +34,7 @@ from dflash_offline.stages.training.loader import AHEAD, Batch, BatchLoader
 from dflash_offline.stages.training.memory import HALF, StepMemory, device_memory, kept_by_block_token
 from dflash_offline.stages.training.metrics import peak_memory
 from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers, moment_bytes
-from dflash_offline.stages.training.ranks import Ranks
+from dflash_offline.stages.training.ranks import Ranks, distribute, gathered_bytes, part, reduce_gradients, whole_draft
 from dflash_offline.stages.training.schedule import (
     Batching,
     RowLimits,
@@ -73,9 +73,10 @@ class Training:
         self.draft = DraftModel(self.draft_config)
         if start:
             start.load_into(self.draft)
-        self.draft.to(self.device)
         on_gpu = self.device.type == "cuda"
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu)
+        self.is_sharded = config.shard_draft and ranks.count > 1
+        distribute(self.draft, ranks, sharded=self.is_sharded, bfloat16=self.bfloat16)
         self.compiled = on_gpu if config.compile is None else config.compile
         self.backend = default_backend(self.device) if config.attention_backend == "auto" else config.attention_backend
         self.optimizers = make_optimizers(self.draft, config.optimizer, config.learning_rate, config.weight_decay)
@@ -94,9 +95,11 @@ class Training:
         self.memory, self.activation_budget = self._budget(head, table)
         self.module = self._module(head, table)
         self._loader = self._make_loader()
-        self.per_step = config.accumulation * ranks.count
+        self.accumulation = config.accumulation or _share_of_step(config.out, begun, ranks)
+        """Micro-batches of a step that are this rank's."""
+        self.per_step = self.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
-        self.state, self.writer = TrainState(step=0), CheckpointWriter(config.out, config.keep)
+        self.state, self.writer = TrainState(step=0), CheckpointWriter(config.out, config.keep, ranks)
         self._parameters = list(self.draft.parameters())
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
@@ -112,7 +115,6 @@ class Training:
     def _memory(self, head: nn.Linear, table: nn.Embedding, budget: float) -> StepMemory:
         config, draft = self.config, self.draft_config
         rows, tokens, anchors = self.batching.largest
-        parameters = sum(p.numel() for p in self.draft.parameters())
         size = 2 if self.bfloat16 else 4
         ends = {tensor.data_ptr(): tensor.nbytes for tensor in (head.weight, table.weight)}  # one, where they are tied
         arrays = len(draft.target_layer_ids) + self.needs_final
@@ -122,7 +124,8 @@ class Training:
             block_tokens=rows * anchors * draft.block_size,
             by_block_token=self._kept_by_block_token(budget),
             other=moment_bytes(self.optimizers)
-            + parameters * (8 + (4 if config.ema else 0) + (size if self.bfloat16 else 0))
+            + sum(part(p).numel() for p in self.draft.parameters()) * (8 + (4 if config.ema else 0))
+            + gathered_bytes(self.draft, self.ranks, bfloat16=self.bfloat16)
             + sum(ends.values())
             + features * (ready + size // 2),
             device_bytes=device_memory(self.device),
@@ -258,9 +261,9 @@ class Training:
         local, tokens, samples, wait_s = self._no_sums(), 0, 0, 0.0
         self.module.progress = self.state.step / self.total_steps
         for number, batch in enumerate(batches, start=1):
-            is_last = number == self.config.accumulation
-            with self.ranks.adding_gradients(self._parameters) if is_last else nullcontext():
-                local += self._backward(batch)
+            # Whole gradients of several micro-batches would take the memory that sharding saves.
+            reduce_gradients(self.draft, now=self.is_sharded or number == self.accumulation)
+            local += self._backward(batch)
             tokens, samples, wait_s = tokens + batch.num_tokens, samples + len(batch.samples), wait_s + batch.wait_s
             del batch  # before the next one is made
         counts = (local.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
@@ -324,9 +327,12 @@ class Training:
 
     def _scaled_gradients_norm(self, sums: torch.Tensor) -> torch.Tensor:
         """Make the summed gradients those of the mean loss, clipped; returns their norm before clipping."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [part(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         scale = 1.0 / (sums[1] + 1e-6)
-        norm = nn.utils.get_total_norm(gradients) * scale
+        norm = nn.utils.get_total_norm(gradients)
+        if self.is_sharded:
+            norm = self.ranks.add(norm.double().square()).sqrt()
+        norm = norm * scale
         torch._foreach_mul_(gradients, (scale * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)).float())
         return norm
 
@@ -362,7 +368,8 @@ class Training:
         found = Validation(self.module, self.device)
         self.draft.eval()
         self.module.progress = 1.0  # so that the losses of all validations compare
-        with self.average.served(self.draft) if self.average else nullcontext():
+        average = self.average.served(self.draft) if self.average else nullcontext()
+        with average, whole_draft(self.draft):  # ranks may have different numbers of batches
             for batch in loader.stream(((rows, 0) for rows in batches), self.config.loader_threads):
                 with self.autocast:
                     found.add(batch)
@@ -387,9 +394,8 @@ class Training:
         return self.state.step >= self.total_steps
 
     def save(self) -> None:
-        """Begin to save a checkpoint, after which those that need not be kept are removed; the first rank does."""
-        if self.ranks.is_first:
-            self.writer.save(self.state, self.draft, self.optimizers, self.average)
+        """Begin to save a checkpoint, after which those that need not be kept are removed; every rank calls this."""
+        self.writer.save(self.state, self.draft, self.optimizers, self.average)
 
     def resume(self) -> Path | None:
         """Go to where the newest checkpoint stands; returns its folder, None if there is none."""
@@ -398,3 +404,16 @@ class Training:
             return None
         self.state = restore(saved[-1], self.draft, self.optimizers, self.average)
         return saved[-1]
+
+
+def _share_of_step(run: Path, begun: dict[str, Any] | None, ranks: Ranks) -> int:
+    """Return how many of a step's micro-batches each rank adds where nothing was asked for: one, or as begun."""
+    if begun is None:
+        return 1
+    per_step: int = begun["accumulation_times_ranks"]
+    if per_step % ranks.count:
+        raise DflashError(
+            f"{run} takes {per_step} micro-batches a step, which {ranks.count} ranks cannot share alike. Start as many "
+            f"ranks as divide {per_step}, or name a new --out."
+        )
+    return per_step // ranks.count

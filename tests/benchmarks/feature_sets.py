@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_offline.schemas.commits import commit_path
-from dflash_offline.schemas.manifest import CAPTURE_RULE, FEATURES, SAMPLES, FeatureLayout, Layout, hidden_file
+from dflash_offline.schemas.manifest import CAPTURE_RULE, FEATURES, HIDDEN, SAMPLES, FeatureLayout, Layout, feature_file
 from dflash_offline.schemas.samples import write_samples
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder, calibrate
@@ -111,7 +111,7 @@ class Store:
     @property
     def path(self) -> Path:
         """The shard's file of features."""
-        return self.cache / hidden_file(0)
+        return self.cache / feature_file(HIDDEN, 0)
 
     def forget(self) -> None:
         """Remove the shard."""

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from dflash_offline.schemas.manifest import shard_files
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.buckets.bucket import Bucket
 from dflash_offline.stages.buckets.mirror import open_mirror
+from dflash_offline.stages.capture import forecast
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
+from dflash_offline.stages.store.verify import verify_cache
 from dflash_offline.stages.train import train
 
 _number = count()
@@ -126,6 +129,29 @@ def test_what_is_damaged_in_a_bucket_is_found_forgotten_and_done_again(
     obstore.put(store, "target/config.json", bytes(missing))
     refusal = dflash("verify", url)
     assert refusal.exit_code == 1 and "target/config.json: has another sha256" in refusal.stdout
+
+
+def test_several_may_verify_one_address_on_one_machine_at_once(cache: Path, store: MemoryStore, url: str) -> None:
+    filled(store, cache)
+    obstore.delete(store, shard_files(1)[2])
+    mirror = open_mirror(url)
+    mirror.pull()
+    before = written(mirror.folder)
+    with ThreadPoolExecutor(3) as pool:
+        found = [job.result() for job in [pool.submit(verify_cache, mirror.folder, Silent()) for _ in range(3)]]
+    assert [fault.place for fault in found[0]] == [shard_files(1)[2]] and found == [found[0]] * 3
+    assert written(mirror.folder.parent) == {f"cache/{name}": value for name, value in before.items()} | {
+        name: value for name, value in written(mirror.folder.parent).items() if "/" not in name
+    }
+
+
+def test_a_shard_too_large_for_one_object_is_refused_before_any_is_made(
+    extract_config: Settings, store: MemoryStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "MOST_OBJECT_BYTES", 10_000)
+    for more in ([], ["--plan"]):
+        refused(dflash(*arguments(extract_config, Path(url)), *more), "in one object", "Lower --shard-mib")
+    assert not [name for name in content_of(store) if not name.startswith("tmp/")]
 
 
 def test_where_there_is_no_cache_the_address_is_named(store: MemoryStore, url: str, tmp_path: Path) -> None:

@@ -130,6 +130,21 @@ def test_the_plan_command_prints_every_layout_and_json(extract_config: Settings,
     assert found["fits"] and set(found["bytes"]) == {"lossless", "rounded", "scaled"}
 
 
+def test_the_plan_says_what_each_rank_would_take(cache: Path, extract_config: Settings, tmp_path: Path) -> None:
+    arguments = [*command(extract_config, tmp_path / "cache")[3:], "--plan", "--quiet", "--world-size", "3"]
+    samples, total = Cache.open(cache).samples, Cache.open(cache).layout.num_shards
+    expected = []
+    for rank in range(3):
+        own = [shard for shard in range(total) if shard % 3 == rank]
+        tokens = [int(samples.num_tokens[sample]) for sample in range(len(samples)) if samples.shard[sample] in own]
+        expected.append({"shards": len(own), "tokens": sum(tokens)})
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["ranks"] == expected
+    shown = CliRunner().invoke(app, arguments).stdout
+    even = max(rank["tokens"] for rank in expected) / (sum(rank["tokens"] for rank in expected) / 3)
+    assert f"the most is {even:.3f} of the mean" in shown
+    assert all(f"{rank['shards']:,} shards, {rank['tokens']:,} tokens\n" in shown for rank in expected)
+
+
 def test_a_disk_that_cannot_hold_it_is_refused_before_the_work_unless_told(
     extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

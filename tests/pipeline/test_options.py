@@ -35,6 +35,7 @@ class Brewing:
     warm: Annotated[bool, Option("Warm the pot first.", "Tea", "free")] = True
     stir: Annotated[bool, Option("Stir.", "Tea", "free")] = False
     guests: Annotated[tuple[str, ...], Option("Guest to serve.", "Tea", "free", "NAME", flags=("--guest", "-g"))] = ()
+    milk: Annotated[str | None, Option("Milk.", "Tea", "free", "[KIND]", unset="none", bare="cow's")] = None
     sugar: Annotated[dict[str, Any], Option("Sugar by guest.", "Tea", "free", "JSON")] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,6 +113,14 @@ def test_flags_are_converted_to_the_types_of_the_fields() -> None:
     )
     assert made("brew", "a") == Brewing(pots=(Path("a"),)) and not brewed[0][1]
     assert run("brew", "a", "--taste") and brewed[0][1]
+
+
+def test_a_flag_may_stand_alone_where_it_means_something_alone() -> None:
+    assert made("brew", "a").milk is None
+    for words in (("a", "--milk"), ("--milk", "--stir", "a")):
+        assert made("brew", *words).milk == "cow's"
+    assert made("brew", "a", "--milk", "oat").milk == "oat"
+    assert "--milk [KIND]" in run("brew", "--help").stdout
 
 
 def test_every_field_may_stand_in_a_file_and_flags_go_before_it(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """What each micro-batch holds: the schedule's packing and order, the corpus of several caches, the loaded tensors."""
 
+import random
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.store import shard_file
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.train import train
+from dflash_offline.stages.training import corpus as corpus_module
 from dflash_offline.stages.training import schedule as schedules
 from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.loader import BatchLoader
@@ -273,3 +277,40 @@ def test_read_ahead_keeps_the_order(cache: Path) -> None:
     streamed = list(loader(cache).stream((([row], 0) for row in order), 3))
     assert [batch.samples[0] for batch in streamed] == [5, 1, 60, 2, 33, 8, 13]
     assert all(batch.wait_s >= 0 for batch in streamed)
+
+
+def old_held_out(digests: list[bytes], room: int) -> list[bool]:
+    """Return which samples are held out, by the rule written out: the least digests first, all copies or none."""
+    chosen = set()
+    for digest in sorted(set(digests)):
+        if (copies := digests.count(digest)) <= room:
+            chosen.add(digest)
+            room -= copies
+    return [digest in chosen for digest in digests]
+
+
+@pytest.mark.parametrize("kinds", [3, 40, 3000])
+@pytest.mark.parametrize("room", [1, 7, 128])
+def test_those_held_out_are_those_of_the_least_digests(kinds: int, room: int) -> None:
+    chance = random.Random(kinds + room)
+    some = [sha256(f"{kind}".encode()).digest() for kind in range(kinds)]
+    some[0] = b"\0" * 8 + some[0][8:31] + b"\0"  # numpy drops zeros at an end
+    some[-1] = b"\0" * 8 + some[-1][8:]
+    digests = [chance.choice(some) for _ in range(4000)]
+    found = corpus_module._held_out(np.frombuffer(b"".join(digests), "S32"), room)
+    assert found.tolist() == old_held_out(digests, room)
+
+
+def test_a_plan_too_large_to_be_held_gives_the_same_tokens_and_the_same_split(
+    cache: Path, second_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Corpus.open((cache, second_cache))
+    monkeypatch.setattr(corpus_module, "LOADED_TOKENS", 100)
+    monkeypatch.setattr(shard_file, "_HELD_TOKENS", 1)
+    read = Corpus.open((cache, second_cache))
+    for sample in range(len(held)):
+        for one, other in zip(held.tokens(sample), read.tokens(sample), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert read.caches[0].shard_tokens is not None
+    for one, other in zip(held.split(9), read.split(9), strict=True):
+        np.testing.assert_array_equal(one, other)

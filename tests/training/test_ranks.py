@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.training.checkpoint import list_checkpoints
-from dflash_offline.stages.training.ranks import Ranks, joined_ranks
+from dflash_offline.stages.training.ranks import joined_ranks
 
 SETTINGS = {
     "steps": 12,
@@ -29,10 +29,13 @@ SETTINGS = {
 }
 
 
-def start(ranks: int, cache: Path, out: Path, **changes: object) -> subprocess.Popen[str]:
+def start(
+    ranks: int, cache: Path, out: Path, *, launcher: tuple[str, ...] = (), **changes: object
+) -> subprocess.Popen[str]:
     flags = [p for n, v in {**SETTINGS, **changes}.items() for p in (f"--{n.replace('_', '-')}", str(v))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [*launcher, "-m", "dflash_offline.pipeline.app", "train", str(cache), "--out", str(out), *flags]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
+    train = ["-m", "dflash_offline.pipeline.app", "train", str(cache), "--out", str(out), *flags]
+    command = [*(torchrun if ranks > 1 else []), *train]
     return subprocess.Popen(
         [sys.executable, *command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -91,69 +94,6 @@ def test_two_ranks_equal_one_with_twice_the_accumulation_of_a_draft_with_a_selec
     assert_same_run(tmp_path / "two", tmp_path / "one", *names)
 
 
-SUM_OF_GRADIENTS = """
-import torch
-from dflash_offline.stages.training.ranks import Ranks, joined_ranks
-
-def gradient(rank, shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7 + rank))
-
-with joined_ranks("cpu") as ranks:
-    shapes = [(3, 4), (1100, 1000), (7,), (1200, 900), (5,)]
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    pairs = [(parameter, gradient(ranks.rank, shape)) for parameter, shape in zip(parameters, shapes)]
-    # The other rank has three parameters without a gradient, and makes those of the others in another order.
-    pairs = pairs if ranks.is_first else pairs[1::-1]
-    sum((parameter * its).sum() for parameter, its in pairs).backward()  # of a micro-batch before the last
-    with ranks.adding_gradients(parameters):
-        for parameter, its in pairs:
-            (parameter * its).sum().backward()
-    for index, (parameter, shape) in enumerate(zip(parameters, shapes)):
-        expected = 2 * gradient(0, shape) + (2 * gradient(1, shape) if index < 2 else 0)
-        assert torch.equal(parameter.grad, expected), index
-"""
-
-
-def test_gradients_large_small_and_absent_become_the_ranks_sums(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(SUM_OF_GRADIENTS)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [sys.executable, *launcher, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 0, ended.stderr
-
-
-class Reduced:
-    """Stands in for a reduction."""
-
-    def wait(self) -> None: ...
-
-
-def test_the_last_layers_gradient_is_reduced_while_the_first_ones_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [torch.nn.Linear(1100, 1000, bias=False), torch.nn.Linear(1000, 1100), torch.nn.Linear(1100, 2)]
-    parameters, seen = [p for layer in layers for p in layer.parameters()], []
-
-    def reduce(gradient: torch.Tensor, async_op: bool) -> Reduced:
-        assert async_op
-        seen.append((gradient.numel(), layers[0].weight.grad is None))
-        return Reduced()
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
-    ranks = Ranks(rank=0, count=2, device=torch.device("cpu"))
-    for _ in range(2):
-        for parameter in parameters:
-            parameter.grad = None
-        seen.clear()
-        with ranks.adding_gradients(parameters):
-            torch.nn.Sequential(*layers)(torch.ones(3, 1100)).sum().backward()
-        assert seen == [(1_100_000, True), (1_100_000, False), (1100 + 2200 + 2, False)]
-    with pytest.raises(ZeroDivisionError), ranks.adding_gradients(parameters):
-        seen.clear()
-        raise ZeroDivisionError
-    torch.nn.Sequential(*layers)(torch.ones(3, 1100)).sum().backward()
-    assert not seen
-
-
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(
     cache: Path, one: Path, tmp_path: Path
@@ -167,8 +107,31 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(
     saved = list_checkpoints(run)
     assert process.returncode != 0 and saved, said
     assert said.count("is saved") == 1, said
-    assert finish(start(1, cache, run, accumulation=2))["step"] == 12
+    assert finish(start(1, cache, run))["step"] == 12  # with all of a step's micro-batches
     assert_same_run(run, one)
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_after_the_death_of_one_go_on_from_the_last_checkpoint(
+    cache: Path, one: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(2, cache, run, launcher=("--max-restarts", "1"), save_every=1, keep=99)
+    while process.poll() is None and not list_checkpoints(run):
+        time.sleep(0.005)
+    os.kill(pid_of_rank(process, 1), signal.SIGKILL)
+    out, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert json.loads(out)["step"] == 12
+    assert said.count("Another of the 2 ranks has ended") == 1 and said.count("Going on from") == 1, said
+    assert_same_run(run, one)
+
+
+def test_ranks_that_cannot_share_a_step_of_the_run_alike_are_refused(cache: Path, tmp_path: Path) -> None:
+    train = {"steps": 1, "val_samples": 0, "save_every": 1}
+    finish(start(1, cache, tmp_path / "run", accumulation=3, **train))
+    _, said = (process := start(2, cache, tmp_path / "run", **train)).communicate(timeout=120)
+    assert process.returncode != 0 and "takes 3 micro-batches a step, which 2 ranks cannot share alike" in said, said
 
 
 def test_a_resume_with_another_set_of_micro_batches_a_step_is_refused(cache: Path, one: Path) -> None:
