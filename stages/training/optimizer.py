@@ -20,8 +20,7 @@ def make_optimizers(
 
     Matrices, which are the weights of linear layers, decay; norms, kernels of convolutions and tables of codes do not.
     "adamw" is fused AdamW. "muon" orthogonalizes the update of every matrix (momentum, then Newton-Schulz) and leaves
-    the others to AdamW; its updates are scaled to AdamW's size, so that learning rates carry over. On a CPU it is
-    `Float32Muon`.
+    the others to AdamW; its updates are scaled to AdamW's size, so that learning rates carry over.
     """
     linear = {id(module.weight) for module in draft.modules() if isinstance(module, nn.Linear)}
     matrices = {n: p for n, p in draft.named_parameters() if id(p) in linear}
@@ -35,13 +34,11 @@ def make_optimizers(
     if name == "adamw":
         return [adamw]
     decayed = [group(matrices, weight_decay)]
-    on_cpu = all(parameter.device.type == "cpu" for parameter in matrices.values())
-    muon = Float32Muon if on_cpu else torch.optim.Muon
-    return [muon(decayed, lr=learning_rate, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [Muon(decayed, lr=learning_rate, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
-class Float32Muon(torch.optim.Muon):
-    """torch's Muon, iterating in the dtype of the gradients; the state is the same.
+class Muon(torch.optim.Muon):
+    """torch's Muon over whole matrices, also where ranks hold parts of them, and in float32 on a CPU; with its state.
 
     torch's iterates in bfloat16. A CPU without AVX-512 multiplies such matrices six to forty times slower than float32
     ones, which made a step of the demo's draft four times as long.
@@ -60,6 +57,7 @@ class Float32Muon(torch.optim.Muon):
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 # Ranks that hold parts of a matrix gather it, and all do the same.
                 matrix = whole(parameter.grad.lerp(momentum, group["momentum"]))
+                matrix = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
                 update = held_like(orthogonalized(matrix, group["ns_coefficients"], group["ns_steps"]), parameter)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * _scale(group["adjust_lr_fn"], *parameter.shape))

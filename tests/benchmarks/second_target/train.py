@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dflash_offline.stages.training.optimizer import Float32Muon
+from dflash_offline.stages.training.optimizer import Muon
 from second_target.rows import Drawn, generate
 
 # Axes: B rows, S positions, V vocabulary.
@@ -130,7 +130,7 @@ def train(out: Path, steps: int, seed: int) -> None:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = [
-        Float32Muon(matrices, lr=0.02, weight_decay=0.01),
+        Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     schedulers = [
