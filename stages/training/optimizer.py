@@ -11,6 +11,8 @@ from dflash_offline.stages.training.ranks import held_like, part, whole
 
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.95
+ITERATED_IN = {"cpu": torch.float32}
+"""Data type in which Muon orthogonalizes; elsewhere bfloat16, for which most CPUs have no fast matrix product."""
 
 
 def make_optimizers(
@@ -57,7 +59,7 @@ class Muon(torch.optim.Muon):
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 # Ranks that hold parts of a matrix gather it, and all do the same.
                 matrix = whole(parameter.grad.lerp(momentum, group["momentum"]))
-                matrix = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+                matrix = matrix.to(ITERATED_IN.get(matrix.device.type, torch.bfloat16))
                 update = held_like(orthogonalized(matrix, group["ns_coefficients"], group["ns_steps"]), parameter)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * _scale(group["adjust_lr_fn"], *parameter.shape))

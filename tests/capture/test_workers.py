@@ -223,6 +223,7 @@ def test_samples_that_were_left_out_of_finished_shards_are_not_still_to_be_writt
         seconds=60.0,
         ratios={"lossless": 1.0},
         bytes_by_kind={"lossless": 1},
+        final_bytes=0,
         plan_bytes=0,
         target_bytes=0,
         free_bytes=0,

@@ -18,7 +18,7 @@ from dflash_offline.pipeline.command import reported
 from dflash_offline.pipeline.progress import LogFormat
 from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.paths import free_name
-from dflash_offline.stages.capture.workers import _unexpected
+from dflash_offline.stages.capture.faults import as_fault
 
 Captured = pytest.CaptureFixture[str]
 
@@ -181,4 +181,4 @@ def test_a_stack_too_small_for_libraries_is_refused_in_a_word(command: str, kib:
     ],
 )
 def test_a_worker_without_memory_is_no_bug(error: Exception, said: str) -> None:
-    assert _unexpected(error).startswith(said)
+    assert str(as_fault(error, "--workers")).startswith(said)

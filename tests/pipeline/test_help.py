@@ -15,7 +15,7 @@ from dflash_offline.pipeline.app import COMMANDS, app
 
 NAMES = [command.name for command in COMMANDS]
 PARSED: dict[str, Any] = typer.main.get_command(app).commands
-OPTION = re.compile(r"^  ((?:-\w, )?--[a-z-]+(?:(?:, | / )--[a-z-]+)*)(?: (\S+))?(?:  .*)?$", re.MULTILINE)
+OPTION = re.compile(r"^  ((?:-\w, )?--[a-z\d-]+(?:(?:, | / )--[a-z\d-]+)*)(?: (\S+))?(?:  .*)?$", re.MULTILINE)
 """The line of help on which an option begins: its flags, and what its value is."""
 
 
@@ -61,7 +61,7 @@ def test_help_tells_what_must_be_given_and_what_holds_otherwise() -> None:
     said = {name: " ".join(help_of(name, 80).split()) for name in ("extract", "train", "export")}
     assert "--target MODEL Hugging Face model: a folder, or a hub id. [required]" in said["extract"]
     assert "[default: 16]" in said["extract"]
-    assert "decays by e. [default: 7, 5, 4 for blocks of 16, 10, 8]" in said["train"]
+    assert "decays by e; not of one with dpace. [default: 7, 5, 4 for blocks of 16, 10, 8]" in said["train"]
     assert "and the anchors. [default: 0]" in said["train"] and "[default: yes]" in said["train"]
     assert "RUN Run folder made by `dflash train`, or a draft folder. [required]" in said["export"]
 
@@ -91,4 +91,5 @@ def test_a_wrong_name_is_told_with_the_nearest() -> None:
     result = CliRunner().invoke(app, ["extract", "a", "--target", "b", "--out", "c", "--features", "scalled"])
     assert result.exit_code == 1 and "Did you mean scaled?" in result.stderr
     result = CliRunner().invoke(app, ["train", "a", "--out", "b", "--loss", "mse", "--optimizer", "adam"])
-    assert "loss is 'mse'; expected dflash or dpace.\n" in result.stderr and "Did you mean adamw?" in result.stderr
+    assert "loss is 'mse'; expected dflash, dpace, kl, tv, lk or soft-ce.\n" in result.stderr
+    assert "Did you mean adamw?" in result.stderr

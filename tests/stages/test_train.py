@@ -244,13 +244,14 @@ FREE: dict[str, object] = {
     "compile": False,
     "report_to": None,
     "loader_threads": 1,
+    "shard_draft": True,
 }
 """Settings that a resume may change, with another value."""
 
 
 def test_the_role_of_every_setting_is_tried_by_what_a_resume_may_say() -> None:
     free = {name for name, option in options(TrainConfig).items() if option.role == "free"}
-    assert free == FREE.keys() - {"batch_size"} | {"out"}
+    assert free == FREE.keys() - {"batch_size"} | {"out", "local_cache", "local_cache_gib"}  # test_local_copy.py
     by_content = {"caches", "init_from"}
     of_a_variant = {name for kind in VARIANTS.values() for name in (*own_fields(kind), *kind.loss_settings)}
     elsewhere = {"batch_size", "anchors", "teacher_temperature"}  # tried by tests of their own

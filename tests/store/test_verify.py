@@ -144,7 +144,8 @@ def test_the_command_exits_1_with_a_line_a_fault_and_0_when_sound(copy: Path) ->
     broken = CliRunner().invoke(app, ["verify", str(copy), "--json"])
     assert broken.exit_code == 1
     (fault,) = json.loads(broken.stdout)["faults"]
-    assert fault == {"place": "features.zarr/loss_mask/c/1", "what": "is missing", "shard": 1, "missing": False}
+    place = {"place": "features.zarr/loss_mask/c/1", "array": "hidden_states", "shard": 1}
+    assert fault == {**place, "what": "is missing", "missing": False}
 
 
 def test_repair_comes_before_the_target_is_run(copy: Path, target: Path) -> None:
