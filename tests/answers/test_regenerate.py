@@ -224,8 +224,11 @@ DRAWN = {"top_p", "top_k", "min_p", "seed"}
 
 
 def test_every_setting_is_tried_on_what_was_made_with_another() -> None:
-    of_engine = {name for name, option in options(RegenerateConfig).items() if option.group == "Engine"}
-    assert options(RegenerateConfig).keys() - of_engine == CHANGED.keys() | NAMED | DRAWN  # test_engine_answers.py
+    groups = {name: option.group for name, option in options(RegenerateConfig).items()}
+    elsewhere = {name for name, group in groups.items() if group in ("Engine", "Ray")}
+    # The engine's are tried by test_engine_answers.py, those of workers on Ray by tests/cluster/test_pool.py.
+    assert groups.keys() - elsewhere == CHANGED.keys() | NAMED | DRAWN
+    assert {options(RegenerateConfig)[name].role for name, group in groups.items() if group == "Ray"} == {"free"}
     assert {options(RegenerateConfig)[name].role for name in DRAWN} == {"identity"}
 
 

@@ -1,8 +1,12 @@
-"""Ray as the pool of workers uses it, in this process: an actor is an object whose calls a thread of its own makes."""
+"""Ray as the pool of workers uses it, in this process: an actor is an object whose calls a thread of its own makes.
+
+What goes to an actor and comes from it is a copy, as between processes: neither side sees the other change it.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,12 +32,14 @@ class _Actor:
         return _Method(self, name)
 
     def call(self, name: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        sent = deepcopy(arguments)
+
         def run() -> Any:
             if self._dies(name):
                 self._is_dead = True
             if self._is_dead:
                 raise RayError("The actor died unexpectedly.\nThe actor is dead because its node has died. Node Id: 1f")
-            return None if name == "__ray_terminate__" else getattr(self._object, name)(*arguments)
+            return None if name == "__ray_terminate__" else deepcopy(getattr(self._object, name)(*sent))
 
         return self._thread.submit(run)
 

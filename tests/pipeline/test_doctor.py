@@ -58,7 +58,7 @@ def test_a_sound_machine_is_told_to_be_so_in_eighty_columns(tmp_path: Path, monk
 def test_packages_are_judged_by_what_the_project_asks_for() -> None:
     packages = {package.name: package for package in find_packages()}
     assert not any(package.fault for package in packages.values()) and {"python", "torch", "pyarrow"} <= set(packages)
-    assert {package.extra for package in packages.values()} == {None, "large", "hub", "store", "plot", "vllm"}
+    assert {package.extra for package in packages.values()} == {None, "large", "hub", "store", "plot", "vllm", "ray"}
     assert not {"pytest", "ruff", "selenium"} & set(packages)
     torch = Package(name="torch", installed="2.14.0", supported=">=2.11,<2.14")
     assert torch.fault == "torch is 2.14.0; expected >=2.11,<2.14."
