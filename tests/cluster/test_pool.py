@@ -197,7 +197,7 @@ def test_answers_of_a_cluster_are_those_of_one_process_though_a_worker_is_lost(
     talker = Path(shutil.copytree(target, tmp_path / "talker"))
     ends = {"eos_token_id": [2, *range(60, 100)]}  # so many that a random target's answers end
     (talker / "generation_config.json").write_text(json.dumps(ends))
-    data = save_conversations(tmp_path / "chats.jsonl", 40)
+    data = save_conversations(tmp_path / "chats.jsonl", 12)
     given: dict[str, Any] = {"data": (data,), "target": str(talker), "batch_rows": 1, "max_new_tokens": 24}
     given |= {"keep_rewritten": True, "stop_after_rejected": 0, "device": "cpu"}
     alone = regenerate(RegenerateConfig(**given, out=tmp_path / "alone.jsonl"))
