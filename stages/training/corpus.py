@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_offline.schemas.draft.anchor_rule import AnchorRule
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, dflash_line
 from dflash_offline.schemas.identity import differences, refuse_differences, wherever_placed
 from dflash_offline.schemas.manifest import feature_file
 from dflash_offline.schemas.samples import Tokens, count_anchors
@@ -172,6 +172,16 @@ class Corpus:
             if numbers:
                 texts.append(f"{numbers[:at_most]}{more} of {self.caches[cache].path}")
         return ", ".join(texts)
+
+    def non_finite_error(self, samples: list[int], step: int, saved: Path | None) -> DflashError:
+        """Return what to tell of a step whose loss or gradient is not finite, given its samples and a checkpoint."""
+        cache, number = self.locate(samples[0])
+        look = dflash_line("inspect", self.caches[cache].name, "--sample", number)
+        return DflashError(
+            f"Loss or gradient is not finite at step {step}, samples {self.describe(samples)}. "
+            f"{f'The last good checkpoint is {saved}. ' if saved else ''}Lower --learning-rate, or look at those "
+            f"samples with `{look}`."
+        )
 
 
 def _finals(caches: list[Cache]) -> list[Cache]:

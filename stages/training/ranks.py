@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,6 +101,37 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def share_of_step(run: Path, begun: dict[str, Any] | None, ranks: Ranks) -> int:
+    """Return how many of a step's micro-batches each rank adds where nothing was asked for: one, or as begun."""
+    if begun is None:
+        return 1
+    per_step: int = begun["accumulation_times_ranks"]
+    if per_step % ranks.count:
+        raise DflashError(
+            f"{run} takes {per_step} micro-batches a step, which {ranks.count} ranks cannot share alike. Start as many "
+            f"ranks as divide {per_step}, or name a new --out."
+        )
+    return per_step // ranks.count
+
+
+def scaled_gradients_norm(
+    parameters: Iterable[nn.Parameter], weight: Tensor, clip: float, sharing: Ranks | None
+) -> Tensor:
+    """Make the summed gradients those of the mean loss, clipped; returns their norm before clipping.
+
+    `weight` is the loss's denominator; `sharing` are the ranks that hold a part of each gradient, None if each of them
+    holds all.
+    """
+    gradients = [part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    scale = 1.0 / (weight + 1e-6)
+    norm = nn.utils.get_total_norm(gradients)
+    if sharing:
+        norm = sharing.add(norm.double().square()).sqrt()
+    norm = norm * scale
+    torch._foreach_mul_(gradients, (scale * (clip / (norm + 1e-6)).clamp(max=1.0)).float())
+    return norm
 
 
 def _is_first_to_end(store: dist.Store) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dflash_offline.schemas.errors import DflashError, dflash_line
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.run import begun_settings
 from dflash_offline.schemas.settings.train import TrainConfig, recommended_gamma
 from dflash_offline.stages.draft.attention import choose_flex_tiles, default_backend
@@ -34,7 +34,16 @@ from dflash_offline.stages.training.loader import AHEAD, Batch, BatchLoader
 from dflash_offline.stages.training.memory import HALF, StepMemory, device_memory, kept_by_block_token
 from dflash_offline.stages.training.metrics import peak_memory
 from dflash_offline.stages.training.optimizer import WeightAverage, learning_rate_at, make_optimizers, moment_bytes
-from dflash_offline.stages.training.ranks import Ranks, distribute, gathered_bytes, part, reduce_gradients, whole_draft
+from dflash_offline.stages.training.ranks import (
+    Ranks,
+    distribute,
+    gathered_bytes,
+    part,
+    reduce_gradients,
+    scaled_gradients_norm,
+    share_of_step,
+    whole_draft,
+)
 from dflash_offline.stages.training.schedule import (
     Batching,
     RowLimits,
@@ -95,7 +104,7 @@ class Training:
         self.memory, self.activation_budget = self._budget(head, table)
         self.module = self._module(head, table)
         self._loader = self._make_loader()
-        self.accumulation = config.accumulation or _share_of_step(config.out, begun, ranks)
+        self.accumulation = config.accumulation or share_of_step(config.out, begun, ranks)
         """Micro-batches of a step that are this rank's."""
         self.per_step = self.accumulation * ranks.count
         self.total_steps = config.steps or math.ceil(self.schedule.batches_of(config.epochs) / self.per_step)
@@ -258,7 +267,8 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-        local, tokens, samples, wait_s = self._no_sums(), 0, 0, 0.0
+        local = no_sums(self.draft_config.variant, self.draft_config.block_size, self.device)
+        tokens, samples, wait_s = 0, 0, 0.0
         self.module.progress = self.state.step / self.total_steps
         for number, batch in enumerate(batches, start=1):
             # Whole gradients of several micro-batches would take the memory that sharding saves.
@@ -268,7 +278,8 @@ class Training:
             del batch  # before the next one is made
         counts = (local.new_full((1,), count) for count in (tokens, samples, wait_s, stop))
         totals = self.ranks.add(torch.cat((local, *counts)))
-        norm = self._scaled_gradients_norm(totals)
+        sharing = self.ranks if self.is_sharded else None
+        norm = scaled_gradients_norm(self._parameters, totals[1], self.config.clip, sharing)
         # All that is read, at once: here a GPU is waited for, and never behind the update.
         *sums, tokens, samples, wait_s, stop, norm = torch.cat((totals, norm.double()[None])).tolist()
         if not (math.isfinite(norm) and math.isfinite(sums[0])):
@@ -325,17 +336,6 @@ class Training:
             ) from error
         return sums_of(metrics)
 
-    def _scaled_gradients_norm(self, sums: torch.Tensor) -> torch.Tensor:
-        """Make the summed gradients those of the mean loss, clipped; returns their norm before clipping."""
-        gradients = [part(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
-        scale = 1.0 / (sums[1] + 1e-6)
-        norm = nn.utils.get_total_norm(gradients)
-        if self.is_sharded:
-            norm = self.ranks.add(norm.double().square()).sqrt()
-        norm = norm * scale
-        torch._foreach_mul_(gradients, (scale * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)).float())
-        return norm
-
     def _update(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
@@ -346,16 +346,10 @@ class Training:
         first = self.state.step * self.per_step
         rows = [rows for rows, _ in self.schedule.between(first, first + self.per_step)]
         samples = sorted({int(sample) for batch in rows for row in batch for sample in row})
-        cache, number = self.corpus.locate(samples[0])
         with suppress(Exception):  # which is told beside this
             self.writer.wait()
         saved = list_checkpoints(self.config.out)
-        look = dflash_line("inspect", self.corpus.caches[cache].name, "--sample", number)
-        raise DflashError(
-            f"Loss or gradient is not finite at step {self.state.step + 1}, samples {self.corpus.describe(samples)}. "
-            f"{f'The last good checkpoint is {saved[-1]}. ' if saved else ''}Lower --learning-rate, or look at those "
-            f"samples with `{look}`."
-        )
+        raise self.corpus.non_finite_error(samples, self.state.step + 1, saved[-1] if saved else None)
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
@@ -379,9 +373,6 @@ class Training:
             self.state = replace(self.state, best_step=self.state.step, best_walk=row["val_serving_walk"])
         return row
 
-    def _no_sums(self) -> torch.Tensor:
-        return no_sums(self.draft_config.variant, self.draft_config.block_size, self.device)
-
     @property
     def is_stale(self) -> bool:
         """Whether so many validations passed without a better one that the run is to stop."""
@@ -404,16 +395,3 @@ class Training:
             return None
         self.state = restore(saved[-1], self.draft, self.optimizers, self.average)
         return saved[-1]
-
-
-def _share_of_step(run: Path, begun: dict[str, Any] | None, ranks: Ranks) -> int:
-    """Return how many of a step's micro-batches each rank adds where nothing was asked for: one, or as begun."""
-    if begun is None:
-        return 1
-    per_step: int = begun["accumulation_times_ranks"]
-    if per_step % ranks.count:
-        raise DflashError(
-            f"{run} takes {per_step} micro-batches a step, which {ranks.count} ranks cannot share alike. Start as many "
-            f"ranks as divide {per_step}, or name a new --out."
-        )
-    return per_step // ranks.count

@@ -15,7 +15,7 @@ from dflash_offline.schemas.draft.config import DraftConfig
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages import trainer
-from dflash_offline.stages.draft.objective import Head
+from dflash_offline.stages.draft.objective import Head, HeadTerms
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
@@ -80,13 +80,13 @@ def test_training_learns(counting: Path, tmp_path: Path) -> None:
 
 
 def wrong_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    cross_entropy = Head.cross_entropy
+    loss = Head.loss
 
-    def negated(*arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, correct = cross_entropy(*arguments)
-        return -loss, correct
+    def negated(*arguments: Any) -> HeadTerms:
+        terms = loss(*arguments)
+        return terms._replace(loss=-terms.loss)
 
-    monkeypatch.setattr(Head, "cross_entropy", negated)
+    monkeypatch.setattr(Head, "loss", negated)
 
 
 def shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
