@@ -28,7 +28,8 @@ def connected(address: str) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise DflashError(f"--ray needs Ray ({error}). Install it on every node: pip install 'dflash-offline[ray]'.") from error
+        message = f"--ray needs Ray ({error}). Install it on every node: pip install 'dflash-offline[ray]'."
+        raise DflashError(message) from error
     _refuse_silence(address)
     handlers = {number: signal.getsignal(number) for number in STOPS}
     own = {"include_dashboard": False} if address == "local" else {}
