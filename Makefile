@@ -160,7 +160,7 @@ bench-extract: $(LINKED) ## extraction's rate beside the forward alone; on a GPU
 	$(BIN)/python tests/benchmarks/bench_extract.py $(ARGS)
 
 bench-variants: $(LINKED) ## what the draft's variants are worth, on two targets and by five seeds (hours; goes on where it ended)
-	$(BIN)/python tests/benchmarks/bench_variants.py --out variants-run
+	PYTHONPATH=tests $(BIN)/python tests/benchmarks/bench_variants.py --out variants-run
 
 target: $(LINKED) ## train the embedded target again, into target-run/ (about an hour)
 	PYTHONPATH=tests $(BIN)/python -m embedded_target.train_target --out target-run/first --steps 3200 --seed 0

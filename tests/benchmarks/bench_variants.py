@@ -2,39 +2,44 @@
 
 Usage: python tests/benchmarks/bench_variants.py --out variants [--seeds 5]
 
-The first target is the embedded one with the demo's conversations, the second is trained here by `second_target`, with
-answers of its own. Each has one cache; every draft trains on it with the demo's settings, half its batch and equally
-many steps, but those that start from a trained base draft, which take a quarter. What is compared is the serving walk
-over the cache's held-out samples after the last step, and what is expected of drawn tokens along them. Sides that name
-no loss take dpace; kl and soft-ce have one gradient, so what lies between them is rounding. DFlash 2 is also walked by
-its logits alone: the selector learns from detached values, so that is the draft without it. A run that is there is not
-made again, so that more seeds go on where fewer ended. `--table` only prints what is there.
+The first target is the embedded one with the demo's conversations, the second is trained here by `second_target`. Each
+has a cache of its own answers and one of the answers as the corpus has them; every draft trains on one of them with the
+demo's settings, half its batch and equally many steps, but those that start from a trained base draft, which take a
+quarter. What is compared is the serving walk over held-out prompts answered by the target greedily, which is what live
+decoding gives at temperature 0, and the acceptance length to expect along answers that it drew at temperature 1. Sides
+that name no loss take dpace; kl and soft-ce have one gradient, so what lies between them is rounding. DFlash 2 is also
+walked by its logits alone, over held-out samples of its cache: the selector learns from detached values, so that is the
+draft without it. A run that is there is not made again, so that more seeds go on where fewer ended. `--table` only
+prints what is there.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from embedded_target.conversations import generate
 from second_target.rows import write
 from second_target.train import train as train_second_target
 from sides import interleaved, machine, median_ratio
 from steps import packed_row, target_ends
 
 from dflash_offline.pipeline.demo import BLOCK_SIZE, CONVERSATIONS, TARGET
-from dflash_offline.schemas.results.expected import TEMPERATURES, expected_metric
 from dflash_offline.schemas.run import CHECKPOINTS, METRICS
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.draft.decode import speculative_decode
 from dflash_offline.stages.draft.weights import load_draft
+from dflash_offline.stages.evaluation.samples import choose_samples, walk_samples
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.regenerate import regenerate
@@ -44,7 +49,6 @@ from dflash_offline.stages.target.model import load_model
 from dflash_offline.stages.train import train
 from dflash_offline.stages.trainer import DFlashTrainerModule
 from dflash_offline.stages.training.checkpoint import list_checkpoints
-from dflash_offline.stages.training.corpus import Corpus
 from dflash_offline.stages.training.optimizer import make_optimizers
 
 CPU = torch.device("cpu")
@@ -54,19 +58,19 @@ LAYERS = 2
 RANK, TAPS, GROUP = 64, 2, 16
 HELD_OUT = 250
 ROWS = 2100
+PROMPTS = 240
 SECOND_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """One target's cache and the runs on it."""
+    """One target's caches and the runs on them."""
 
     folder: Path
     steps: int
 
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
+    def cache(self, name: str) -> Path:
+        return self.folder / f"cache-{name}"
 
     @property
     def target(self) -> Path:
@@ -77,7 +81,7 @@ class Bench:
 
     def settings(self, side: str, seed: int) -> TrainConfig:
         shared: dict[str, Any] = {
-            "caches": (self.cache,),
+            "caches": (self.cache("own"),),
             "out": self.run(side, seed),
             "seed": seed,
             "steps": self.steps,
@@ -99,44 +103,49 @@ class Bench:
         return self.run("base", seed) / CHECKPOINTS / f"step-{self.steps:07}"
 
 
-def prepare_embedded(folder: Path) -> None:
-    """Make the cache of the demo's conversations."""
-    extract(
-        ExtractConfig(
-            data=(CONVERSATIONS,),
-            target=str(TARGET),
-            out=folder / "cache",
-            block_size=BLOCK_SIZE,
-            shard_mib=64,
-            final=True,
-        ),
-        Silent(),
-    )
+def embedded_rows(folder: Path) -> None:
+    """Write the demo's conversations as their generator wrote them and as the target answers them, and its prompts."""
+    for name, num, split, seed in (("written", 3000, "train", 1), ("prompts", PROMPTS, "heldout", 2)):
+        rows = (one.record() for one in islice(generate(split, seed), num))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copyfile(CONVERSATIONS, folder / "own.jsonl")
 
 
-def prepare_second(folder: Path) -> None:
-    """Train the second target, let it answer its prompts, and make its cache."""
-    target, rows, own = folder / "target", folder / "rows.jsonl", folder / "own.jsonl"
-    if not (target / "model.safetensors").is_file():
-        train_second_target(target, SECOND_STEPS, 0)
-    if not own.is_file():
-        write(rows, ROWS, "train", 1_000_000)  # a stream that the target was not trained on
-        regenerate(RegenerateConfig(data=(rows,), target=str(target), out=own, max_new_tokens=200), Silent())
-    extract(
-        ExtractConfig(
-            data=(own,),
-            target=str(target),
-            out=folder / "cache",
-            block_size=BLOCK_SIZE,
-            num_layers=3,
-            shard_mib=64,
-            final=True,
-        ),
-        Silent(),
-    )
+def second_rows(folder: Path) -> None:
+    """Train the second target, and write rows of a stream that it was not trained on, and prompts."""
+    if not (folder / "target/model.safetensors").is_file():
+        train_second_target(folder / "target", SECOND_STEPS, 0)
+    write(folder / "written.jsonl", ROWS, "train", 1_000_000)
+    write(folder / "prompts.jsonl", PROMPTS, "heldout", 1)
 
 
-TARGETS: dict[str, Callable[[Path], None]] = {"embedded": prepare_embedded, "second": prepare_second}
+CACHES = ("own", "written", "greedy", "drawn")
+"""Answers of a target: its own and the corpus's to train on, held-out ones to measure on."""
+TARGETS: dict[str, Callable[[Path], None]] = {"embedded": embedded_rows, "second": second_rows}
+
+
+def prepare(bench: Bench) -> None:
+    """Make what is missing of a target's rows, its own answers and its caches."""
+    folder = bench.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "prompts.jsonl").is_file():
+        TARGETS[folder.name](folder)
+    answer(bench, "written", "own", 0)
+    answer(bench, "prompts", "greedy", 0)
+    answer(bench, "prompts", "drawn", 1)
+    taps = {} if folder.name == "embedded" else {"num_layers": 3}
+    for name in CACHES:
+        shared: dict[str, Any] = {"block_size": BLOCK_SIZE, "shard_mib": 64, "final": True, **taps}
+        data = (folder / f"{name}.jsonl",)
+        extract(ExtractConfig(data=data, target=str(bench.target), out=bench.cache(name), **shared), Silent())
+
+
+def answer(bench: Bench, source: str, name: str, temperature: float) -> None:
+    """Let the target answer rows, unless that is done."""
+    data, out = (bench.folder / f"{source}.jsonl",), bench.folder / f"{name}.jsonl"
+    settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": 256}
+    if not out.is_file():
+        regenerate(RegenerateConfig(data=data, target=str(bench.target), out=out, **settings), Silent())
 
 
 def dflash2(**changes: Any) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def dflash2(**changes: Any) -> dict[str, Any]:
 
 def wide(bench: Bench, seed: int) -> dict[str, Any]:
     """Return a feed-forward so much wider that the base draft has as many parameters as DFlash 2."""
-    decoder = Cache.open(bench.cache).manifest.decoder
+    decoder = Cache.open(bench.cache("own")).manifest.decoder
     hidden = decoder["hidden_size"]
     convolutions = LAYERS * 2 * (2 * TAPS * hidden + 2 * TAPS * (hidden // GROUP) * hidden)
     extra = 2 * decoder["vocab_size"] * RANK + hidden * RANK + convolutions
@@ -163,30 +172,43 @@ def continued(bench: Bench, seed: int) -> dict[str, Any]:
     return {"init_from": bench.base_draft(seed), "steps": steps, "val_every": steps, "save_every": steps}
 
 
+def written(bench: Bench, seed: int, side: str = "base") -> dict[str, Any]:
+    """Return a side's settings for the answers that the corpus has."""
+    return {**SIDES[side](bench, seed), "caches": (bench.cache("written"),)}
+
+
 LOSSES = {
     "hard": "dflash",
     **{name: name for name in ("kl", "tv", "lk", "soft-ce")},
     "kl-hard": "kl:0.9,dflash:0.1",
+    "kl-dpace": "kl:0.5,dpace:0.5",
+    "lk-dpace": "lk:0.5,dpace:0.5",
 }
-"""Losses that are tried beside dpace, by the names of their sides."""
+"""Losses that are tried beside dpace, by the names of their sides; dpace in a mixture weighs every loss of it."""
 
 
 def base(bench: Bench, seed: int, **changes: Any) -> dict[str, Any]:
     return changes
 
 
+def dspark(bench: Bench, seed: int) -> dict[str, Any]:
+    """Return DSpark that drafts as many tokens; its loss is its own."""
+    return {"variant": "dspark", "block_size": BLOCK_SIZE - 1, "markov_rank": RANK}
+
+
 SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "base": base,
     "wide": wide,
     "dflash2": lambda bench, seed: dflash2(),
+    "dspark": dspark,
     "continued": continued,
     "from-base": from_base,
+    "partial": partial(base, anchors="partial"),
     **{f"base-{name}": partial(base, loss=loss) for name, loss in LOSSES.items()},
     **{f"dflash2-{name}": lambda bench, seed, loss=loss: dflash2(loss=loss) for name, loss in LOSSES.items()},
+    **{f"written-{side}": partial(written, side=side) for side in ("base", "base-kl", "base-kl-dpace", "dflash2")},
 }
 """Settings by which a side's runs differ."""
-SIDES["partial"] = lambda bench, seed: {"anchors": "partial"}
-SIDES["dspark"] = lambda bench, seed: {"variant": "dspark", "block_size": BLOCK_SIZE - 1, "markov_rank": RANK}
 
 
 def some_prompts(cache: Path, num: int, length: int) -> list[list[int]]:
@@ -201,6 +223,20 @@ def last_validation(run: Path) -> dict[str, Any] | None:
         return None
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return next((row for row in reversed(rows) if "val_serving_walk" in row), None)
+
+
+def served(bench: Bench, run: Path) -> dict[str, float]:
+    """Return a run's acceptance length on held-out prompts: at temperature 0, and to expect at temperature 1."""
+    saved = run / "served.json"
+    if not saved.is_file():
+        draft, walks = load_draft(list_checkpoints(run)[-1]), {}
+        for name in ("greedy", "drawn"):
+            (walks[name],) = walk_samples(choose_samples(bench.cache(name), None, None), [draft], Silent())
+        produced = [tokens for rounds in walks["greedy"].rounds for tokens in rounds.produced]
+        drawn = next(one.pooled for one in walks["drawn"].expected if one.temperature == 1)
+        saved.write_text(json.dumps({"greedy": statistics.mean(produced), "drawn": drawn}))
+    found: dict[str, float] = json.loads(saved.read_text())
+    return found
 
 
 def finished(config: TrainConfig) -> dict[str, Any] | None:
@@ -220,7 +256,8 @@ def do_run(bench: Bench, side: str, seed: int) -> None:
     assert row is not None
     seconds = time.process_time() - began
     print(
-        f"{time.strftime('%H:%M:%S')} {bench.folder.name} {side} {seed}: {row['val_serving_walk']:.3f}, "
+        f"{time.strftime('%H:%M:%S')} {bench.folder.name} {side} {seed}: {row['val_serving_walk']:.3f} held out, "
+        f"{', '.join(f'{name} {length:.3f}' for name, length in served(bench, config.out).items())}, "
         f"{trained.parameters:,} parameters, {seconds:.0f} s of CPU",
         flush=True,
     )
@@ -233,24 +270,26 @@ def spread_of(values: list[float]) -> str:
 
 
 def table(bench: Bench, seeds: int) -> list[str]:
-    """Return a line a side: its serving walk over the seeds that are there, each of them, and its parameters."""
-    lines = [f"{bench.folder.name}: serving walk after {bench.steps} steps, mean (standard deviation of seeds); each"]
+    """Return a line a side: what its runs of the seeds that are there come to."""
+    lines = [
+        f"{bench.folder.name}, {bench.steps} steps: acceptance length at temperature 0 and expected at 1, on held-out "
+        f"prompts; mean (standard deviation of seeds), each"
+    ]
     for side in SIDES:
         configs = [bench.settings(side, seed) for seed in range(seeds)]
-        rows = [row for row in map(finished, configs) if row is not None]
-        if not rows:
+        done = [(row, served(bench, config.out)) for config in configs if (row := finished(config)) is not None]
+        if not done:
             continue
-        walks = [row["val_serving_walk"] for row in rows]
-        line = f"  {side:<16} {spread_of(walks):<13}{', '.join(f'{walk:.2f}' for walk in walks):<32}"
-        if "val_serving_walk_without_selector" in rows[0]:
+        greedy, drawn = ([lengths[name] for _, lengths in done] for name in ("greedy", "drawn"))
+        each = ", ".join(f"{walk:.2f}" for walk in greedy)
+        line = f"  {side:<22} {spread_of(greedy):<13}{spread_of(drawn):<13}{each:<32}"
+        held_out = [row["val_serving_walk"] for row, _ in done]
+        line += f" of its cache {spread_of(held_out)}"
+        if "val_serving_walk_without_selector" in done[0][0]:
             plain, oracle = (
-                [row[f"val_serving_walk_{path}"] for row in rows] for path in ("without_selector", "oracle")
+                [row[f"val_serving_walk_{path}"] for row, _ in done] for path in ("without_selector", "oracle")
             )
-            line += f" by the logits alone {spread_of(plain)}, best of the candidates {spread_of(oracle)}"
-        for temperature in TEMPERATURES:
-            name = f"val_{expected_metric(temperature)}"
-            if drawn := [row[name] for row in rows if name in row]:
-                line += f" expected at {temperature:g} {spread_of(drawn)}"
+            line += f", by the logits alone {spread_of(plain)}, best of the candidates {spread_of(oracle)}"
         lines.append(line)
     return lines
 
@@ -283,7 +322,7 @@ def print_costs(bench: Bench, rounds: int) -> None:
     sides = {side: Timed(bench, side) for side in ("base", "wide", "dflash2") if finished(bench.settings(side, 0))}
     files = open_target(str(bench.target))
     target = load_model(files, dtype=torch.float32, device=CPU)
-    prompts = some_prompts(bench.cache, 6, 40)
+    prompts = some_prompts(bench.cache("own"), 6, 40)
     num: dict[str, int] = {}
 
     def decode(side: str) -> None:
@@ -318,8 +357,7 @@ def main() -> None:
     print(machine(), flush=True)
     benches = [Bench(folder=args.out / name, steps=args.steps or STEPS[name]) for name in args.targets]
     for bench in benches if not args.table else ():
-        if not (bench.cache / "manifest.json").is_file() or not Corpus.open((bench.cache,)).finals:
-            TARGETS[bench.folder.name](bench.folder)
+        prepare(bench)
     for seed in range(args.seeds) if not args.table else ():
         for bench in benches:
             for side in args.sides:
