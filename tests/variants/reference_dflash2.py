@@ -9,28 +9,12 @@ served: context strictly before the anchor, then the block.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
+from slow_layer import PLAIN_CONFIG, Weights, attend, context_of, feed_forward, layer_weights, norm, random_tensors
 from torch import Tensor
-
-Weights = Mapping[str, Tensor]
-"""By the names of the draft's file."""
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return weight.double() * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
-
-
-def _turn(x: Tensor, first: int, theta: float) -> Tensor:
-    """Rotate [T, d] at positions first.. : pair i is (x[i], x[i + d/2]), turned by position * theta^(-2i/d)."""
-    d = x.shape[1]
-    angles = [[position * theta ** (-2 * i / d) for i in range(d // 2)] for position in range(first, first + len(x))]
-    cos, sin = (
-        torch.tensor([[f(one) for one in row] for row in angles], dtype=torch.float64) for f in (math.cos, math.sin)
-    )
-    left, right = x[:, : d // 2], x[:, d // 2 :]
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=1)
 
 
 def convolve(values: Tensor, base: Tensor, delta: Tensor, group: int) -> Tensor:
@@ -55,45 +39,23 @@ def _hides(config: Mapping[str, Any], layer: int, query: int, key: int) -> bool:
     return query - key >= config["sliding_window"] or (bool(causal) and key > query)
 
 
-def _attention(w: Weights, config: Mapping[str, Any], layer: int, context: Tensor, block: Tensor) -> Tensor:
-    """Return [K, H] of normed and convolved block states [K, H] and the context [C, H] at positions 0..C-1."""
-    eps, d, theta = config["rms_norm_eps"], config["head_dim"], config["rope_theta"]
-    per_key_head = config["num_attention_heads"] // config["num_key_value_heads"]
-    start, source = len(context), torch.cat((context, block))
-    pairs = [[_hides(config, layer, start + q, key) for key in range(len(source))] for q in range(len(block))]
-    hidden, heads = torch.tensor(pairs), []
-    for head in range(config["num_attention_heads"]):
-        q_rows = slice(head * d, (head + 1) * d)
-        kv_rows = slice(head // per_key_head * d, (head // per_key_head + 1) * d)
-        q = _norm(block @ w["self_attn.q_proj.weight"][q_rows].T, w["self_attn.q_norm.weight"], eps)
-        k = _norm(source @ w["self_attn.k_proj.weight"][kv_rows].T, w["self_attn.k_norm.weight"], eps)
-        v = source @ w["self_attn.v_proj.weight"][kv_rows].T
-        scores = _turn(q, start, theta) @ _turn(k, 0, theta).T / math.sqrt(d)
-        heads.append(torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1) @ v)
-    return torch.cat(heads, dim=-1) @ w["self_attn.o_proj.weight"].T
-
-
 def draft_block(weights: Weights, config: Mapping[str, Any], features: Tensor, block: Tensor) -> Tensor:
     """Return the states [K, H] after the final norm of an embedded block [K, H] after `features` [C, L*H]."""
-    weights = {name: weight.double() for name, weight in weights.items()}
     eps, group = config["rms_norm_eps"], config["dflash_config"]["conv_group_size"]
     taps = config["dflash_config"]["conv_kernel_size"]
-    context = _norm(features.double() @ weights["fc.weight"].T, weights["hidden_norm.weight"], eps)
-    x = block.double()
+    context, x = context_of(weights, config, features), block.double()
+    slots, keys = range(len(context), len(context) + len(x)), range(len(context) + len(x))
     for i in range(config["num_hidden_layers"]):
-        w = {n.removeprefix(f"layers.{i}."): t for n, t in weights.items() if n.startswith(f"layers.{i}.")}
-        for sublayer, norm in (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")):
-            n = _norm(x, w[f"{norm}.weight"], eps)
+        w = layer_weights(weights, i)
+        hidden = torch.tensor([[_hides(config, i, slot, key) for key in keys] for slot in slots])
+        for sublayer, before in (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")):
+            n = norm(x, w[f"{before}.weight"], eps)
             base = w[f"{sublayer}_conv.base_kernel"]
             delta = (n @ w[f"{sublayer}_conv.kernel_projection.weight"].T).view(len(n), 2, taps, -1)
             v = convolve(n, base[0], delta[:, 0], group)
-            if sublayer == "attention":
-                v = _attention(w, config, i, context, v)
-            else:
-                gate = v @ w["mlp.gate_proj.weight"].T
-                v = (gate * torch.sigmoid(gate) * (v @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
+            v = attend(w, config, context, v, hidden) if sublayer == "attention" else feed_forward(w, v)
             x = x + convolve(v, base[1], delta[:, 1], group)
-    return _norm(x, weights["norm.weight"], eps)
+    return norm(x, weights["norm.weight"], eps)
 
 
 def candidates_of(unary: Tensor, top_k: int) -> list[int]:
@@ -242,33 +204,7 @@ def config_json(**changes: Any) -> dict[str, Any]:
         "selector_rank": 6,
         "selector_top_k": 12,
     }
-    plain = {
-        "architectures": ["DFlash2DraftModel"],
-        "model_type": "qwen3",
-        "is_causal": False,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "vocab_size": 40,
-        "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "layer_types": ["full_attention"] * 2,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 2,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "dtype": "bfloat16",
-    }
+    plain = {**PLAIN_CONFIG, "architectures": ["DFlash2DraftModel"], "is_causal": False}
     inside = {name: value for name, value in changes.items() if name in own}
     outside = {name: value for name, value in changes.items() if name not in own}
     both = {"num_target_layers": {**own, **inside}["num_target_layers"]}
@@ -278,33 +214,16 @@ def config_json(**changes: Any) -> dict[str, Any]:
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Return float32 tensors of every name and shape, none of them at its start value, all large enough to matter."""
     own, draw = config["dflash_config"], torch.Generator().manual_seed(seed)
-    hidden, d, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
-    queries, keys = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    taps, groups, rank = own["conv_kernel_size"], hidden // own["conv_group_size"], own["selector_rank"]
-    layer: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    for sublayer in ("attention_conv", "mlp_conv"):
-        layer[f"{sublayer}.base_kernel"] = (2, taps, hidden)
-        layer[f"{sublayer}.kernel_projection.weight"] = (2 * taps * groups, hidden)
-    norms = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
-    norms |= {"self_attn.q_norm.weight": d, "self_attn.k_norm.weight": d}
-    layers = range(config["num_hidden_layers"])
-    shapes = {f"layers.{i}.{name}": shape for i in layers for name, shape in layer.items()}
-    shapes["fc.weight"] = (hidden, len(own["target_layer_ids"]) * hidden)
+    hidden, rank = config["hidden_size"], own["selector_rank"]
+    taps, groups = own["conv_kernel_size"], config["hidden_size"] // own["conv_group_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, sublayer in product(range(config["num_hidden_layers"]), ("attention_conv", "mlp_conv")):
+        shapes[f"layers.{i}.{sublayer}.base_kernel"] = (2, taps, hidden)
+        shapes[f"layers.{i}.{sublayer}.kernel_projection.weight"] = (2 * taps * groups, hidden)
     shapes["candidate_selector.predecessor_codebook"] = (config["vocab_size"], rank)
     shapes["candidate_selector.successor_codebook"] = (config["vocab_size"], rank)
     shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
-    sizes = {f"layers.{i}.{name}": size for i in layers for name, size in norms.items()}
-    sizes |= {"hidden_norm.weight": hidden, "norm.weight": hidden}
-    weights = {name: 0.3 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    weights |= {name: 0.5 + torch.rand(size, generator=draw) for name, size in sizes.items()}
+    weights = random_tensors(config, len(own["target_layer_ids"]), shapes, draw)
     for name, weight in weights.items():
         if name.endswith("base_kernel"):
             weight[:, 0] += 1

@@ -12,49 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from slow_layer import PLAIN_CONFIG, Weights, attend, context_of, feed_forward, layer_weights, norm, random_tensors
 from torch import Tensor
-
-Weights = Mapping[str, Tensor]
-"""By the names of the draft's file."""
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
-
-
-def _turn(x: Tensor, first: int, theta: float) -> Tensor:
-    """Rotate [T, d] at positions first.. : pair i is (x[i], x[i + d/2]), turned by position * theta^(-2i/d)."""
-    d = x.shape[1]
-    rows = [[position * theta ** (-2 * i / d) for i in range(d // 2)] for position in range(first, first + len(x))]
-    angles = torch.tensor(rows, dtype=torch.float64)
-    left, right = x[:, : d // 2], x[:, d // 2 :]
-    return torch.cat((left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin()), dim=1)
 
 
 def draft_block(weights: Weights, config: Mapping[str, Any], features: Tensor, block: Tensor) -> Tensor:
     """Return the states [B, H] after the final norm of an embedded block [B, H] after `features` [C, L*H]."""
-    weights = {name: weight.double() for name, weight in weights.items()}
-    eps, d, theta = config["rms_norm_eps"], config["head_dim"], config["rope_theta"]
-    per_key_head = config["num_attention_heads"] // config["num_key_value_heads"]
-    context = _norm(features.double() @ weights["fc.weight"].T, weights["hidden_norm.weight"], eps)
-    x, start = block.double(), len(context)
+    context, x, eps = context_of(weights, config, features), block.double(), config["rms_norm_eps"]
     for i in range(config["num_hidden_layers"]):
-        w = {n.removeprefix(f"layers.{i}."): t for n, t in weights.items() if n.startswith(f"layers.{i}.")}
-        n = _norm(x, w["input_layernorm.weight"], eps)
-        source, heads = torch.cat((context, n)), []
-        for head in range(config["num_attention_heads"]):
-            q_rows = slice(head * d, (head + 1) * d)
-            kv_rows = slice(head // per_key_head * d, (head // per_key_head + 1) * d)
-            q = _norm(n @ w["self_attn.q_proj.weight"][q_rows].T, w["self_attn.q_norm.weight"], eps)
-            k = _norm(source @ w["self_attn.k_proj.weight"][kv_rows].T, w["self_attn.k_norm.weight"], eps)
-            v = source @ w["self_attn.v_proj.weight"][kv_rows].T
-            scores = _turn(q, start, theta) @ _turn(k, 0, theta).T / math.sqrt(d)
-            heads.append(torch.softmax(scores, dim=-1) @ v)
-        x = x + torch.cat(heads, dim=-1) @ w["self_attn.o_proj.weight"].T
-        n = _norm(x, w["post_attention_layernorm.weight"], eps)
-        gate = n @ w["mlp.gate_proj.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * (n @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
-    return _norm(x, weights["norm.weight"], eps)
+        w = layer_weights(weights, i)
+        x = x + attend(w, config, context, norm(x, w["input_layernorm.weight"], eps))
+        x = x + feed_forward(w, norm(x, w["post_attention_layernorm.weight"], eps))
+    return norm(x, weights["norm.weight"], eps)
 
 
 def biased(weights: Weights, unary: Tensor, before: int) -> Tensor:
@@ -170,8 +139,8 @@ def train_step(
 def config_json(**changes: Any) -> dict[str, Any]:
     """Return the config.json of a tiny draft as published ones are: H 32, 2 layers, B 4, V 40; `changes` go on top."""
     return {
+        **PLAIN_CONFIG,
         "architectures": ["Qwen3DSparkModel"],
-        "model_type": "qwen3",
         "block_size": 4,
         "mask_token_id": 39,
         "target_layer_ids": [1, 3],
@@ -180,28 +149,6 @@ def config_json(**changes: Any) -> dict[str, Any]:
         "markov_head_type": "vanilla",
         "enable_confidence_head": True,
         "confidence_head_with_markov": True,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "vocab_size": 40,
-        "max_position_embeddings": 512,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "layer_types": ["full_attention"] * 2,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 2,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "dtype": "bfloat16",
         **changes,
     }
 
@@ -209,29 +156,12 @@ def config_json(**changes: Any) -> dict[str, Any]:
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Return float32 tensors of every name and shape, none of them at its start value, all large enough to matter."""
     draw = torch.Generator().manual_seed(seed)
-    hidden, d, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
-    queries, keys = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    layer: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    norms = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
-    norms |= {"self_attn.q_norm.weight": d, "self_attn.k_norm.weight": d}
-    layers = range(config["num_hidden_layers"])
-    shapes = {f"layers.{i}.{name}": shape for i in layers for name, shape in layer.items()}
-    shapes["fc.weight"] = (hidden, len(config["target_layer_ids"]) * hidden)
-    shapes["confidence_head.proj.weight"] = (1, hidden + config["markov_rank"])
-    shapes["confidence_head.proj.bias"] = (1,)
     tables = (config["vocab_size"], config["markov_rank"])
-    sizes = {f"layers.{i}.{name}": size for i in layers for name, size in norms.items()}
-    sizes |= {"hidden_norm.weight": hidden, "norm.weight": hidden}
-    weights = {name: 0.3 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    weights |= {name: 0.5 + torch.rand(size, generator=draw) for name, size in sizes.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        "confidence_head.proj.weight": (1, config["hidden_size"] + config["markov_rank"]),
+        "confidence_head.proj.bias": (1,),
+    }
+    weights = random_tensors(config, len(config["target_layer_ids"]), shapes, draw)
     # As much as the logits, so that the choice depends on the token before.
     weights |= {f"markov_head.markov_w{i}.weight": 0.9 * torch.randn(tables, generator=draw) for i in (1, 2)}
     return weights

@@ -1,8 +1,7 @@
 """DFlash 2: a step, a walk and a sampled answer are what the slow reference, written from the contract, says."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,19 @@ from reference_dflash2 import (
     train_step,
     walk,
 )
-from safetensors.torch import save_file
 from tiny import TinyBatch, pack, tiny_batch, tiny_target_ends
 from tiny_decoding import HIDDEN, LAYERS, MASK, SHAPE, VOCAB, random_prompts, tiny_target
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from variant_drafts import SIZES, check_gradients, features_of, p_value, saved, sequences
 
 from dflash_offline.schemas.draft.anchor_rule import AnchorRule
-from dflash_offline.stages.draft import attention
 from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
-from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.sampling import Sampler, SamplingRule
-from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.trainer import DFlashStepMetrics, DFlashTrainerModule
 
+pytestmark = pytest.mark.usefixtures("small_tiles")
 LENGTHS = [14, 3, 9, 20]
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 5, "use_sliding_window": True}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,19 +43,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "half": {"selector_alpha": 0.5},
     "none": {"selector_alpha": 0.0, "gamma": 2.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give tiny batches several tiles of sdpa."""
-    monkeypatch.setattr(attention, "TILE_QUERIES", 11)
-
-
-def saved(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> DraftModel:
-    """Return the draft that the project loads from a folder as the contract has it, ready to be trained."""
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    return load_draft(folder).train().requires_grad_()
 
 
 def tiny_trainer(folder: Path, shape: str = "full", **settings: Any) -> DFlashTrainerModule:
@@ -76,11 +60,7 @@ def tiny_trainer(folder: Path, shape: str = "full", **settings: Any) -> DFlashTr
 
 
 def the_batch() -> TinyBatch:
-    return tiny_batch(_SIZES, LENGTHS)
-
-
-class _SIZES:
-    hidden_size, vocab_size, target_layer_ids = 32, 40, (1, 3)
+    return tiny_batch(SIZES, LENGTHS)
 
 
 def draws(batch: TinyBatch) -> list[Any]:
@@ -95,7 +75,7 @@ def reference_step(shape: str, setting: str) -> tuple[ReferenceStep, dict[str, T
     """Return the slow reference's step over the batch, and its gradients."""
     config, batch = config_json(**SHAPES[shape]), the_batch()
     weights = {name: weight.requires_grad_() for name, weight in random_weights(config).items()}
-    head, table = tiny_target_ends(_SIZES)
+    head, table = tiny_target_ends(SIZES)
     documents = [
         {
             "input_ids": batch.input_ids[i, :length],
@@ -135,16 +115,6 @@ def check_metrics(step: DFlashStepMetrics, expected: ReferenceStep) -> None:
     assert oracle.correct_by_slot.tolist() == expected.covered_by_slot
     assert oracle.accept_len_sum.item() == sum(expected.oracle_lens)
     assert 0 < sum(expected.covered_by_slot) < sum(expected.valid_by_slot), "some truths are to be no candidates"
-
-
-def check_gradients(loss: Tensor, trainer: DFlashTrainerModule, wanted: Mapping[str, Tensor]) -> None:
-    names, weights = zip(*trainer.draft_model.named_parameters(), strict=True)
-    found = dict(zip(names, torch.autograd.grad(loss, weights, allow_unused=True), strict=True))
-    for name, grad in wanted.items():
-        given = found[name] if found[name] is not None else torch.zeros_like(grad)
-        assert (given - grad).norm() <= 1e-5 * grad.norm(), name
-    extra = {name for name, grad in found.items() if name not in wanted and grad is not None and grad.any()}
-    assert not extra, "a gradient that the reference does not have"
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -219,13 +189,6 @@ def decoding_config(**changes: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def features_of(target: PreTrainedModel, tokens: list[int], layer_ids: list[int]) -> Tensor:
-    """Return the outputs of the target's layers, [T, L*H], by running it over the whole text at once."""
-    states = target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-    return torch.cat([states[i + 1][0] for i in layer_ids], dim=-1)
-
-
-@torch.no_grad()
 def test_every_block_that_is_decoded_is_the_walk_of_the_slow_reference(tmp_path: Path) -> None:
     target, config = tiny_target("qwen3"), decoding_config()
     weights, own = random_weights(config), config["dflash_config"]
@@ -246,29 +209,6 @@ def test_every_block_that_is_decoded_is_the_walk_of_the_slow_reference(tmp_path:
             changed += drafted != unary.argmax(dim=-1).tolist()
             start += produced
     assert changed, "the selector is to change what is drafted"
-
-
-def p_value(counts: Counter[tuple[int, ...]], wanted: Mapping[tuple[int, ...], float], draws: int) -> float:
-    """Return how probable so large a chi-square is if counts were drawn as wanted; rare cells are merged."""
-    assert not counts.keys() - {cell for cell, share in wanted.items() if share > 0}, "drawn, though it cannot be"
-    cells, rare = [], [0.0, 0.0]
-    for cell, share in wanted.items():
-        pair = [float(counts[cell]), draws * share]
-        if pair[1] < 8:
-            rare = [rare[0] + pair[0], rare[1] + pair[1]]
-        else:
-            cells.append(pair)
-    cells += [rare] if rare[1] > 0 else []
-    statistic = sum((found - expected) ** 2 / expected for found, expected in cells)
-    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)))
-
-
-def paths(step: Callable[[tuple[int, ...]], Mapping[int, float]], length: int) -> dict[tuple[int, ...], float]:
-    """Return the probability of every sequence, given that of each next token."""
-    found: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(length):
-        found = {(*path, token): p * q for path, p in found.items() for token, q in step(path).items()}
-    return found
 
 
 @torch.no_grad()
@@ -313,5 +253,5 @@ def test_sampled_blocks_are_the_references_walk_and_answers_the_targets_own(
         (slot,) = proposal(weights, hidden[None], (head.double() @ hidden)[None], [path[-1]], 3, rule.temperature)
         return slot
 
-    assert p_value(answers, paths(by_target, 3), draws) > 1e-3
-    assert p_value(blocks, paths(by_draft, 3), draws) > 1e-3
+    assert p_value(answers, sequences(by_target, 3), draws) > 1e-3
+    assert p_value(blocks, sequences(by_draft, 3), draws) > 1e-3

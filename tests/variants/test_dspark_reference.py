@@ -1,8 +1,7 @@
 """DSpark: a step, a walk and a sampled answer are what the slow reference, written from the formulas, says."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,20 @@ from reference_dspark import (
     train_step,
     walk,
 )
-from safetensors.torch import save_file
 from tiny import TinyBatch, pack, tiny_batch, tiny_target_ends
 from tiny_decoding import HIDDEN, LAYERS, MASK, SHAPE, VOCAB, random_prompts, tiny_target
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from variant_drafts import SIZES, check_gradients, features_of, p_value, saved, sequences
 
 from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.errors import DflashError
-from dflash_offline.stages.draft import attention
 from dflash_offline.stages.draft.anchors import collate_anchors, draw_anchors
 from dflash_offline.stages.draft.decode import plain_decode, speculative_decode
-from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.draft.sampling import Sampler, SamplingRule
-from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.trainer import DFlashTrainerModule
 
+pytestmark = pytest.mark.usefixtures("small_tiles")
 LENGTHS, STARTS = [14, 3, 9, 20], [0, 14, 17, 26]
 NUM_ANCHORS = 64
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,19 +41,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "other weights": {"gamma": 2.0, "alphas": (1.0, 0.25, 0.5)},
     "cross-entropy alone": {"alphas": (1.0, 0.0, 0.0)},
 }
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give tiny batches several tiles of sdpa."""
-    monkeypatch.setattr(attention, "TILE_QUERIES", 11)
-
-
-def saved(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> DraftModel:
-    """Return the draft that the project loads from a folder as the formulas have it, ready to be trained."""
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    return load_draft(folder).train().requires_grad_()
 
 
 def tiny_trainer(folder: Path, **settings: Any) -> DFlashTrainerModule:
@@ -70,13 +54,9 @@ def tiny_trainer(folder: Path, **settings: Any) -> DFlashTrainerModule:
     return DFlashTrainerModule(draft, *ends, 39, block_size=4, loss_decay_gamma=gamma, loss_settings=alphas, **settings)
 
 
-class _SIZES:
-    hidden_size, vocab_size, target_layer_ids = 32, 40, (1, 3)
-
-
 def the_batch() -> tuple[TinyBatch, Tensor]:
     """Return a padded batch, and the target's final states; those that nobody may read are not finite."""
-    batch = tiny_batch(_SIZES, LENGTHS)
+    batch = tiny_batch(SIZES, LENGTHS)
     final = 2 * torch.randn(*batch.input_ids.shape, 32, generator=torch.Generator().manual_seed(6))
     is_read = torch.zeros_like(batch.loss_mask, dtype=torch.bool)
     is_read[:, :-1] = batch.loss_mask[:, 1:] == 1
@@ -88,7 +68,7 @@ def reference_step(setting: str) -> tuple[ReferenceStep, dict[str, Tensor]]:
     """Return the slow reference's step over the batch, and its gradients."""
     config, (batch, final) = config_json(), the_batch()
     weights = {name: weight.requires_grad_() for name, weight in random_weights(config).items()}
-    head, table = tiny_target_ends(_SIZES)
+    head, table = tiny_target_ends(SIZES)
     documents = [
         {
             "input_ids": batch.input_ids[i, :length],
@@ -134,16 +114,6 @@ def check_metrics(step: Any, expected: ReferenceStep) -> None:
     assert step.accept_len_sum.item() == sum(expected.accept_lens)
     assert step.valid_blocks.item() == len(expected.accept_lens)
     assert expected.valid_by_slot[0] > expected.valid_by_slot[-1] > 0, "some blocks are to end early"
-
-
-def check_gradients(loss: Tensor, trainer: DFlashTrainerModule, wanted: Mapping[str, Tensor]) -> None:
-    names, weights = zip(*trainer.draft_model.named_parameters(), strict=True)
-    found = dict(zip(names, torch.autograd.grad(loss, weights, allow_unused=True), strict=True))
-    for name, grad in wanted.items():
-        given = found[name] if found[name] is not None else torch.zeros_like(grad)
-        assert (given - grad).norm() <= 1e-5 * grad.norm(), name
-    extra = {name for name, grad in found.items() if name not in wanted and grad is not None and grad.any()}
-    assert not extra, "a gradient that the reference does not have"
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -230,13 +200,6 @@ def decoding_config(**changes: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def features_of(target: PreTrainedModel, tokens: list[int], layer_ids: list[int]) -> Tensor:
-    """Return the outputs of the target's layers, [T, L*H], by running it over the whole text at once."""
-    states = target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-    return torch.cat([states[i + 1][0] for i in layer_ids], dim=-1)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_every_block_that_is_decoded_is_the_walk_of_the_slow_reference(threshold: float | None, tmp_path: Path) -> None:
     target, config = tiny_target("qwen3"), decoding_config()
@@ -262,29 +225,6 @@ def test_every_block_that_is_decoded_is_the_walk_of_the_slow_reference(threshold
     assert changed, "the bias is to change what is drafted"
     if threshold is not None:
         assert lengths[0] and len(lengths) > 2, "some blocks are to end at once and some later"
-
-
-def p_value(counts: Counter[tuple[int, ...]], wanted: Mapping[tuple[int, ...], float], draws: int) -> float:
-    """Return how probable so large a chi-square is if counts were drawn as wanted; rare cells are merged."""
-    assert not counts.keys() - {cell for cell, share in wanted.items() if share > 0}, "drawn, though it cannot be"
-    cells, rare = [], [0.0, 0.0]
-    for cell, share in wanted.items():
-        pair = [float(counts[cell]), draws * share]
-        if pair[1] < 8:
-            rare = [rare[0] + pair[0], rare[1] + pair[1]]
-        else:
-            cells.append(pair)
-    cells += [rare] if rare[1] > 0 else []
-    statistic = sum((found - expected) ** 2 / expected for found, expected in cells)
-    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)))
-
-
-def sequences(step: Callable[[tuple[int, ...]], Mapping[int, float]], length: int) -> dict[tuple[int, ...], float]:
-    """Return the probability of every sequence, given that of each next token."""
-    found: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(length):
-        found = {(*path, token): p * q for path, p in found.items() for token, q in step(path).items()}
-    return found
 
 
 @torch.no_grad()
