@@ -228,7 +228,8 @@ def _open(url: str) -> Any:
         from obstore.store import from_url
     except ImportError as error:
         raise DflashError(
-            f"{url} is in an object store, which needs obstore ({error}). Install it: pip install -e '.[store]'"
+            f"{url} is in an object store, which needs obstore ({error}). "
+            "Install it: pip install 'dflash-offline[store]'"
         ) from error
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:

@@ -66,4 +66,4 @@ def test_an_address_with_credentials_is_refused_without_showing_them() -> None:
 
 def test_without_obstore_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    refused(dflash("inspect", "s3://bucket/no-obstore"), "pip install -e '.[store]'")
+    refused(dflash("inspect", "s3://bucket/no-obstore"), "pip install 'dflash-offline[store]'")

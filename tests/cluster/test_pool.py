@@ -256,7 +256,7 @@ def test_workers_that_wait_for_room_are_said_to() -> None:
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DflashError, match=r"--ray needs Ray .*pip install -e '\.\[ray\]'"), connected("auto"):
+    with pytest.raises(DflashError, match=r"--ray needs Ray .*pip install 'dflash-offline\[ray\]'"), connected("auto"):
         pass
 
 
