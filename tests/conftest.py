@@ -63,6 +63,14 @@ def cache(extract_config: dict[str, object], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def cache_with_final(extract_config: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache that also holds the target's final states; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("final") / "cache"
+    extract(ExtractConfig(**extract_config, out=out, final=True), Silent())
+    return out
+
+
+@pytest.fixture(scope="session")
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of four steps; copy it before changing anything."""
     out = tmp_path_factory.mktemp("run") / "run"

@@ -32,14 +32,6 @@ from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.store.verify import verify_cache
 
 
-@pytest.fixture(scope="module")
-def with_final(extract_config: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose final states were extracted with its hidden states."""
-    out = tmp_path_factory.mktemp("final") / "cache"
-    extract(ExtractConfig(**extract_config, out=out, final=True), Silent())
-    return out
-
-
 def hashes(cache: Path) -> dict[str, str]:
     """Return the sha256 of each file of a cache but its records, which hold times."""
     files = [path for path in cache.rglob("*") if path.is_file() and path.parent.name != "commits"]
@@ -47,13 +39,13 @@ def hashes(cache: Path) -> dict[str, str]:
 
 
 def test_final_is_the_last_hidden_state_where_the_next_token_is_supervised_and_fill_elsewhere(
-    with_final: Path, target: Path
+    cache_with_final: Path, target: Path
 ) -> None:
-    cache = Cache.open(with_final)
+    cache = Cache.open(cache_with_final)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     final = cache.require_final()
     assert final.usable().tolist() == cache.usable().tolist()
-    codes = np.asarray(zarr.open_group(with_final / "features.zarr", mode="r")["final"][:])
+    codes = np.asarray(zarr.open_group(cache_with_final / "features.zarr", mode="r")["final"][:])
     assert codes.shape == (cache.layout.num_slots, cache.layout.hidden_size) and codes.dtype == np.uint16
     is_free = np.ones(len(codes), np.bool_)
     for sample in range(len(cache.samples)):
@@ -70,23 +62,25 @@ def test_final_is_the_last_hidden_state_where_the_next_token_is_supervised_and_f
     assert (codes[is_free] == NAN).all() and is_free.any()
 
 
-def test_final_states_widen_as_features_do_and_survive_pickling(with_final: Path) -> None:
+def test_final_states_widen_as_features_do_and_survive_pickling(cache_with_final: Path) -> None:
     import pickle
 
-    final = pickle.loads(pickle.dumps(Cache.open(with_final).require_final()))
+    final = pickle.loads(pickle.dumps(Cache.open(cache_with_final).require_final()))
     codes, kept = final.codes(3), final.stored(3)
     widened = FeatureEncoder(final.codec).widen(torch.from_numpy(codes.view(np.int16)), [0])[:, 0]
     np.testing.assert_array_equal(widened.float().numpy()[kept], final.values(3)[kept, 0])
     assert widened[torch.from_numpy(~kept)].isnan().all()
 
 
-def test_a_cache_extracted_with_final_is_the_one_without_but_for_that_array(with_final: Path, cache: Path) -> None:
-    mine = {name: digest for name, digest in hashes(with_final).items() if "final" not in name}
+def test_a_cache_extracted_with_final_is_the_one_without_but_for_that_array(
+    cache_with_final: Path, cache: Path
+) -> None:
+    mine = {name: digest for name, digest in hashes(cache_with_final).items() if "final" not in name}
     assert mine == hashes(cache)
 
 
 def test_final_states_added_later_are_those_extracted_at_once_and_no_tap_is_written_again(
-    extract_config: Settings, with_final: Path, cache: Path, tmp_path: Path
+    extract_config: Settings, cache_with_final: Path, cache: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "cache"
     shutil.copytree(cache, copy)
@@ -95,23 +89,23 @@ def test_final_states_added_later_are_those_extracted_at_once_and_no_tap_is_writ
         Cache.open(copy).require_final()
     done = extract(ExtractConfig(**extract_config, out=copy, final=True), Silent())
     assert done.shards_written == done.num_shards
-    assert hashes(copy) == hashes(with_final)
+    assert hashes(copy) == hashes(cache_with_final)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again = extract(ExtractConfig(**extract_config, out=copy, final=True), Silent())
     assert again.shards_written == 0
     without = extract(ExtractConfig(**extract_config, out=copy), Silent())
-    assert without.shards_written == 0 and hashes(copy) == hashes(with_final)
+    assert without.shards_written == 0 and hashes(copy) == hashes(cache_with_final)
 
 
 @pytest.mark.parametrize(
     ("features", "mantissa_bits", "kept"), [("scaled", 4, 4), ("rounded", 5, 5), ("rounded", 2, 4)]
 )
 def test_final_states_of_coarse_features_keep_four_mantissa_bits(
-    extract_config: Settings, with_final: Path, tmp_path: Path, features: str, mantissa_bits: int, kept: int
+    extract_config: Settings, cache_with_final: Path, tmp_path: Path, features: str, mantissa_bits: int, kept: int
 ) -> None:
     settings = extract_config | {"features": features, "mantissa_bits": mantissa_bits, "limit": 20}
     extract(ExtractConfig(**settings, out=tmp_path / "cache", final=True), Silent())
-    made, exact = Cache.open(tmp_path / "cache"), Cache.open(with_final).require_final()
+    made, exact = Cache.open(tmp_path / "cache"), Cache.open(cache_with_final).require_final()
     assert made.layout.features.kind == features and made.require_final().layout.features.mantissa_bits == kept
     for sample in range(len(made.samples)):
         same = next(s for s in range(len(exact.samples)) if exact.samples.row[s] == made.samples.row[sample])
@@ -123,12 +117,12 @@ def test_final_states_of_coarse_features_keep_four_mantissa_bits(
 
 
 @pytest.fixture
-def copied(with_final: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(with_final, tmp_path / "cache"))
+def copied(cache_with_final: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache_with_final, tmp_path / "cache"))
 
 
 def test_a_flipped_byte_is_found_and_only_those_final_states_are_done_again(
-    extract_config: Settings, with_final: Path, copied: Path
+    extract_config: Settings, cache_with_final: Path, copied: Path
 ) -> None:
     name = shard_files(1, FINAL)[0]
     path = copied / name
@@ -149,12 +143,12 @@ def test_a_flipped_byte_is_found_and_only_those_final_states_are_done_again(
     with pytest.raises(CacheError, match=r"1 of .* shards have no final states"):
         Cache.open(copied).require_final()
     assert extract(ExtractConfig(**extract_config, out=copied, final=True), Silent()).shards_written == 1
-    assert hashes(copied) == hashes(with_final) and verify_cache(copied, Silent()) == []
+    assert hashes(copied) == hashes(cache_with_final) and verify_cache(copied, Silent()) == []
 
 
 @pytest.mark.parametrize("name", [FINAL_MANIFEST, FINAL_METADATA])
 def test_damage_of_what_says_that_there_are_final_states_is_mended_without_any_of_them_done_again(
-    extract_config: Settings, with_final: Path, copied: Path, name: str
+    extract_config: Settings, cache_with_final: Path, copied: Path, name: str
 ) -> None:
     path = copied / name
     path.write_bytes(path.read_bytes().replace(b"lossless", b"rounded ").replace(b"uint16", b"uint32"))
@@ -164,7 +158,7 @@ def test_damage_of_what_says_that_there_are_final_states_is_mended_without_any_o
     assert shown.exit_code == 0, shown.output
     assert dflash("verify", copied, "--repair").exit_code == 1
     assert extract(ExtractConfig(**extract_config, out=copied, final=True), Silent()).shards_written == 0
-    assert hashes(copied) == hashes(with_final) and verify_cache(copied, Silent()) == []
+    assert hashes(copied) == hashes(cache_with_final) and verify_cache(copied, Silent()) == []
 
 
 def test_final_states_of_another_layout_or_cache_are_refused(
@@ -185,9 +179,9 @@ def test_final_states_of_another_layout_or_cache_are_refused(
 
 
 def test_verify_with_the_target_compares_the_final_states_and_finds_those_before_the_norm(
-    extract_config: Settings, target: Path, with_final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extract_config: Settings, target: Path, cache_with_final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = dflash("verify", with_final, "--target", target, "--device", "cpu")
+    said = dflash("verify", cache_with_final, "--target", target, "--device", "cpu")
     assert said.exit_code == 0 and "final state: relative error 0.1" in said.stdout, said.output
     right = runner.layer_and_final_states
     monkeypatch.setattr(
@@ -250,18 +244,18 @@ def test_samples_without_hidden_states_have_no_final_ones_and_are_no_reason_to_r
 
 
 def test_inspect_and_the_plan_say_what_final_states_take(
-    extract_config: Settings, with_final: Path, cache: Path, tmp_path: Path
+    extract_config: Settings, cache_with_final: Path, cache: Path, tmp_path: Path
 ) -> None:
-    found = json.loads(dflash("inspect", with_final, "--json").stdout)["final"]
-    final = Cache.open(with_final).require_final()
+    found = json.loads(dflash("inspect", cache_with_final, "--json").stdout)["final"]
+    final = Cache.open(cache_with_final).require_final()
     kept = sum(int(final.stored(sample).sum()) for sample in range(len(final.samples)))
-    sizes = [path.stat().st_size for path in (with_final / "features.zarr/final/c").glob("*/0")]
+    sizes = [path.stat().st_size for path in (cache_with_final / "features.zarr/final/c").glob("*/0")]
     assert found["positions"] == kept and found["stored"] == sum(sizes)
     assert found["kept_share"] == pytest.approx(kept / int(final.samples.num_tokens.sum()))
     values = np.concatenate([final.values(s)[final.stored(s), 0] for s in range(len(final.samples))])
     assert found["statistics"]["mean"] == pytest.approx(values.mean(), abs=1e-4)
     assert found["statistics"]["std"] == pytest.approx(values.std(), rel=1e-4)
-    assert f"kept for {found['kept_share']:.0%} of tokens" in dflash("inspect", with_final).stdout
+    assert f"kept for {found['kept_share']:.0%} of tokens" in dflash("inspect", cache_with_final).stdout
     assert json.loads(dflash("inspect", cache, "--json").stdout)["final"] is None
     planned = dflash(*arguments(extract_config, tmp_path / "new"), "--final", "--plan", "--json")
     forecast = json.loads(planned.stdout)
@@ -273,7 +267,7 @@ def test_inspect_and_the_plan_say_what_final_states_take(
 
 @pytest.mark.slow
 def test_kills_while_final_states_are_added_leave_the_same_bytes_and_no_half_state(
-    extract_config: Settings, with_final: Path, cache: Path, tmp_path: Path
+    extract_config: Settings, cache_with_final: Path, cache: Path, tmp_path: Path
 ) -> None:
     copy, chance, kills = shutil.copytree(cache, tmp_path / "cache"), random.Random(0), 0
     deadline = time.monotonic() + 120
@@ -294,4 +288,4 @@ def test_kills_while_final_states_are_added_leave_the_same_bytes_and_no_half_sta
         faults = verify_cache(copy, Silent())
         assert all(fault.missing and fault.array == FINAL for fault in faults), faults
     extract(ExtractConfig(**extract_config, out=copy, final=True), Silent())
-    assert hashes(copy) == hashes(with_final)
+    assert hashes(copy) == hashes(cache_with_final)

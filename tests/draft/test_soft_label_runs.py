@@ -13,9 +13,7 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
-from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
-from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import dry_run, train
 from dflash_offline.stages.training.corpus import Corpus
@@ -32,17 +30,9 @@ SETTINGS: Settings = {
 
 
 @pytest.fixture(scope="module")
-def with_final(extract_config: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the target's final states."""
-    out = tmp_path_factory.mktemp("final") / "cache"
-    extract(ExtractConfig(**extract_config, out=out, final=True), Silent())
-    return out
-
-
-@pytest.fixture(scope="module")
-def run(with_final: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(cache_with_final: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    train(config(with_final, out), Silent())
+    train(config(cache_with_final, out), Silent())
     return out
 
 
@@ -58,29 +48,29 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_on_to_the_same_weights_and_metrics(with_final: Path, run: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_same_weights_and_metrics(cache_with_final: Path, run: Path, tmp_path: Path) -> None:
     again = Path(shutil.copytree(run, tmp_path / "again"))
     shutil.rmtree(again / "checkpoints/step-0000008")
-    train(config(with_final, again, loss="dflash:0.10,kl:.9"), Silent())
+    train(config(cache_with_final, again, loss="dflash:0.10,kl:.9"), Silent())
     for name in ("model", "masters", "optimizer"):
         one, other = (each / f"checkpoints/step-0000008/{name}.safetensors" for each in (run, again))
         assert one.read_bytes() == other.read_bytes(), name
     assert rows(run)[-1] == rows(again)[-1]
 
 
-def test_the_record_says_loss_and_temperature_and_another_is_another_run(with_final: Path, run: Path) -> None:
+def test_the_record_says_loss_and_temperature_and_another_is_another_run(cache_with_final: Path, run: Path) -> None:
     settings = RunRecord.read(run).identity["settings"]
     assert (settings["loss"], settings["teacher_temperature"]) == (SETTINGS["loss"], 0.8)
     for name, other in {"loss": "kl:0.8,dflash:0.2", "teacher_temperature": 1.0}.items():
         with pytest.raises(MismatchError, match=rf"was started with other settings(?s:.*){name}.*(?s:.*)run: .* now: "):
-            train(config(with_final, run, **{name: other}), Silent())
+            train(config(cache_with_final, run, **{name: other}), Silent())
 
 
 def test_a_run_with_hard_labels_is_the_same_whether_the_cache_holds_final_states(
-    cache: Path, with_final: Path, tmp_path: Path
+    cache: Path, cache_with_final: Path, tmp_path: Path
 ) -> None:
     hard: Settings = {"loss": "dflash", "teacher_temperature": None, "steps": 4}
-    for name, made in {"without": cache, "with": with_final}.items():
+    for name, made in {"without": cache, "with": cache_with_final}.items():
         train(config(made, tmp_path / name, **hard), Silent())
     one, other = (tmp_path / name for name in ("without", "with"))
     assert "teacher_temperature" not in RunRecord.read(other).identity["settings"]
@@ -97,14 +87,14 @@ def test_a_cache_without_final_states_is_refused_with_the_command_that_adds_them
     assert not (tmp_path / "run").exists()
 
 
-def test_a_temperature_that_nothing_reads_is_refused(with_final: Path, tmp_path: Path) -> None:
+def test_a_temperature_that_nothing_reads_is_refused(cache_with_final: Path, tmp_path: Path) -> None:
     with pytest.raises(DflashError, match=r"teacher_temperature is 0.8, and --loss dpace does not learn"):
-        train(config(with_final, tmp_path / "run", loss="dpace"), Silent())
+        train(config(cache_with_final, tmp_path / "run", loss="dpace"), Silent())
 
 
-def test_accumulation_adds_up_to_one_larger_micro_batch(with_final: Path, tmp_path: Path) -> None:
+def test_accumulation_adds_up_to_one_larger_micro_batch(cache_with_final: Path, tmp_path: Path) -> None:
     """What ranks add up to is tried by test_ranks; their sums are those of micro-batches."""
-    one = training(with_final, tmp_path / "run", packing=False)
+    one = training(cache_with_final, tmp_path / "run", packing=False)
     shortest = np.argsort(one.corpus.num_tokens, kind="stable")[:4]
     whole, *parts = (placed(one, *each) for each in (shortest, shortest[:2], shortest[2:]))
     found = {}
@@ -125,9 +115,9 @@ def placed(one: Training, *samples: int) -> Batch:
     return loader.widen(loader.load([np.array([sample]) for sample in samples], 4))
 
 
-def test_a_dry_run_counts_the_states_and_the_targets_logits(with_final: Path, tmp_path: Path) -> None:
-    soft = dry_run(config(with_final, tmp_path / "run"))
-    hard = dry_run(config(with_final, tmp_path / "run", loss="dflash", teacher_temperature=None))
+def test_a_dry_run_counts_the_states_and_the_targets_logits(cache_with_final: Path, tmp_path: Path) -> None:
+    soft = dry_run(config(cache_with_final, tmp_path / "run"))
+    hard = dry_run(config(cache_with_final, tmp_path / "run", loss="dflash", teacher_temperature=None))
     assert soft.activation_bytes > hard.activation_bytes and soft.most_block_tokens < hard.most_block_tokens
     assert hard.flops_per_step < soft.flops_per_step < 1.5 * hard.flops_per_step
 
@@ -155,8 +145,8 @@ def test_expected_rounds_are_those_of_every_way_in_which_rounds_may_end() -> Non
     assert expected_rounds(0, 8, certain).tolist() == [2, 8]
 
 
-def test_what_stays_is_what_the_formula_says_of_each_slot(with_final: Path, tmp_path: Path) -> None:
-    one = training(with_final, tmp_path / "run", packing=False)
+def test_what_stays_is_what_the_formula_says_of_each_slot(cache_with_final: Path, tmp_path: Path) -> None:
+    one = training(cache_with_final, tmp_path / "run", packing=False)
     batch = placed(one, *np.argsort(one.corpus.num_tokens, kind="stable")[-1:])
     assert batch.final is not None
     found, head = draft_everywhere(one.module, batch).kept, one.module.target_lm_head

@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 from dflash_offline.schemas.errors import DflashError, MismatchError
 from dflash_offline.schemas.run import RunRecord
 from dflash_offline.schemas.settings.evaluate import EvalConfig
-from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.evaluate import evaluate_folder
 from dflash_offline.stages.export import export, export_draft
-from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import dry_run, train
 from dflash_offline.stages.training.corpus import Corpus
@@ -36,17 +34,9 @@ TABLES = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 
 
 @pytest.fixture(scope="module")
-def with_final(extract_config: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the target's final states."""
-    out = tmp_path_factory.mktemp("final") / "cache"
-    extract(ExtractConfig(**extract_config, out=out, final=True), Silent())
-    return out
-
-
-@pytest.fixture(scope="module")
-def run(with_final: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(cache_with_final: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    train(config(with_final, out), Silent())
+    train(config(cache_with_final, out), Silent())
     return out
 
 
@@ -75,10 +65,10 @@ def last_row(run: Path, name: str) -> dict[str, float]:
     return [row for row in rows if name in row][-1]
 
 
-def test_a_run_goes_on_to_the_same_weights_and_metrics(with_final: Path, run: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_same_weights_and_metrics(cache_with_final: Path, run: Path, tmp_path: Path) -> None:
     again = Path(shutil.copytree(run, tmp_path / "again"))
     shutil.rmtree(again / "checkpoints/step-0000008")
-    train(config(with_final, again, anchors="partial"), Silent())
+    train(config(cache_with_final, again, anchors="partial"), Silent())
     for name in ("model", "masters", "optimizer"):
         one, other = (each / f"checkpoints/step-0000008/{name}.safetensors" for each in (run, again))
         assert one.read_bytes() == other.read_bytes(), name
@@ -86,9 +76,9 @@ def test_a_run_goes_on_to_the_same_weights_and_metrics(with_final: Path, run: Pa
     settings = RunRecord.read(run).identity["settings"]
     assert (settings["anchors"], settings["gamma"]) == ("partial", 4.0), "as published for seven drafted tokens"
     with pytest.raises(MismatchError, match=r"l1_loss_alpha +run: 0.9 +now: 0.5"):
-        train(config(with_final, again, l1_loss_alpha=0.5), Silent())
+        train(config(cache_with_final, again, l1_loss_alpha=0.5), Silent())
     with pytest.raises(DflashError, match="--anchors whole is not for a draft of the variant dspark"):
-        train(config(with_final, again, anchors="whole"), Silent())
+        train(config(cache_with_final, again, anchors="whole"), Silent())
 
 
 def test_a_cache_without_the_targets_final_states_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -97,17 +87,19 @@ def test_a_cache_without_the_targets_final_states_is_refused(cache: Path, tmp_pa
 
 
 @pytest.mark.parametrize("other", ["packed", "accumulated", "checkpointed"])
-def test_every_shape_of_a_batch_gives_the_same_sums_and_gradients(with_final: Path, tmp_path: Path, other: str) -> None:
+def test_every_shape_of_a_batch_gives_the_same_sums_and_gradients(
+    cache_with_final: Path, tmp_path: Path, other: str
+) -> None:
     def stepped(one: Training, *batches: Batch) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
         one._update = lambda: None  # type: ignore[method-assign]
         window = one.step(batches).window
         return window.sums, {name: p.grad.clone() for name, p in one.draft.named_parameters() if p.grad is not None}
 
-    padded = training(with_final, tmp_path / "a", packing=False)
+    padded = training(cache_with_final, tmp_path / "a", packing=False)
     first = stepped(padded, placed(padded, [0], [3], [5], [7]))
     changes: dict[str, object] = {"packing": False, "accumulation": 2 if other == "accumulated" else 1}
     changes |= {"packing": True, "batch_tokens": 2048} if other == "packed" else {}
-    one = training(with_final, tmp_path / "b", gradient_checkpointing=other == "checkpointed", **changes)
+    one = training(cache_with_final, tmp_path / "b", gradient_checkpointing=other == "checkpointed", **changes)
     rows = {"packed": [[[3, 0], [7, 5]]], "accumulated": [[[0], [5]], [[3], [7]]]}.get(other, [[[0], [3], [5], [7]]])
     second = stepped(one, *(placed(one, *each) for each in rows))
     torch.testing.assert_close(first[0], second[0], rtol=1e-6, atol=1e-6)
@@ -117,8 +109,8 @@ def test_every_shape_of_a_batch_gives_the_same_sums_and_gradients(with_final: Pa
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_neither_decay_nor_muon_touches_the_tables(with_final: Path, tmp_path: Path, optimizer: str) -> None:
-    draft = training(with_final, tmp_path / "run").draft
+def test_neither_decay_nor_muon_touches_the_tables(cache_with_final: Path, tmp_path: Path, optimizer: str) -> None:
+    draft = training(cache_with_final, tmp_path / "run").draft
     before = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
     optimizers = make_optimizers(draft, optimizer, 0.1, 0.5)
     for parameter in draft.parameters():
@@ -140,27 +132,29 @@ def test_validation_says_what_the_heads_are_worth(run: Path) -> None:
     assert len(row["val_accuracy_by_slot"]) == 7, "every slot predicts"
 
 
-def test_a_start_is_another_dspark_draft_and_no_base_draft(with_final: Path, run: Path, tmp_path: Path) -> None:
-    base = config(with_final, tmp_path / "base", variant=None, markov_rank=None, steps=2)
+def test_a_start_is_another_dspark_draft_and_no_base_draft(cache_with_final: Path, run: Path, tmp_path: Path) -> None:
+    base = config(cache_with_final, tmp_path / "base", variant=None, markov_rank=None, steps=2)
     train(base, Silent())
     export(base.out, tmp_path / "draft")
     with pytest.raises(MismatchError, match=r"architecture +draft: \(absent\) +run: Qwen3DSparkModel"):
-        train(config(with_final, tmp_path / "a", init_from=tmp_path / "draft"), Silent())
+        train(config(cache_with_final, tmp_path / "a", init_from=tmp_path / "draft"), Silent())
     export(run, tmp_path / "spark")
-    begun = config(with_final, tmp_path / "b", init_from=tmp_path / "spark", variant=None, markov_rank=None, steps=2)
+    begun = config(
+        cache_with_final, tmp_path / "b", init_from=tmp_path / "spark", variant=None, markov_rank=None, steps=2
+    )
     assert train(begun, Silent()).state.step == 2
 
 
 def test_an_export_walks_and_decodes_and_writes_again_as_the_same_bytes(
-    with_final: Path, run: Path, tmp_path: Path
+    cache_with_final: Path, run: Path, tmp_path: Path
 ) -> None:
     export(run, tmp_path / "draft")
     document = json.loads((tmp_path / "draft/config.json").read_text())
     assert document["architectures"] == ["Qwen3DSparkModel"] and "dflash_config" not in document
-    walked = evaluate_folder(EvalConfig(draft=tmp_path / "draft", cache=with_final, device="cpu"))
+    walked = evaluate_folder(EvalConfig(draft=tmp_path / "draft", cache=cache_with_final, device="cpu"))
     assert walked.block_size == 8 and len(walked.drafted_by_slot) == 7
     target = RunRecord.read(run).origin["target"]
-    live: Settings = {"target": target, "cache": with_final, "limit": 2, "max_new_tokens": 12, "device": "cpu"}
+    live: Settings = {"target": target, "cache": cache_with_final, "limit": 2, "max_new_tokens": 12, "device": "cpu"}
     plain, ended = (
         evaluate_folder(EvalConfig(draft=tmp_path / "draft", confidence_threshold=threshold, **live))
         for threshold in (None, 1.0)
@@ -170,7 +164,7 @@ def test_an_export_walks_and_decodes_and_writes_again_as_the_same_bytes(
     assert [one.name for one in drawn.proposals] == ["greedy", "drawn"]
     assert drawn.draft_lengths is not None and len(drawn.draft_lengths.lengths) == 7
     with pytest.raises(DflashError, match="confidence_threshold needs --target"):
-        EvalConfig(draft=tmp_path / "draft", cache=with_final, confidence_threshold=0.5)
+        EvalConfig(draft=tmp_path / "draft", cache=cache_with_final, confidence_threshold=0.5)
     for kind in ("zlab", "speculators"):
         export_draft(tmp_path / "draft", tmp_path / kind, kind, target)
     for name in ("config.json", "model.safetensors"):
@@ -180,8 +174,8 @@ def test_an_export_walks_and_decodes_and_writes_again_as_the_same_bytes(
     assert '"num_speculative_tokens": 7}' in card and "--speculative-num-draft-tokens 8" in card
 
 
-def test_a_dry_run_counts_the_heads(with_final: Path, run: Path, tmp_path: Path) -> None:
-    found = dry_run(config(with_final, tmp_path / "dry"))
+def test_a_dry_run_counts_the_heads(cache_with_final: Path, run: Path, tmp_path: Path) -> None:
+    found = dry_run(config(cache_with_final, tmp_path / "dry"))
     weights = load_file(run / "checkpoints/step-0000008/model.safetensors")
     assert found.parameters == sum(weight.numel() for weight in weights.values())
     assert found.anchors == "partial"
