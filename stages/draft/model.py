@@ -95,7 +95,8 @@ class DraftModel(nn.Module):
             contexts, length = target_hidden.layers, target_hidden.length
         else:
             context = self.hidden_norm(self.fc(target_hidden))
-            contexts, length = [context] * len(self.layers), context.shape[1]
+            # A view for each layer, so that gradients are added within a layer first, as where ranks hold the layers.
+            contexts, length = [context.view_as(context) for _ in self.layers], context.shape[1]
         if attention_mask is None:
             held = 0 if past_key_values is None else past_key_values.length
             attention_mask = self._served_masks(held + length, block)

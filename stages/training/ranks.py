@@ -126,10 +126,9 @@ def scaled_gradients_norm(
     """
     gradients = [part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     scale = 1.0 / (weight + 1e-6)
-    norm = nn.utils.get_total_norm(gradients)
-    if sharing:
-        norm = sharing.add(norm.double().square()).sqrt()
-    norm = norm * scale
+    # In float64 the order does not show in which ranks add their parts: one float32 rounding turns bfloat16 weights.
+    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+    norm = (sharing.add(squares) if sharing else squares).sqrt() * scale
     torch._foreach_mul_(gradients, (scale * (clip / (norm + 1e-6)).clamp(max=1.0)).float())
     return norm
 
