@@ -17,15 +17,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from processes import Command, agents_store, as_ranks, rank_environments
-from running import Settings, dflash
+from running import dflash
 from safetensors.torch import load_file
 from tiny import TinyBatch, tiny_batch, tiny_draft, tiny_draft_config, tiny_trainer
 
-from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.schemas.variants.dflash2 import DFlash2
 from dflash_offline.stages.draft.model import DraftModel
-from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.train import dry_run, train
 from dflash_offline.stages.training.checkpoint import CheckpointWriter, list_checkpoints
@@ -137,13 +135,11 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation_also(cache: Path, tm
 
 @pytest.mark.slow
 def test_two_ranks_train_heads_that_learn_from_the_targets_distribution_as_one_does(
-    extract_config: Settings, tmp_path: Path
+    cache_with_final: Path, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    extract(ExtractConfig(**extract_config, out=cache, final=True), Silent())
     case = {"dspark": {"variant": "dspark", "markov_rank": 6, "block_size": 7, "ema": 0.9}}
-    by_one(cache, tmp_path, case)
-    by_two(cache, tmp_path, case)
+    by_one(cache_with_final, tmp_path, case)
+    by_two(cache_with_final, tmp_path, case)
     for kind in ("parts", "copies"):
         assert_same_run(tmp_path / "dspark" / kind, tmp_path / "dspark" / "one")
 
