@@ -24,7 +24,6 @@ _ARGUMENTS = {"max_model_len": "max_length", "max_num_batched_tokens": "batch_to
 _INSTEAD = {
     "device_map": "vllm takes tensor_parallel_size",
     "compile": "vllm compiles by itself",
-    "final": "vllm hands over outputs of layers alone",
 }
 """Settings of transformers alone."""
 

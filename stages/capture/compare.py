@@ -38,6 +38,33 @@ Rerun = tuple[list[NDArray[np.float32]], NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChosenSamples:
+    """Samples of a cache whose states the target is to give again."""
+
+    cache: Cache
+    rerun: RerunConfig
+    files: TargetFiles
+    """The target's."""
+    device: torch.device
+    layer_ids: list[int]
+    """Layers whose states are compared."""
+    samples: list[int]
+    with_final: set[int]
+    """Samples whose final states are compared too."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The target's, as the cache was made."""
+        dtype: torch.dtype = getattr(torch, self.cache.manifest.identity["target"]["dtype"])
+        return dtype
+
+    def input_ids(self, sample: int) -> list[int]:
+        """Return a sample's tokens."""
+        ids: list[int] = self.cache.samples.input_ids(sample).tolist()
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerFit:
     """How one stored layer compares with the target run again on the samples drawn.
 
@@ -173,6 +200,24 @@ class LayerComparison:
         ]
 
 
+class FinalComparison:
+    """The final states beside the target's own, sample by sample."""
+
+    def __init__(self, last_layer: int, hidden_size: int) -> None:
+        self._last_layer, self._difference = last_layer, _Difference(hidden_size)
+
+    def add(self, stored: NDArray[np.float32], states: NDArray[np.float32]) -> None:
+        """Add some positions of a sample: its final states and the target's own, [T, H] each."""
+        self._difference.add(stored, states)
+
+    def fits(self, largest_error: float, largest_channel_error: float) -> list[LayerFit]:
+        """Return how they compare, with what may be explained of either error; of no position, nothing."""
+        if not self._difference.count:
+            return []
+        differences = {self._last_layer: self._difference}
+        return [replace(_fit(self._last_layer, differences, largest_error, largest_channel_error), array=FINAL)]
+
+
 def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> list[LayerFit]:
     """Run the target again on samples drawn by seed and return how each stored layer compares.
 
@@ -184,16 +229,15 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
         raise CacheError(f"{path} has no finished shard to compare with the target. Let `dflash extract` finish one.")
     device, files = choose_device(rerun.device), _open_recorded(cache, rerun)
     comparison = LayerComparison(cache.layer_ids, files.num_layers, cache.layout.hidden_size)
-    final, of_final = cache.final, _Difference(cache.layout.hidden_size)
+    final, of_final = cache.final, FinalComparison(files.num_layers - 1, cache.layout.hidden_size)
     drawn = np.sort(
         np.random.default_rng(rerun.seed).choice(finished, min(rerun.samples, len(finished)), replace=False)
     )
     with_final = set[int]() if final is None else {*final.usable().tolist()} & {*drawn.tolist()}
     made = cache.manifest.identity.get("engine", {})
     is_quantized = quantizes(made)
-    if rerun.engine == TRANSFORMERS:
-        run = _by_transformers(cache, rerun, files, device, comparison.around, drawn.tolist(), with_final, progress)
-    else:
+    run = _by_transformers
+    if rerun.engine != TRANSFORMERS:
         from dflash_offline.stages.capture.engines.rerun import as_made, rerun_states
 
         rerun = as_made(rerun, cache)
@@ -201,10 +245,19 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
         # Where both quantize alike they differ by arithmetic alone.
         is_alike = all(own.get(name, unset) == made.get(name, unset) for name, unset in _UNQUANTIZED.items())
         is_quantized = not is_alike and (quantizes(made) or quantizes(own))
-        run = rerun_states(cache, rerun, files, device, comparison.around, drawn.tolist(), with_final, progress)
-    with run as reruns:
+        run = rerun_states
+    chosen = ChosenSamples(
+        cache=cache,
+        rerun=rerun,
+        files=files,
+        device=device,
+        layer_ids=comparison.around,
+        samples=drawn.tolist(),
+        with_final=with_final,
+    )
+    with run(chosen, progress) as reruns:
         progress.start("Running the target", len(drawn), "samples")
-        for sample, (states, final_state) in zip(drawn.tolist(), reruns, strict=True):
+        for sample, (states, final_state) in zip(chosen.samples, reruns, strict=True):
             if final is not None and final_state is not None:
                 kept = final.stored(sample)
                 of_final.add(final.values(sample)[kept, 0], final_state[kept])
@@ -216,29 +269,18 @@ def compare_with_target(path: Path, rerun: RerunConfig, progress: Progress) -> l
     if is_quantized:
         error, channel_error = QUANTIZED_ERROR, QUANTIZED_CHANNEL_ERROR
     fits = comparison.fits(error + expected_error, channel_error + expected_error)
-    if final is not None and of_final.count:
-        last, own_error = files.num_layers - 1, final.layout.features.expected_error
-        fits.append(replace(_fit(last, {last: of_final}, error + own_error, channel_error + own_error), array=FINAL))
-    return fits
+    own_error = 0.0 if final is None else final.layout.features.expected_error
+    return fits + of_final.fits(error + own_error, channel_error + own_error)
 
 
 @contextmanager
-def _by_transformers(
-    cache: Cache,
-    rerun: RerunConfig,
-    files: TargetFiles,
-    device: torch.device,
-    layer_ids: Sequence[int],
-    samples: Sequence[int],
-    with_final: set[int],
-    progress: Progress,
-) -> Iterator[Iterator[Rerun]]:
-    """Give what yields the states of the chosen layers for each of a cache's samples, and its final states for some."""
-    recorded = cache.manifest.identity["target"]
+def _by_transformers(chosen: ChosenSamples, progress: Progress) -> Iterator[Iterator[Rerun]]:
+    """Give what yields each sample's states."""
+    rerun, recorded = chosen.rerun, chosen.cache.manifest.identity["target"]
     model = load_model(
-        files,
-        dtype=getattr(torch, recorded["dtype"]),
-        device=device,
+        chosen.files,
+        dtype=chosen.dtype,
+        device=chosen.device,
         attn_implementation=rerun.attn_implementation or recorded["attn_implementation"],
         device_map=rerun.device_map or recorded["device_map"],
         trust_remote_code=rerun.trust_remote_code,
@@ -246,13 +288,13 @@ def _by_transformers(
     )
 
     def states() -> Iterator[Rerun]:
-        for sample in samples:
-            ids = torch.from_numpy(cache.samples.input_ids(sample).astype(np.int64))[None].to(device)
-            if sample in with_final:
-                found, after_norm = layer_and_final_states(model, ids, layer_ids)
+        for sample in chosen.samples:
+            ids = torch.tensor([chosen.input_ids(sample)], device=chosen.device)
+            if sample in chosen.with_final:
+                found, after_norm = layer_and_final_states(model, ids, chosen.layer_ids)
                 final = after_norm[0].float().cpu().numpy()
             else:
-                found, final = layer_states(model, ids, layer_ids), None
+                found, final = layer_states(model, ids, chosen.layer_ids), None
             yield [state[0].float().cpu().numpy() for state in found], final
 
     yield states()

@@ -19,31 +19,38 @@ _TABLE, _HEAD, _NORM = "embed_tokens.weight", "lm_head.weight", "norm.weight"
 
 
 @dataclass(frozen=True)
+class FinalNorm:
+    """The root mean square norm behind a target's last layer."""
+
+    weight: Tensor
+    """[H]"""
+    epsilon: float
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the final states, float32 [..., H], of the last layer's output [..., H]."""
+        states = states.float()
+        scale = torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        return states * scale * self.weight.float()
+
+
+@dataclass(frozen=True)
 class Borrowed:
-    """The embedding table, the final norm's weight and the head of a target."""
+    """The embedding table, the final norm and the head of a target."""
 
     table: Tensor
     """[V, H]"""
-    norm: Tensor
-    """[H], of a root mean square norm."""
+    norm: FinalNorm
     head: Tensor | None
     """[V, H], None if it is the table."""
-    epsilon: float
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the embedding table, and the head unless it is the same, by the names that a cache has for them."""
         return {_TABLE: self.table} | ({} if self.head is None else {_HEAD: self.head})
 
-    def normed(self, states: Tensor) -> Tensor:
-        """Return the final states, float32 [..., H], of the last layer's output [..., H]."""
-        states = states.float()
-        scale = torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return states * scale * self.norm.float()
-
     def likeliest(self, state: Tensor) -> int:
         """Return the token that the last layer's output [H] at a place leads to."""
         head = self.table if self.head is None else self.head
-        return int((head.float() @ self.normed(state)).argmax())
+        return int((head.float() @ self.norm(state)).argmax())
 
 
 def read_borrowed(files: TargetFiles, dtype: torch.dtype) -> Borrowed:
@@ -68,9 +75,8 @@ def read_borrowed(files: TargetFiles, dtype: torch.dtype) -> Borrowed:
     read = {name: _tensor(places[name], name) for name in (table, norm, *([] if head is None else [head]))}
     return Borrowed(
         table=read[table].to(dtype),
-        norm=read[norm].to(dtype),
+        norm=FinalNorm(read[norm].to(dtype), float(getattr(text, "rms_norm_eps", 1e-6))),
         head=None if head is None else read[head].to(dtype),
-        epsilon=float(getattr(text, "rms_norm_eps", 1e-6)),
     )
 
 

@@ -195,14 +195,18 @@ def members(session: int) -> list[int]:
     return [int(pid) for pid, sid, stat in rows if int(sid) == session and not stat.startswith("Z")]
 
 
-def forgotten_memory() -> set[str]:
-    """Return the files in shared memory that no process has mapped."""
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            mapped += maps.read_text()
-    names = {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
-    return {name for name in names if name not in mapped}
+def shared_files(session: int) -> set[str]:
+    """Return the files in shared memory that a session's processes have mapped, without those that are deleted."""
+    found = set[str]()
+    for pid in members(session):
+        with suppress(OSError):  # it has ended meanwhile
+            found |= set(re.findall(r"/dev/shm/(\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
+    return found
+
+
+def left_files(names: set[str]) -> set[str]:
+    """Return which of these files in shared memory are still there."""
+    return {name for name in names if Path("/dev/shm", name).exists()}
 
 
 def ended(session: int, within_s: float = 60) -> bool:

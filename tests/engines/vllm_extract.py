@@ -6,15 +6,16 @@ Runs in a process of its own; vLLM is found through PYTHONPATH.
 
 JOB is JSON: config, the settings of `dflash extract --engine vllm`; plant, the name of a fault or None; and too_large,
 whether the target is to be taken for one that transformers cannot hold. RESULT becomes JSON: with either, refused, what
-extraction was refused with, or None. Without them, largest, the largest
-difference of a raw value from transformers', which runs each sample by itself, over the largest value of its token and
-layer: of the samples run at once, twice, so that prefixes are cached the second time; cached, the tokens that vLLM took
-from cached prefixes; and samples, how many they were.
+extraction was refused with, or None. Without them, for a config with final states: largest, the largest difference of a
+raw value from transformers', which runs each sample by itself, over the largest value of its token and layer, the final
+state being one more: of the samples run at once, twice, so that prefixes are cached the second time; cached, the tokens
+that vLLM took from cached prefixes; and samples, how many they were.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,17 @@ from dflash_offline.stages.capture.inputs import open_inputs
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
-from dflash_offline.stages.target.model import layer_states, load_model
+from dflash_offline.stages.target.model import layer_and_final_states, load_model
 
 
-def plant_shift() -> None:
-    """Have vLLM put out each layer after the one that is asked for."""
+def plant_shift(by: int = 1) -> None:
+    """Have vLLM put out each layer after the one that is asked for, or before it."""
     right = states.engine_arguments
 
     def shifted(*arguments: Any) -> dict[str, Any]:
         found = right(*arguments)
         layers = found["speculative_config"]["draft_model_config"]["hf_config"]
-        layers["eagle_aux_hidden_state_layer_ids"] = [k + 1 for k in layers["eagle_aux_hidden_state_layer_ids"]]
+        layers["eagle_aux_hidden_state_layer_ids"] = [k + by for k in layers["eagle_aux_hidden_state_layer_ids"]]
         whole = {"hf_overrides", "load_format", "worker_extension_cls"}  # it has the layer behind the last one then
         return {name: value for name, value in found.items() if name not in whole}
 
@@ -81,7 +82,14 @@ def plant_cached() -> None:
     )
 
 
+def plant_norm() -> None:
+    """Have the final norm read with its channels in another order."""
+    right = vllm.final_norm
+    vllm.final_norm = lambda target: replace(right(target), weight=right(target).weight.flip(0))
+
+
 PLANTS = {"shift": plant_shift, "swapped": plant_swapped, "padded": plant_padded, "cached": plant_cached}
+PLANTS |= {"early": lambda: plant_shift(-1), "norm": plant_norm}
 
 
 def refused(config: ExtractConfig, plant: str | None, *, too_large: bool) -> str | None:
@@ -116,9 +124,12 @@ def compare(config: ExtractConfig) -> dict[str, Any]:
     loop.EngineLoop._take = count
     for members in extractor.batches(samples, torch.arange(len(samples)).numpy()):
         ids = [samples.input_ids(sample).tolist() for sample in members.tolist()]
-        own = [torch.stack(layer_states(model, torch.tensor([one]), extractor.layer_ids), 2)[0] for one in ids]
+        own = []
+        for one in ids:
+            layers, final = layer_and_final_states(model, torch.tensor([one]), extractor.target.layer_ids)
+            own.append(torch.stack([*layers, final], 2)[0])
         for _ in range(2):
-            found = extractor._engine.states(ids)
+            found = [torch.cat([one, extractor._norm(one[:, -1:])], 1) for one in extractor._engine.states(ids)]
             off = [(a - b).abs().amax(-1) / b.abs().amax(-1) for a, b in zip(found, own, strict=True)]
             largest = max(largest, *(float(one.max()) for one in off))
     extractor.close()

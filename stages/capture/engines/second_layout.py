@@ -87,7 +87,8 @@ class SecondLayout:
             )
         columns = [self._target.layer_ids.index(layer) for layer in self._comparison.around]
         kept = [[state[:, column].numpy() for column in columns] for state in states]
-        return Reference("a second layout of vLLM", self._comparison, ids, kept)
+        final = [self._borrowed.norm(state[:, -1]).numpy() for state in states]
+        return Reference("a second layout of vLLM", self._comparison, ids, kept, final)
 
     def _faults(self, ids: list[list[int]], states: list[Tensor], drawn: dict[int, int]) -> list[str]:
         faults = []

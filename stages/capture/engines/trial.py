@@ -20,14 +20,17 @@ from dflash_offline.stages.capture.compare import (
     LARGEST_ERROR,
     QUANTIZED_CHANNEL_ERROR,
     QUANTIZED_ERROR,
+    FinalComparison,
     LayerComparison,
+    LayerFit,
 )
 from dflash_offline.stages.capture.engines.installed import engine_identity, quantizes
 from dflash_offline.stages.capture.inputs import ChosenTarget
 from dflash_offline.stages.capture.runner import evenly_spaced, free_dropped_memory
 from dflash_offline.stages.progress import Progress
+from dflash_offline.stages.target.borrowed import FinalNorm
 from dflash_offline.stages.target.checkpoint import quantization_of
-from dflash_offline.stages.target.model import embedding_tensors, layer_states
+from dflash_offline.stages.target.model import embedding_tensors, layer_and_final_states
 
 _TRIAL_SAMPLES, _TRIAL_TOKENS = 12, 256
 """Samples that are compared, spread over the plan, and tokens of each, from its start."""
@@ -46,6 +49,8 @@ class Reference:
     ids: list[list[int]]
     states: list[list[NDArray[np.float32]]]
     """For each sample those of the layers that are compared, [T, H] each."""
+    final: list[NDArray[np.float32]]
+    """For each sample its final states, [T, H]."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,17 @@ class TransformersReference:
         return {name: tensor.cpu().clone() for name, tensor in embedding_tensors(self._model).items()}
 
     def states(self, samples: SampleTable, progress: Progress) -> Reference:
-        """Return states of some samples of the plan: of each captured layer and of those around it."""
+        """Return states of some samples of the plan: of each captured layer, of those around it, and the final ones."""
         progress.say("Running some samples by transformers, to compare vLLM's states with.")
         files, ids = self._target.files, trial_ids(samples)
         comparison = LayerComparison(self._target.layer_ids, files.num_layers, int(files.text_config.hidden_size))
-        states = []
+        states, final = [], []
         for sequence in ids:
-            found = layer_states(self._model, torch.tensor([sequence], device=self._model.device), comparison.around)
+            tokens = torch.tensor([sequence], device=self._model.device)
+            found, last = layer_and_final_states(self._model, tokens, comparison.around)
             states.append([state[0].float().cpu().numpy() for state in found])
-        return Reference("transformers", comparison, ids, states)
+            final.append(last[0].float().cpu().numpy())
+        return Reference("transformers", comparison, ids, states, final)
 
     def close(self) -> None:
         """Drop the target, and give back its memory."""
@@ -91,19 +98,26 @@ class TransformersReference:
 
 
 def refuse_untrue_states(
-    config: ExtractConfig, target: ChosenTarget, reference: Reference, runs: Mapping[str, Sequence[Tensor]]
+    config: ExtractConfig,
+    target: ChosenTarget,
+    reference: Reference,
+    runs: Mapping[str, Sequence[Tensor]],
+    norm: FinalNorm | None,
 ) -> str:
-    """Raise `DflashError` unless each run's states [T, L, H] are the reference's; returns what to say of them."""
-    bounds = _bounds(config, target)
+    """Raise `DflashError` unless each run's states [T, L, H] are the reference's; returns what to say of them.
+
+    With the target's final `norm` also what it makes of the last of the layers, which is the target's last then.
+    """
+    bounds, last = _bounds(config, target), None if norm is None else target.files.num_layers - 1
     columns = [reference.comparison.around.index(layer) for layer in target.layer_ids]
     wanted = [np.stack([state[column] for column in columns], axis=1) for state in reference.states]
+    if norm is not None:
+        runs = {run: [_with_final(state, norm) for state in states] for run, states in runs.items()}
+        wanted = [np.append(state, own[:, None], axis=1) for state, own in zip(wanted, reference.final, strict=True)]
     faults = []
     for run, states in runs.items():
         found = [state.numpy() for state in states]
-        comparison = reference.comparison.anew()
-        for state, near in zip(found, reference.states, strict=True):
-            comparison.add(state, near)
-        faults += [f"{run}: {fit.fault}" for fit in comparison.fits(bounds.error, bounds.channel_error) if fit.fault]
+        faults += [f"{run}: {fit.fault}" for fit in _fits(found, reference, bounds, last) if fit.fault]
         of_samples = _sample_faults(found, wanted, bounds.token_error)
         faults += [f"{run}: {fault}" for fault in of_samples[:_NAMED_SAMPLES]]
         if len(of_samples) > _NAMED_SAMPLES:
@@ -119,6 +133,23 @@ def refuse_untrue_states(
         f"vLLM's states are those of {reference.given_by} to {largest:.1e} of a token's norm ({len(wanted)} samples, "
         f"{len(runs)} runs)."
     )
+
+
+def _with_final(states: Tensor, norm: FinalNorm) -> Tensor:
+    """Return states [T, L, H] with the final ones behind them, as if they were a layer's."""
+    return torch.cat([states, norm(states[:, -1:])], dim=1)
+
+
+def _fits(
+    found: Sequence[NDArray[np.float32]], reference: Reference, bounds: _Bounds, last: int | None
+) -> list[LayerFit]:
+    """Return how states [T, L, H] compare, layer by layer; with the target's `last` layer also the final ones."""
+    comparison, of_final = reference.comparison.anew(), FinalComparison(last or 0, found[0].shape[-1])
+    for state, near, own in zip(found, reference.states, reference.final, strict=True):
+        comparison.add(state, near)
+        if last is not None:
+            of_final.add(state[:, -1], own)
+    return [fit for of in (comparison, of_final) for fit in of.fits(bounds.error, bounds.channel_error)]
 
 
 def _sample_faults(

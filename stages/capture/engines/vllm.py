@@ -8,6 +8,7 @@ Axes: N real tokens of a batch, T tokens, L captured layers, H hidden size.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_offline.schemas.manifest import Layout, is_by_length
+from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.manifest import HIDDEN, Layout, is_by_length
 from dflash_offline.schemas.samples import SampleTable
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.stages.capture.encode import FeatureEncoder
@@ -32,9 +34,10 @@ from dflash_offline.stages.capture.runner import (
     micro_batches,
     refuse_changed_target,
 )
-from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer, Wanted
+from dflash_offline.stages.capture.shard import QueuedShard, ShardBuffer, Wanted, stored_spans
 from dflash_offline.stages.cores import usable_memory_bytes
 from dflash_offline.stages.progress import Progress, readable_bytes
+from dflash_offline.stages.target.borrowed import FinalNorm, read_borrowed
 from dflash_offline.stages.target.checkpoint import UnreadableCheckpointError, refuse_unreadable_checkpoint
 from dflash_offline.stages.target.model import TargetLoadError
 
@@ -53,17 +56,20 @@ class VllmExtractor:
         config: ExtractConfig,
         target: ChosenTarget,
         proof: TransformersReference | SecondLayout,
+        norm: FinalNorm | None,
         *,
         by_length: bool,
     ) -> None:
-        """`proof` gives the states of some samples."""
+        """`proof` gives the states of some samples; with the target's final `norm` there are final states."""
         self.layer_ids = list(target.layer_ids)
         self.device = target.device
-        self.config, self.target = config, target
+        self.config, self.target = config, with_last_layer(config, target)
+        self._norm = norm
+        self._columns = [self.target.layer_ids.index(layer) for layer in self.layer_ids]
         self._by_length = by_length
         self._proof = proof
         self._embeddings: Mapping[str, Tensor] = proof.embeddings()
-        self._engine = StateEngine(config, target)
+        self._engine = StateEngine(config, self.target)
         self._rooms: dict[int, Room] = {}
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
@@ -79,7 +85,8 @@ class VllmExtractor:
         reference = self._proof.states(samples, progress)
         self._proof.close()
         num_tokens = max(self.config.batch_tokens, self.config.max_length, sum(map(len, reference.ids)))
-        shards = self.num_buffers * (self.config.shard_mib << 20) * self.target.dtype.itemsize // 2
+        share = len(self.target.layer_ids) / len(self.layer_ids) * self.target.dtype.itemsize / 2
+        shards = int(self.num_buffers * (self.config.shard_mib << 20) * share)
         progress.say(
             f"Starting vLLM {vllm_version()}; states take up to "
             f"{readable_bytes(self._engine.num_bytes(num_tokens) + shards)} of memory on their way."
@@ -94,26 +101,32 @@ class VllmExtractor:
         engine.forget_prefixes()
         alone = [state for ids in reference.ids for state in engine.states([ids])]
         runs = {"in a batch": together[0], "in a batch again": together[1], "one at a time": alone}
-        progress.say(refuse_untrue_states(self.config, self.target, reference, runs))
+        progress.say(refuse_untrue_states(self.config, self.target, reference, runs, self._norm))
 
     def batches(self, samples: SampleTable, members: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return groups of samples that fit the room of a batch."""
         return micro_batches(samples, members, self.config.batch_tokens, least=self._by_length)
 
     def buffer(self, layout: Layout, fill: int) -> ShardBuffer:
-        """Return a new shard buffer, with room for its raw states beside it."""
-        buffer = ShardBuffer.empty(layout, fill, pinned=False)
-        self._rooms[buffer.codes.data_ptr()] = self._engine.room(layout.shard_tokens)
-        return buffer
+        """Return a new shard buffer."""
+        return ShardBuffer.empty(layout, fill, pinned=False)
 
     def run_batch(
         self, samples: SampleTable, batch: NDArray[np.int64], encoders: Mapping[str, FeatureEncoder]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of the samples' tokens in order."""
-        ((array, encoder),) = encoders.items()  # the settings refuse final states of vllm
+        """Return codes, int16 [N, L, H], and `TOKEN_STATISTICS`, float32 [N, L, 7], of each array that has an encoder.
+
+        They are of the positions of the samples that the array keeps, in order.
+        """
         states = self._engine.states([samples.input_ids(sample).tolist() for sample in batch.tolist()])
-        encoded = [_encode(state, encoder) for state in states]
-        return {array: (torch.cat([codes for codes, _ in encoded]), torch.cat([found for _, found in encoded]))}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for array, encoder in encoders.items():
+            encoded = [
+                self._encode(state, stored_spans(samples, sample, array), array, encoder)
+                for state, sample in zip(states, batch.tolist(), strict=True)
+            ]
+            found[array] = torch.cat([codes for codes, _ in encoded]), torch.cat([of for _, of in encoded])
+        return found
 
     def run_shard(
         self,
@@ -123,32 +136,67 @@ class VllmExtractor:
         progress: Callable[[int], None],
     ) -> list[QueuedShard]:
         """Queue a shard's samples in the engine, and return; each is encoded as its states come."""
-        (hidden,) = wanted
-        encoder, buffer = hidden.encoder, hidden.buffer
-        copies, batches = Copies(len(members)), list[tuple[NDArray[np.int64], Tensor]]()
-        room = self._rooms[buffer.codes.data_ptr()]
+        copies, room = Copies(len(members)), self._room(wanted[0].buffer)
+        batches: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {one.array: [] for one in wanted}
 
-        def encode(sample: int, slots: slice) -> None:
+        def encode(sample: int, begin: int, states: Tensor) -> None:
             try:
-                codes, statistics = _encode(room.states[slots], encoder)
-                buffer.codes[slots] = codes
-                batches.append((np.array([sample]), statistics))
-                progress(len(codes))
+                for one in wanted:
+                    spans = stored_spans(samples, sample, one.array)
+                    codes, statistics = self._encode(states, spans, one.array, one.encoder)
+                    parts = codes.split([after - first for first, after in spans])
+                    for (first, _), part in zip(spans, parts, strict=True):
+                        one.buffer.codes[begin + first : begin + first + len(part)] = part
+                    batches[one.array].append((np.array([sample]), statistics))
+                progress(len(states))
                 copies.one(None)
             except BaseException as error:
                 copies.one(error)
 
         def request(sample: int) -> Request:
-            begin, ids = int(samples.start[sample]) % len(buffer.codes), samples.input_ids(sample).tolist()
-            slots = slice(begin, begin + len(ids))
+            begin, ids = int(samples.start[sample]) % len(room.states), samples.input_ids(sample).tolist()
+            states = room.states[begin : begin + len(ids)]
 
             def done(fault: BaseException | None) -> None:
-                copies.one(fault) if fault else self._encoding.submit(encode, sample, slots)
+                copies.one(fault) if fault else self._encoding.submit(encode, sample, begin, states)
 
             return Request(ids, room.place(begin), done)
 
         self._engine.submit([request(sample) for sample in members.tolist()])
-        return [QueuedShard(buffer, samples, self.layer_ids, batches, copies)]
+        last = [self.target.files.num_layers - 1]
+        return [
+            QueuedShard(
+                one.buffer,
+                samples,
+                self.layer_ids if one.array == HIDDEN else last,
+                batches[one.array],
+                copies,
+                one.array,
+            )
+            for one in wanted
+        ]
+
+    def _room(self, buffer: ShardBuffer) -> Room:
+        """Return the room for the raw states of a shard, which nobody else has for as long as its buffer."""
+        place = buffer.codes.data_ptr()
+        if place not in self._rooms:
+            self._rooms[place] = self._engine.room(len(buffer.codes))
+        return self._rooms[place]
+
+    def _encode(
+        self, states: Tensor, spans: Sequence[tuple[int, int]], array: str, encoder: FeatureEncoder
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes, int16 [N, L, H], and statistics, float32 [N, L, 7], of a sample's positions in the ranges.
+
+        `states`, [T, L, H], are those of all layers that the engine gives.
+        """
+        if array == HIDDEN:
+            layers = [states[None, :, column] for column in self._columns]
+        else:
+            assert self._norm is not None, "it is there where final states are asked for"
+            layers = [self._norm(states[None, :, -1])]
+        places = torch.cat([torch.arange(first, after) for first, after in spans] or [torch.arange(0)])
+        return encode_states(layers, places, encoder, states.device)
 
     def close(self) -> None:
         """End the engine."""
@@ -159,9 +207,10 @@ class VllmExtractor:
             free_dropped_memory(self.device)
 
 
-def _encode(states: Tensor, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
-    """Return codes, int16, and statistics, float32, of states [T, L, H]."""
-    return encode_states(states[None].unbind(2), torch.arange(len(states)), encoder, states.device)
+def with_last_layer(config: ExtractConfig, target: ChosenTarget) -> ChosenTarget:
+    """Return the target whose layers are those that vLLM is to give: for final states its last one too."""
+    last = (target.files.num_layers - 1,) if config.final else ()
+    return replace(target, layer_ids=tuple(sorted({*target.layer_ids, *last})))
 
 
 def load_vllm(
@@ -174,17 +223,30 @@ def load_vllm(
     cache's `identity`, which were hashed before.
     """
     by_length = is_by_length(identity)
+    norm = final_norm(target) if config.final else None
     proof: Proof
     try:
         refuse_unreadable_checkpoint(target.files.folder, target.files.config)
         device = room_for_transformers(target)
         if device != target.device:
             progress.say(f"{target.files.folder} does not fit {target.device} whole: transformers runs it on the host.")
-        proof = TransformersReference(target, load_unchanged(config, target, identity, device, progress))
+        model = load_unchanged(config, target, identity, device, progress)
+        proof = TransformersReference(with_last_layer(config, target), model)
     except (UnreadableCheckpointError, TargetLoadError) as error:
-        proof = SecondLayout(config, target, str(error))
+        proof = SecondLayout(config, with_last_layer(config, target), str(error))
         refuse_changed_target(config, target, identity)
-    return VllmExtractor(config, target, proof, by_length=by_length)
+    return VllmExtractor(config, target, proof, norm, by_length=by_length)
+
+
+def final_norm(target: ChosenTarget) -> FinalNorm:
+    """Return the norm behind the last layer; `DflashError` if it cannot be read of the target's files."""
+    try:
+        return read_borrowed(target.files, target.dtype).norm
+    except DflashError as error:
+        raise DflashError(
+            f"vLLM gives the last layer's output; the final norm behind it is read from the target's files. {error} "
+            f"Leave --engine out, or --final."
+        ) from error
 
 
 def room_for_transformers(target: ChosenTarget) -> torch.device:
