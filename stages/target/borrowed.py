@@ -47,10 +47,10 @@ class Borrowed:
         """Return the embedding table, and the head unless it is the same, by the names that a cache has for them."""
         return {_TABLE: self.table} | ({} if self.head is None else {_HEAD: self.head})
 
-    def likeliest(self, state: Tensor) -> int:
-        """Return the token that the last layer's output [H] at a place leads to."""
+    def log_probabilities(self, state: Tensor) -> Tensor:
+        """Return those of the next token, float32 [V], that the last layer's output [H] at a place leads to."""
         head = self.table if self.head is None else self.head
-        return int((head.float() @ self.norm(state)).argmax())
+        return (head.float() @ self.norm(state)).log_softmax(0)
 
 
 def read_borrowed(files: TargetFiles, dtype: torch.dtype) -> Borrowed:

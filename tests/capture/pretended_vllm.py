@@ -74,9 +74,10 @@ class PretendedEngine:
             SimpleNamespace(
                 request_id=name,
                 prompt_token_ids=[*ids, *spoilt],
-                outputs=[SimpleNamespace(token_ids=[self._drawn(ids)])],
+                outputs=[SimpleNamespace(token_ids=[token], cumulative_logprob=log_probability)],
             )
             for name, ids, _ in now
+            for token, log_probability in [self._drawn(ids)]
         ]
 
     def _states(self, ids: list[int]) -> Tensor:
@@ -87,9 +88,12 @@ class PretendedEngine:
         return torch.stack([found[layer][0] for layer in self.layer_ids], 1)
 
     @torch.inference_mode()
-    def _drawn(self, ids: list[int]) -> int:
-        """Return the likeliest next token, which only a second layout's proof looks at."""
-        return int(self.model(torch.tensor([ids])).logits[0, -1].argmax()) if -1 in self.named else 0
+    def _drawn(self, ids: list[int]) -> tuple[int, float]:
+        """Return the likeliest next token and its log-probability, which only a second layout's proof looks at."""
+        if -1 not in self.named:
+            return 0, 0.0
+        log_probability, token = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(0).max(0)
+        return int(token), float(log_probability)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, shift: int = 0, **settings: Any) -> list[PretendedEngine]:
@@ -115,7 +119,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, shift: int = 0, **settings: Any) ->
             **settings,
         )
         engines.append(engine)
-        return EngineLoop(engine, engine.delivered, lambda begin: begin)
+        return EngineLoop(engine, engine.delivered, lambda begin, is_told: begin)
 
     monkeypatch.setattr(states, "start_engine", start)
     return engines

@@ -1,7 +1,9 @@
 """Final states of an engine: its last layer's output after our own final norm, proved as the layers are."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,12 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.engines import vllm
+from dflash_offline.stages.capture.engines import second_layout, vllm
 from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.verify import verify_cache
-from dflash_offline.stages.target.borrowed import FinalNorm
+from dflash_offline.stages.target.borrowed import Borrowed, FinalNorm, read_borrowed
 
 
 def by_engine(config: Settings, out: Path, **changes: object) -> ExtractConfig:
@@ -126,6 +128,21 @@ def test_where_transformers_cannot_hold_the_target_a_second_layout_proves_them(
     extract(by_engine(extract_config, tmp_path / "cache"), Silent())
     assert [engine.named for engine in engines] == [[-1, 0, 1, 2, 3, 4, 5], [1, 2, 4, 5]]
     refuse_other_final_states(own, tmp_path / "cache")
+
+
+def test_a_norm_that_leads_to_the_right_tokens_by_other_probabilities_is_refused_by_a_second_layout(
+    extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(*arguments: Any) -> Borrowed:
+        right = read_borrowed(*arguments)
+        return replace(right, norm=replace(right.norm, weight=50 * right.norm.weight))
+
+    pretend(monkeypatch)
+    monkeypatch.setattr(vllm, "usable_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(second_layout, "read_borrowed", scaled)
+    with pytest.raises(DflashError, match="gives what vLLM draws another log-probability, by"):
+        extract(by_engine(extract_config | {"limit": 12}, tmp_path / "cache"), Silent())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_samples_whose_last_layer_is_bad_are_left_out_of_the_final_states_alone(

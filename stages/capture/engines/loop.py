@@ -24,15 +24,21 @@ class Request:
     """In bytes of the shared memory."""
     done: Callable[[BaseException | None], None]
     """Called once, in the engine's thread: when the states are there, or with what went wrong."""
-    drawn: Callable[[int], None] = lambda token: None
-    """Called before that, with the token that the engine takes for the likeliest after them."""
+    drawn: Callable[[tuple[int, float]], None] | None = None
+    """Called before that, with the token that the engine takes for the likeliest behind them, and its log-probability.
+
+    Only where somebody asks for it: the engine computes it then.
+    """
 
 
 class EngineLoop:
     """Runs requests; they may be given from any thread."""
 
-    def __init__(self, engine: Any, delivered: "SimpleQueue[int]", parameters: Callable[[int], Any]) -> None:
-        """`parameters` makes vLLM's sampling parameters from where a request's states go; the engine is built."""
+    def __init__(self, engine: Any, delivered: "SimpleQueue[int]", parameters: Callable[[int, bool], Any]) -> None:
+        """`parameters` makes vLLM's sampling parameters, for where a request's states go and whether its draw is told.
+
+        The engine is built.
+        """
         self._engine = engine
         self._delivered = delivered
         self._parameters = parameters
@@ -98,15 +104,17 @@ class EngineLoop:
             self._number += 1
             # The id says where the states go, and is no other request's, even of one with the same place.
             name = f"{request.begin}.{self._number}"
-            self._engine.add_request(name, {"prompt_token_ids": request.ids}, self._parameters(request.begin))
+            parameters = self._parameters(request.begin, request.drawn is not None)
+            self._engine.add_request(name, {"prompt_token_ids": request.ids}, parameters)
 
     def _take(self, output: Any) -> None:
         """Pass on what was drawn; `DflashError` unless the token ids that come back are those that were sent."""
         request = self._open[int(output.request_id.split(".")[0])]
         if list(output.prompt_token_ids) != request.ids:
             raise DflashError("vLLM ran other token ids than it was given, so its states are another text's.")
-        for token in output.outputs[0].token_ids:
-            request.drawn(int(token))
+        (answer,) = output.outputs
+        if request.drawn is not None:
+            request.drawn((int(answer.token_ids[0]), float(answer.cumulative_logprob)))
 
     def _fail(self, error: Exception) -> None:
         self._fault = (

@@ -2,7 +2,8 @@
 
 It runs one sample at a time, in short pieces, computes every prefix anew, compiles nothing and has its workers in
 processes of their own. Its numbering of layers is proved at both ends: what goes into the first layer must be the
-embedding table's rows, and what the last one puts out must lead to the very tokens that the engine draws.
+embedding table's rows, and what the last one puts out must lead to the very tokens that the engine draws, and to their
+probabilities.
 
 Axes: T tokens, L layers, H hidden size.
 """
@@ -29,10 +30,13 @@ _OTHERWISE = {
     "max_num_seqs": 1,
     "enforce_eager": True,
     "distributed_executor_backend": "mp",
+    "logprobs_mode": "raw_logprobs",
 }
 _PIECE_TOKENS = 64
 _AGREEING_SHARE = 0.75
 """Share of the samples whose next token must follow from the last layer: few logits tie, and kernels round apart."""
+_LARGEST_SHIFT = 0.2
+"""Difference of a drawn token's log-probability, in the median of the samples, that rounded logits may explain."""
 _EMBEDDING = -1
 """The layer whose output would be what goes into layer 0."""
 
@@ -72,7 +76,7 @@ class SecondLayout:
             f"embedding and by the tokens that its last layer leads to. A fault of vLLM's that both layouts share "
             f"would not show."
         )
-        engine, drawn = StateEngine(self._config, self._target), dict[int, int]()
+        engine, drawn = StateEngine(self._config, self._target), dict[int, tuple[int, float]]()
         try:
             engine.start(max(sum(map(len, ids)), self._config.max_length))
             states = engine.states(ids, drawn)
@@ -90,16 +94,25 @@ class SecondLayout:
         final = [self._borrowed.norm(state[:, -1]).numpy() for state in states]
         return Reference("a second layout of vLLM", self._comparison, ids, kept, final)
 
-    def _faults(self, ids: list[list[int]], states: list[Tensor], drawn: dict[int, int]) -> list[str]:
+    def _faults(self, ids: list[list[int]], states: list[Tensor], drawn: dict[int, tuple[int, float]]) -> list[str]:
         faults = []
         table = self._borrowed.table
         if not all(torch.equal(state[:, 0], table[one].float()) for one, state in zip(ids, states, strict=True)):
             faults.append("what goes into layer 0 is not the embedding table's rows (one layer off, or scaled rows)")
-        agree = [self._borrowed.likeliest(state[-1, -1]) == drawn.get(n) for n, state in enumerate(states)]
+        agree, shifts = [], []
+        for number, state in enumerate(states):
+            own, (token, log_probability) = self._borrowed.log_probabilities(state[-1, -1]), drawn[number]
+            agree.append(int(own.argmax()) == token)
+            shifts.append(abs(float(own[token]) - log_probability))
         if np.mean(agree) < _AGREEING_SHARE:
             faults.append(
                 f"the last layer leads to the token that vLLM draws in {sum(agree)} of {len(agree)} samples (another "
                 f"layer, or another final norm or head than its weights say)"
+            )
+        elif not np.median(shifts) <= _LARGEST_SHIFT:
+            faults.append(
+                f"the last layer gives what vLLM draws another log-probability, by {np.median(shifts):.2f} in the "
+                f"median (expected at most {_LARGEST_SHIFT}: another final norm or head than its weights say)"
             )
         for column, layer in enumerate(self._target.layer_ids[1:], 1):
             if all(torch.equal(state[:, column], state[:, column - 1]) for state in states):

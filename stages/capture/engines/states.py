@@ -97,17 +97,24 @@ class StateEngine:
         assert self._loop is not None, "the engine is started before it runs samples"
         self._loop.submit(requests)
 
-    def states(self, sequences: Sequence[Sequence[int]], drawn: dict[int, int] | None = None) -> list[Tensor]:
+    def states(
+        self, sequences: Sequence[Sequence[int]], drawn: dict[int, tuple[int, float]] | None = None
+    ) -> list[Tensor]:
         """Return the states of sequences, [T, L, H] each in float32, run at once.
 
-        `drawn` becomes the likeliest token after each, by the sequence's number.
+        `drawn` becomes the likeliest token after each and its log-probability, by the sequence's number.
         """
         begins = np.cumsum([0, *map(len, sequences)]).tolist()
         copies = Copies(len(sequences))
-        room, tokens = self._batch_room, {} if drawn is None else drawn
+        room = self._batch_room
         self.submit(
             [
-                Request(list(ids), room.place(begin), copies.one, partial(tokens.__setitem__, number))
+                Request(
+                    list(ids),
+                    room.place(begin),
+                    copies.one,
+                    None if drawn is None else partial(drawn.__setitem__, number),
+                )
                 for number, (ids, begin) in enumerate(zip(sequences, begins, strict=False))
             ]
         )
@@ -147,9 +154,10 @@ def start_engine(config: ExtractConfig, target: ChosenTarget, shared_memory: str
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments, kv_transfer_config=transfer))
         from dflash_offline.stages.capture.engines.connector import DELIVERED
 
-        def parameters(begin: int) -> Any:
+        def parameters(begin: int, is_told: bool) -> Any:
             extra = {"kv_transfer_params": {"begin": begin}}
-            return SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args=extra)
+            told = 0 if is_told else None  # log-probabilities beside that of what is drawn
+            return SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprobs=told, extra_args=extra)
 
         return EngineLoop(engine, DELIVERED, parameters)
 
