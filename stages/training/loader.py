@@ -4,6 +4,7 @@ Axes: B rows, S positions, N anchors, L captured layers, H hidden size.
 """
 
 import copy
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -223,8 +224,9 @@ class BatchLoader:
     def stream(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Generator[Batch, None, None]:
         """Yield a micro-batch on the device for each (rows, epoch); `threads` read, decode and copy ahead."""
         pending: deque[Future[Batch]] = deque()
+        asked: deque[list[_Asked]] = deque()
         if any(cache.mirror is not None for cache in self.corpus.caches):
-            batches = self._fetched_ahead(batches, threads)
+            batches = self._fetched_ahead(batches, asked, threads + AHEAD + 1)
         source = iter(batches)
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
 
@@ -241,37 +243,37 @@ class BatchLoader:
             finally:
                 for future in pending:
                     future.cancel()
-                if isinstance(source, Generator):
-                    source.close()
+                for cache, number, columns, chunks in itertools.chain(*asked):
+                    cache.forget_ahead(number, columns, chunks)
 
-    def _fetched_ahead(self, batches: Iterable[tuple[Rows, int]], threads: int) -> Iterator[tuple[Rows, int]]:
-        """Yield the batches, those that follow being fetched from their buckets meanwhile, `FETCHED_BYTES` of them."""
-        waiting = deque[tuple[tuple[Rows, int], list[_Asked], int]]()
-        yielded = deque[list[_Asked]](maxlen=threads + AHEAD + 1)  # all that may not be loaded yet
+    def _fetched_ahead(
+        self, batches: Iterable[tuple[Rows, int]], asked: deque[list[_Asked]], most: int
+    ) -> Iterator[tuple[Rows, int]]:
+        """Yield the batches, those that follow being fetched from their buckets meanwhile, `FETCHED_BYTES` of them.
+
+        `asked` is kept at what was asked for of these and of the last `most` that were yielded, loaded or not.
+        """
+        waiting = deque[tuple[tuple[Rows, int], int]]()
         held = 0
         slot_bytes = 2 * len(self.columns[0]) * self.corpus.caches[0].layout.hidden_size
 
         def first() -> tuple[Rows, int]:
             nonlocal held
-            batch, asked, num_bytes = waiting.popleft()
-            yielded.append(asked)
+            batch, num_bytes = waiting.popleft()
             held -= num_bytes
+            while len(asked) > len(waiting) + most:
+                asked.popleft()
             return batch
 
-        try:
-            for rows, epoch in batches:
-                num_bytes = slot_bytes * int(sum(self.corpus.num_tokens[row].sum() for row in rows))
-                asked = [one for row in rows for sample in row.tolist() if (one := self._ask(sample)) is not None]
-                waiting.append(((rows, epoch), asked, num_bytes))
-                held += num_bytes
-                while held > FETCHED_BYTES and len(waiting) > 1:
-                    yield first()
-            while waiting:
+        for rows, epoch in batches:
+            num_bytes = slot_bytes * int(sum(self.corpus.num_tokens[row].sum() for row in rows))
+            asked.append([one for row in rows for sample in row.tolist() if (one := self._ask(sample)) is not None])
+            waiting.append(((rows, epoch), num_bytes))
+            held += num_bytes
+            while held > FETCHED_BYTES and len(waiting) > 1:
                 yield first()
-        finally:
-            for each in (*yielded, *(asked for _, asked, _ in waiting)):
-                for cache, number, columns, future in each:
-                    cache.forget_ahead(number, columns, future)
+        while waiting:
+            yield first()
 
     def _ask(self, sample: int) -> "_Asked | None":
         """Begin to fetch one document's stored codes, if its cache is in a bucket."""

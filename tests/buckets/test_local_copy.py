@@ -18,6 +18,7 @@ from processes import FORKING
 from running import dflash, refused
 from safetensors.numpy import load_file
 
+from dflash_offline.schemas.draft.anchor_rule import AnchorRule
 from dflash_offline.schemas.settings.train import TrainConfig
 from dflash_offline.stages.buckets.bucket import Bucket
 from dflash_offline.stages.buckets.local_copy import LocalCopy
@@ -27,8 +28,10 @@ from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.train import train
 from dflash_offline.stages.training import run as training_run
 from dflash_offline.stages.training.corpus import Corpus
+from dflash_offline.stages.training.loader import BatchLoader
 from dflash_offline.stages.training.ranks import Ranks
 from dflash_offline.stages.training.run import Training
+from dflash_offline.stages.training.schedule import Rows
 
 GIB = 1 << 30
 
@@ -258,3 +261,27 @@ def test_each_rank_asks_for_what_it_trains_on_alone(
     shutil.rmtree(mirror.folder.parent, ignore_errors=True)
     assert not asked[0] & asked[1] and not trained[0] & trained[1]
     assert [len(places) for places in asked] == [len(samples) for samples in trained] and min(map(len, trained)) > 10
+
+
+def test_the_last_batches_of_a_stream_are_fetched_once(bucket: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = bucket.read_range
+
+    def read_slowly(name: str, begin: int, end: int) -> object:
+        time.sleep(0.02)
+        return read(name, begin, end)
+
+    monkeypatch.setattr(bucket, "read_range", read_slowly)
+    corpus = Corpus([Cache(Path(bucket.url))])
+    loader = BatchLoader(
+        corpus,
+        layer_ids=corpus.caches[0].layer_ids,
+        anchor_rule=AnchorRule(4),
+        num_anchors=4,
+        seed=0,
+        shape=None,
+        device=torch.device("cpu"),
+    )
+    batches: list[tuple[Rows, int]] = [([group], 0) for group in np.array_split(np.arange(len(corpus)), 3)]
+    found = [sample for batch in loader.stream(batches, 1) for sample in batch.samples]
+    assert found == list(range(len(corpus)))
+    assert bucket.ranges == len(found)
