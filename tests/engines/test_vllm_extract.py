@@ -142,9 +142,20 @@ def test_a_target_too_large_for_transformers_is_proved_by_a_second_layout(config
     extract(ExtractConfig(**config, out=tmp_path / "own"), Silent())
     assert scripted(tmp_path, config, tmp_path / "cache", None, too_large=True)["refused"] is None
     refuse_other_values(tmp_path / "own", tmp_path / "cache")
-    found = scripted(tmp_path, config, tmp_path / "other", "padded", too_large=True)
-    assert "what goes into layer 0 is not the embedding table's rows" in found["refused"]
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("plant", "said"),
+    [
+        ("padded", "vLLM's states are not those that a second layout of vLLM gives"),
+        ("shared", "what goes into layer 0 is not the embedding table's rows"),
+    ],
+)
+def test_a_fault_of_one_layout_or_of_both_is_refused(plant: str, said: str, config: Settings, tmp_path: Path) -> None:
+    """A second layout's workers are other processes, where a fault that is planted here alone does not show."""
+    found = scripted(tmp_path, config | {"limit": FEW, "final": True}, tmp_path / "cache", plant, too_large=True)
+    assert found["refused"] is not None and said in found["refused"]
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("victim", ["command", "engine", "worker"])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.extract import ExtractConfig
-from dflash_offline.stages.capture.engines import loop, states, vllm
+from dflash_offline.stages.capture.engines import loop, second_layout, states, vllm
 from dflash_offline.stages.capture.engines.start import set_environment
 from dflash_offline.stages.capture.engines.vllm import VllmExtractor, load_vllm
 from dflash_offline.stages.capture.inputs import open_inputs
@@ -75,6 +75,12 @@ def plant_padded() -> None:
     plant_in_states(lambda states, connector: states.roll(1, 0))
 
 
+def plant_shared() -> None:
+    """Have states read one place late in both layouts: the second one in this process too, where that is planted."""
+    second_layout._OTHERWISE["distributed_executor_backend"] = "uni"
+    plant_padded()
+
+
 def plant_cached() -> None:
     """Have the states of the first block be another's, as where a cached prefix kept none."""
     plant_in_states(
@@ -89,7 +95,7 @@ def plant_norm() -> None:
 
 
 PLANTS = {"shift": plant_shift, "swapped": plant_swapped, "padded": plant_padded, "cached": plant_cached}
-PLANTS |= {"early": lambda: plant_shift(-1), "norm": plant_norm}
+PLANTS |= {"shared": plant_shared, "early": lambda: plant_shift(-1), "norm": plant_norm}
 
 
 def refused(config: ExtractConfig, plant: str | None, *, too_large: bool) -> str | None:
