@@ -42,21 +42,29 @@ class Nodes:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(HELPER), folder],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        self._log = Path(folder) / "helper.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HELPER), folder],
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
         self.session = self._process.pid
+        self.address = ""
+
+    def begin(self) -> None:
+        """Wait until the head is there."""
         self.address = self._answer()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        answer = self._process.stdout.readline().strip()
+        assert answer, self._log.read_text()  # Ray gives a node 30 s to start, which a busy machine may exceed
+        return answer
 
     def order(self, *words: object) -> int:
         assert self._process.stdin is not None
@@ -65,6 +73,9 @@ class Nodes:
 
     def end(self) -> None:
         self._process.communicate(timeout=60)
+        if self._process.returncode:  # what did not come up does not end by itself
+            for pid in processes(self.session):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -73,6 +84,7 @@ def nodes() -> Iterator[Nodes]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets in it have short names
         nodes = Nodes(folder)
         try:
+            nodes.begin()
             nodes.order("add")
             nodes.order("add")
             yield nodes
