@@ -46,7 +46,7 @@ def checked(document: Any, kind: type[T], path: Path, what_to_do: str = _RESTORE
         raise unlike(path, str(error), what_to_do) from error
 
 
-def unlike(path: Path, what: str, what_to_do: str = _RESTORE) -> CacheError:
+def unlike(path: Path | str, what: str, what_to_do: str = _RESTORE) -> CacheError:
     """Return the error of a document that is whole, but not one of this program."""
     return CacheError(
         f"{path} is not what this version reads: {what}. Another version wrote it, or it was changed by hand. "

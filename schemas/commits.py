@@ -91,6 +91,11 @@ def commit_path(cache: Path, shard: int, array: str = HIDDEN) -> Path:
     return cache / COMMITS / _name(shard, array)
 
 
+def commit_name(shard: int, array: str = HIDDEN) -> str:
+    """Return the name of a shard's record in a cache: `commit_path` of a bucket, where there may be 200,000."""
+    return f"{COMMITS}/{_name(shard, array)}"
+
+
 def _name(shard: int, array: str) -> str:
     return f"{shard:06d}.json" if array == HIDDEN else f"{shard:06d}.{array}.json"
 
@@ -117,14 +122,14 @@ def reread_commit(content: str, shard: int, manifest: Manifest) -> Commit:
 
     `CacheError` if it is not what this version reads, or of another cache.
     """
-    path = commit_path(Path(), shard)
+    path = commit_name(shard, manifest.array)
     try:
         return _of_this_cache(_DECODER.decode(content), path, shard, manifest)
     except msgspec.DecodeError as error:
         raise unlike(path, str(error), _AGAIN) from error
 
 
-def _of_this_cache(commit: Commit, path: Path, shard: int, manifest: Manifest) -> Commit:
+def _of_this_cache(commit: Commit, path: Path | str, shard: int, manifest: Manifest) -> Commit:
     if (commit.manifest, commit.shard) != (manifest.checksum, shard):
         raise CacheError(
             f"{path} belongs to shard {commit.shard} of the cache with manifest {commit.manifest}; "

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import zstandard
 
-from dflash_offline.schemas.commits import Commit, commit_path, parse_commit, reread_commit
+from dflash_offline.schemas.commits import Commit, commit_name, commit_path, parse_commit, reread_commit
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import sha256_bytes
 from dflash_offline.schemas.manifest import COMMITS, HIDDEN, Manifest
@@ -53,7 +53,7 @@ def bundle_names(manifest: Manifest) -> list[str]:
 
 def list_records(bucket: Bucket, num_shards: int, array: str = HIDDEN) -> dict[int, Listed]:
     """Return an array's records that are in a bucket, by shard; pages of the list are asked for side by side."""
-    names = {str(commit_path(Path(), shard, array)): shard for shard in range(num_shards)}
+    names = {commit_name(shard, array): shard for shard in range(num_shards)}
     cuts = [*names][BUNDLE_SHARDS - 1 : -1 : BUNDLE_SHARDS]
     return {names[name]: one for name, one in bucket.names(COMMITS, cuts).items() if name in names}
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dflash_offline.schemas.commits import Commit, commit_path
+from dflash_offline.schemas.commits import Commit, commit_name
 from dflash_offline.schemas.errors import CacheError, DflashError
 from dflash_offline.schemas.files import building_name, sha256_bytes
 from dflash_offline.schemas.locks import building_folder, locked, touch_lock
@@ -147,8 +147,8 @@ class Mirror:
             for name in there:
                 with suppress(OSError, DamagedBundleError):  # then its records are read one by one
                     bundled |= bundled_commits((self.folder / name).read_bytes(), manifest, listed)
-        by_name = {str(commit_path(Path(), shard, array)): one for shard, one in listed.items()}
-        loose = [str(commit_path(Path(), shard, array)) for shard in listed.keys() - bundled.keys()]
+        by_name = {commit_name(shard, array): one for shard, one in listed.items()}
+        loose = [commit_name(shard, array) for shard in listed.keys() - bundled.keys()]
         self._pull_changed(COMMITS, array, by_name, loose)
         return bundled
 
@@ -189,7 +189,7 @@ class Mirror:
         """Return the name of every object of the cache; of folders that are not its own, their own names alone."""
         cuts = list[str]()
         if num_shards > 10 * BUNDLE_SHARDS:
-            cuts += [str(commit_path(Path(), shard)) for shard in range(BUNDLE_SHARDS - 1, num_shards, BUNDLE_SHARDS)]
+            cuts += [commit_name(shard) for shard in range(BUNDLE_SHARDS - 1, num_shards, BUNDLE_SHARDS)]
             arrays = (HIDDEN, FINAL, IDS, MASK)
             cuts += [f"{FEATURES}/{array}/c/{digits}" for array in arrays for digits in range(10, 100)]
         own = {BUNDLES, COMMITS, FEATURES, TARGET, TMP}

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit, SkippedSample, commit_path, read_commits, read_finished
+from dflash_offline.schemas.commits import Commit, SkippedSample, commit_name, commit_path, read_commits, read_finished
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.manifest import (
     FEATURES,
@@ -218,13 +218,13 @@ class Cache:
         are read.
         """
         if self.mirror is not None:
-            self.mirror.pull_one(str(commit_path(Path(), shard, self.array)))
+            self.mirror.pull_one(commit_name(shard, self.array))
         return read_finished(self.path, shard, self.manifest, with_files=self.mirror is None)
 
     def forget(self, shard: int) -> None:
         """Remove a shard's record, so that the shard does not exist for any reader."""
         if self.mirror is not None:
-            self.mirror.bucket.remove(str(commit_path(Path(), shard, self.array)))
+            self.mirror.bucket.remove(commit_name(shard, self.array))
         commit_path(self.path, shard, self.array).unlink(missing_ok=True)
 
     def is_done(self, shard: int) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit, commit_path, read_commit
+from dflash_offline.schemas.commits import Commit, commit_name, read_commit
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import NOT_THE_FILES
 from dflash_offline.schemas.locks import locked
@@ -249,12 +249,12 @@ class _Shards:
         """Return what is wrong with a shard."""
         if self._mirror is None:
             return self._faults(shard)
-        names = [str(commit_path(Path(), shard, self._array)), *shard_files(shard, self._array)]
+        names = [commit_name(shard, self._array), *shard_files(shard, self._array)]
         with self._mirror.fetched(names):
             return self._faults(shard)
 
     def _faults(self, shard: int) -> list[Fault]:
-        place = str(commit_path(Path(), shard, self._array))
+        place = commit_name(shard, self._array)
         try:
             commit = read_commit(self.cache.path, shard, self.cache.manifest)
         except CacheError as error:

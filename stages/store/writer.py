@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_path
+from dflash_offline.schemas.commits import Commit, ShardFileRecord, SkippedSample, commit_name
 from dflash_offline.schemas.errors import CacheError
 from dflash_offline.schemas.files import Piece, move_synced, publish, write_synced
 from dflash_offline.schemas.locks import locked
@@ -125,7 +125,7 @@ class ShardWriter:
             started=_time(now if started is None else started),
             finished=_time(now),
         )
-        name = str(commit_path(Path(), shard, cache.array))
+        name = commit_name(shard, cache.array)
         if cache.mirror is None:
             publish([commit.to_bytes()], temporary=temporary, path=cache.path / name)
         elif not cache.mirror.bucket.create(name, commit.to_bytes()):

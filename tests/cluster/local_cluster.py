@@ -5,9 +5,11 @@
 
 import os
 import sys
+from pathlib import Path
 from threading import Thread
 
 os.environ |= {
+    "RAY_TMPDIR": sys.argv[1],  # else the address of the cluster is written to a folder that only other clusters make
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
 }
@@ -18,6 +20,7 @@ NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20, "includ
 
 
 def main() -> None:
+    (Path(sys.argv[1]) / "ray").mkdir()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": sys.argv[1], **NODE})
     print(cluster.address, flush=True)
     nodes = []
