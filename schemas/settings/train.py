@@ -103,7 +103,8 @@ class TrainConfig:
     anchors: Annotated[str | None, Option(
         "Where a block may start: at a supervised token with a whole block of its text after it; or partial, wherever "
         "a supervised token follows within the block, down to the last two of an answer.",
-        "Loss", "resolved", "NAME", unset="whole, or as the run was begun", choices=ANCHORS)] = None
+        "Loss", "resolved", "NAME", unset="whole for the variant dflash, else partial; or as the run was begun",
+        choices=ANCHORS)] = None
     block_size: Annotated[int | None, Option(
         "Length of a block: an anchor and the drafted tokens.",
         "Loss", "recorded", "TOKENS", unset="the cache's, which is the longest", bounds=AT_LEAST_2)] = None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from dflash_offline.schemas.checked import Size
-from dflash_offline.schemas.draft.anchor_rule import ANCHORS, AnchorRule
+from dflash_offline.schemas.draft.anchor_rule import PARTIAL, WHOLE, AnchorRule
 from dflash_offline.schemas.draft.values import Found, first, is_int, say, section
 from dflash_offline.schemas.variants.dflash import DFlash
 from dflash_offline.schemas.variants.variant import Counted, Curve, Sizes
@@ -45,7 +45,7 @@ class DFlash2:
     is_unbroken: ClassVar[bool] = False
     has_confidence: ClassVar[bool] = False
     needs_final: ClassVar[bool] = False
-    anchors: ClassVar[tuple[str, ...]] = ANCHORS
+    anchors: ClassVar[tuple[str, ...]] = (PARTIAL, WHOLE)
     has_own_loss: ClassVar[bool] = False
     loss_settings: ClassVar[Mapping[str, float]] = {"selector_loss_alpha": 1.0, "selector_warmup_ratio": 0.0}
     losses: ClassVar[tuple[str, ...]] = ("draft_loss", "selector_loss")

@@ -148,8 +148,9 @@ def answer(bench: Bench, source: str, name: str, temperature: float) -> None:
         regenerate(RegenerateConfig(data=data, target=str(bench.target), out=out, **settings), Silent())
 
 
-def dflash2(**changes: Any) -> dict[str, Any]:
-    return {"variant": "dflash2", "selector_rank": RANK, "conv_kernel_size": TAPS, "conv_group_size": GROUP, **changes}
+def dflash2(anchors: str = "whole", **changes: Any) -> dict[str, Any]:
+    shape = {"selector_rank": RANK, "conv_kernel_size": TAPS, "conv_group_size": GROUP}
+    return {"variant": "dflash2", "anchors": anchors, **shape, **changes}
 
 
 def wide(bench: Bench, seed: int) -> dict[str, Any]:

@@ -81,3 +81,13 @@ def test_a_cache_whose_every_answer_is_too_short_is_refused(extract_config: dict
     cache = extracted(extract_config, tmp_path / "cache", [1] * 12, anchors="partial")
     with pytest.raises(DflashError, match="no sample to train on with a whole block after it"):
         train(TrainConfig(caches=(cache,), out=tmp_path / "run", val_samples=0, **TINY), Silent())
+
+
+def test_a_variant_trains_on_partial_blocks_and_one_that_was_begun_with_whole_ones_goes_on(
+    short_cache: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(caches=(short_cache,), out=tmp_path / "run", val_samples=0, variant="dflash2", **TINY)
+    assert dry_run(config).anchors == "partial"
+    train(replace(config, anchors="whole", steps=1), Silent())
+    assert "anchors" not in RunRecord.read(tmp_path / "run").identity["settings"], "as runs of earlier versions"
+    assert train(replace(config, steps=1), Silent()).num_idle == 30

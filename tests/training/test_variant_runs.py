@@ -197,7 +197,7 @@ def test_a_run_starts_from_a_base_draft_and_at_first_drafts_what_that_does(cache
     )
     for name, weight in load_file(tmp_path / "draft/model.safetensors").items():
         assert torch.equal(start.draft.state_dict()[name], weight.float()), name
-    same = {"init_from": tmp_path / "draft", "draft_layers": None, "variant": None, **dict.fromkeys(SHAPE)}
+    same = {**begun, "variant": None, "anchors": "partial", **dict.fromkeys(SHAPE)}
     plain = Training(config(cache, tmp_path / "run", **same), Corpus.open((cache,)), start.ranks)
     rows = [each.validate() for each in (start, plain)]
     for name in ("val_serving_walk", "val_accuracy_by_slot", "val_accept_len_over_anchors"):
