@@ -5,6 +5,7 @@ vLLM batches as it likes, so that two runs are equal in value and not in the las
 Axes: N real tokens of a batch, T tokens, L captured layers, H hidden size.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -119,14 +120,12 @@ class VllmExtractor:
         They are of the positions of the samples that the array keeps, in order.
         """
         states = self._engine.states([samples.input_ids(sample).tolist() for sample in batch.tolist()])
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        for array, encoder in encoders.items():
-            encoded = [
-                self._encode(state, stored_spans(samples, sample, array), array, encoder)
-                for state, sample in zip(states, batch.tolist(), strict=True)
-            ]
-            found[array] = torch.cat([codes for codes, _ in encoded]), torch.cat([of for _, of in encoded])
-        return found
+        begins = np.cumsum([0, *map(len, states)]).tolist()
+        group, together = list(zip(batch.tolist(), begins, strict=False)), torch.cat(states)
+        return {
+            array: self._encode(together, _places(samples, group, array), array, encoder)
+            for array, encoder in encoders.items()
+        }
 
     def run_shard(
         self,
@@ -135,32 +134,39 @@ class VllmExtractor:
         wanted: Sequence[Wanted],
         progress: Callable[[int], None],
     ) -> list[QueuedShard]:
-        """Queue a shard's samples in the engine, and return; each is encoded as its states come."""
+        """Queue a shard's samples in the engine, and return; those that have come are encoded together."""
         copies, room = Copies(len(members)), self._room(wanted[0].buffer)
         batches: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {one.array: [] for one in wanted}
+        arrived = deque[tuple[int, int]]()
 
-        def encode(sample: int, begin: int, states: Tensor) -> None:
+        def encode() -> None:
+            group = [arrived.popleft() for _ in range(len(arrived))]
+            if not group:  # they were encoded with one before
+                return
+            fault: BaseException | None = None
+            batch = np.array([sample for sample, _ in group])
             try:
                 for one in wanted:
-                    spans = stored_spans(samples, sample, one.array)
-                    codes, statistics = self._encode(states, spans, one.array, one.encoder)
-                    parts = codes.split([after - first for first, after in spans])
-                    for (first, _), part in zip(spans, parts, strict=True):
-                        one.buffer.codes[begin + first : begin + first + len(part)] = part
-                    batches[one.array].append((np.array([sample]), statistics))
-                progress(len(states))
-                copies.one(None)
+                    places = _places(samples, group, one.array)
+                    one.buffer.codes[places], statistics = self._encode(room.states, places, one.array, one.encoder)
+                    batches[one.array].append((batch, statistics))
+                progress(int(samples.num_tokens[batch].sum()))
             except BaseException as error:
-                copies.one(error)
+                fault = error
+            for _ in group:
+                copies.one(fault)
 
         def request(sample: int) -> Request:
-            begin, ids = int(samples.start[sample]) % len(room.states), samples.input_ids(sample).tolist()
-            states = room.states[begin : begin + len(ids)]
+            begin = int(samples.start[sample]) % len(room.states)
 
             def done(fault: BaseException | None) -> None:
-                copies.one(fault) if fault else self._encoding.submit(encode, sample, begin, states)
+                if fault is not None:
+                    copies.one(fault)
+                    return
+                arrived.append((sample, begin))
+                self._encoding.submit(encode)
 
-            return Request(ids, room.place(begin), done)
+            return Request(samples.input_ids(sample).tolist(), room.place(begin), done)
 
         self._engine.submit([request(sample) for sample in members.tolist()])
         last = [self.target.files.num_layers - 1]
@@ -183,20 +189,16 @@ class VllmExtractor:
             self._rooms[place] = self._engine.room(len(buffer.codes))
         return self._rooms[place]
 
-    def _encode(
-        self, states: Tensor, spans: Sequence[tuple[int, int]], array: str, encoder: FeatureEncoder
-    ) -> tuple[Tensor, Tensor]:
-        """Return codes, int16 [N, L, H], and statistics, float32 [N, L, 7], of a sample's positions in the ranges.
+    def _encode(self, states: Tensor, places: Tensor, array: str, encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
+        """Return codes, int16 [N, L, H], and statistics, float32 [N, L, 7], of some places of states [T, L, H].
 
-        `states`, [T, L, H], are those of all layers that the engine gives.
+        The states are those of all layers that the engine gives.
         """
         if array == HIDDEN:
-            layers = [states[None, :, column] for column in self._columns]
-        else:
-            assert self._norm is not None, "it is there where final states are asked for"
-            layers = [self._norm(states[None, :, -1])]
-        places = torch.cat([torch.arange(first, after) for first, after in spans] or [torch.arange(0)])
-        return encode_states(layers, places, encoder, states.device)
+            return encode_states([states[None, :, column] for column in self._columns], places, encoder, states.device)
+        assert self._norm is not None, "it is there where final states are asked for"
+        final = self._norm(states[places, -1])
+        return encode_states([final[None]], torch.arange(len(final)), encoder, states.device)
 
     def close(self) -> None:
         """End the engine."""
@@ -205,6 +207,14 @@ class VllmExtractor:
         self._engine.close()
         with suppress(RuntimeError):  # of a GPU that a dead engine left in a fault
             free_dropped_memory(self.device)
+
+
+def _places(samples: SampleTable, group: Sequence[tuple[int, int]], array: str) -> Tensor:
+    """Return where the positions lie that an array holds, of samples that each begin somewhere, in order."""
+    spans = [(begin, span) for sample, begin in group for span in stored_spans(samples, sample, array)]
+    return torch.cat(
+        [torch.arange(begin + first, begin + after) for begin, (first, after) in spans] or [torch.arange(0)]
+    )
 
 
 def with_last_layer(config: ExtractConfig, target: ChosenTarget) -> ChosenTarget:
