@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from embedded_target.conversations import generate
+from embedded_target.conversations import generate  # type: ignore[import-not-found]
 from second_target.rows import write
 from second_target.train import train as train_second_target
 from sides import interleaved, machine, median_ratio
