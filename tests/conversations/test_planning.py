@@ -360,7 +360,7 @@ def test_a_tokenizer_that_encodes_its_own_way_is_asked_itself(tmp_path: Path) ->
     assert ConversationEncoder(files, config).tokenizer.portable
 
 
-@pytest.mark.parametrize(("drop_duplicates", "most"), [(False, 160), (True, 256)])
+@pytest.mark.parametrize(("drop_duplicates", "most"), [(False, 160), pytest.param(True, 256, marks=pytest.mark.slow)])
 def test_memory_grows_by_numbers_and_hashes_alone(tmp_path: Path, drop_duplicates: bool, most: int) -> None:
     """A plan of more rows takes at most so many bytes more for each."""
     files, peaks = target(tmp_path / "target", "none"), []

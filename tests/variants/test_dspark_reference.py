@@ -231,7 +231,7 @@ def test_every_block_that_is_decoded_is_the_walk_of_the_slow_reference(threshold
 @pytest.mark.parametrize(
     ("rule", "threshold", "draws"),
     [
-        (SamplingRule(temperature=0.8), None, 200),
+        pytest.param(SamplingRule(temperature=0.8), None, 200, marks=pytest.mark.slow),
         (SamplingRule(temperature=0.8), 0.5, 200),
         pytest.param(SamplingRule(temperature=1.3, top_p=0.8), None, 1000, marks=pytest.mark.slow),
         pytest.param(SamplingRule(temperature=1.3, top_p=0.8), 0.5, 1000, marks=pytest.mark.slow),
