@@ -19,6 +19,7 @@ from dflash_offline.schemas.identity import differences
 from dflash_offline.schemas.manifest import EMBEDDINGS, FINAL, TARGET, Manifest
 from dflash_offline.schemas.settings.extract import ExtractConfig
 from dflash_offline.schemas.settings.verify import RerunConfig
+from dflash_offline.stages.capture import forecast
 from dflash_offline.stages.capture.compare import compare_with_target
 from dflash_offline.stages.capture.engines import states, vllm
 from dflash_offline.stages.capture.engines.shared_memory import SharedMemory
@@ -56,6 +57,7 @@ def test_an_engines_cache_holds_what_transformers_holds(
 def test_an_engine_goes_on_with_what_is_left(
     extract_config: Settings, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(forecast, "_TIMED_S", 0.0)  # so that both commands measure one batch, however slow it is
     out = tmp_path / "cache"
     engines = pretend(monkeypatch)
     extract(by_engine(extract_config, tmp_path / "whole"), Silent())
