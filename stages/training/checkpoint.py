@@ -89,7 +89,7 @@ class CheckpointWriter:
         """
         self.wait()
         folder = checkpoint_folder(self._run, state.step)
-        if os.path.lexists(folder):
+        if self._ranks.is_first and os.path.lexists(folder):  # another rank may see what the first has just written
             raise DflashError(
                 f"{folder} is in the way of the checkpoint of step {state.step}. Move it away, and repeat."
             )

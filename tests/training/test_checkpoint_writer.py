@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from dflash_offline.schemas.errors import DflashError
 from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.draft.weights import load_draft
 from dflash_offline.stages.progress import Figure, Silent
 from dflash_offline.stages.train import train
 from dflash_offline.stages.training import checkpoint
-from dflash_offline.stages.training.checkpoint import list_checkpoints, read_state
+from dflash_offline.stages.training.checkpoint import CheckpointWriter, list_checkpoints, read_state
+from dflash_offline.stages.training.ranks import Ranks
 
 FILES = {"model.safetensors", "masters.safetensors", "optimizer.safetensors", "config.json", "state.json"}
 
@@ -154,3 +158,16 @@ def test_an_error_of_a_step_is_told_with_that_of_the_writing(
 
     with pytest.raises(checkpoint.DflashError, match=r"(?s)the step's own\nNor could .* No space left"):
         train(config(cache, tmp_path / "run"), At(step4=stop))
+
+
+def test_a_rank_that_comes_after_the_first_has_written_is_not_stopped_by_what_it_wrote(whole: Path) -> None:
+    there = list_checkpoints(whole)[0]
+    state, draft = read_state(there), load_draft(there)
+    for rank in (0, 1):
+        with CheckpointWriter(whole, 9, Ranks(rank=rank, count=2, device=torch.device("cpu"))) as writer:
+            if rank:
+                writer.save(state, draft, [])
+            else:
+                with pytest.raises(DflashError, match="is in the way of the checkpoint of step 3"):
+                    writer.save(state, draft, [])
+    assert len(left(whole)) == 3
