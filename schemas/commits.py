@@ -88,7 +88,7 @@ _DECODER = msgspec.json.Decoder(Commit)  # made before there are threads, see `c
 
 def commit_path(cache: Path, shard: int, array: str = HIDDEN) -> Path:
     """Return where a shard's record of an array of features lies."""
-    return cache / COMMITS / _name(shard, array)
+    return cache / commit_name(shard, array)
 
 
 def commit_name(shard: int, array: str = HIDDEN) -> str:
