@@ -3,14 +3,14 @@
 Usage: python tests/benchmarks/bench_variants.py --out variants [--seeds 5]
 
 The first target is the embedded one with the demo's conversations, the second is trained here by `second_target`. Each
-has a cache of its own answers and one of the answers as the corpus has them; every draft trains on one of them with the
-demo's settings, half its batch and equally many steps, but those that start from a trained base draft, which take a
-quarter. What is compared is the serving walk over held-out prompts answered by the target greedily, which is what live
-decoding gives at temperature 0, and the acceptance length to expect along answers that it drew at temperature 1. Sides
-that name no loss take dpace; kl and soft-ce have one gradient, so what lies between them is rounding. DFlash 2 is also
-walked by its logits alone, over held-out samples of its cache: the selector learns from detached values, so that is the
-draft without it. A run that is there is not made again, so that more seeds go on where fewer ended. `--table` only
-prints what is there.
+has caches of its own answers, greedy and drawn at temperature 1, and of the answers that the corpus has; every draft
+trains on one of them with the demo's settings, half its batch and equally many steps, but those that start from a
+trained base draft, which take a quarter. What is compared is the serving walk over held-out prompts answered by the
+target greedily, which is what live decoding gives at temperature 0, and the acceptance length to expect along answers
+that it drew at temperature 1. Sides that name no loss take dpace; kl and soft-ce have one gradient, so what lies
+between them is rounding. DFlash 2 is also walked by its logits alone, over held-out samples of its cache: the selector
+learns from detached values, so that is the draft without it. A run that is there is not made again, so that more seeds
+go on where fewer ended. `--table` only prints what is there.
 """
 
 import argparse
@@ -119,8 +119,8 @@ def second_rows(folder: Path) -> None:
     write(folder / "prompts.jsonl", PROMPTS, "heldout", 1)
 
 
-CACHES = ("own", "written", "greedy", "drawn")
-"""Answers of a target: its own and the corpus's to train on, held-out ones to measure on."""
+CACHES = ("own", "sampled", "written", "greedy", "drawn")
+"""Answers: the target's own and the corpus's to train on, the target's to held-out prompts to measure on."""
 TARGETS: dict[str, Callable[[Path], None]] = {"embedded": embedded_rows, "second": second_rows}
 
 
@@ -131,6 +131,7 @@ def prepare(bench: Bench) -> None:
     if not (folder / "prompts.jsonl").is_file():
         TARGETS[folder.name](folder)
     answer(bench, "written", "own", 0)
+    answer(bench, "written", "sampled", 1)
     answer(bench, "prompts", "greedy", 0)
     answer(bench, "prompts", "drawn", 1)
     taps = {} if folder.name == "embedded" else {"num_layers": 3}
@@ -173,9 +174,9 @@ def continued(bench: Bench, seed: int) -> dict[str, Any]:
     return {"init_from": bench.base_draft(seed), "steps": steps, "val_every": steps, "save_every": steps}
 
 
-def written(bench: Bench, seed: int, side: str = "base") -> dict[str, Any]:
-    """Return a side's settings for the answers that the corpus has."""
-    return {**SIDES[side](bench, seed), "caches": (bench.cache("written"),)}
+def trained_on(bench: Bench, seed: int, cache: str, side: str) -> dict[str, Any]:
+    """Return a side's settings for other answers than the target's greedy ones."""
+    return {**SIDES[side](bench, seed), "caches": (bench.cache(cache),)}
 
 
 LOSSES = {
@@ -210,7 +211,11 @@ SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "dflash2-partial-kl-dpace": lambda bench, seed: dflash2(anchors="partial", loss=LOSSES["kl-dpace"]),
     **{f"base-{name}": partial(base, loss=loss) for name, loss in LOSSES.items()},
     **{f"dflash2-{name}": lambda bench, seed, loss=loss: dflash2(loss=loss) for name, loss in LOSSES.items()},
-    **{f"written-{side}": partial(written, side=side) for side in ("base", "base-kl", "base-kl-dpace", "dflash2")},
+    **{
+        f"{cache}-{side}": partial(trained_on, cache=cache, side=side)
+        for cache in ("sampled", "written")
+        for side in ("base", "base-kl-dpace", "dflash2-partial", "dflash2-partial-kl-dpace")
+    },
 }
 """Settings by which a side's runs differ."""
 

@@ -171,8 +171,10 @@ def test_killed_at_any_time_it_leaves_nothing_and_goes_on(victim: str, config: S
         process = subprocess.Popen(
             by_vllm(config, out), env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
         )
-        if turn % 2:  # while it starts
-            time.sleep(chance.random() * start_s)
+        if turn % 2:  # while it starts; it may start sooner than the last time
+            until = began + chance.random() * start_s
+            while time.monotonic() < until and num_records(out) == records:
+                time.sleep(0.01)
             while victim == "worker" and process.poll() is None and not workers_of(process.pid):
                 time.sleep(0.01)
         else:  # while it writes
