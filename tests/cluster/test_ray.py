@@ -21,6 +21,7 @@ from dflash_offline.schemas.settings.regenerate import RegenerateConfig
 from dflash_offline.stages.extract import extract
 from dflash_offline.stages.progress import Silent
 from dflash_offline.stages.regenerate import regenerate
+from dflash_offline.stages.store.cache import Cache
 
 pytestmark = pytest.mark.ray
 HELPER = Path(__file__).with_name("local_cluster.py")
@@ -229,23 +230,25 @@ def seconds(pid: int) -> float:
 
 
 def seconds_a_shard(command: "subprocess.Popen[str]", out: Path, session: int | None) -> float:
-    """Return the processor seconds of all that takes part, for each shard after the first few."""
+    """Return the processor seconds of all that takes part, for each shard between the first few and the last."""
     until(out, 3, command)
     first, began, known = records(out), dict[int, float](), dict[int, float]()
-    while command.poll() is None:
+    total = Cache(out).layout.num_shards
+    while records(out) < total:
+        assert command.poll() is None, command.communicate()
         for pid in {command.pid, *children(command.pid), *(processes(session) if session else ())}:
             known[pid] = max(known.get(pid, 0.0), seconds(pid))
             began.setdefault(pid, known[pid])
-        time.sleep(0.1)
+        time.sleep(0.05)
     _, said = command.communicate()
     assert command.returncode == 0, said
-    return (sum(known.values()) - sum(began.values())) / (records(out) - first)
+    return (sum(known.values()) - sum(began.values())) / (total - first)
 
 
 def test_a_cluster_costs_little_more_processor_time_than_workers(
     nodes: Nodes, config: Settings, tmp_path: Path
 ) -> None:
-    """All processes of the cluster are counted, its own too; runs take turns; starts are left out on both sides."""
+    """All processes of the cluster are counted, its own too; runs take turns; starts and ends are left out of both."""
     ratios = []
     for turn in range(2):
         taken = {}
