@@ -250,7 +250,7 @@ def test_a_cluster_costs_little_more_processor_time_than_workers(
 ) -> None:
     """All processes of the cluster are counted, its own too; runs take turns; starts and ends are left out of both.
 
-    Shards of a tenth of a second make the messages between processes dear, and other work on the machine both sides: the
+    Between shards of a tenth of a second messages weigh much, and other work on the machine spreads both sides: the
     bound is one that a fault passes, and CONTRIBUTING.md has the cost by longer runs on a quiet machine.
     """
     ratios = []
