@@ -67,10 +67,9 @@ class Command:
 def children(pid: int) -> list[int]:
     """Return the ids of the processes that a process started; threads that end meanwhile are passed over."""
     found: list[int] = []
-    with suppress(FileNotFoundError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with suppress(FileNotFoundError):
-                found += map(int, (task / "children").read_text().split())
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):
+            found += map(int, (task / "children").read_text().split())
     return found
 
 

@@ -250,8 +250,8 @@ def test_a_cluster_costs_little_more_processor_time_than_workers(
 ) -> None:
     """All processes of the cluster are counted, its own too; runs take turns; starts and ends are left out of both.
 
-    Between shards of a tenth of a second messages weigh much, and other work on the machine spreads both sides: the
-    bound is one that a fault passes, and CONTRIBUTING.md has the cost by longer runs on a quiet machine.
+    Shards take a tenth of a second here, so that messages between processes weigh much, and other work on the machine
+    spreads both sides: it wants a quiet one.
     """
     ratios = []
     for turn in range(2):
@@ -263,4 +263,4 @@ def test_a_cluster_costs_little_more_processor_time_than_workers(
         ratios.append(taken["ray"] / taken["workers"])
         print(taken)
     print("processor time for a shard, Ray to --workers:", ratios)
-    assert min(ratios) <= 1.15, ratios
+    assert min(ratios) <= 1.05, ratios
