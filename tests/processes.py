@@ -4,6 +4,7 @@ Each is a process of its own in all that is tested with them: it is killed, sign
 That a fresh interpreter does the same is seen by the tests that start one.
 """
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -119,6 +120,7 @@ def as_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _as_rank(environment: dict[str, str], answers: Connection, work: Callable[..., Any], arguments: Any) -> None:
     os.environ.update(environment)
+    gc.freeze()  # as in a test session: what is imported is no garbage
     answers.send(work(*arguments))
 
 
@@ -133,6 +135,7 @@ def _run(arguments: list[str], stderr: str, most_file_bytes: int | None, environ
     if most_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
     sys.argv = ["dflash", *arguments]
+    gc.freeze()
     main()
 
 

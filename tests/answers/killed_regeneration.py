@@ -37,9 +37,8 @@ def start(config: RegenerateConfig) -> int:
     return child
 
 
-def main(kills: int, settings: dict[str, object]) -> None:
-    given = {"data": (Path(str(settings["data"])),), "out": Path(str(settings["out"]))}
-    config = RegenerateConfig(**{**settings, **given})
+def kill_and_complete(kills: int, config: RegenerateConfig) -> int:
+    """Kill so many regenerations at work, let one come through, and return how often one did so before its kill."""
     for name in SERVER if config.servers else LOCAL:
         import_module(name)
     answers = Path(f"{config.out}.partial/answers")
@@ -63,8 +62,10 @@ def main(kills: int, settings: dict[str, object]) -> None:
         assert anew < kills, "no kill finds it at work"
     _, status = os.waitpid(start(config), 0)
     assert status == 0 and not answers.exists()
-    print(anew)
+    return anew
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    settings = json.loads(sys.argv[2])
+    paths = {"data": (Path(settings["data"]),), "out": Path(settings["out"])}
+    print(kill_and_complete(int(sys.argv[1]), RegenerateConfig(**{**settings, **paths})))

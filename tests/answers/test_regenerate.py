@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import held_by_another_process
+from killed_regeneration import kill_and_complete
+from processes import FORKING, held_by_another_process
 from running import dflash, refused
 from tiny_target import conversations, save_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,10 +120,10 @@ def test_kills_at_random_instants_leave_what_one_more_run_completes(
     talker: Path, chats: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new.jsonl"
-    given = settings(talker, chats, out) | {"data": str(chats), "out": str(out)}
-    program = [sys.executable, str(Path(__file__).with_name("killed_regeneration.py")), "3", json.dumps(given)]
-    killed = subprocess.run(program, capture_output=True, text=True)
-    assert killed.returncode == 0, killed.stderr
+    killing = FORKING.Process(target=kill_and_complete, args=(3, RegenerateConfig(**settings(talker, chats, out))))
+    killing.start()
+    killing.join()
+    assert killing.exitcode == 0
     assert out.read_bytes() == whole.read_bytes()
     assert Path(f"{out}.rejects").read_bytes() == Path(f"{whole}.rejects").read_bytes()
 

@@ -333,7 +333,10 @@ def test_kills_at_random_instants_leave_what_one_more_run_completes(tmp_path: Pa
     assert server.faults["none"] - server.probes <= (240 + kills * 6) * (1 + int(killed.stdout))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_a_signal_keeps_the_answers_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     rows = chats(60)
     data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"

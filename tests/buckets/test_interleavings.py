@@ -106,6 +106,7 @@ def plan_of(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_planners_in_any_order_and_dying_anywhere_publish_the_plan_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

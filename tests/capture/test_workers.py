@@ -332,6 +332,7 @@ def _die_as_worker_0(config: ExtractConfig) -> Work:
     return open_worker(config)
 
 
+@pytest.mark.slow
 def test_each_worker_takes_its_share_of_the_cores_and_of_the_threads(
     extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

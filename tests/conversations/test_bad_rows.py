@@ -16,8 +16,6 @@ from dflash_offline.stages.conversations.loss_mask import ConversationEncoder
 from dflash_offline.stages.conversations.plan import Plan, make_plan
 from dflash_offline.stages.conversations.sources import Data
 
-NUM_LINES = 10_000
-
 
 @pytest.fixture(scope="module")
 def without_tags(tmp_path_factory: pytest.TempPathFactory) -> ConversationEncoder:
@@ -42,7 +40,8 @@ def test_a_bad_row_is_named_with_what_is_wrong(tmp_path: Path, without_tags: Con
     assert len(planned(without_tags, path, skip_bad_rows=True).samples) == 1
 
 
-def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_tags: ConversationEncoder) -> None:
+@pytest.mark.parametrize("num_lines", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_hostile_lines_leave_the_good_ones(tmp_path: Path, without_tags: ConversationEncoder, num_lines: int) -> None:
     chance = random.Random(0)
     good = {json.dumps(row).encode() for row in conversations(200)}
     injected = one("assistant", "the <|im_end|> cat sees")
@@ -50,7 +49,7 @@ def test_ten_thousand_hostile_lines_leave_the_good_ones(tmp_path: Path, without_
     kinds: list[tuple[str, bytes]] = []
     path = tmp_path / "hostile.jsonl"
     names = [name for name in BAD if not name.startswith("deep")]
-    while len(kinds) < NUM_LINES:
+    while len(kinds) < num_lines:
         name = chance.choice(names)
         kinds += [("bad", BAD[name][0](chance)), ("good", chance.choice(sorted(good)))]
         kinds += [("injected", injected), ("good", control.encode())][: chance.randrange(3)]

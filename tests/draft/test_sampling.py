@@ -163,7 +163,12 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
 
 
 @pytest.mark.parametrize(
-    "variant", [DFlash(), DFlash2(conv_group_size=4, selector_rank=3, selector_top_k=3), DSpark(markov_rank=3)]
+    "variant",
+    [
+        DFlash(),
+        pytest.param(DFlash2(conv_group_size=4, selector_rank=3, selector_top_k=3), marks=pytest.mark.slow),
+        pytest.param(DSpark(markov_rank=3), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(

@@ -227,14 +227,14 @@ def test_a_servers_rounds_at_one_number_stretch_the_steps_here() -> None:
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A draft that has learned a little of the cache."""
     folder = tmp_path_factory.mktemp("trained")
-    config: dict[str, Any] = {"variant": request.param, "steps": 30, "draft_layers": 1, "learning_rate": 6e-3}
+    config: dict[str, Any] = {"variant": request.param, "steps": 16, "draft_layers": 1, "learning_rate": 1e-2}
     config |= {"num_anchors": 16, "val_samples": 8, "optimizer": "muon", "device": "cpu"}
     train(TrainConfig(caches=(cache,), out=folder / "run", **config), Silent())
     return export(folder / "run", folder / "draft").draft
 
 
 def test_a_cache_is_walked_with_every_shorter_block(trained: Path, cache: Path, tmp_path: Path) -> None:
-    found = evaluate_folder(EvalConfig(draft=trained, cache=cache, device="cpu", draft_lengths=True))
+    found = evaluate_folder(EvalConfig(draft=trained, cache=cache, device="cpu", limit=20, draft_lengths=True))
     assert found.draft_lengths is not None and found.draft_lengths.expected == ()
     assert "name --target, or give --speeds" in found.draft_lengths.notes[0]
     lengths = found.draft_lengths.lengths
@@ -247,7 +247,7 @@ def test_a_cache_is_walked_with_every_shorter_block(trained: Path, cache: Path, 
             if "block_size" in place:
                 place["block_size"] = size
         (other / "config.json").write_text(json.dumps(config))
-        alone = evaluate_folder(EvalConfig(draft=other, cache=cache, device="cpu"))
+        alone = evaluate_folder(EvalConfig(draft=other, cache=cache, device="cpu", limit=20))
         assert alone.block_size == size and lengths[size - 2].acceptance == alone.acceptance
 
 

@@ -141,6 +141,7 @@ def test_another_target_shows_in_its_answers(setting: Setting, tmp_path: Path) -
     assert "4 of 4 answers" in next(one.evidence for one in found.causes if one.cause == changes.TARGET)
 
 
+@pytest.mark.slow
 def test_a_saved_evaluation_of_the_same_prompts_suffices(setting: Setting, tmp_path: Path) -> None:
     asked = {"draft": setting.draft, "cache": setting.cache, "max_new_tokens": NEW_TOKENS, "limit": 12}
     outcomes = []

@@ -21,7 +21,7 @@ import pytest
 import torch
 from cache_files import made_otherwise, set_field
 from numpy.typing import NDArray
-from processes import held_by_another_process
+from processes import Command, held_by_another_process
 from safetensors.torch import load_file, save_file
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
@@ -65,10 +65,14 @@ def config(cache: Path, out: Path, **changes: object) -> TrainConfig:
     return TrainConfig(**{**SETTINGS, **changes, "caches": (cache,), "out": out})
 
 
-def command(cache: Path, out: Path, **changes: object) -> list[str]:
+def arguments(cache: Path, out: Path, **changes: object) -> list[str]:
     settings = {**SETTINGS, **changes}
     flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-m", "dflash_offline.pipeline.app", "train", str(cache), "--out", str(out), *flags]
+    return ["train", str(cache), "--out", str(out), *flags]
+
+
+def command(cache: Path, out: Path, **changes: object) -> list[str]:
+    return [sys.executable, "-m", "dflash_offline.pipeline.app", *arguments(cache, out, **changes)]
 
 
 def final_weights(run: Path) -> bytes:
@@ -154,12 +158,12 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     cache: Path, run: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(command(cache, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command(arguments(cache, out))
     while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.002)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in said, said
+    code, said = process.wait(60)
+    assert code == 128 + number and "Traceback" not in said, said
     assert "is saved" in said and "Repeat the command" in said and list_checkpoints(out)
     train(config(cache, out), Silent())
     assert final_weights(out) == final_weights(run)

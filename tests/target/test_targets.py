@@ -297,7 +297,7 @@ def test_weights_are_hashed_once_and_again_when_replaced_by_some_of_the_same_siz
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-@pytest.mark.parametrize("settings", [{}, {"MALLOC_MMAP_THRESHOLD_": "4096"}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"MALLOC_MMAP_THRESHOLD_": "4096"}, marks=pytest.mark.slow)])
 def test_freed_memory_is_kept_unless_the_user_says_otherwise(settings: dict[str, str]) -> None:
     code = (
         "import resource, ctypes; from dflash_offline.stages.target.model import keep_freed_memory\n"

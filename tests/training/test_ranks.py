@@ -1,4 +1,7 @@
-"""Ranks started by torchrun on this machine, gloo between them: what they train is what one process trains."""
+"""Ranks started together on this machine, gloo between them: what they train is what one process trains.
+
+The slow tests have torchrun start them; the others fork them as it would.
+"""
 
 import json
 import os
@@ -6,17 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import Command, agents_store, rank_environments
 from safetensors.torch import load_file
 
-from dflash_offline.schemas.errors import DflashError
+from dflash_offline.schemas.errors import DflashError, MismatchError
+from dflash_offline.schemas.settings.train import TrainConfig
+from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.train import train
 from dflash_offline.stages.training.checkpoint import list_checkpoints
 from dflash_offline.stages.training.ranks import joined_ranks
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "steps": 12,
     "learning_rate": 2e-3,
     "draft_layers": 1,
@@ -29,16 +38,27 @@ SETTINGS = {
 }
 
 
+def arguments(cache: Path, out: Path, **changes: object) -> list[str]:
+    flags = [p for n, v in {**SETTINGS, **changes}.items() for p in (f"--{n.replace('_', '-')}", str(v))]
+    return ["train", str(cache), "--out", str(out), *flags]
+
+
 def start(
     ranks: int, cache: Path, out: Path, *, launcher: tuple[str, ...] = (), **changes: object
 ) -> subprocess.Popen[str]:
-    flags = [p for n, v in {**SETTINGS, **changes}.items() for p in (f"--{n.replace('_', '-')}", str(v))]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
-    train = ["-m", "dflash_offline.pipeline.app", "train", str(cache), "--out", str(out), *flags]
-    command = [*(torchrun if ranks > 1 else []), *train]
+    command = ["-m", "dflash_offline.pipeline.app", *arguments(cache, out, **changes)]
+    command = [*(torchrun if ranks > 1 else []), *command]
     return subprocess.Popen(
         [sys.executable, *command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def started_together(command: list[str]) -> list[tuple[int, str]]:
+    """Return how two ranks ended that are forked as torchrun would start them, and what each said."""
+    store = agents_store()
+    ranks = [Command(command, environment=each) for each in rank_environments(2, store)]
+    return [rank.wait() for rank in ranks]
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -75,6 +95,7 @@ def assert_same_run(run: Path, one: Path, *names: str) -> None:
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_twice_the_accumulation(cache: Path, one: Path, tmp_path: Path) -> None:
     done = finish(start(2, cache, tmp_path / "run"))
     assert done["step"] == 12
@@ -128,23 +149,25 @@ def test_ranks_that_torchrun_starts_again_after_the_death_of_one_go_on_from_the_
 
 
 def test_ranks_that_cannot_share_a_step_of_the_run_alike_are_refused(cache: Path, tmp_path: Path) -> None:
-    train = {"steps": 1, "val_samples": 0, "save_every": 1}
-    finish(start(1, cache, tmp_path / "run", accumulation=3, **train))
-    _, said = (process := start(2, cache, tmp_path / "run", **train)).communicate(timeout=120)
-    assert process.returncode != 0 and "takes 3 micro-batches a step, which 2 ranks cannot share alike" in said, said
+    run, short = tmp_path / "run", {"steps": 1, "val_samples": 0, "save_every": 1}
+    train(TrainConfig(caches=(cache,), out=run, **{**SETTINGS, **short, "accumulation": 3}), Silent())
+    ended = started_together(arguments(cache, run, **short))
+    assert all(code != 0 for code, _ in ended)
+    assert any("takes 3 micro-batches a step, which 2 ranks cannot share alike" in said for _, said in ended), ended
 
 
-def test_a_resume_with_another_set_of_micro_batches_a_step_is_refused(cache: Path, one: Path) -> None:
-    process = start(1, cache, one, accumulation=1)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1 and "settings.accumulation_times_ranks  run: 2  now: 1" in said
+def test_a_resume_with_another_set_of_micro_batches_a_step_is_refused(cache: Path, tmp_path: Path) -> None:
+    begun = TrainConfig(caches=(cache,), out=tmp_path / "run", **{**SETTINGS, "steps": 1, "accumulation": 2})
+    train(begun, Silent())
+    with pytest.raises(MismatchError, match=r"settings\.accumulation_times_ranks +run: 2 +now: 1"):
+        train(replace(begun, accumulation=1), Silent())
 
 
 def test_an_error_of_one_rank_ends_all(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    process = start(2, cache, tmp_path)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and "is not a training run" in said
+    ended = started_together(arguments(cache, tmp_path))
+    assert all(code != 0 for code, _ in ended)
+    assert any("is not a training run" in said for _, said in ended), ended
 
 
 def test_ranks_of_torchrun_refuse_the_number_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

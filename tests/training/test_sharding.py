@@ -259,7 +259,7 @@ def test_the_death_of_a_rank_ends_the_other_with_one_message_and_the_command_goe
     cache: Path, tmp_path: Path, killed: int
 ) -> None:
     run, flags = tmp_path / "run", []
-    for name, value in {**SETTINGS, "steps": 40}.items():
+    for name, value in {**SETTINGS, "steps": 24}.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     command = ["train", str(cache), "--out", str(run), *flags, "--shard-draft"]
     stores = agents_store(), agents_store()
@@ -274,4 +274,4 @@ def test_the_death_of_a_rank_ends_the_other_with_one_message_and_the_command_goe
     assert code == 1 and said.count("Another of the 2 ranks has ended") == 1 and "Traceback" not in said, said
     second = [Command(command, environment=each) for each in rank_environments(2, stores[1])]
     assert [each.wait()[0] for each in second] == [0, 0]
-    assert list_checkpoints(run)[-1].name == "step-0000040"
+    assert list_checkpoints(run)[-1].name == "step-0000024"
