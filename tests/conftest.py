@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import leave_syncing_out
 from tiny_target import save_conversations, save_target
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ from dflash_offline.stages.train import train
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and then by what tests start
 logging.disable_progress_bar()
+leave_syncing_out()
 
 
 def pytest_collection_finish() -> None:

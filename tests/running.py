@@ -1,10 +1,13 @@
-"""Commands as tests run them: in this process, in a fresh one, and in one that cannot import torch."""
+"""Commands as tests run them: in this process, in a fresh one, and in one that cannot import torch; and slow cases."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from dflash_offline.pipeline.app import app
@@ -15,6 +18,11 @@ Settings = dict[str, object]
 
 def dflash(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def some_slow(cases: Iterable[str], *slow: str) -> list[Any]:
+    """Return the cases, by name, with those marked that `make check` leaves out."""
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
 
 
 def refused(result: Result, *said: str) -> None:

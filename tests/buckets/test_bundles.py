@@ -62,7 +62,7 @@ def read(bucket: Bucket, folder: Path, manifest: Manifest) -> dict[int, Commit]:
 
 
 def changed(record: bytes, worker: str) -> bytes:
-    """Return a sound record of the same size, of another worker's."""
+    """Return a sound record of the same size, of another worker's, whose name is cut to the length of the one's."""
     document = json.loads(record)
     del document["checksum"]
     return sealed_bytes(document | {"worker": worker.ljust(len(document["worker"]), "x")[: len(document["worker"])]})
@@ -86,9 +86,9 @@ def test_a_record_that_is_gone_or_made_anew_is_so_whatever_a_bundle_holds(whole:
     bucket = Bucket("s3://bundled/two", store_of(content))
     write_bundles(bucket, manifest)
     bucket.remove("commits/000001.json", "commits/000002.json")
-    bucket.create("commits/000002.json", changed(content["commits/000002.json"], "another"))
+    bucket.create("commits/000002.json", changed(content["commits/000002.json"], "x"))
     seen = read(bucket, tmp_path / "mirror", manifest)
-    assert 1 not in seen and seen[2].worker.startswith("another") and len(seen) == SHARDS - 1
+    assert 1 not in seen and set(seen[2].worker) == {"x"} and len(seen) == SHARDS - 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "of another cache"])

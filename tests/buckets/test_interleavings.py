@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from feature_writer import create, features
 from interleavings import Content, Process, alone, states, written
+from running import some_slow
 
 from dflash_offline.schemas.commits import SkippedSample
 from dflash_offline.schemas.errors import CacheError
@@ -172,7 +173,7 @@ DAMAGE: dict[str, Callable[[Content], Content]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", some_slow(DAMAGE, "ids flipped", "mask missing"))
 def test_a_repair_beside_a_worker_leaves_no_record_of_what_is_not_there(empty: Path, damage: str) -> None:
     """The worker begins when the damage is there; the record that was damaged is the only one that may be wrong."""
     whole, _ = alone({}, worker(empty, differs=True))

@@ -1,8 +1,6 @@
 """Extraction by an engine: the same cache as transformers makes, or a refusal that says what the engine got wrong."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 from cache_files import made_otherwise, set_field
 from pretended_vllm import pretend
+from processes import FORKING
 from running import Settings, dflash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -370,15 +369,18 @@ def test_engines_take_groups_of_gpus_in_turn() -> None:
         gpus_of_engine(["6", "7"], 4, 0)
 
 
+def fill_shared_memory(path: str, place: int) -> None:
+    SharedMemory(path).view(place, (2, 3), torch.bfloat16).fill_(1.5)
+
+
 def test_shared_memory_is_another_processs_too_and_goes_with_its_users() -> None:
     memory = SharedMemory()
     begin = memory.grow(100)
-    code = (
-        "import sys, torch; from dflash_offline.stages.capture.engines.shared_memory import SharedMemory; "
-        "SharedMemory(sys.argv[1]).view(int(sys.argv[2]), (2, 3), torch.bfloat16).fill_(1.5)"
-    )
     for place in (begin, memory.grow(10_000)):
-        subprocess.run([sys.executable, "-c", code, memory.path, str(place)], check=True)
+        other = FORKING.Process(target=fill_shared_memory, args=(memory.path, place))
+        other.start()
+        other.join()
+        assert other.exitcode == 0
         assert memory.view(place, (2, 3), torch.bfloat16).eq(1.5).all()
     assert not list(Path("/dev/shm").glob("*dflash*"))
     path, values = memory.path, memory.view(begin, (2, 3), torch.bfloat16)

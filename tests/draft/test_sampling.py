@@ -85,7 +85,7 @@ def test_the_tokens_that_may_be_drawn_are_those_of_the_plain_rule(top_p: float, 
     torch.testing.assert_close(rule.probabilities(logits), wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("top_k", [0, 4, 10])
+@pytest.mark.parametrize("top_k", [0, 4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("rule", [SamplingRule(temperature=1.0), SamplingRule(temperature=1.3, top_p=0.8)])
 def test_a_round_gives_the_targets_distribution_and_a_careless_one_does_not(

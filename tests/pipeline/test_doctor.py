@@ -110,7 +110,8 @@ def test_a_hub_that_does_not_answer_is_a_note(tmp_path: Path, monkeypatch: pytes
 def read_under_a_limit(cache: Path, limit: int) -> None:
     """Read every sample, then compare the shard files that are open with what the doctor says and prints."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    examine.run_trials, storage._CODEC_S = lambda _target: SOUND, 0  # a process of its own is patched by hand
+    # A process of its own is patched by hand.
+    examine.run_trials, storage._CODEC_S, storage.TRIAL_BYTES = lambda _target: SOUND, 0, 4096
     reader = Cache.open(cache)
     for sample in range(len(reader.samples)):
         reader.codes(sample)

@@ -227,11 +227,11 @@ def test_validations_copy_on_the_stream_of_the_steps(gpu: PretendedGpu, cache: P
 
 
 @pytest.mark.usefixtures("at_once")
-def test_twenty_validations_and_checkpoints_take_no_more_memory(gpu: PretendedGpu, cache: Path, tmp_path: Path) -> None:
+def test_validations_and_checkpoints_take_no_more_memory(gpu: PretendedGpu, cache: Path, tmp_path: Path) -> None:
     config = run_settings(cache, tmp_path / "run", GPU, steps=99, val_samples=2, batch_tokens=512, keep=1)
     training, reserved = Training(config, Corpus.open(config.caches), Ranks(rank=0, count=1, device=GPU)), list[int]()
     with training.writer, closing(training.stream()) as stream:
-        for _ in range(24):
+        for _ in range(14):
             training.step(islice(stream, 1))
             training.validate()
             training.save()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from running import dflash
+from running import dflash, some_slow
 from tiny_target import save_conversations, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from typer.testing import Result
@@ -157,7 +157,7 @@ def trained(cache: Path, tmp_path: Path) -> Path:
     return tmp_path / "draft"
 
 
-@pytest.mark.parametrize("family", DECODED)
+@pytest.mark.parametrize("family", some_slow(DECODED, "llama4_nested", "qwen3_5_nested_full"))
 def test_a_family_runs_from_extraction_to_lossless_decoding(family: str, tmp_path: Path) -> None:
     config = DECODED[family]()
     target, cache, made = extracted(config, tmp_path)
@@ -173,7 +173,7 @@ def test_a_family_runs_from_extraction_to_lossless_decoding(family: str, tmp_pat
     assert dflash("verify", draft, "--target", target).exit_code == 0
 
 
-@pytest.mark.parametrize("family", NOT_REWOUND)
+@pytest.mark.parametrize("family", some_slow(NOT_REWOUND, "qwen3_5_nested"))
 def test_a_recurrent_target_is_extracted_and_trained_for_and_eval_says_why_not_decoded(
     family: str, tmp_path: Path
 ) -> None:
