@@ -42,7 +42,7 @@ LOOSE = --no-warn-unused-ignores $(addprefix --disable-error-code=,\
 HERE = not gpu and not kernels and not clients and not vllm and not buckets and not ray and not browser
 
 test: $(LINKED)
-	$(BIN)/pytest -n 2 -m "not slow and not torture and $(HERE)"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not torture and $(HERE)"
 
 test-slow: $(LINKED) ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not torture and $(HERE)"

@@ -321,7 +321,7 @@ def command(data: Path, out: Path, server: ChatServer) -> list[str]:
 
 
 def test_kills_at_random_instants_leave_what_one_more_run_completes(tmp_path: Path) -> None:
-    rows, kills = chats(120), 6
+    rows, kills = chats(120), 4
     data, out = save(tmp_path / "chats.jsonl", rows), tmp_path / "new.jsonl"
     with ChatServer(by_chance(5, "429", "500", "cut", "nonsense"), seconds=0.01) as server:
         given = {**QUICK, "data": str(data), "out": str(out), "servers": [server.url], "concurrency": 6, "rests": 50}

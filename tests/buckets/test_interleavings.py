@@ -72,7 +72,7 @@ def is_sound(content: Content, static: Path, folder: Path) -> bool:
     return verify_cache(folder, Silent()) == []
 
 
-@pytest.mark.parametrize("other", ["is alike", "differs", "skips"])
+@pytest.mark.parametrize("other", some_slow(("is alike", "differs", "skips"), "skips"))
 def test_two_workers_in_any_order_and_dying_anywhere_leave_a_record_of_what_is_there(
     empty: Path, tmp_path: Path, other: str
 ) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from running import some_slow
 from tiny_decoding import SHAPE, random_prompts, tiny_draft_config, tiny_target
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -170,7 +171,7 @@ def exact(target: PreTrainedModel, prompt: list[int], length: int, rule: Samplin
         pytest.param(DSpark(markov_rank=3), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposal", some_slow(PROPOSALS, "greedy"))
 @pytest.mark.parametrize(
     ("rule", "draws"),
     [

@@ -72,7 +72,9 @@ def with_selector(plain: DraftModel) -> DraftModel:
 
 
 @pytest.mark.parametrize(
-    ("make", "number"), [(lambda plain: plain, 0), (with_selector, 1)], ids=["base at 0.6", "selector at 1"]
+    ("make", "number"),
+    [pytest.param(lambda plain: plain, 0, marks=pytest.mark.slow), (with_selector, 1)],
+    ids=["base at 0.6", "selector at 1"],
 )
 def test_the_rounds_of_live_sampling_are_those_expected_of_the_answers_it_gave(
     target: PreTrainedModel, plain: DraftModel, make: Callable[[DraftModel], DraftModel], number: int

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pretend_gpu import GPU, PretendedGpu, gpu
+from running import some_slow
 from safetensors.torch import load_file
 from tiny import ATTENTION, pack, tiny_batch, tiny_draft, tiny_trainer
 from tiny_decoding import random_draft, random_prompts, tiny_target
@@ -301,7 +302,7 @@ def test_a_flex_step_is_where_it_must_be_and_the_cpus(dtype: torch.dtype, attent
         assert (found - wanted).norm() <= (1e-4 if dtype == torch.float32 else 5e-2) * wanted.norm()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize("family", some_slow(("qwen3", "mistral"), "mistral"))
 def test_answers_are_decoded_as_on_the_cpu(family: str, gpu: PretendedGpu) -> None:
     target, draft, prompt = tiny_target(family), random_draft(), random_prompts(1)[0]
     plain = plain_decode(target, prompt, 12, ())

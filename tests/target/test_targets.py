@@ -206,7 +206,7 @@ def skip_at(layer: torch.nn.Module) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", some_slow(REFUSED, "gemma3_nested"))
 def test_a_target_that_no_draft_can_serve_is_refused_before_any_work(family: str, tmp_path: Path) -> None:
     config, why = REFUSED[family]
     target, cache, refused = extracted(config(), tmp_path)
