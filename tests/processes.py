@@ -99,9 +99,12 @@ def rank_environments(count: int, store: TCPStore) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def as_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return what a function, called with the same arguments by each of some ranks, returned to each."""
-    store, pipes = agents_store(), [FORKING.Pipe(duplex=False) for _ in range(count)]
+def as_ranks(count: int, work: Callable[..., Any], *arguments: Any, store: TCPStore | None = None) -> list[Any]:
+    """Return what a function, called with the same arguments by each of some ranks, returned to each.
+
+    They meet by a store of their own unless given that of ranks before them, which torchrun keeps for the next ones.
+    """
+    store, pipes = store or agents_store(), [FORKING.Pipe(duplex=False) for _ in range(count)]
     processes = [
         FORKING.Process(target=_as_rank, args=(environment, end, work, arguments), daemon=True)
         for environment, (_, end) in zip(rank_environments(count, store), pipes, strict=True)
@@ -110,6 +113,7 @@ def as_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         process.start()
         end.close()  # so that a process which dies ends the wait for it
     try:
+        assert all(answers.poll(120) for answers, _ in pipes), "a rank does not answer"
         found = [answers.recv() for answers, _ in pipes]
     finally:
         for process in processes:

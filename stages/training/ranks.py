@@ -5,11 +5,13 @@ of it. Its parameters, gradients and moments are then `DTensor`s: `part` is what
 it.
 """
 
-import itertools
 import os
+import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from dflash_offline.schemas.errors import DflashError
 from dflash_offline.stages.draft.model import DraftModel
 from dflash_offline.stages.target.model import choose_device
 
-_JOINED = itertools.count()
-"""Numbers the runs of this process: what the ranks told each other for one must not be taken for the next one's."""
+_PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for each other before the first step: as long as torch's own calls do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(chosen)
     store, rank, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"ranks {next(_JOINED)}", store)
+    store = _met(store, rank, count)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
@@ -131,6 +133,46 @@ def scaled_gradients_norm(
     norm = (sharing.add(squares) if sharing else squares).sqrt() * scale
     torch._foreach_mul_(gradients, (scale * (clip / (norm + 1e-6)).clamp(max=1.0)).float())
     return norm
+
+
+def _met(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """Wait for all ranks, and return the part of the store that none but those which are here now have written to.
+
+    torchrun keeps one store while it starts ranks again, and each node counts its restarts for itself. What ranks left
+    there that have died since is no word of those in their place: who connects by it waits for ever.
+    """
+    return dist.PrefixStore(_meeting(store, count) if rank == 0 else _come(store, rank), store)
+
+
+def _meeting(store: dist.Store, count: int) -> str:
+    """Return a name that no ranks had before, once each of the others has it."""
+    meeting, missing, until = secrets.token_hex(8), set(range(1, count)), time.monotonic() + _PATIENCE.total_seconds()
+    while missing := {other for other in missing if not store.check([f"{meeting}/came/{other}"])}:
+        if time.monotonic() > until:
+            raise DflashError(
+                f"{len(missing)} of {count} ranks did not come within {_PATIENCE}, the first of them rank "
+                f"{min(missing)}. See whether it was started, and whether its node reaches MASTER_ADDR."
+            )
+        for other in missing:
+            if store.check([f"here/{other}"]):  # perhaps of one that has died: its successor writes it again
+                store.set(f"meeting/{store.get(f'here/{other}').decode()}", meeting)
+        time.sleep(0.01)
+    return meeting
+
+
+def _come(store: dist.Store, rank: int) -> str:
+    """Return the name that rank 0 gives the ranks which are here now."""
+    name = secrets.token_hex(8)
+    store.set(f"here/{rank}", name)
+    try:
+        store.wait([f"meeting/{name}"], _PATIENCE)
+    except dist.DistStoreError as error:
+        raise DflashError(
+            f"Rank 0 did not come within {_PATIENCE}. See whether it was started, and why not."
+        ) from error
+    meeting = store.get(f"meeting/{name}").decode()
+    store.set(f"{meeting}/came/{rank}", "")
+    return meeting
 
 
 def _is_first_to_end(store: dist.Store) -> bool:

@@ -5,6 +5,7 @@ The ranks are processes forked from one that has imported torch; `test_ranks.py`
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -262,9 +263,10 @@ def test_the_death_of_a_rank_ends_the_other_with_one_message_and_the_command_goe
     for name, value in {**SETTINGS, "steps": 24}.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     command = ["train", str(cache), "--out", str(run), *flags, "--shard-draft"]
-    stores = agents_store(), agents_store()
+    store = agents_store()  # torchrun keeps it when it starts ranks again
+    environments = rank_environments(2, store)
     with ExitStack() as stack:
-        first = [Command(command, environment=each) for each in rank_environments(2, stores[0])]
+        first = [Command(command, environment=each) for each in environments]
         stack.callback(lambda: [each.send_signal(signal.SIGKILL) for each in first])
         while not list_checkpoints(run):
             assert all(each.poll() is None for each in first)
@@ -272,6 +274,20 @@ def test_the_death_of_a_rank_ends_the_other_with_one_message_and_the_command_goe
         first[killed].send_signal(signal.SIGKILL)
         code, said = first[1 - killed].wait(30)
     assert code == 1 and said.count("Another of the 2 ranks has ended") == 1 and "Traceback" not in said, said
-    second = [Command(command, environment=each) for each in rank_environments(2, stores[1])]
+    second = [Command(command, environment=each) for each in environments]
     assert [each.wait()[0] for each in second] == [0, 0]
     assert list_checkpoints(run)[-1].name == "step-0000024"
+
+
+def meet(late: int) -> int:
+    """Join the ranks, a second late as that rank, and return the number of those that are here."""
+    time.sleep(float(os.environ["RANK"] == str(late)))
+    with joined_ranks("cpu") as ranks:
+        return int(ranks.add(torch.ones(1)).item())
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_connect_with_those_that_are_here_and_not_with_those_that_left(late: int) -> None:
+    store = agents_store()
+    for _ in range(3):
+        assert as_ranks(2, meet, late, store=store) == [2, 2]
