@@ -13,8 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ FORKING.set_forkserver_preload(
         "transformers.models.qwen3.modeling_qwen3",
     ]
 )
+
+
+def forked(_method: str) -> ForkServerContext:
+    """Return the context of these in place of a command's own, its server started.
+
+    A command holds signals back while it starts workers, and the server would for all that it starts from then on.
+    """
+    forkserver.ensure_running()
+    return FORKING
 
 
 class Command:

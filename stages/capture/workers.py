@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -262,6 +263,7 @@ def run_workers(
     any of them, unless the others did its shards as well; finished shards are kept.
     """
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # which lets through what is held back below, and would for the first worker
     processes: dict[Connection, SpawnProcess] = {}
     report = Report(progress, cache.samples, left)
     faults: list[DflashError | OSError] = []

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from feature_writer import create, features
-from processes import FORKING
+from processes import forked
 from running import Settings
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -66,7 +66,7 @@ def too_large(token: int, model: torch.nn.Module) -> None:
 def test_bad_samples_are_left_out_when_told_and_readers_subtract_them(
     extract_config: Settings, target: Path, tmp_path: Path, rare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+    monkeypatch.setattr("multiprocessing.get_context", forked)
 
     name = str(broken(target, tmp_path / "broken", partial(too_large, rare)))
     config = ExtractConfig(**extract_config | {"target": name}, out=tmp_path / "cache")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from cache_files import content
-from processes import FORKING, Command, run
+from processes import Command, forked, run
 from running import Settings, arguments, command
 from tiny_target import save_conversations
 from typer.testing import CliRunner
@@ -79,7 +79,7 @@ def test_a_rank_that_is_done_says_how_many_shards_others_have(extract_config: Se
 def test_workers_and_ranks_mix_and_change_from_one_call_to_the_next(
     extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+    monkeypatch.setattr("multiprocessing.get_context", forked)
     many = extract_config | {"data": (save_conversations(tmp_path / "many.jsonl", 240),)}
     alone = extract(ExtractConfig(**many, out=tmp_path / "alone"), Silent())
     config, total = ExtractConfig(**many, out=tmp_path / "cache"), alone.num_shards
@@ -313,7 +313,7 @@ def test_without_accelerate_a_spread_target_is_refused_with_what_to_install(
 def test_a_killed_worker_whose_shards_the_others_did_is_no_failure(
     cache: Path, extract_config: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multiprocessing.get_context", lambda _method: FORKING)
+    monkeypatch.setattr("multiprocessing.get_context", forked)
     monkeypatch.setattr(stage, "open_worker", _die_as_worker_0)
     said: list[str] = []
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from cache_files import content
-from processes import FORKING, Command, children, is_running, run
+from processes import Command, children, forked, is_running, run
 from running import Settings, arguments, command
 from tiny_target import save_conversations
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
@@ -35,6 +35,7 @@ from dflash_offline.stages.capture.inputs import open_inputs
 from dflash_offline.stages.capture.runner import micro_batches, pad_sequences
 from dflash_offline.stages.extract import extract, plan_only
 from dflash_offline.stages.progress import Silent
+from dflash_offline.stages.stop import STOPS
 from dflash_offline.stages.store.cache import Cache
 from dflash_offline.stages.store.codec import NAN
 from dflash_offline.stages.store.verify import verify_cache
@@ -251,6 +252,29 @@ def test_a_signal_ends_all_of_it_within_seconds_and_says_how_to_go_on(
     assert all(fault.missing for fault in verify_cache(out, Silent()))
 
 
+@pytest.mark.slow
+def test_a_ctrl_c_in_the_terminal_is_heard_by_the_command_alone(extract_config: Settings, tmp_path: Path) -> None:
+    out, many = tmp_path / "cache", save_conversations(tmp_path / "many.jsonl", 1000)
+    line = [*command(extract_config | {"data": (many,)}, out), "--workers", "2"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not _commits(out):
+        time.sleep(0.005)
+    workers = [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2 and all(held_back(pid) >= {*STOPS} for pid in workers)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and said.count("Finished shards are kept; repeat the command") == 1
+    assert "Traceback" not in said, said
+    assert not any(map(is_running, workers))
+
+
+def held_back(pid: int) -> set[int]:
+    """Return the numbers of the signals that a process's main thread has blocked."""
+    words = Path(f"/proc/{pid}/status").read_text().split()
+    mask = int(words[words.index("SigBlk:") + 1], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
 def damaged(cache: Path, tmp_path: Path, harm: Callable[[Path], None]) -> Path:
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
@@ -443,9 +467,9 @@ def test_the_target_is_gone_before_workers_load_it_though_its_hooks_hold_it(
         loaded.append(weakref.ref(next(model.parameters())))
         return model
 
-    def workers_start(_method: str) -> Any:
+    def workers_start(method: str) -> Any:
         started.append(all(weights() is None for weights in loaded))
-        return FORKING
+        return forked(method)
 
     monkeypatch.setattr(loading, "load_model", with_hooks)
     monkeypatch.setattr("multiprocessing.get_context", workers_start)
