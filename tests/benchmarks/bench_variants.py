@@ -208,9 +208,12 @@ SIDES: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "partial": partial(base, anchors="partial"),
     "partial-kl-dpace": partial(base, anchors="partial", loss=LOSSES["kl-dpace"]),
     "dflash2-partial": lambda bench, seed: dflash2(anchors="partial"),
-    "dflash2-partial-kl-dpace": lambda bench, seed: dflash2(anchors="partial", loss=LOSSES["kl-dpace"]),
     **{f"base-{name}": partial(base, loss=loss) for name, loss in LOSSES.items()},
     **{f"dflash2-{name}": lambda bench, seed, loss=loss: dflash2(loss=loss) for name, loss in LOSSES.items()},
+    **{
+        f"dflash2-partial-{name}": lambda bench, seed, loss=loss: dflash2(anchors="partial", loss=loss)
+        for name, loss in LOSSES.items()
+    },
     **{
         f"{cache}-{side}": partial(trained_on, cache=cache, side=side)
         for cache in ("sampled", "written")
