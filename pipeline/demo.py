@@ -27,8 +27,8 @@ def demo_commands(out: Path) -> list[list[str]]:
     block = ["--block-size", str(BLOCK_SIZE)]
     extract = ["extract", data, "--target", target, "--out", cache, *block, "--shard-mib", "64"]
     train = ["train", cache, "--out", run, "--steps", "600", "--optimizer", "muon", "--lr", "6e-3"]
-    train += ["--no-packing", "--batch-size", "16", "--num-anchors", "16", "--loss", "dpace"]
-    train += ["--draft-layers", "2", "--val-samples", "64", "--val-every", "200"]
+    train += ["--no-packing", "--batch-size", "16", "--num-anchors", "16", "--variant", "dflash2"]
+    train += ["--loss", "dpace", "--draft-layers", "2", "--val-samples", "64", "--val-every", "200"]
     # One thread: a target this small decodes slower with two.
     evaluate = ["eval", draft, "--target", target, "--prompts", prompts, "--limit", "200", "--threads", "1"]
     evaluate += ["--prompt-lookup", "--save", str(out / "eval.json")]
