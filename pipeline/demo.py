@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_offline.schemas.errors import DflashError, dflash_line
+from dflash_offline.schemas.variants.table import RECOMMENDED
 from dflash_offline.stages.stop import STOPS, Stopped, handled
 
 _EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -27,7 +28,7 @@ def demo_commands(out: Path) -> list[list[str]]:
     block = ["--block-size", str(BLOCK_SIZE)]
     extract = ["extract", data, "--target", target, "--out", cache, *block, "--shard-mib", "64"]
     train = ["train", cache, "--out", run, "--steps", "600", "--optimizer", "muon", "--lr", "6e-3"]
-    train += ["--no-packing", "--batch-size", "16", "--num-anchors", "16", "--variant", "dflash2"]
+    train += ["--no-packing", "--batch-size", "16", "--num-anchors", "16", "--variant", RECOMMENDED.name]
     train += ["--loss", "dpace", "--draft-layers", "2", "--val-samples", "64", "--val-every", "200"]
     # One thread: a target this small decodes slower with two.
     evaluate = ["eval", draft, "--target", target, "--prompts", prompts, "--limit", "200", "--threads", "1"]

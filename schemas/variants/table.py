@@ -11,6 +11,8 @@ from dflash_offline.schemas.variants.variant import Variant
 
 BASE: type[Variant] = DFlash
 """What a draft is that says nothing else."""
+RECOMMENDED: type[Variant] = DFlash2
+"""What drafts longest of what was measured, for what serves it; the demo trains it."""
 VARIANTS: dict[str, type[Variant]] = {kind.architecture: kind for kind in (DFlash, DFlash2, DSpark)}
 NAMES = {kind.name: kind for kind in VARIANTS.values()}
 """The same by the names that a user gives."""
