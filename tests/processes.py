@@ -123,7 +123,7 @@ def as_ranks(count: int, work: Callable[..., Any], *arguments: Any, store: TCPSt
         process.start()
         end.close()  # so that a process which dies ends the wait for it
     try:
-        assert all(answers.poll(120) for answers, _ in pipes), "a rank does not answer"
+        assert all(answers.poll(600) for answers, _ in pipes), "a rank does not answer"
         found = [answers.recv() for answers, _ in pipes]
     finally:
         for process in processes:
@@ -133,10 +133,15 @@ def as_ranks(count: int, work: Callable[..., Any], *arguments: Any, store: TCPSt
 
 
 def _as_rank(environment: dict[str, str], answers: Connection, work: Callable[..., Any], arguments: Any) -> None:
-    os.environ.update(environment)
-    gc.freeze()  # as in a test session: what is imported is no garbage
-    leave_syncing_out()
+    _begin(environment)
     answers.send(work(*arguments))
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """Make a forked process as a test session is: what is imported is no garbage, and no file is synced."""
+    os.environ.update(environment)
+    gc.freeze()
+    leave_syncing_out()
 
 
 def leave_syncing_out() -> None:
@@ -147,7 +152,7 @@ def leave_syncing_out() -> None:
 def _run(arguments: list[str], stderr: str, most_file_bytes: int | None, environment: dict[str, str]) -> None:
     from dflash_offline.pipeline.app import main
 
-    os.environ.update(environment)
+    _begin(environment)
     for stream, path in ((1, os.devnull), (2, stderr)):
         opened = os.open(path, os.O_WRONLY)
         os.dup2(opened, stream)
@@ -155,8 +160,6 @@ def _run(arguments: list[str], stderr: str, most_file_bytes: int | None, environ
     if most_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
     sys.argv = ["dflash", *arguments]
-    gc.freeze()
-    leave_syncing_out()
     main()
 
 

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,18 @@ def refused(result: Result, *said: str) -> None:
         assert part in result.stderr, result.stderr
 
 
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """Return settings, by name, as a command line gives them."""
+    return [str(part) for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
 def arguments(config: Settings, out: Path) -> list[str]:
     """Return what follows `dflash` on the command line."""
     data, layers = config["data"], config["layers"]
     assert isinstance(data, tuple) and isinstance(layers, tuple)
-    flags = {"target": config["target"], "out": out, "layers": ",".join(map(str, layers)), "device": "cpu"}
-    flags |= {name.replace("_", "-"): config[name] for name in ("block_size", "shard_mib", "chunk_tokens")}
-    listed = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    return ["extract", *map(str, data), *listed]
+    given = {"target": config["target"], "out": out, "layers": ",".join(map(str, layers)), "device": "cpu"}
+    given |= {name: config[name] for name in ("block_size", "shard_mib", "chunk_tokens")}
+    return ["extract", *map(str, data), *flags(given)]
 
 
 def command(config: Settings, out: Path) -> list[str]:

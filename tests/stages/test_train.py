@@ -22,6 +22,7 @@ import torch
 from cache_files import made_otherwise, set_field
 from numpy.typing import NDArray
 from processes import Command, held_by_another_process
+from running import flags
 from safetensors.torch import load_file, save_file
 
 from dflash_offline.schemas.errors import CacheError, DflashError, MismatchError
@@ -66,9 +67,7 @@ def config(cache: Path, out: Path, **changes: object) -> TrainConfig:
 
 
 def arguments(cache: Path, out: Path, **changes: object) -> list[str]:
-    settings = {**SETTINGS, **changes}
-    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["train", str(cache), "--out", str(out), *flags]
+    return ["train", str(cache), "--out", str(out), *flags({**SETTINGS, **changes})]
 
 
 def command(cache: Path, out: Path, **changes: object) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Command, agents_store, rank_environments
+from running import flags
 from safetensors.torch import load_file
 
 from dflash_offline.schemas.errors import DflashError, MismatchError
@@ -39,19 +40,16 @@ SETTINGS: dict[str, Any] = {
 
 
 def arguments(cache: Path, out: Path, **changes: object) -> list[str]:
-    flags = [p for n, v in {**SETTINGS, **changes}.items() for p in (f"--{n.replace('_', '-')}", str(v))]
-    return ["train", str(cache), "--out", str(out), *flags]
+    return ["train", str(cache), "--out", str(out), *flags({**SETTINGS, **changes})]
 
 
 def start(
     ranks: int, cache: Path, out: Path, *, launcher: tuple[str, ...] = (), **changes: object
 ) -> subprocess.Popen[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
-    command = ["-m", "dflash_offline.pipeline.app", *arguments(cache, out, **changes)]
-    command = [*(torchrun if ranks > 1 else []), *command]
-    return subprocess.Popen(
-        [sys.executable, *command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    program = [*(torchrun if ranks > 1 else []), "-m", "dflash_offline.pipeline.app"]
+    command = [sys.executable, *program, *arguments(cache, out, **changes), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def started_together(command: list[str]) -> list[tuple[int, str]]:

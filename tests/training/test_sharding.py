@@ -1,6 +1,6 @@
 """A draft that ranks hold together, in parts or each a whole one, trains as one process does, and is saved alike.
 
-The ranks are processes forked from one that has imported torch; `test_ranks.py` has torchrun start them.
+The ranks are processes forked from one that has imported torch; slow tests of `test_ranks.py` have torchrun start them.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from processes import Command, agents_store, as_ranks, rank_environments
-from running import dflash
+from running import dflash, flags
 from safetensors.torch import load_file
 from tiny import TinyBatch, tiny_batch, tiny_draft, tiny_draft_config, tiny_trainer
 
@@ -248,9 +248,7 @@ def test_a_rank_holds_a_half_of_masters_gradients_and_moments_and_a_dry_run_says
 
 
 def dry_run_output(cache: Path, out: Path) -> str:
-    small = {name: value for name, value in SETTINGS.items() if name != "device"}
-    flags = [part for name, value in small.items() for part in (f"--{name.replace('_', '-')}", value)]
-    result = dflash("train", cache, "--out", out, "--device", "cpu", *flags, "--dry-run", "--shard-draft")
+    result = dflash("train", cache, "--out", out, *flags(SETTINGS), "--dry-run", "--shard-draft")
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -259,10 +257,8 @@ def dry_run_output(cache: Path, out: Path) -> str:
 def test_the_death_of_a_rank_ends_the_other_with_one_message_and_the_command_goes_on(
     cache: Path, tmp_path: Path, killed: int
 ) -> None:
-    run, flags = tmp_path / "run", []
-    for name, value in {**SETTINGS, "steps": 24}.items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
-    command = ["train", str(cache), "--out", str(run), *flags, "--shard-draft"]
+    run = tmp_path / "run"
+    command = ["train", str(cache), "--out", str(run), *flags({**SETTINGS, "steps": 24}), "--shard-draft"]
     store = agents_store()  # torchrun keeps it when it starts ranks again
     environments = rank_environments(2, store)
     with ExitStack() as stack:
